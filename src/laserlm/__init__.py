@@ -1,0 +1,61 @@
+"""Layer-selective rank reduction (LASER, arXiv 2312.13558) for any Hugging Face transformer."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from laserlm.editing import applied
+    from laserlm.errors import LaserError
+    from laserlm.models import LanguageModel, load
+    from laserlm.scoring import Comparison, Evaluation, compare, evaluate
+    from laserlm.search import Found, search
+    from laserlm.spec import Grid, Intervention, Reduction
+    from laserlm.tasks import Example, Split, Task, task
+
+__version__ = _version("laserlm")
+
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "Example",
+    "Found",
+    "Grid",
+    "Intervention",
+    "LanguageModel",
+    "LaserError",
+    "Reduction",
+    "Split",
+    "Task",
+    "applied",
+    "compare",
+    "evaluate",
+    "load",
+    "search",
+    "task",
+]
+
+_HOMES = {
+    "laserlm.editing": ("applied",),
+    "laserlm.errors": ("LaserError",),
+    "laserlm.models": ("LanguageModel", "load"),
+    "laserlm.scoring": ("Comparison", "Evaluation", "compare", "evaluate"),
+    "laserlm.search": ("Found", "search"),
+    "laserlm.spec": ("Grid", "Intervention", "Reduction"),
+    "laserlm.tasks": ("Example", "Split", "Task", "task"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; nobody pays for what they do not use.
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'laserlm' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
