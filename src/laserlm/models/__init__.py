@@ -1,0 +1,7 @@
+"""Load a model; find, read and write its matrices."""
+
+from laserlm.models.language_model import Kind, LanguageModel
+from laserlm.models.loading import load, set_up_bundled
+from laserlm.models.matrices import Matrix, find_matrices, read, select, view
+
+__all__ = ["Kind", "LanguageModel", "Matrix", "find_matrices", "load", "read", "select", "set_up_bundled", "view"]

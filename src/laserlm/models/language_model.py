@@ -1,0 +1,104 @@
+"""A loaded model with its tokenizer: what every other part of laserlm is given."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from laserlm.errors import ModelError
+from laserlm.models.matrices import Matrix, find_matrices
+from laserlm.paths import cache_folder
+
+__all__ = ["Kind", "LanguageModel"]
+
+Kind = Literal["causal", "masked", "encoder-decoder", "headless"]
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """A transformers model in evaluation mode, its tokenizer and what is known about them.
+
+    Args:
+        model: any transformers model.
+        tokenizer: its tokenizer, or None for models that take no text.
+        name: how it was asked for.
+        kind: ``causal``, ``masked``, ``encoder-decoder``, or ``headless`` for one that predicts no tokens.
+        revision: the hub's commit, or None.
+        cache: folder for decompositions and converted models.
+        active: interventions applied at the moment, outermost first.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    kind: Kind
+    revision: str | None = None
+    cache: Path = field(default_factory=cache_folder)
+    active: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ModelError(f"no kind of model {self.kind!r}; there are {', '.join(get_args(Kind))}")
+        self.model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that takes the inputs."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.model.dtype
+
+    @property
+    def family(self) -> str:
+        """The architecture's name in transformers, such as ``llama``."""
+        return str(self.model.config.model_type)
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every weight matrix of every block."""
+        return find_matrices(self.model)
+
+    @cached_property
+    def hash(self) -> str:
+        """Sha256 over the unchanged weights (names, shapes, dtypes, bytes), under which results are kept.
+
+        Raises:
+            ModelError: if an intervention is applied when the hash is first asked for.
+        """
+        if self.active:
+            raise ModelError(f"the weights are changed by {' and '.join(self.active)}; take the hash before applying it")
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict(keep_vars=False).items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def intervention(self) -> str:
+        """Canonical text of what is applied at the moment, empty for the unchanged model."""
+        return "+".join(self.active)
+
+    def need_tokenizer(self) -> Any:
+        """Return the tokenizer (typed loosely: transformers' call signatures vary by class).
+
+        Raises:
+            ModelError: if the model has none, or predicts no tokens.
+        """
+        if self.kind == "headless":
+            raise ModelError(
+                f"{self.name} ({type(self.model).__name__}) has no head that predicts tokens; load a checkpoint with a "
+                "language-model head to score or generate"
+            )
+        if self.tokenizer is None:
+            raise ModelError(f"{self.name} was loaded without a tokenizer; save one beside the model to score or generate")
+        return self.tokenizer

