@@ -1,0 +1,166 @@
+"""Apply an intervention to a model, and take it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from laserlm.algebra.decomposition import reference_truncation
+from laserlm.algebra.ranks import rank_of
+from laserlm.editing.cache import DecompositionCache
+from laserlm.errors import MatrixError
+from laserlm.models.architectures import ARCHITECTURES
+from laserlm.models.language_model import LanguageModel
+from laserlm.models.matrices import Matrix, read, select, view
+from laserlm.spec import Intervention, Layers, Reduction, Size
+
+Text = str | Iterable[str] | Intervention
+"""An intervention, or the text of one; several texts are joined."""
+
+__all__ = ["Edit", "applied", "complement", "resolve"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One matrix of a model and what becomes of it.
+
+    Args:
+        matrix: the matrix.
+        rank: number of singular values kept.
+        reduction: the reduction that asks for it.
+    """
+
+    matrix: Matrix
+    rank: int
+    reduction: Reduction
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every singular value is kept, so that the matrix is left as it is."""
+        return self.rank == self.matrix.max_rank
+
+
+def resolve(matrices: Sequence[Matrix], intervention: Text) -> tuple[Edit, ...]:
+    """Return what an intervention means for these matrices, in order.
+
+    Raises:
+        MatrixError: if it names a matrix that is not there, a rank no chosen matrix has, or one matrix twice (also by
+            way of a fused matrix and its part, or of tied weights).
+    """
+    edits: list[Edit] = []
+    for reduction in Intervention.parse(intervention).reductions:
+        chosen = select(matrices, reduction.layers, reduction.matrix, reduction.stack)
+        largest = max(m.max_rank for m in chosen)
+        if reduction.size.rank is not None and reduction.size.rank > largest:
+            raise MatrixError(f"{reduction} asks for rank {reduction.size.rank}; the matrices it means have {largest} at most")
+        edits += [Edit(m, rank_of(reduction.size, m.max_rank), reduction) for m in chosen]
+    by_parameter: dict[str, list[Edit]] = {}
+    for edit in edits:
+        earlier = by_parameter.setdefault(edit.matrix.tied_to or edit.matrix.path, [])
+        for other in earlier:
+            if edit.matrix.overlaps(other.matrix):
+                raise MatrixError(
+                    f"{other.matrix.id} of {other.reduction} and {edit.matrix.id} of {edit.reduction} are the same weights; "
+                    "reduce a matrix once"
+                )
+        earlier.append(edit)
+    return tuple(edits)
+
+
+@contextmanager
+def applied(
+    lm: LanguageModel, intervention: Text, *, cache: DecompositionCache | None = None, seed: int = 0
+) -> Iterator[LanguageModel]:
+    """Apply an intervention inside a ``with`` block; at its end the very same tensors are back in place.
+
+    Matrices are decomposed in float32 (float64 for float64 weights) and written in the model's dtype; biases are
+    untouched. Blocks nest: an inner one acts on the weights as the outer one left them. A parameter that several
+    modules share changes for all of them.
+
+    Args:
+        lm: the model.
+        intervention: text such as ``27.fc_in@0.01``; empty changes nothing.
+        cache: decompositions to use; None takes the one kept under ``lm.cache``.
+        seed: of ``:reference`` decompositions.
+
+    Raises:
+        SpecError: if the text cannot be read.
+        MatrixError: if it names a matrix that the model does not have.
+        WeightError: if a matrix holds NaN or inf, is quantised or is not in memory.
+    """
+    intervention = Intervention.parse(intervention)
+    edits = resolve(lm.matrices, intervention)
+    cache = cache or _kept_under(lm.cache)
+    originals: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for path, group in _by_parameter(edits):
+            parameter = lm.model.get_parameter(path)
+            new = parameter.data.clone()
+            for edit in group:
+                _write(new, edit.matrix, truncation(lm, edit, cache, seed))
+            originals.append((parameter, parameter.data))
+            parameter.data = new
+        if intervention:
+            lm.active.append(str(intervention))
+        try:
+            yield lm
+        finally:
+            if intervention:
+                lm.active.pop()
+    finally:
+        for parameter, original in reversed(originals):
+            parameter.data = original
+
+
+@torch.no_grad()
+def truncation(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: int = 0) -> Tensor:
+    """Return what an edit makes of its matrix: (out, in), in float32 or float64."""
+    weight = read(lm.model, edit.matrix)
+    if edit.reduction.method == "reference":
+        row = ARCHITECTURES.get(lm.family)
+        return reference_truncation(weight, edit.rank, niter=row.reference_niter if row else 2, seed=seed)
+    return cache.get(weight).truncate(edit.rank, edit.reduction.keep)
+
+
+def complement(matrices: Sequence[Matrix], intervention: Text) -> Intervention:
+    """Return the intervention that keeps exactly what this one drops: the other end of every spectrum.
+
+    A reduction to the largest r singular values becomes one to the smallest k - r; a matrix kept whole becomes zero.
+    """
+    return Intervention(
+        tuple(
+            Reduction(
+                layers=Layers(first=edit.matrix.layer, last=edit.matrix.layer),
+                matrix=edit.matrix.name,
+                size=Size(rank=edit.matrix.max_rank - edit.rank),
+                keep="bottom" if edit.reduction.keep == "top" else "top",
+                stack=edit.matrix.stack,
+            )
+            for edit in resolve(matrices, intervention)
+        )
+    )
+
+
+@lru_cache(maxsize=8)
+def _kept_under(folder: Path) -> DecompositionCache:
+    return DecompositionCache(folder / "decompositions")
+
+
+def _by_parameter(edits: Sequence[Edit]) -> list[tuple[str, list[Edit]]]:
+    """Group the edits that change something by the parameter they change."""
+    groups: dict[str, list[Edit]] = {}
+    for edit in edits:
+        if not edit.is_identity:
+            groups.setdefault(edit.matrix.path, []).append(edit)
+    return list(groups.items())
+
+
+def _write(parameter: Tensor, matrix: Matrix, value: Tensor) -> None:
+    place = view(parameter, matrix)
+    place.copy_(value.unflatten(0, place.shape[:2]) if matrix.rows is not None else value)
