@@ -1,0 +1,49 @@
+"""CounterFact, in the schema of its publication.
+
+Source: Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262; order of rows and prompts as
+in arXiv 2312.13558: for each record the rewrite prompt with its subject, then its paraphrases; the answer is the true
+target.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from laserlm.errors import TaskError
+from laserlm.tasks.example import Example
+from laserlm.tasks.files import field, json_list
+
+__all__ = ["SOURCE", "examples"]
+
+SOURCE = "CounterFact (arXiv 2202.05262), MIT"
+
+
+def examples(file: Path) -> list[Example]:
+    """Read ``counterfact.json``.
+
+    Raises:
+        TaskError: if a record lacks a field; the record (from 1) and the field are named.
+    """
+    rows: list[Example] = []
+    for number, record in enumerate(json_list(file), start=1):
+        where = f"{file}, record {number}"
+        template = field(record, "requested_rewrite.prompt", str, where)
+        if "{}" not in template:
+            raise TaskError(
+                f"{where}: the field 'requested_rewrite.prompt' must hold {{}} for the subject, got {template!r:.60}"
+            )
+        prompts = [template.replace("{}", field(record, "requested_rewrite.subject", str, where))]
+        prompts += field(record, "paraphrase_prompts", list, where)
+        answer = field(record, "requested_rewrite.target_true.str", str, where)
+        case = str(field(record, "case_id", int, where))
+        for i, prompt in enumerate(prompts):
+            rows.append(
+                Example(
+                    id=f"{case}/{'rewrite' if i == 0 else f'paraphrase{i}'}",
+                    prompt=prompt,
+                    answer=answer,
+                    group=field(record, "requested_rewrite.relation_id", str, where),
+                    fact=case,
+                )
+            )
+    return rows

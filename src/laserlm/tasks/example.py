@@ -1,0 +1,168 @@
+"""The unit of a task: an example, and the splits made of examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Literal, get_args
+
+from laserlm.errors import TaskError
+
+__all__ = ["Example", "Phrasings", "Scorer", "Split", "SplitBy", "Task"]
+
+Scorer = Literal["next_token", "first_token", "answer", "choice"]
+"""How an example is scored; ``laserlm.scoring.evaluate`` says what each means."""
+SplitBy = Literal["paper", "shuffled"]
+Phrasings = Literal["rewrite", "all"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer that should follow it.
+
+    Args:
+        id: unique within a task.
+        prompt: the text before the answer.
+        answer: the right continuation, without the space that joins it to the prompt.
+        choices: the answers to choose from, the right one among them; empty for an open question.
+        group: relation or class, or empty.
+        fact: examples that phrase one fact share it; no shuffled split separates them.
+        popularity: how widely the fact is known, on the task's own scale, or None.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    group: str = ""
+    fact: str = ""
+    popularity: float | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """An ordered set of examples of one task.
+
+    Args:
+        task: the task's name.
+        name: ``validation``, ``test`` or ``all``.
+        examples: in the order they are counted in.
+        scorer: how the task scores an example unless told otherwise.
+    """
+
+    task: str
+    name: str
+    examples: tuple[Example, ...] = field(repr=False)
+    scorer: Scorer
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    @cached_property
+    def hash(self) -> str:
+        """Sha256 over the examples: equal for equal content, in whatever file it came."""
+        rows = json.dumps([asdict(e) for e in self.examples], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(rows.encode()).hexdigest()
+
+    def limit(self, n: int | None) -> Split:
+        """Return the first ``n`` examples (all of them for None).
+
+        Raises:
+            TaskError: if n is below 1.
+        """
+        if n is not None and n < 1:
+            raise TaskError(f"a limit of {n} leaves no example; write 1 or more")
+        return replace(self, examples=self.examples[:n])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task with its two splits.
+
+    Args:
+        name: as given to ``laserlm.task``.
+        validation: candidates are chosen here.
+        test: the chosen one is measured here, once.
+        every: all examples in file order.
+        source: where the examples come from, with the licence.
+    """
+
+    name: str
+    validation: Split
+    test: Split
+    every: Split
+    source: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        examples: Sequence[Example],
+        *,
+        scorer: Scorer = "answer",
+        split: SplitBy = "shuffled",
+        seed: int = 0,
+        phrasings: Phrasings = "all",
+        source: str = "",
+    ) -> Task:
+        """Make a task of examples: one fifth for validation, the rest for test.
+
+        Args:
+            name: the task's name.
+            examples: in file order.
+            scorer: how an example is scored unless told otherwise.
+            split: ``paper`` takes the first floor(n / 5) rows in file order for validation; ``shuffled`` takes a fifth of
+                the facts (at least one, where there are two) in an order that depends on the seed and the fact alone.
+            seed: of the shuffled order.
+            phrasings: ``rewrite`` keeps the first phrasing of each fact, ``all`` keeps them all.
+            source: where the examples come from.
+
+        Raises:
+            TaskError: if there are no examples, or two have one id.
+        """
+        if phrasings not in get_args(Phrasings) or split not in get_args(SplitBy):
+            raise TaskError(f"phrasings={phrasings!r}, split={split!r}: write rewrite or all, and paper or shuffled")
+        examples = tuple(replace(e, fact=e.fact or e.id) for e in examples)
+        if not examples:
+            raise TaskError(f"the task {name!r} has no examples; check the file and its filters")
+        ids: set[str] = set()
+        for e in examples:
+            if e.id in ids:
+                raise TaskError(f"the task {name!r} has two examples with the id {e.id!r}; ids must differ")
+            ids.add(e.id)
+        if phrasings == "rewrite":
+            examples = tuple({e.fact: e for e in reversed(examples)}[f] for f in dict.fromkeys(e.fact for e in examples))
+        if split == "paper":
+            cut = len(examples) // 5
+            first, rest = examples[:cut], examples[cut:]
+        else:
+            order = sorted({e.fact for e in examples}, key=lambda fact: hashlib.sha256(f"{seed} {fact}".encode()).digest())
+            place = {fact: i for i, fact in enumerate(order)}
+            shuffled = sorted(examples, key=lambda e: place[e.fact])
+            cut = max(len(order) // 5, min(1, len(order) - 1))
+            first = tuple(e for e in shuffled if place[e.fact] < cut)
+            rest = tuple(e for e in shuffled if place[e.fact] >= cut)
+        return cls(
+            name=name,
+            validation=Split(name, "validation", tuple(first), scorer),
+            test=Split(name, "test", tuple(rest), scorer),
+            every=Split(name, "all", examples, scorer),
+            source=source,
+        )
+
+    def split(self, name: str) -> Split:
+        """Return ``validation``, ``test`` or ``all``.
+
+        Raises:
+            TaskError: if there is no split of this name.
+        """
+        splits = {"validation": self.validation, "test": self.test, "all": self.every}
+        if name not in splits:
+            raise TaskError(f"no split {name!r}; there are validation, test and all")
+        return splits[name]

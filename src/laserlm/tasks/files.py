@@ -1,0 +1,104 @@
+"""Read data files of users and of public data sets, with errors that say where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from laserlm.errors import TaskError
+from laserlm.paths import atomic_file, cache_folder
+
+__all__ = ["field", "json_lines", "json_list", "local_file"]
+
+
+def local_file(data: str | Path, cache: Path | None = None) -> Path:
+    """Return a local path for a path or a download URL; a download is kept in the cache.
+
+    Raises:
+        TaskError: if there is no such file, or the download fails.
+    """
+    if str(data).startswith(("http://", "https://")):
+        url = str(data)
+        folder = (cache or cache_folder()) / "data"
+        file = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2] or 'data'}"
+        if not file.is_file():
+            try:
+                with (
+                    urllib.request.urlopen(url, timeout=60) as reply,
+                    atomic_file(file) as part,
+                    part.open("wb") as out,
+                ):
+                    shutil.copyfileobj(reply, out)
+            except (urllib.error.URLError, OSError) as error:
+                raise TaskError(f"cannot download {url}: {error}; fetch it yourself and give the file") from error
+        return file
+    file = Path(data).expanduser()
+    if not file.is_file():
+        raise TaskError(f"no data file {str(data)!r}; give the path of a file, or a URL that starts with https://")
+    return file
+
+
+def json_list(file: Path) -> list[dict[str, Any]]:
+    """Read a JSON file that holds a list of objects.
+
+    Raises:
+        TaskError: if it is not one; the line is named.
+    """
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not isinstance(rows, list) or not rows:
+        raise TaskError(f"{file} holds {'an empty list' if rows == [] else 'no list'}; a list of records is needed")
+    return rows
+
+
+def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line number (from 1) and object of a JSON-lines file; blank lines are skipped.
+
+    Raises:
+        TaskError: if a line is not a JSON object; the line is named.
+    """
+    with file.open(encoding="utf-8") as stream:
+        lines = enumerate(stream, start=1)
+        while True:
+            try:
+                number, line = next(lines)
+            except StopIteration:
+                return
+            except UnicodeDecodeError as error:
+                raise TaskError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TaskError(f"{file}, line {number}: not valid JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise TaskError(f"{file}, line {number}: an object is needed, got {line.strip()[:60]}")
+            yield number, row
+
+
+def field(row: Any, path: str, kind: type[Any], where: str) -> Any:
+    """Return the value at a dotted path of a record, checked to be of a kind.
+
+    Raises:
+        TaskError: if it is missing or of another kind; names the file, the record and the field.
+    """
+    value: Any = row
+    for name in path.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise TaskError(f"{where}: the field '{path}' is missing")
+        value = value[name]
+    if not isinstance(value, kind) or (kind is str and not value.strip()):
+        wanted = "text that is not empty" if kind is str else f"of type {kind.__name__}"
+        raise TaskError(f"{where}: the field '{path}' must be {wanted}, got {value!r:.60}")
+    return value

@@ -1,0 +1,39 @@
+"""The bundled facts: countries, cities and elements, each phrased in three ways.
+
+Made by ``scripts/build_worldfacts.py``; sources and licences stand in ``data/worldfacts.json``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from importlib.resources import files
+
+from laserlm.tasks.example import Example
+
+__all__ = ["examples", "source"]
+
+
+def examples() -> list[Example]:
+    """Return the facts, three phrasings each, in the order of the file."""
+    data = files(__package__) / "data"
+    relations = json.loads((data / "worldfacts.json").read_text(encoding="utf-8"))["relations"]
+    rows = csv.DictReader((data / "worldfacts.csv").read_text(encoding="utf-8").splitlines())
+    return [
+        Example(
+            id=f"{row['id']}/{i}",
+            prompt=(prompt := template.replace("{}", row["subject"]))[0].upper() + prompt[1:],
+            answer=row["answer"],
+            group=row["relation"],
+            fact=row["id"],
+            popularity=float(row["popularity"]) if row["popularity"] else None,
+        )
+        for row in rows
+        for i, template in enumerate(relations[row["relation"]]["templates"], start=1)
+    ]
+
+
+def source() -> str:
+    """Return where the facts come from, with the licence."""
+    data = json.loads((files(__package__) / "data" / "worldfacts.json").read_text(encoding="utf-8"))
+    return f"{', '.join(s['name'] for s in data['sources'])}; {data['licence']}"
