@@ -1,0 +1,184 @@
+"""Score a model on the examples of a split, and compare two evaluations."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from laserlm.errors import ScoringError
+from laserlm.models.language_model import LanguageModel
+from laserlm.scoring.encoding import Row, encode
+from laserlm.scoring.forward import Outcome, Progress, run_rows
+from laserlm.scoring.records import Evaluation, Score
+from laserlm.scoring.statistics import Interval, mcnemar, paired_difference, paired_mean
+from laserlm.tasks.example import Example, Scorer, Split
+
+__all__ = ["Comparison", "compare", "evaluate"]
+
+
+def evaluate(
+    lm: LanguageModel,
+    split: Split,
+    *,
+    scorer: Scorer | None = None,
+    batch_size: int = 32,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Score every example of a split in batches sorted by length, padded on the left for causal models.
+
+    Args:
+        lm: the model, under whatever intervention is applied at the moment.
+        split: the examples.
+        scorer: None takes the task's own. ``next_token``: the most likely next token, decoded, is the answer, case and
+            outer spaces aside (PROTOCOL of arXiv 2312.13558). ``first_token``: it is the answer's first token, and only
+            that token counts for the loss. ``answer``: greedy decoding gives all of the answer's tokens. ``choice``: the
+            answer has a strictly higher log-probability, summed over its tokens, than every other choice.
+        batch_size: sequences in one forward pass; halved where memory runs out.
+        on_progress: called with the number of sequences done and their total.
+
+    Raises:
+        ScoringError: if the split is empty, the model takes no such sequences, or a log-probability is not finite.
+        TokenizationError: if an answer's tokens cannot be told from its prompt's.
+        ModelError: if the model has no head or no tokenizer.
+    """
+    scorer = scorer or split.scorer
+    if scorer not in get_args(Scorer):
+        raise ScoringError(f"no scorer {scorer!r}; there are {', '.join(get_args(Scorer))}")
+    if batch_size < 1:
+        raise ScoringError(f"a batch size of {batch_size} holds no sequence; write 1 or more")
+    if not len(split):
+        raise ScoringError(f"the {split.name} split of {split.task} is empty; give more examples, or use --split all")
+    tokenizer = lm.need_tokenizer()
+    rows = encode(lm, split.examples, scorer)
+    start = time.perf_counter()
+    outcomes = run_rows(lm, rows, batch_size, on_progress)
+    seconds = time.perf_counter() - start
+    by_example: dict[int, list[tuple[Row, Outcome]]] = {}
+    for row, outcome in zip(rows, outcomes, strict=True):
+        by_example.setdefault(row.example, []).append((row, outcome))
+    scores = tuple(_score(tokenizer, e, scorer, by_example[i]) for i, e in enumerate(split.examples))
+    broken = next((s for s in scores if not math.isfinite(s.logprob)), None)
+    if broken is not None:
+        raise ScoringError(
+            f"{lm.intervention or 'the unchanged model'} gives example {broken.id!r} a log-probability of {broken.logprob}; "
+            "the model overflows its dtype: load it with dtype float32 or bfloat16"
+        )
+    shared = {frozenset(e.choices) for e in split.examples} if scorer == "choice" else set()
+    classes = split.examples[0].choices if len(shared) == 1 else ()
+    return Evaluation(
+        model=lm.name,
+        task=split.task,
+        split=split.name,
+        scorer=scorer,
+        intervention=lm.intervention,
+        scores=scores,
+        seconds=seconds,
+        classes=classes,
+    )
+
+
+def _score(tokenizer: Any, e: Example, scorer: Scorer, ran: Sequence[tuple[Row, Outcome]]) -> Score:
+    if scorer == "choice":
+        right = e.choices.index(e.answer)
+        totals = ran[0][1].options or [math.fsum(outcome.logprobs) for _, outcome in ran]
+        best = max(range(len(totals)), key=totals.__getitem__)
+        correct = all(totals[right] > t for i, t in enumerate(totals) if i != right)
+        tokens = 1 if ran[0][0].options else len(ran[right][0].targets)
+        return Score(e.id, correct, totals[right], tokens, e.choices[best].strip(), e.answer.strip(), e.group)
+    row, outcome = ran[0]
+    if scorer == "answer":
+        hits = [a == t for a, t in zip(outcome.argmax, row.targets, strict=True)]
+        # Past its first miss, the most likely token is not what greedy decoding would have gone on with.
+        greedy = outcome.argmax[: hits.index(False) + 1] if False in hits else outcome.argmax
+        correct, predicted = all(hits), str(tokenizer.decode(greedy))
+    else:
+        predicted = str(tokenizer.decode(outcome.argmax[:1]))
+        correct = (
+            outcome.argmax[0] == row.targets[0]
+            if scorer == "first_token"
+            else predicted.strip().lower() == e.answer.strip().lower()
+        )
+    logprob = math.fsum(outcome.logprobs)
+    return Score(e.id, correct, logprob, len(row.targets), predicted.strip(), e.answer.strip(), e.group)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations of one model on the same examples, pair by pair.
+
+    Args:
+        split: name of the split.
+        intervention: what ``edited`` was scored under.
+        n: number of examples.
+        base: accuracy before.
+        edited: accuracy after.
+        gain: ``edited - base``.
+        interval: 95 % Tango score interval of the gain.
+        mcnemar_p: exact two-sided McNemar p-value.
+        corrected: examples wrong before and right after.
+        broken: examples right before and wrong after.
+        base_loss: mean log-loss before, in nats per answer token.
+        edited_loss: mean log-loss after.
+        loss_interval: 95 % Student interval of the mean change of loss (negative is better).
+    """
+
+    split: str
+    intervention: str
+    n: int
+    base: float
+    edited: float
+    gain: float
+    interval: Interval
+    mcnemar_p: float
+    corrected: int
+    broken: int
+    base_loss: float
+    edited_loss: float
+    loss_interval: Interval
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {**asdict(self), "interval": list(self.interval), "loss_interval": list(self.loss_interval)}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"{self.split}: {self.base:.1%} -> {self.edited:.1%} under {self.intervention or 'base'}, "
+            f"gain {self.gain:+.1%} [{low:+.1%}, {high:+.1%}], McNemar p {self.mcnemar_p:.2g}, "
+            f"{self.corrected} corrected, {self.broken} broken, n {self.n}; "
+            f"loss {self.base_loss:.3f} -> {self.edited_loss:.3f}"
+        )
+
+
+def compare(base: Evaluation, edited: Evaluation) -> Comparison:
+    """Compare two evaluations of the same examples under the same scorer, in pairs.
+
+    Raises:
+        ScoringError: if they do not hold the same examples in the same order, or were scored differently.
+    """
+    if base.scorer != edited.scorer or [s.id for s in base.scores] != [s.id for s in edited.scores]:
+        raise ScoringError(
+            f"cannot compare {base.task}/{base.split} by {base.scorer} with {edited.task}/{edited.split} by {edited.scorer}: "
+            "both must hold the same examples in the same order, scored alike"
+        )
+    pairs = list(zip(base.scores, edited.scores, strict=True))
+    corrected = sum(not a.correct and b.correct for a, b in pairs)
+    lost = sum(a.correct and not b.correct for a, b in pairs)
+    return Comparison(
+        split=edited.split,
+        intervention=edited.intervention,
+        n=edited.n,
+        base=base.accuracy,
+        edited=edited.accuracy,
+        gain=(corrected - lost) / edited.n,
+        interval=paired_difference(corrected, lost, edited.n),
+        mcnemar_p=mcnemar(corrected, lost),
+        corrected=corrected,
+        broken=lost,
+        base_loss=base.loss,
+        edited_loss=edited.loss,
+        loss_interval=paired_mean([b.loss - a.loss for a, b in pairs]),
+    )

@@ -1,0 +1,124 @@
+"""What an evaluation returns: one score for each example, and the figures over all of them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from laserlm.scoring.statistics import Interval, wilson
+
+__all__ = ["Evaluation", "Score"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the model did on one example.
+
+    Args:
+        id: the example's id.
+        correct: whether the prediction is right under the scorer.
+        logprob: log-probability of the answer, in nats, summed over its tokens.
+        tokens: number of answer tokens the sum is over.
+        predicted: what the model puts first (a token, or a choice), stripped.
+        answer: the right answer, stripped.
+        group: the example's group (relation or class), or empty.
+    """
+
+    id: str
+    correct: bool
+    logprob: float
+    tokens: int
+    predicted: str
+    answer: str
+    group: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Negative log-probability of the answer in nats per answer token."""
+        return -self.logprob / self.tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one model under one intervention on one set of examples.
+
+    Args:
+        model: the model's name.
+        task: the task's name.
+        split: ``validation``, ``test`` or ``all``.
+        scorer: how an example is scored; see ``laserlm.scoring.scorers``.
+        intervention: canonical text of what was applied, empty for the unchanged model.
+        scores: one for each example, in the order of the split.
+        seconds: wall time of the forward passes, decompositions not included.
+        classes: the answers to choose from where all examples share them, else empty.
+    """
+
+    model: str
+    task: str
+    split: str
+    scorer: str
+    intervention: str
+    scores: tuple[Score, ...] = field(repr=False)
+    seconds: float
+    classes: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return len(self.scores)
+
+    @cached_property
+    def accuracy(self) -> float:
+        """Share of examples that are correct."""
+        return sum(s.correct for s in self.scores) / self.n
+
+    @cached_property
+    def accuracy_interval(self) -> Interval:
+        """95 % Wilson interval of the accuracy."""
+        return wilson(sum(s.correct for s in self.scores), self.n)
+
+    @cached_property
+    def loss(self) -> float:
+        """Mean over examples of the log-loss in nats per answer token."""
+        return sum(s.loss for s in self.scores) / self.n
+
+    @cached_property
+    def majority_rate(self) -> float:
+        """Accuracy of giving the most frequent answer of these examples every time."""
+        return Counter(s.answer.lower() for s in self.scores).most_common(1)[0][1] / self.n
+
+    @cached_property
+    def balanced_accuracy(self) -> float | None:
+        """Mean over the classes present of the accuracy within each; None where the task has no classes."""
+        if not self.classes:
+            return None
+        within: dict[str, list[bool]] = defaultdict(list)
+        for s in self.scores:
+            within[s.answer].append(s.correct)
+        return sum(sum(v) / len(v) for v in within.values()) / len(within)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures (not the per-example scores) as plain JSON values."""
+        return {
+            "model": self.model,
+            "task": self.task,
+            "split": self.split,
+            "scorer": self.scorer,
+            "intervention": self.intervention,
+            "n": self.n,
+            "accuracy": self.accuracy,
+            "accuracy_interval": list(self.accuracy_interval),
+            "loss": self.loss,
+            "majority_rate": self.majority_rate,
+            "balanced_accuracy": self.balanced_accuracy,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        low, high = self.accuracy_interval
+        return (
+            f"{self.task}/{self.split} {self.intervention or 'base'}: accuracy {self.accuracy:.1%} "
+            f"[{low:.1%}, {high:.1%}], loss {self.loss:.3f} nats/token, n {self.n}"
+        )
