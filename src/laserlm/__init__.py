@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from laserlm.editing import applied
     from laserlm.errors import LaserError
     from laserlm.models import LanguageModel, load
-    from laserlm.scoring import Comparison, Evaluation, compare, evaluate
-    from laserlm.search import Found, search
+    from laserlm.scoring.evaluate import Comparison, compare, evaluate
+    from laserlm.scoring.records import Evaluation
+    from laserlm.searching import Found, search
     from laserlm.spec import Grid, Intervention, Reduction
     from laserlm.tasks import Example, Split, Task, task
 
@@ -41,8 +42,9 @@ _HOMES = {
     "laserlm.editing": ("applied",),
     "laserlm.errors": ("LaserError",),
     "laserlm.models": ("LanguageModel", "load"),
-    "laserlm.scoring": ("Comparison", "Evaluation", "compare", "evaluate"),
-    "laserlm.search": ("Found", "search"),
+    "laserlm.scoring.evaluate": ("Comparison", "compare", "evaluate"),
+    "laserlm.scoring.records": ("Evaluation",),
+    "laserlm.searching": ("Found", "search"),
     "laserlm.spec": ("Grid", "Intervention", "Reduction"),
     "laserlm.tasks": ("Example", "Split", "Task", "task"),
 }

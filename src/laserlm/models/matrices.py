@@ -126,7 +126,7 @@ def find_stacks(model: PreTrainedModel) -> list[tuple[str, str, nn.ModuleList]]:
         base = model.base_model
         prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
         known = [(name, prefix + path, _submodule(base, path)) for name, path in row.stacks]
-        found = [(name, path, blocks) for name, path, blocks in known if isinstance(blocks, nn.ModuleList)]
+        found = [(name, path, blocks) for name, path, blocks in known if isinstance(blocks, nn.ModuleList) and len(blocks)]
         if found:
             return found
     lists: list[tuple[str, nn.ModuleList]] = []

@@ -1,0 +1,53 @@
+"""The command ``laser``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from laserlm import __version__
+from laserlm.cli import evaluate, models, runs, search
+from laserlm.cli.progress import say
+from laserlm.errors import LaserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app.command()(models.setup)
+app.command()(search.demo)
+app.command()(models.matrices)
+app.command()(evaluate.evaluate)
+app.command()(search.search)
+app.command()(models.generate)
+app.add_typer(runs.app, name="runs")
+
+
+def print_version(asked: bool) -> None:
+    """Print the version and leave, if asked to."""
+    if asked:
+        print(f"laser {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make a trained transformer answer better by removing parts of its weight matrices (LASER, arXiv 2312.13558)."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 error of laserlm or of a file, 2 usage, 130 interrupted."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger("laserlm").addHandler(handler)
+    try:
+        app()
+    except (LaserError, OSError) as error:
+        say(f"Error: {error}")
+        sys.exit(1)

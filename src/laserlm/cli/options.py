@@ -1,0 +1,200 @@
+"""Groups of options that several commands share: one dataclass for each group."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from laserlm.paths import default_store
+
+if TYPE_CHECKING:
+    from laserlm.models import LanguageModel
+    from laserlm.tasks import Split, Task
+
+__all__ = ["Json", "Listing", "ModelOptions", "Store", "TaskOptions", "print_json", "with_options"]
+
+MODEL_PANEL = "Model options"
+TASK_PANEL = "Task options"
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Store = Annotated[
+    str,
+    typer.Option(
+        envvar="LASER_STORE",
+        help="Results database: a file or a SQLAlchemy URL.",
+        show_default="in the user's data folder",
+    ),
+]
+STORE_DEFAULT = str(default_store())
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how to load it."""
+
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'bundled'.")]
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Head to load: causal, masked, encoder-decoder or headless.", rich_help_panel=MODEL_PANEL),
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.", rich_help_panel=MODEL_PANEL)] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.", rich_help_panel=MODEL_PANEL),
+    ] = None
+    device: Annotated[
+        str | None,
+        typer.Option(help="Such as cuda or cpu; default: cuda where there is one.", rich_help_panel=MODEL_PANEL),
+    ] = None
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Spread over devices, such as auto; excludes --device.", rich_help_panel=MODEL_PANEL),
+    ] = None
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Also read pickled weights, which can run code.", rich_help_panel=MODEL_PANEL),
+    ] = False
+    allow_remote_code: Annotated[
+        bool,
+        typer.Option("--allow-remote-code", help="Run code that comes with the model.", rich_help_panel=MODEL_PANEL),
+    ] = False
+    cache: Annotated[
+        Path | None,
+        typer.Option(envvar="LASER_CACHE", help="Folder for decompositions and converted models.", rich_help_panel=MODEL_PANEL),
+    ] = None
+
+    def load(self) -> LanguageModel:
+        """Load the model."""
+        from laserlm.models import load
+
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "model"}
+        return load(self.model, **given)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which task, and how it is split and scored."""
+
+    task: Annotated[
+        str, typer.Option(help="worldfacts, counterfact (needs --data) or jsonl:FILE.", rich_help_panel=TASK_PANEL)
+    ] = "worldfacts"
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data file or download URL, in the task's public schema.", rich_help_panel=TASK_PANEL),
+    ] = None
+    phrasings: Annotated[
+        str, typer.Option(help="all, or rewrite for the first phrasing of each fact.", rich_help_panel=TASK_PANEL)
+    ] = "all"
+    split_by: Annotated[
+        str | None,
+        typer.Option(
+            help="paper (first fifth of the rows for validation) or shuffled (a fifth of the facts); default: the task's.",
+            rich_help_panel=TASK_PANEL,
+        ),
+    ] = None
+    split_seed: Annotated[int, typer.Option(help="Seed of the shuffled split.", rich_help_panel=TASK_PANEL)] = 0
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="next_token, first_token, answer or choice; default: the task's.", rich_help_panel=TASK_PANEL),
+    ] = None
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1, rich_help_panel=TASK_PANEL)] = 32
+
+    def make(self) -> Task:
+        """Read the task's data and split it."""
+        from laserlm.tasks import task
+
+        by: Any = self.split_by
+        scorer: Any = self.scorer
+        phrasings: Any = self.phrasings
+        return task(self.task, data=self.data, split=by, seed=self.split_seed, phrasings=phrasings, scorer=scorer)
+
+    def split(self, name: str, limit: int | None) -> Split:
+        """Return the first ``limit`` examples of one split."""
+        return self.make().split(name).limit(limit)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """How rows are printed: a table unless told otherwise."""
+
+    table: Annotated[bool, typer.Option("--table", help="Print a table (the default).")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False
+
+    def print(self, rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
+        """Print rows that share their keys."""
+        if self.table + self.json + self.csv > 1:
+            raise typer.BadParameter("--table, --json and --csv exclude each other")
+        if self.json:
+            print_json(list(rows))
+        elif self.csv:
+            out = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+            out.writeheader()
+            out.writerows(rows)
+        elif not rows:
+            print(f"no {title or 'rows'}")
+        else:
+            table = Table(*rows[0], title=title or None, title_justify="left")
+            for row in rows:
+                table.add_row(*(_cell(v) for v in row.values()))
+            Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def _cell(value: Any) -> str:
+    from rich.markup import escape
+
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return escape(" x ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def with_options(**groups: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of the named groups; it gets one object for each group.
+
+    ``@with_options(model=ModelOptions)`` on ``def command(model: ModelOptions)`` puts that dataclass's fields into the
+    command's signature, where Typer finds them, and packs what was given back into the dataclass.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in own.items():
+            if name not in groups:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                continue
+            hints = get_type_hints(groups[name], include_extras=True)
+            for f in fields(groups[name]):
+                default = f.default if f.default is not f.default_factory else inspect.Parameter.empty
+                parameters.append(
+                    inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[f.name])
+                )
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            packed = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+            command(**packed, **given)
+
+        signature = inspect.Signature(parameters)
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate

@@ -1,0 +1,191 @@
+"""The commands that search: search and demo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, TaskOptions, print_json, with_options
+from laserlm.cli.progress import bar, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from laserlm.scoring.records import Evaluation
+    from laserlm.searching import Found, Step
+    from laserlm.tasks import Task
+
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew even where the database has this search already.")]
+
+
+@with_options(model=ModelOptions, task=TaskOptions)
+def search(
+    model: ModelOptions,
+    task: TaskOptions,
+    grid: Annotated[str, typer.Option(help="paper, mlp, fine, or text such as 27-29.mlp@0.05,0.5.")] = "mlp",
+    metric: Annotated[str, typer.Option(help="Choose by accuracy or by loss.")] = "accuracy",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of each split.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of ':reference' decompositions.")] = 0,
+    store: Store = STORE_DEFAULT,
+    restart: Restart = False,
+    json: Json = False,
+) -> None:
+    """Try every candidate of a grid on validation, and measure the best one once on test.
+
+    An interrupted search goes on where it stopped when the same command is given again.
+
+    Example: laser search bundled --task worldfacts --limit 100 --grid 28-29.mlp@0.05,0.5
+    """
+    from dataclasses import replace
+
+    from laserlm.searching import search as search_
+
+    whole = task.make()
+    made = replace(whole, validation=whole.validation.limit(limit), test=whole.test.limit(limit))
+    lm = model.load()
+    say(f"results are kept in {store}")
+    with _shown() as on_step:
+        chosen: Any = metric
+        found = search_(
+            lm,
+            made,
+            grid=grid,
+            metric=chosen,
+            store=store,
+            batch_size=task.batch_size,
+            seed=seed,
+            restart=restart,
+            on_step=on_step,
+        )
+    if json:
+        print_json(found.as_dict())
+    else:
+        _print_found(found)
+
+
+def demo(store: Store = STORE_DEFAULT, restart: Restart = False, json: Json = False) -> None:
+    """Run the whole job on the bundled model and facts: search, prove on held-out facts, show.
+
+    Example: laser demo
+    """
+    from dataclasses import replace
+
+    from laserlm.models import load
+    from laserlm.results import Store as Results
+    from laserlm.searching import search as search_
+    from laserlm.tasks import task
+
+    start = time.monotonic()
+    lm = load("bundled")
+    whole = task("worldfacts")
+    made = replace(whole, validation=whole.validation.limit(DEMO_VALIDATION), test=whole.test.limit(DEMO_TEST))
+    blocks = 1 + max(m.layer for m in lm.matrices)
+    grid = f"top{blocks // 3}.mlp@{DEMO_RHO}"
+    if not json:
+        print(
+            f"SmolLM2-135M-Instruct on worldfacts: {DEMO_VALIDATION} questions to choose on, "
+            f"{DEMO_TEST} others to measure on.\n"
+            f"Trying each MLP matrix of the last {blocks // 3} of {blocks} blocks, one at a time ({grid})."
+        )
+    with _shown() as on_step:
+        found = search_(lm, made, grid=grid, store=store, restart=restart, on_step=on_step)
+    with Results.open(store) as results:
+        base = results.evaluation(found.run, "test", "")
+        best = results.evaluation(found.run, "test", str(found.best))
+    if base is None or best is None:
+        raise AssertionError("a finished search has scored both on test")
+    questions = _questions(made, base, best)
+    if json:
+        print_json(found.as_dict() | {"questions": questions, "seconds": time.monotonic() - start})
+        return
+    _print_found(found)
+    _print_questions(questions)
+    print(f"\nDone in {time.monotonic() - start:.0f} s; run {found.run} in {store}.")
+    reduction = f" --reduce {found.best}" if found.best else ""
+    print(f'Go on with:\n  laser generate bundled "The capital of France is"{reduction}\n  laser runs show {found.run}')
+    print("  laser search MODEL --task jsonl:FILE    (your own model and questions)")
+
+
+DEMO_VALIDATION = 150
+DEMO_TEST = 1000
+DEMO_RHO = "0.75,0.25,0.05"
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[Step], None]]:
+    """Show a search's steps as a progress bar with the best candidate so far."""
+    with bar("searching", "candidates") as advance:
+
+        def on_step(step: Step) -> None:
+            low, high = step.best.accuracy_interval
+            name = step.best.intervention or "base"
+            advance(step.done, step.total, f"best {name} {step.best.accuracy:.1%} [{low:.1%}, {high:.1%}]")
+
+        try:
+            yield on_step
+        except KeyboardInterrupt:
+            say("interrupted; the same command goes on where this one stopped")
+            raise
+
+
+def _print_found(found: Found) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    best = str(found.best) or "the unchanged model"
+    table = Table("", "validation (chosen on)", "test (held out)", title=f"Best of {found.candidates} candidates: {best}")
+    table.title_justify = "left"
+    both = (found.validation, found.test)
+    table.add_row("questions", *(str(c.n) for c in both))
+    table.add_row("base accuracy", *(f"{c.base:.1%}" for c in both))
+    table.add_row("LASER accuracy", *(f"{c.edited:.1%}" for c in both))
+    table.add_row("gain", *(f"{c.gain:+.1%}" for c in both))
+    table.add_row("95 % interval of the gain", *(f"{c.interval.low:+.1%} to {c.interval.high:+.1%}" for c in both))
+    table.add_row("exact McNemar p", *(f"{c.mcnemar_p:.2g}" for c in both))
+    table.add_row("corrected / broken", *(f"{c.corrected} / {c.broken}" for c in both))
+    table.add_row("base loss (nats per token)", *(f"{c.base_loss:.3f}" for c in both))
+    table.add_row("LASER loss", *(f"{c.edited_loss:.3f}" for c in both))
+    Console().print(table)
+    low, high = found.test.interval
+    if not found.best:
+        print("No candidate beat the unchanged model on validation.")
+    elif low > 0:
+        print("The gain holds on questions that had no part in the choice.")
+    elif high < 0:
+        print("The choice does not hold: it loses on the held-out questions.")
+    else:
+        print("The held-out questions show no clear gain: the interval includes zero.")
+    if found.failed:
+        print(f"{len(found.failed)} candidates could not be scored; see 'laser runs show {found.run} --json'")
+
+
+def _questions(task: Task, base: Evaluation, best: Evaluation) -> list[dict[str, Any]]:
+    """Return one test question that was corrected, one broken, one unchanged; more of the rest where there is none."""
+    rows = [
+        {
+            "change": {(False, True): "corrected", (True, False): "broken"}.get((b.correct, e.correct), "unchanged"),
+            "prompt": example.prompt,
+            "answer": example.answer,
+            "base": b.predicted,
+            "laser": e.predicted,
+        }
+        for example, b, e in zip(task.test, base.scores, best.scores, strict=True)
+    ]
+    firsts = [next((r for r in rows if r["change"] == change), None) for change in ("corrected", "broken", "unchanged")]
+    found = [r for r in firsts if r is not None]
+    return (found + [r for r in rows if r not in found])[:3]
+
+
+def _print_questions(questions: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", "question", "right", "base", "LASER", title="Three held-out questions", title_justify="left")
+    for q in questions:
+        table.add_row(*(escape(q[key]) for key in ("change", "prompt", "answer", "base", "laser")))
+    Console().print(table)

@@ -1,0 +1,156 @@
+"""A run that this process works on: what it records, and how it is left."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from laserlm.errors import RunBusyError, StoreError
+from laserlm.results.claim import RELEASED, beating, claim, hold
+from laserlm.results.database import Database
+from laserlm.results.schema import RunRow
+from laserlm.results.trials import check, find_trial, load_evaluation, save_evaluation, save_failure
+from laserlm.scoring.records import Evaluation
+from laserlm.tasks.example import Example
+
+__all__ = ["Run", "working"]
+
+
+class Run:
+    """A piece of work under one key; made by ``Store.run``.
+
+    Args:
+        id: 12 hex characters.
+        resumed: whether an earlier unfinished run with the same key goes on.
+        outcome: what ``finish`` was given, None while unfinished.
+    """
+
+    def __init__(self, database: Database, id: str, token: str, resumed: bool, outcome: dict[str, Any] | None) -> None:
+        self.id = id
+        self.resumed = resumed
+        self.outcome = outcome
+        self._database = database
+        self._token = token  # empty for a run that was finished before
+
+    def evaluation(self, split: str, intervention: str) -> Evaluation | None:
+        """Return what is already recorded, or None where there is nothing or it failed."""
+        with self._database.read() as session:
+            return load_evaluation(session, self.id, split, intervention)
+
+    def failure(self, split: str, intervention: str) -> str | None:
+        """Return why this trial failed, or None where it has not."""
+        with self._database.read() as session:
+            trial = find_trial(session, self.id, split, intervention)
+            return trial.reason if trial is not None and trial.status == "failed" else None
+
+    def record(self, evaluation: Evaluation, examples: Sequence[Example]) -> None:
+        """Save a trial with all its scores, or nothing.
+
+        Args:
+            evaluation: one that this run does not have yet.
+            examples: those it was made from, in the order of its scores.
+
+        Raises:
+            StoreError: if this run already has a trial of that split and intervention, done or failed; if scores and
+                examples do not belong together; if a log-probability is NaN; if the run is finished.
+            RunBusyError: if another process has taken the run over.
+        """
+        check(evaluation, examples)
+        with self._held() as session:
+            save_evaluation(session, self.id, evaluation, examples)
+
+    def fail(self, split: str, intervention: str, reason: str) -> None:
+        """Save that a trial gave no scores, and why.
+
+        Raises:
+            StoreError: if this run already has a trial of that split and intervention; if the run is finished.
+            RunBusyError: if another process has taken the run over.
+        """
+        with self._held() as session:
+            save_failure(session, self.id, split, intervention, reason)
+
+    def finish(self, outcome: dict[str, Any]) -> None:
+        """Save the outcome, plain JSON values, and end the run.
+
+        Raises:
+            StoreError: if the run is finished already.
+            RunBusyError: if another process has taken the run over.
+        """
+        with self._held(status="done", outcome=outcome, **RELEASED):
+            pass
+        self.outcome = outcome
+
+    def _leave(self, status: str, reason: str | None = None) -> None:
+        if self.outcome is not None:
+            return
+        try:
+            with self._held(status=status, reason=reason, **RELEASED):
+                pass
+        except RunBusyError:
+            pass  # taken over: it is the other process that will release it
+
+    @contextmanager
+    def _held(self, **values: Any) -> Iterator[Session]:
+        if self.outcome is not None:
+            raise StoreError(f"run {self.id} is finished and takes nothing more; start a new one with --restart")
+        with self._database.write() as session:
+            hold(session, self.id, self._token, updated=datetime.now(UTC), **values)
+            yield session
+
+
+@contextmanager
+def working(
+    database: Database, *, kind: str, key: str, settings: dict[str, Any], provenance: dict[str, Any], restart: bool
+) -> Iterator[Run]:
+    """Yield the run of this key, claimed unless it is finished; see ``Store.run``."""
+    run = _claimed(database, kind, key, settings, provenance, restart)
+    if run.outcome is not None:
+        yield run
+        return
+    try:
+        with beating(database, run.id, run._token):
+            yield run
+    except BaseException as error:
+        failed = isinstance(error, Exception)  # the rest, such as KeyboardInterrupt, end the process on request
+        try:
+            run._leave("failed" if failed else "interrupted", f"{type(error).__name__}: {error}" if failed else None)
+        except StoreError as second:
+            error.add_note(f"the run could not be released either: {second}")
+        raise
+    run._leave("interrupted")
+
+
+def _claimed(
+    database: Database, kind: str, key: str, settings: dict[str, Any], provenance: dict[str, Any], restart: bool
+) -> Run:
+    if missing := {"model", "task"} - settings.keys():
+        raise StoreError(f"the settings of a run lack {', '.join(sorted(missing))}; they have {', '.join(settings)}")
+    with database.write() as session:
+        newest = select(RunRow).where(RunRow.key == key).order_by(RunRow.number.desc()).limit(1)
+        row = None if restart else session.scalars(newest).first()
+        if row is not None and row.status == "done":
+            return Run(database, row.id, "", resumed=False, outcome=row.outcome)
+        resumed = row is not None
+        if row is None:
+            now = datetime.now(UTC)
+            row = RunRow(
+                id=secrets.token_hex(6),
+                key=key,
+                kind=kind,
+                status="running",
+                model=str(settings["model"]),
+                task=str(settings["task"]),
+                settings=settings,
+                provenance=provenance,
+                created=now,
+                updated=now,
+            )
+            session.add(row)
+            session.flush()
+        return Run(database, row.id, claim(session, row), resumed=resumed, outcome=None)

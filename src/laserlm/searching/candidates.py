@@ -1,0 +1,37 @@
+"""The candidates of a grid on a model: one matrix, one rank each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from laserlm.algebra.ranks import rank_of
+from laserlm.errors import MatrixError
+from laserlm.models.matrices import Matrix, select
+from laserlm.spec import Grid, Intervention, Layers, Reduction
+
+__all__ = ["expand"]
+
+
+def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Intervention]:
+    """Return the candidates of a grid, by block and matrix, each thing to try once.
+
+    Sizes that keep a whole matrix are left out (they are the unchanged model), and of several that come to one rank the
+    first stays.
+
+    Raises:
+        SpecError: if the grid cannot be read.
+        MatrixError: if it names a matrix that is not there, or leaves no candidate.
+    """
+    grid = Grid.parse(grid)
+    candidates: dict[tuple[str, int, str, str], Intervention] = {}
+    for part in grid.parts:
+        for m in select(matrices, part.layers, part.matrix, part.stack):
+            for size in part.sizes:
+                rank = rank_of(size, m.max_rank)
+                if rank < m.max_rank:
+                    one = Reduction(Layers(first=m.layer, last=m.layer), m.name, size, part.keep, part.method, m.stack)
+                    candidates.setdefault((m.id, rank, part.keep, part.method), Intervention((one,)))
+    if not candidates:
+        raise MatrixError(f"the grid {grid} keeps every matrix whole; give sizes below the matrices' ranks")
+    place = {m.id: i for i, m in enumerate(matrices)}
+    return [candidates[key] for key in sorted(candidates, key=lambda key: place[key[0]])]

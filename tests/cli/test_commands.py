@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from laserlm.cli import app, main
+from laserlm.models import LanguageModel, load
+from laserlm.scoring.evaluate import evaluate
+from laserlm.tasks import task
+
+Make = Callable[..., LanguageModel]
+Run = Callable[..., tuple[int, str, str]]
+
+QUESTIONS = [
+    {"id": f"{a}{b}", "prompt": f"The capital of {a} and {b} is", "answer": answer, "group": answer}
+    for a in "abcde"
+    for b, answer in zip("vwxyz", ["Paris", "Rome", "true", "false", "Paris"], strict=True)
+]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["laser", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def folder(make: Make, tmp_path: Path) -> Path:
+    lm = make("llama")
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.need_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    return file
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    return str(tmp_path / "runs.db")
+
+
+def test_matrices_as_json_csv_and_table(run: Run, folder: Path) -> None:
+    code, out, _ = run("matrices", folder, "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert len(rows) == 21
+    assert rows[4] == {
+        "layer": 0,
+        "matrix": "fc_in",
+        "path": "model.layers.0.mlp.gate_proj.weight",
+        "shape": [48, 32],
+        "max_rank": 32,
+    }
+    _, out, _ = run("matrices", folder, "--csv")
+    assert [r["path"] for r in csv.DictReader(io.StringIO(out))] == [r["path"] for r in rows]
+    _, out, _ = run("matrices", folder)
+    assert "model.layers.2.mlp.down_proj.weight" in out
+    assert "48 x 32" in out
+    assert run("matrices", folder, "--csv", "--json")[0] == 2
+
+
+def test_fused_matrices_are_listed_with_their_parts(run: Run, make: Make, tmp_path: Path) -> None:
+    make("gpt2").model.save_pretrained(tmp_path / "gpt2")
+    make("gpt2").need_tokenizer().save_pretrained(tmp_path / "gpt2")
+    rows = json.loads(run("matrices", tmp_path / "gpt2", "--json")[1])
+    assert rows[0] | {"path": ""} == {
+        "layer": 0,
+        "matrix": "qkv",
+        "path": "",
+        "shape": [96, 32],
+        "max_rank": 32,
+        "part_of": None,
+        "parts": ["q_proj", "k_proj", "v_proj"],
+    }
+    assert (rows[1]["matrix"], rows[1]["part_of"], rows[1]["shape"]) == ("q_proj", "qkv", [32, 32])
+
+
+def test_evaluate_prints_what_the_library_measures(run: Run, folder: Path, questions: Path) -> None:
+    asked = ("evaluate", folder, "--task", f"jsonl:{questions}", "--split", "all", "--limit", 9)
+    code, out, err = run(*asked, "--reduce", "1.fc_in@0.50", "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    from laserlm.editing import applied
+
+    lm = load(folder)
+    with applied(lm, "1.fc_in@0.5"):
+        expected = evaluate(lm, task(f"jsonl:{questions}").every.limit(9)).as_dict()
+    assert {k: v for k, v in found.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
+    assert (found["intervention"], found["n"], found["task"]) == ("1.fc_in@0.5", 9, "jsonl:questions")
+    assert found["accuracy_interval"][0] <= found["accuracy"] <= found["accuracy_interval"][1]
+    plain = json.loads(run(*asked, "--json")[1])
+    assert plain["intervention"] == ""
+    assert plain["loss"] != found["loss"]
+
+
+def test_evaluate_compares_in_pairs_and_writes_scores(run: Run, folder: Path, questions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    asked = ("evaluate", folder, "--task", f"jsonl:{questions}", "--reduce", "0.mlp@0.1", "--reduce", "1.q_proj@r2")
+    found = json.loads(run(*asked, "--compare", "--scores", out, "--json")[1])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found["intervention"] == "0.mlp@0.1+1.q_proj@r2"
+    assert found["n"] == len(rows) == found["comparison"]["n"] == 20
+    assert sum(r["correct"] for r in rows) / 20 == found["accuracy"] == found["comparison"]["edited"]
+    assert found["base"]["accuracy"] == found["comparison"]["base"]
+    _, text, _ = run(*asked, "--compare")
+    assert "McNemar p" in text
+    assert "always giving the most frequent answer scores" in text
+
+
+def test_search_finds_keeps_and_returns_at_once_what_it_found(run: Run, folder: Path, questions: Path, store: str) -> None:
+    asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "0-1.mlp@0.5,0.1", "--store", store, "--json")
+    code, out, err = run(*asked)
+    found = json.loads(out)
+    assert code == 0
+    assert store in err
+    assert found["candidates"] == 12
+    assert set(found) >= {"best", "candidates", "seconds", "validation", "test", "strategy", "run"}
+    for split in ("validation", "test"):
+        assert set(found[split]) >= {"n", "base", "best", "gain", "interval", "mcnemar_p", "corrected", "broken"}
+    assert (found["validation"]["n"], found["test"]["n"]) == (5, 20)
+    again = json.loads(run(*asked)[1])
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+    assert json.loads(run(*asked, "--restart")[1])["run"] != found["run"]
+    _, text, _ = run(*asked[:-1])
+    assert "Best of 12 candidates" in text
+
+
+def test_runs_are_listed_shown_exported_and_deleted(
+    run: Run, folder: Path, questions: Path, store: str, tmp_path: Path
+) -> None:
+    asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--store", store, "--json")
+    found = json.loads(run(*asked)[1])
+    listed = json.loads(run("runs", "list", "--store", store, "--json")[1])
+    assert [(r["run"], r["status"], r["best"]) for r in listed] == [(found["run"], "done", found["best"])]
+    assert found["run"] in run("runs", "list", "--store", store, "--csv")[1]
+    shown = json.loads(run("runs", "show", "last", "--store", store, "--json")[1])
+    assert len(shown["trials"]) == 4 + len({"", found["best"]})
+    assert f"run {found['run']} (search, done)" in run("runs", "show", found["run"][:5], "--store", store)[1]
+    assert len(run("runs", "show", "last", "--store", store, "--csv")[1].splitlines()) == 1 + len(shown["trials"])
+    assert run("runs", "export", "last", "--out", tmp_path / "run.json", "--store", store)[0] == 0
+    exported = json.loads((tmp_path / "run.json").read_text())
+    assert exported == json.loads(run("runs", "export", "last", "--store", store)[1])
+    assert len(exported["examples"]) == 25
+    assert {e["prompt"] for e in exported["examples"]} == {q["prompt"] for q in QUESTIONS}
+    assert json.loads(run("runs", "delete", "last", "--yes", "--store", store, "--json")[1]) == {"deleted": found["run"]}
+    assert json.loads(run("runs", "list", "--store", store, "--json")[1]) == []
+    code, _, err = run("runs", "show", "last", "--store", store)
+    assert code == 1
+    assert "laser runs list" in err
+
+
+def test_generate_shows_base_edited_and_bottom_only(run: Run, folder: Path) -> None:
+    asked = ("generate", folder, "The capital of France is", "--max-new-tokens", 4)
+    found = json.loads(run(*asked, "--reduce", "0-2.mlp@0.1", "--json")[1])["generations"]
+    assert [g["variant"] for g in found] == ["base", "edited", "bottom only"]
+    assert found[2]["intervention"].startswith("0.fc_in@r29:bottom+0.fc_out@r29:bottom+")
+    assert len({g["text"] for g in found}) > 1
+    assert [g["variant"] for g in json.loads(run(*asked, "--json")[1])["generations"]] == ["base"]
+    assert "bottom only" in run(*asked, "--reduce", "1.fc_in@0.5")[1]
+
+
+def test_what_is_typed_by_others_shows_as_text(run: Run, folder: Path) -> None:
+    _, out, _ = run("generate", folder, "[red]Oslo[/red] is [/nonsense]", "--max-new-tokens", 2)
+    assert "[red]Oslo[/red] is [/nonsense]" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["evaluate", "MODEL", "--reduce", "1.fc_in"], 1, "cannot read the reduction '1.fc_in'"),
+        (["evaluate", "MODEL", "--reduce", "1.fc_in@2"], 1, "rho 2 is out of range"),
+        (["evaluate", "MODEL", "--reduce", "9.fc_in@0.5"], 1, "no layer 9: this model's layers are 0 to 2"),
+        (["evaluate", "MODEL", "--reduce", "1.fc_x@0.5"], 1, "no matrix 'fc_x' in layer 1"),
+        (["evaluate", "MODEL", "--task", "jsonl:/no/file"], 1, "no data file '/no/file'"),
+        (["evaluate", "MODEL", "--task", "nothing"], 1, "no task 'nothing'; there are worldfacts"),
+        (["evaluate", "MODEL", "--split", "train"], 1, "no split 'train'; there are validation, test and all"),
+        (["evaluate", "MODEL", "--scorer", "f1"], 1, "no scorer 'f1'"),
+        (["evaluate", "MODEL", "--limit", "0"], 2, "--limit"),
+        (["evaluate", "/no/model"], 1, "cannot load '/no/model'"),
+        (["search", "MODEL", "--metric", "luck"], 1, "no metric 'luck'; there are accuracy, loss"),
+        (["search", "MODEL", "--store", "/dev/null/runs.db"], 1, "--store"),
+        (["runs", "show", "last", "--store", "MODEL/config.json"], 1, "not a database"),
+        (["matrices"], 2, "Missing argument"),
+        (["nothing"], 2, "No such command"),
+    ],
+)
+def test_errors_say_the_next_step_and_leave_their_code(
+    arguments: list[str], code: int, said: str, run: Run, folder: Path
+) -> None:
+    left, out, err = run(*(a.replace("MODEL", str(folder)) for a in arguments))
+    assert left == code
+    assert said in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_an_interruption_leaves_130_and_says_how_to_go_on(
+    run: Run, folder: Path, questions: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import laserlm.searching.driver as driver
+
+    calls: list[str] = []
+
+    def interrupted(lm: LanguageModel, *args: Any, **kwargs: Any) -> Any:
+        calls.append(lm.intervention)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(lm, *args, **kwargs)
+
+    monkeypatch.setattr(driver, "evaluate", interrupted)
+    asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--store", store, "--json")
+    code, out, err = run(*asked)
+    assert (code, out) == (130, "")
+    assert "the same command goes on" in err
+    assert [r["status"] for r in json.loads(run("runs", "list", "--store", store, "--json")[1])] == ["interrupted"]
+    assert run(*asked)[0] == 0
+    assert len(calls) == 3 + 2 + len({"", json.loads(run(*asked)[1])["best"]})
+
+
+def test_stdout_holds_nothing_but_the_result_and_no_bar_where_stderr_is_no_terminal(folder: Path, questions: Path) -> None:
+    command = [sys.executable, "-c", "from laserlm.cli import main; main()", "evaluate", str(folder), "--json"]
+    done = subprocess.run([*command, "--task", f"jsonl:{questions}"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["n"] == 20
+    assert done.stderr == ""
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys\nfrom laserlm.cli import app\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def commands() -> dict[str, Any]:
+    groups = {
+        f"{g.name} {c.name or c.callback.__name__}": c
+        for g in app.registered_groups
+        for c in g.typer_instance.registered_commands
+    }  # type: ignore[union-attr]
+    return {c.name or c.callback.__name__: c for c in app.registered_commands} | groups  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", list(commands()))
+def test_every_command_is_documented_with_an_example_of_itself(name: str) -> None:
+    text = commands()[name].callback.__doc__
+    assert f"Example: laser {name}" in text
+
+
+def test_setup_says_where_the_bundled_model_is(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from laserlm import models
+    from laserlm.models import bundled
+
+    monkeypatch.setattr(bundled, "install", lambda: tmp_path / "file.gguf")
+    monkeypatch.setattr(models, "set_up_bundled", lambda cache: cache / "models")
+    code, out, _ = run("setup", "--cache", tmp_path, "--json")
+    assert code == 0
+    assert json.loads(out)["folder"] == str(tmp_path / "models")
+
+
+def test_version(run: Run) -> None:
+    import laserlm
+
+    assert run("--version")[:2] == (0, f"laser {laserlm.__version__}\n")
+
+
+@pytest.mark.bundled
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_the_bundled_model_gains_on_real_counterfact(run: Run, bundled: LanguageModel, real_data: Path) -> None:
+    data = real_data / "counterfact" / "counterfact_500.json"
+    asked = ("evaluate", "bundled", "--task", "counterfact", "--data", data, "--split", "all", "--phrasings", "rewrite")
+    asked = (*asked, "--limit", 400, "--cache", bundled.cache)
+    found = json.loads(run(*asked, "--reduce", "28.fc_up@0.05", "--compare", "--json")[1])
+    assert (found["n"], found["accuracy"], found["base"]["accuracy"]) == (400, 0.0875, 0.0275)
+    assert found["scorer"] == "next_token"
+    assert torch.get_num_threads() >= 1

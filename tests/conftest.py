@@ -1,0 +1,58 @@
+"""Fixtures: tiny models, the bundled model, real data."""
+
+from __future__ import annotations
+
+import os
+
+# No test reaches for a hub. The hub's library reads this once, when it is first imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from laserlm.models import LanguageModel
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what tests cache and store out of the user's folders."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def make() -> Callable[..., LanguageModel]:
+    """Build a tiny model of a named family."""
+    from families import build
+
+    return build
+
+
+@pytest.fixture
+def llama(make: Callable[..., LanguageModel]) -> LanguageModel:
+    return make("llama")
+
+
+@pytest.fixture(scope="session")
+def bundled() -> LanguageModel:
+    """The bundled model, or a skip where it is not installed."""
+    from laserlm.models import bundled as package
+    from laserlm.models import load
+    from laserlm.paths import cache_folder
+
+    if package.packaged_file() is None and not package.converted(cache_folder()).is_dir():
+        pytest.skip("the bundled model is not installed; run 'laser setup'")
+    return load("bundled")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets, or a skip where there is none."""
+    folder = os.environ.get("LASER_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LASER_DATA names no folder of real data sets")
+    return Path(folder)

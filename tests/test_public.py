@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import laserlm
+
+
+def modules() -> list[str]:
+    return sorted(m.name for m in pkgutil.walk_packages(laserlm.__path__, "laserlm.") if ".migrations" not in m.name)
+
+
+def test_all_is_sorted_and_every_name_in_it_is_there() -> None:
+    assert laserlm.__all__ == sorted(laserlm.__all__)
+    assert set(laserlm.__all__) <= set(dir(laserlm))
+    for name in laserlm.__all__:
+        assert getattr(laserlm, name).__name__ == name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = laserlm.nothing
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_names_what_it_offers_and_documents_it(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for public in getattr(module, "__all__", []):
+        value = getattr(module, public)
+        if callable(value) and getattr(value, "__module__", "").startswith("laserlm"):
+            assert value.__doc__, f"{name}.{public}"
+
+
+def test_no_submodule_hides_a_public_function() -> None:
+    code = (
+        "import importlib, pkgutil, laserlm\n"
+        "for m in pkgutil.walk_packages(laserlm.__path__, 'laserlm.'):\n"
+        "    if '.migrations' not in m.name: importlib.import_module(m.name)\n"
+        "assert all(type(getattr(laserlm, n)).__name__ != 'module' for n in laserlm.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    subprocess.run([sys.executable, "-c", "import sys, laserlm\nassert 'torch' not in sys.modules"], check=True)
