@@ -131,7 +131,6 @@ def test_a_file_in_the_place_of_the_folder_is_an_error_and_stays(tmp_path: Path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are a matter of POSIX")
-@pytest.mark.xfail(strict=True, reason="mkstemp and mkdtemp give the owner alone access, and the mode is moved along")
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_is_written_has_the_mode_that_an_ordinary_new_one_has(tmp_path: Path, kind: str) -> None:
     ordinary, target = tmp_path / "ordinary", tmp_path / "target"

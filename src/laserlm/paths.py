@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +27,8 @@ def default_store() -> Path:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``target`` and move it there at the end; after an exception ``target`` is as before."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    part = _part_of(target)
+    part.touch(exist_ok=False)  # not mkstemp, which would keep the file from all other users
     try:
         yield part
         part.replace(target)
@@ -45,7 +43,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Where another process has made ``target`` in the meantime, that one stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    part = _part_of(target)
+    part.mkdir()
     try:
         yield part
         try:
@@ -55,3 +54,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _part_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")

@@ -35,7 +35,7 @@ def git_revision() -> str | None:
         done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def provenance(*, device: str, dtype: str, seed: int | None = None) -> dict[str, Any]:

@@ -37,7 +37,9 @@ GROUPS: dict[str, frozenset[str]] = {
 """The matrix types of the named groups; the group ``all`` means every matrix, whatever its name."""
 
 FORM = "write LAYERS.MATRIX@SIZE, such as 27.fc_in@0.01, 20-27.mlp@0.1, all.fc_out@r40 or top4.all@0.25"
-RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
+LAST = re.compile(r"top(\d{1,9})", re.ASCII)
+RANK = re.compile(r"r(\d{1,9})", re.ASCII)
 TARGET = re.compile(r"(?:(?P<stack>[A-Za-z_][\w.]*?)\.)??(?P<layers>\d+-\d+|\d+|all|top\d+)\.(?P<matrix>\w+(?:\.\w+)*)")
 
 
@@ -60,10 +62,10 @@ class Layers:
         """Read ``27``, ``20-27``, ``all`` or ``top4``."""
         if text == "all":
             return cls()
-        if text.startswith("top") and text[3:].isdigit():
-            if int(text[3:]) == 0:
-                raise SpecError("'top0' chooses no block; write top1 or more")
-            return cls(top=int(text[3:]))
+        if (top := LAST.fullmatch(text)) is not None:
+            if int(top[1]) == 0:
+                raise SpecError(f"{text!r} chooses no block; write top1 or more")
+            return cls(top=int(top[1]))
         match = RANGE.fullmatch(text)
         if match is None:
             raise SpecError(f"cannot read the layers {text!r}; write 27, 20-27, all or top4")
@@ -112,14 +114,16 @@ class Size:
             raise SpecError(f"a size is either a fraction or a rank; got rho={self.rho}, rank={self.rank}")
         if self.rho is not None and not (self.rho.is_finite() and 0 <= self.rho <= 1):
             raise SpecError(f"rho {self.rho} is out of range; it is the kept fraction, from 0 to 1")
+        if self.rho == 0:
+            object.__setattr__(self, "rho", Decimal(0))  # there is a minus zero too
         if self.rank is not None and self.rank < 0:
             raise SpecError(f"rank {self.rank} is negative; write r0 or more")
 
     @classmethod
     def parse(cls, text: str) -> Size:
         """Read ``0.01`` or ``r40``."""
-        if text.startswith("r") and text[1:].isdigit():
-            return cls(rank=int(text[1:]))
+        if (rank := RANK.fullmatch(text)) is not None:
+            return cls(rank=int(rank[1]))
         try:
             return cls(rho=Decimal(text))
         except InvalidOperation:
@@ -155,11 +159,7 @@ class Reduction:
     stack: str = ""
 
     def __post_init__(self) -> None:
-        if self.keep == "bottom" and self.method == "reference":
-            raise SpecError(
-                f"{self} asks for the smallest singular values of the randomised decomposition, which finds only the "
-                "largest; leave out ':reference'"
-            )
+        _check_options(self, self.keep, self.method)
 
     @classmethod
     def parse(cls, text: str) -> Reduction:
@@ -222,6 +222,9 @@ class GridPart:
     method: Method = "exact"
     stack: str = ""
 
+    def __post_init__(self) -> None:
+        _check_options(self, self.keep, self.method)
+
     @classmethod
     def parse(cls, text: str) -> GridPart:
         """Read ``27-29.mlp@0.05,0.5``.
@@ -252,6 +255,14 @@ class GridPart:
         return f"{stack}{self.layers}.{self.matrix}@{','.join(map(str, self.sizes))}{options}"
 
 
+def _check_options(what: Reduction | GridPart, keep: Keep, method: Method) -> None:
+    if keep == "bottom" and method == "reference":
+        raise SpecError(
+            f"{what} asks for the smallest singular values of the randomised decomposition, which finds only the largest; "
+            "leave out ':reference'"
+        )
+
+
 PAPER_RHO = "0.9,0.8,0.6,0.4,0.2,0.1,0.05,0.01"
 FINE_RHO = "0.9,0.75,0.6,0.5,0.4,0.25,0.1,0.075,0.05,0.025,0.02,0.015,0.01,0.005,0.0025"
 NAMED_GRIDS = {
@@ -273,9 +284,15 @@ class Grid:
 
     @classmethod
     def parse(cls, text: str | Grid) -> Grid:
-        """Read a named grid (``paper``, ``mlp``, ``fine``) or parts joined by ``+``."""
+        """Read a named grid (``paper``, ``mlp``, ``fine``) or parts joined by ``+``.
+
+        Raises:
+            SpecError: if there is no grid of this name, or the text is malformed.
+        """
         if isinstance(text, Grid):
             return text
+        if "@" not in text and text not in NAMED_GRIDS:
+            raise SpecError(f"no grid {text!r}; there are {', '.join(NAMED_GRIDS)}; otherwise {FORM}")
         return cls(tuple(GridPart.parse(p) for p in NAMED_GRIDS.get(text, text).split("+")))
 
     def __str__(self) -> str:
@@ -287,7 +304,10 @@ def from_rate(lname: str, lnum: int, rate: float | str) -> Reduction:
 
     Source: arXiv 2312.13558, released code, flags ``--lname --lnum --rate``.
     """
-    removed = Decimal(str(rate))
-    if not 0 <= removed <= 10:
+    try:
+        removed = Decimal(str(rate))
+    except InvalidOperation:
+        raise SpecError(f"cannot read the rate {rate!r}; the published code takes a number from 0 to 10") from None
+    if not (removed.is_finite() and 0 <= removed <= 10):
         raise SpecError(f"rate {rate} is out of range; the published code takes 0 (keep all) to 10 (keep nothing)")
-    return Reduction(Layers(first=lnum, last=lnum), lname, Size(rho=1 - removed / 10))
+    return Reduction.parse(f"{lnum}.{lname}@{1 - removed / 10:f}")

@@ -109,6 +109,7 @@ def working(weight: Tensor) -> Tensor:
             f"the matrix of shape {tuple(weight.shape)} holds {int((~torch.isfinite(weight)).sum())} values that are "
             "NaN or inf; the checkpoint is damaged or overflowed its dtype: load it again, or with another dtype"
         )
+    weight = weight.detach()
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
@@ -126,6 +127,8 @@ def reference_truncation(weight: Tensor, rank: int, *, niter: int = 2, seed: int
     Source: arXiv 2312.13558, released code; Halko, Martinsson and Tropp, arXiv 0909.4061.
     """
     weight = working(weight)
+    if not 0 <= rank <= min(weight.shape):
+        raise ValueError(f"rank {rank} is not within 0 to {min(weight.shape)}")
     if rank == 0:
         return torch.zeros_like(weight)
     devices = [weight.device] if weight.device.type == "cuda" else []

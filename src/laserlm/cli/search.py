@@ -15,6 +15,7 @@ from laserlm.cli.progress import bar, say
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from laserlm.models import LanguageModel
     from laserlm.scoring.records import Evaluation
     from laserlm.searching import Found, Step
     from laserlm.tasks import Task
@@ -98,7 +99,7 @@ def demo(store: Store = STORE_DEFAULT, restart: Restart = False, json: Json = Fa
         best = results.evaluation(found.run, "test", str(found.best))
     if base is None or best is None:
         raise AssertionError("a finished search has scored both on test")
-    questions = _questions(made, base, best)
+    questions = _questions(lm, made, base, best)
     if json:
         print_json(found.as_dict() | {"questions": questions, "seconds": time.monotonic() - start})
         return
@@ -158,29 +159,34 @@ def _print_found(found: Found) -> None:
     elif high < 0:
         print("The choice does not hold: it loses on the held-out questions.")
     else:
-        print("The held-out questions show no clear gain: the interval includes zero.")
+        print("The held-out questions show no clear change: the interval of the gain includes zero.")
     if found.failed:
         print(f"{len(found.failed)} candidates could not be scored; see 'laser runs show {found.run} --json'")
 
 
-def _questions(task: Task, base: Evaluation, best: Evaluation) -> list[dict[str, Any]]:
-    """Return one test question that was corrected, one broken, one unchanged; more of the rest where there is none."""
-    rows = [
-        {
-            "change": {(False, True): "corrected", (True, False): "broken"}.get((b.correct, e.correct), "unchanged"),
-            "prompt": example.prompt,
-            "answer": example.answer,
-            "base": b.predicted,
-            "laser": e.predicted,
-        }
-        for example, b, e in zip(task.test, base.scores, best.scores, strict=True)
+def _questions(lm: LanguageModel, task: Task, base: Evaluation, best: Evaluation) -> list[dict[str, str]]:
+    """Answer the first test question that was corrected, the first broken and the first unchanged, before and after."""
+    from laserlm.editing import applied
+    from laserlm.scoring.generation import generate
+
+    changes = [
+        {(False, True): "corrected", (True, False): "broken"}.get((b.correct, e.correct), "unchanged")
+        for b, e in zip(base.scores, best.scores, strict=True)
     ]
-    firsts = [next((r for r in rows if r["change"] == change), None) for change in ("corrected", "broken", "unchanged")]
-    found = [r for r in firsts if r is not None]
-    return (found + [r for r in rows if r not in found])[:3]
+    chosen = [changes.index(c) for c in ("corrected", "broken", "unchanged") if c in changes]
+    chosen += [i for i in range(len(changes)) if i not in chosen][: 3 - len(chosen)]
+    prompts = [task.test.examples[i].prompt for i in chosen]
+    texts = []
+    for intervention in ("", best.intervention):
+        with applied(lm, intervention):
+            texts.append([t.strip().partition("\n")[0] for t in generate(lm, prompts, max_new_tokens=8)])
+    return [
+        {"change": changes[i], "prompt": prompt, "answer": task.test.examples[i].answer, "base": before, "laser": after}
+        for i, prompt, before, after in zip(chosen, prompts, *texts, strict=True)
+    ]
 
 
-def _print_questions(questions: list[dict[str, Any]]) -> None:
+def _print_questions(questions: list[dict[str, str]]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from laserlm.errors import ScoringError
 from laserlm.scoring.statistics import Interval, wilson
 
 __all__ = ["Evaluation", "Score"]
@@ -64,6 +65,10 @@ class Evaluation:
     seconds: float
     classes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise ScoringError(f"an evaluation of {self.task}/{self.split} is empty; score one example at least")
+
     @property
     def n(self) -> int:
         """Number of examples."""
@@ -96,7 +101,7 @@ class Evaluation:
             return None
         within: dict[str, list[bool]] = defaultdict(list)
         for s in self.scores:
-            within[s.answer].append(s.correct)
+            within[s.answer.lower()].append(s.correct)
         return sum(sum(v) / len(v) for v in within.values()) / len(within)
 
     def as_dict(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def task(
     kind, _, file = name.partition(":")
     own: Scorer = "answer"
     by: SplitBy = "shuffled"
-    if kind == "jsonl" and (file or data):
+    if kind == "jsonl" and bool(file) != bool(data):
         path = local_file(data or file)
         rows = jsonl.examples(path)
         name, source = f"jsonl:{path.stem}", f"questions of {path.name}"
@@ -52,8 +52,9 @@ def task(
             )
         rows, source = counterfact.examples(local_file(data)), counterfact.SOURCE
         own, by = "next_token", "paper"
-    elif name == "worldfacts":
+    elif name == "worldfacts" and data is None:
         rows, source = worldfacts.examples(), worldfacts.source()
     else:
-        raise TaskError(f"no task {name!r}; there are worldfacts, counterfact and jsonl:FILE")
+        given = f" with data {str(data)!r}" if data is not None else ""
+        raise TaskError(f"no task {name!r}{given}; there are worldfacts, counterfact (with data) and jsonl:FILE")
     return Task.of(name, rows, scorer=scorer or own, split=split or by, seed=seed, phrasings=phrasings, source=source)

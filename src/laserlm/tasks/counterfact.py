@@ -33,7 +33,10 @@ def examples(file: Path) -> list[Example]:
                 f"{where}: the field 'requested_rewrite.prompt' must hold {{}} for the subject, got {template!r:.60}"
             )
         prompts = [template.replace("{}", field(record, "requested_rewrite.subject", str, where))]
-        prompts += field(record, "paraphrase_prompts", list, where)
+        paraphrases = field(record, "paraphrase_prompts", list, where)
+        if not all(isinstance(p, str) and p.strip() for p in paraphrases):
+            raise TaskError(f"{where}: the field 'paraphrase_prompts' must be a list of texts, got {paraphrases!r:.80}")
+        prompts += paraphrases
         answer = field(record, "requested_rewrite.target_true.str", str, where)
         case = str(field(record, "case_id", int, where))
         for i, prompt in enumerate(prompts):

@@ -120,14 +120,15 @@ class Task:
             split: ``paper`` takes the first floor(n / 5) rows in file order for validation; ``shuffled`` takes a fifth of
                 the facts (at least one, where there are two) in an order that depends on the seed and the fact alone.
             seed: of the shuffled order.
-            phrasings: ``rewrite`` keeps the first phrasing of each fact, ``all`` keeps them all.
+            phrasings: ``rewrite`` keeps the first phrasing of each fact in each group, ``all`` keeps them all.
             source: where the examples come from.
 
         Raises:
             TaskError: if there are no examples, or two have one id.
         """
-        if phrasings not in get_args(Phrasings) or split not in get_args(SplitBy):
-            raise TaskError(f"phrasings={phrasings!r}, split={split!r}: write rewrite or all, and paper or shuffled")
+        for value, known in ((phrasings, Phrasings), (split, SplitBy), (scorer, Scorer)):
+            if value not in get_args(known):
+                raise TaskError(f"the task {name!r} cannot take {value!r}; write one of {', '.join(get_args(known))}")
         examples = tuple(replace(e, fact=e.fact or e.id) for e in examples)
         if not examples:
             raise TaskError(f"the task {name!r} has no examples; check the file and its filters")
@@ -137,7 +138,8 @@ class Task:
                 raise TaskError(f"the task {name!r} has two examples with the id {e.id!r}; ids must differ")
             ids.add(e.id)
         if phrasings == "rewrite":
-            examples = tuple({e.fact: e for e in reversed(examples)}[f] for f in dict.fromkeys(e.fact for e in examples))
+            first_of = {(e.group, e.fact): e.id for e in reversed(examples)}
+            examples = tuple(e for e in examples if first_of[e.group, e.fact] == e.id)
         if split == "paper":
             cut = len(examples) // 5
             first, rest = examples[:cut], examples[cut:]

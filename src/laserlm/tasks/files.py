@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import shutil
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,13 +29,13 @@ def local_file(data: str | Path, cache: Path | None = None) -> Path:
         file = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2] or 'data'}"
         if not file.is_file():
             try:
-                with (
-                    urllib.request.urlopen(url, timeout=60) as reply,
-                    atomic_file(file) as part,
-                    part.open("wb") as out,
-                ):
-                    shutil.copyfileobj(reply, out)
-            except (urllib.error.URLError, OSError) as error:
+                with urllib.request.urlopen(url, timeout=60) as reply, atomic_file(file) as part:
+                    with part.open("wb") as out:
+                        shutil.copyfileobj(reply, out)
+                    announced = reply.headers.get("Content-Length")
+                    if announced is not None and part.stat().st_size != int(announced):
+                        raise OSError(f"the connection ended after {part.stat().st_size} of {announced} bytes")
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 raise TaskError(f"cannot download {url}: {error}; fetch it yourself and give the file") from error
         return file
     file = Path(data).expanduser()

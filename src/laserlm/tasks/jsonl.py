@@ -6,6 +6,7 @@ Fields: ``prompt`` and ``answer``; optionally ``choices`` (a list that holds the
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from laserlm.errors import TaskError
@@ -25,21 +26,22 @@ def examples(file: Path) -> list[Example]:
     lines: dict[str, int] = {}
     for number, row in json_lines(file):
         where = f"{file}, line {number}"
+        row = {name: value for name, value in row.items() if value is not None or name in ("prompt", "answer")}
         answer = field(row, "answer", str, where)
-        choices = tuple(field(row, "choices", list, where)) if row.get("choices") is not None else ()
+        choices = tuple(field(row, "choices", list, where)) if "choices" in row else ()
         if not all(isinstance(c, str) and c.strip() for c in choices) or len(set(choices)) != len(choices):
             raise TaskError(f"{where}: the field 'choices' must be a list of different texts, got {choices!r:.80}")
-        if choices and (answer not in choices or len(choices) < 2):
+        if "choices" in row and (answer not in choices or len(choices) < 2):
             raise TaskError(f"{where}: 'choices' must hold the answer {answer!r} and one more at least, got {choices!r:.80}")
         if rows and bool(choices) != bool(rows[0].choices):
             raise TaskError(f"{where}: some rows have 'choices' and some have not; put them in two files")
-        id_ = str(row.get("id", number))
+        id_ = str(row.get("id", f"line {number}"))
         if id_ in lines:
             raise TaskError(f"{where}: the id {id_!r} stands on line {lines[id_]} too; ids must differ")
         lines[id_] = number
         popularity = row.get("popularity")
-        if popularity is not None and not isinstance(popularity, int | float):
-            raise TaskError(f"{where}: the field 'popularity' must be a number, got {popularity!r:.60}")
+        if popularity is not None and not (type(popularity) in (int, float) and math.isfinite(popularity)):
+            raise TaskError(f"{where}: the field 'popularity' must be a finite number, got {popularity!r:.60}")
         rows.append(
             Example(
                 id=id_,

@@ -25,7 +25,8 @@ def examples() -> list[Example]:
             prompt=(prompt := template.replace("{}", row["subject"]))[0].upper() + prompt[1:],
             answer=row["answer"],
             group=row["relation"],
-            fact=row["id"],
+            # "The capital of France is" and "Paris is the capital of" are one fact, which no split may separate.
+            fact=" | ".join(sorted((row["subject"].lower(), row["answer"].lower()))),
             popularity=float(row["popularity"]) if row["popularity"] else None,
         )
         for row in rows

@@ -1,0 +1,276 @@
+"""Examples, and the rules by which they are split."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from laserlm.errors import TaskError
+from laserlm.tasks import Example, Task
+from laserlm.tasks import task as task_by_name
+
+PUBLISHED = {
+    65_757: 13_151,
+    14_618: 2_923,
+    13_086: 2_617,
+    39_642: 7_928,
+    19_223: 3_844,
+    5_882: 1_176,
+    2_000: 400,
+    20_321: 4_064,
+}
+"""Rows of the published tasks, and how many of them are validation."""
+
+
+def rows(n: int) -> list[Example]:
+    """Return n examples that phrase n facts."""
+    return [Example(id=f"q{i}", prompt=f"Question {i}:", answer=f"answer {i}") for i in range(n)]
+
+
+def phrased(facts: int, phrasings: int = 3) -> list[Example]:
+    """Return facts phrased several times each, in an order that mixes them."""
+    return [
+        Example(id=f"f{f}/{i}", prompt=f"Phrasing {i} of {f}:", answer=f"answer {f}", fact=f"f{f}")
+        for i in range(phrasings)
+        for f in range(facts)
+    ]
+
+
+def facts_of(split: Any) -> set[str]:
+    """Return the facts that a split holds."""
+    return {e.fact for e in split}
+
+
+@pytest.mark.parametrize("n", [*range(1, 60), 190])
+def test_the_paper_split_takes_the_first_fifth_in_file_order(n: int) -> None:
+    examples = rows(n)
+    task = Task.of("t", examples, split="paper")
+    cut = int(0.2 * n)
+    assert [e.id for e in task.validation] == [e.id for e in examples[:cut]]
+    assert [e.id for e in task.test] == [e.id for e in examples[cut:]]
+
+
+@pytest.mark.parametrize(("n", "validation"), PUBLISHED.items())
+def test_the_paper_split_has_the_published_sizes(n: int, validation: int) -> None:
+    task = Task.of("t", rows(n), split="paper")
+    assert (len(task.validation), len(task.test), len(task.every)) == (validation, n - validation, n)
+
+
+def test_a_fifth_rounded_down_is_the_published_int_of_two_tenths_at_every_size() -> None:
+    sizes = range(70_001)
+    assert [n // 5 for n in sizes] == [int(0.2 * n) for n in sizes]
+
+
+def test_the_paper_split_pays_no_heed_to_seed_or_facts() -> None:
+    examples = phrased(10)
+    first, second = (Task.of("t", examples, split="paper", seed=seed) for seed in (0, 1))
+    assert first.validation.examples == second.validation.examples
+    assert [e.id for e in first.validation] == [f"f{f}/0" for f in range(6)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("facts", "phrasings"), [(2, 1), (2, 3), (9, 3), (10, 3), (50, 2)])
+def test_a_shuffled_split_is_disjoint_and_complete_and_no_fact_straddles_it(facts: int, phrasings: int, seed: int) -> None:
+    examples = phrased(facts, phrasings)
+    task = Task.of("t", examples, seed=seed)
+    assert not facts_of(task.validation) & facts_of(task.test)
+    assert facts_of(task.validation) | facts_of(task.test) == {f"f{f}" for f in range(facts)}
+    assert sorted(e.id for e in [*task.validation, *task.test]) == sorted(e.id for e in examples)
+
+
+@pytest.mark.parametrize(
+    ("facts", "validation"), [(1, 0), (2, 1), (4, 1), (5, 1), (9, 1), (10, 2), (14, 2), (15, 3), (101, 20)]
+)
+def test_a_fifth_of_the_facts_and_at_least_one_of_two_is_validation(facts: int, validation: int) -> None:
+    task = Task.of("t", phrased(facts))
+    assert len(facts_of(task.validation)) == validation
+    assert len(task.validation) == 3 * validation
+    assert len(task.test) == 3 * (facts - validation)
+
+
+def test_the_same_seed_gives_the_same_shuffled_split_and_another_seed_another() -> None:
+    examples = rows(100)
+    first, again, other = (Task.of("t", examples, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first.validation.hash == again.validation.hash
+    assert facts_of(first.validation) != facts_of(other.validation)
+    assert [e.id for e in first.test] != [e.id for e in other.test]
+    assert first.every == other.every
+
+
+def test_a_shuffled_split_is_no_run_of_the_file() -> None:
+    validation = Task.of("t", rows(100)).validation
+    places = [int(e.id[1:]) for e in validation]
+    assert places != sorted(places)
+    assert max(places) - min(places) > 50
+
+
+def test_over_seeds_every_fact_has_its_turn_in_validation() -> None:
+    examples = rows(10)
+    turns = [e.id for seed in range(200) for e in Task.of("t", examples, seed=seed).validation]
+    counts = [turns.count(e.id) for e in examples]
+    assert sum(counts) == 400
+    assert min(counts) >= 20  # 40 expected with a standard deviation of 6
+    assert max(counts) <= 60
+
+
+def test_the_place_of_a_fact_does_not_depend_on_the_other_facts() -> None:
+    every, some = Task.of("t", rows(60)), Task.of("t", rows(60)[::3])
+    kept = {e.id for e in some.every}
+    order = [e.id for e in [*every.validation, *every.test]]
+    assert [e.id for e in [*some.validation, *some.test]] == [id_ for id_ in order if id_ in kept]
+
+
+def test_a_shuffled_split_does_not_depend_on_the_order_of_the_file() -> None:
+    examples = rows(60)
+    mixed = random.Random(5).sample(examples, len(examples))
+    assert Task.of("t", mixed).validation.examples == Task.of("t", examples).validation.examples
+    assert Task.of("t", mixed).test.hash == Task.of("t", examples).test.hash
+
+
+def test_the_phrasings_of_a_fact_stay_together_and_in_file_order() -> None:
+    task = Task.of("t", phrased(10))
+    for split in (task.validation, task.test):
+        ids = [e.id for e in split]
+        assert ids == [f"{fact}/{i}" for fact in dict.fromkeys(e.fact for e in split) for i in range(3)]
+
+
+def test_the_shuffled_split_is_the_same_in_every_process() -> None:
+    code = (
+        "from laserlm.tasks import Example, Task\n"
+        "task = Task.of('t', [Example(id=f'q{i}', prompt='p', answer='a') for i in range(40)])\n"
+        "print([e.id for e in task.validation])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("1", "2")
+    }
+    here = [e.id for e in Task.of("t", [Example(id=f"q{i}", prompt="p", answer="a") for i in range(40)]).validation]
+    assert outputs == {f"{here}\n"}
+
+
+@pytest.mark.parametrize("split", ["paper", "shuffled"])
+def test_the_rewrite_phrasing_is_the_first_of_each_fact_in_file_order(split: Any) -> None:
+    task = Task.of("t", phrased(10), split=split, phrasings="rewrite")
+    assert [e.id for e in task.every] == [f"f{f}/0" for f in range(10)]
+    assert len(task.validation) == 2
+    assert len(task.test) == 8
+    assert all(e.id.endswith("/0") for e in [*task.validation, *task.test])
+
+
+def test_dropping_phrasings_moves_no_fact_across_the_shuffled_split() -> None:
+    examples = phrased(20)
+    assert facts_of(Task.of("t", examples).validation) == facts_of(Task.of("t", examples, phrasings="rewrite").validation)
+
+
+def test_an_example_without_a_fact_is_a_fact_of_its_own() -> None:
+    assert [e.fact for e in Task.of("t", rows(3)).every] == ["q0", "q1", "q2"]
+
+
+@pytest.mark.parametrize("split", ["paper", "shuffled"])
+def test_two_examples_with_one_id_are_refused(split: Any) -> None:
+    with pytest.raises(TaskError) as caught:
+        Task.of("twins", [*rows(6), rows(4)[3]], split=split)
+    assert "'twins'" in str(caught.value)
+    assert "'q3'" in str(caught.value)
+    assert "must differ" in str(caught.value)
+
+
+def test_a_task_without_examples_is_refused() -> None:
+    with pytest.raises(TaskError, match="'nothing' has no examples; check the file"):
+        Task.of("nothing", [])
+
+
+@pytest.mark.parametrize("settings", [{"split": "random"}, {"phrasings": "first"}])
+def test_an_unknown_rule_is_refused_with_those_there_are(settings: dict[str, Any]) -> None:
+    with pytest.raises(TaskError) as caught:
+        Task.of("t", rows(3), **settings)
+    assert repr(*settings.values()) in str(caught.value)
+    assert "write one of" in str(caught.value)
+
+
+def test_a_limit_keeps_the_first_examples_of_a_split() -> None:
+    split = Task.of("t", rows(50)).test
+    assert split.limit(3).examples == split.examples[:3]
+    assert split.limit(1000).examples == split.examples
+    assert split.limit(None) == split
+    assert (split.limit(3).task, split.limit(3).name, split.limit(3).scorer) == (split.task, split.name, split.scorer)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_a_limit_below_one_is_refused(n: int) -> None:
+    with pytest.raises(TaskError, match=f"a limit of {n} leaves no example; write 1 or more"):
+        Task.of("t", rows(5)).test.limit(n)
+
+
+def test_splits_go_by_name() -> None:
+    task = Task.of("t", rows(10), scorer="choice", source="made up")
+    for name, split in (("validation", task.validation), ("test", task.test), ("all", task.every)):
+        assert task.split(name) is split
+        assert (split.name, split.task, split.scorer) == (name, "t", "choice")
+        assert len(split) == len(list(split)) == len(split.examples)
+    assert task.source == "made up"
+    with pytest.raises(TaskError, match="no split 'train'; there are validation, test and all"):
+        task.split("train")
+
+
+def test_the_hash_of_a_split_is_of_its_content_and_order_alone() -> None:
+    examples = rows(10)
+    split = Task.of("t", examples, split="paper").every
+    assert split.hash == Task.of("another name", rows(10), scorer="choice").every.hash
+    assert split.hash != Task.of("t", examples[::-1]).every.hash
+    assert split.hash != split.limit(9).hash
+    assert len(split.hash) == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "q"},
+        {"prompt": "Question 4: "},
+        {"answer": "Answer 4"},
+        {"choices": ("answer 4", "no")},
+        {"group": "g"},
+        {"fact": "q3"},
+        {"popularity": 1.0},
+    ],
+    ids=lambda change: str(*change),
+)
+def test_a_change_of_any_field_changes_the_hash(change: dict[str, Any]) -> None:
+    examples = rows(6)
+    changed = [*examples[:4], replace(examples[4], **change), examples[5]]
+    assert Task.of("t", examples).every.hash != Task.of("t", changed).every.hash
+
+
+def test_neighbouring_fields_do_not_run_together_in_the_hash() -> None:
+    first = Task.of("t", [Example(id="q", prompt="The sea", answer="is blue")]).every
+    second = Task.of("t", [Example(id="q", prompt="The sea is", answer="blue")]).every
+    assert first.hash != second.hash
+
+
+@pytest.mark.parametrize("name", ["trivia", "", "jsonl", "jsonl:", "counterfact:file.json", "WorldFacts"])
+def test_an_unknown_task_is_told_the_names_there_are(name: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        task_by_name(name)
+    assert f"no task {name!r}; there are worldfacts, counterfact (with data) and jsonl:FILE" in str(caught.value)
+
+
+def test_counterfact_without_its_file_says_where_to_get_it() -> None:
+    with pytest.raises(TaskError) as caught:
+        task_by_name("counterfact")
+    assert "--data counterfact.json" in str(caught.value)
+    assert "https://rome.baulab.info/data/dsets/counterfact.json" in str(caught.value)
+
+
+def test_an_unknown_scorer_is_refused() -> None:
+    scorer: Any = "best_guess"
+    with pytest.raises(TaskError, match="'best_guess'"):
+        Task.of("t", rows(3), scorer=scorer)
