@@ -196,7 +196,7 @@ def test_what_is_typed_by_others_shows_as_text(run: Run, folder: Path) -> None:
         (["evaluate", "MODEL", "--task", "jsonl:/no/file"], 1, "no data file '/no/file'"),
         (["evaluate", "MODEL", "--task", "nothing"], 1, "no task 'nothing'; there are worldfacts"),
         (["evaluate", "MODEL", "--split", "train"], 1, "no split 'train'; there are validation, test and all"),
-        (["evaluate", "MODEL", "--scorer", "f1"], 1, "no scorer 'f1'"),
+        (["evaluate", "MODEL", "--scorer", "f1"], 1, "cannot take 'f1'; write one of next_token"),
         (["evaluate", "MODEL", "--limit", "0"], 2, "--limit"),
         (["evaluate", "/no/model"], 1, "cannot load '/no/model'"),
         (["search", "MODEL", "--metric", "luck"], 1, "no metric 'luck'; there are accuracy, loss"),

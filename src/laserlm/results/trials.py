@@ -25,10 +25,9 @@ CHUNK = 500  # values in one query; SQLite before 3.32 takes 999
 def check(evaluation: Evaluation, examples: Sequence[Example]) -> None:
     """Raise a StoreError unless the scores are those of the examples, in their order, and are numbers."""
     trial = f"the evaluation of {evaluation.intervention or 'the unchanged model'!r} on {evaluation.split}"
-    if not evaluation.scores or len(examples) != evaluation.n:
+    if len(examples) != evaluation.n:
         raise StoreError(
-            f"{trial} has {evaluation.n} scores for {len(examples)} examples; "
-            "record at least one, with the examples it was made from"
+            f"{trial} has {evaluation.n} scores for {len(examples)} examples; record the examples it was made from"
         )
     for position, (score, example) in enumerate(zip(evaluation.scores, examples, strict=True)):
         if (score.id, score.group) != (example.id, example.group):
