@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -47,6 +48,6 @@ def provenance(*, device: str, dtype: str, seed: int | None = None) -> dict[str,
         "device": device,
         "dtype": dtype,
         "seed": seed,
-        "command": sys.argv,
+        "command": [re.sub(r"//[^/@]*@", "//***@", argument) for argument in sys.argv],  # URLs may hold passwords
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -274,7 +274,7 @@ NAMED_GRIDS = {
 
 @dataclass(frozen=True)
 class Grid:
-    """The candidates of a search as text; see ``search.candidates`` for what it means on a model.
+    """The candidates of a search as text; see ``searching.candidates`` for what it means on a model.
 
     Source: the named grids are arXiv 2312.13558, table 5 (``paper``; ``mlp`` adds the gated up-projection) and the
     finer sets of later work (``fine``).

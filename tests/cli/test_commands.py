@@ -198,6 +198,9 @@ def test_what_is_typed_by_others_shows_as_text(run: Run, folder: Path) -> None:
         (["evaluate", "MODEL", "--split", "train"], 1, "no split 'train'; there are validation, test and all"),
         (["evaluate", "MODEL", "--scorer", "f1"], 1, "cannot take 'f1'; write one of next_token"),
         (["evaluate", "MODEL", "--limit", "0"], 2, "--limit"),
+        (["evaluate", "MODEL", "--scores", "/no/folder/scores.jsonl"], 2, "no folder /no/folder"),
+        (["evaluate", "/no/model", "--reduce", "1.fc_in"], 1, "cannot read the reduction"),
+        (["evaluate", "MODEL", "--device", "gpu"], 1, "no device 'gpu' here"),
         (["evaluate", "/no/model"], 1, "cannot load '/no/model'"),
         (["search", "MODEL", "--metric", "luck"], 1, "no metric 'luck'; there are accuracy, loss"),
         (["search", "MODEL", "--store", "/dev/null/runs.db"], 1, "--store"),
@@ -276,6 +279,19 @@ def test_setup_says_where_the_bundled_model_is(run: Run, monkeypatch: pytest.Mon
     code, out, _ = run("setup", "--cache", tmp_path, "--json")
     assert code == 0
     assert json.loads(out)["folder"] == str(tmp_path / "models")
+
+
+def test_a_password_in_a_database_url_is_not_shown() -> None:
+    from laserlm.cli.options import shown
+
+    assert shown("postgresql://me:secret@host/db") == "postgresql://***@host/db"
+    assert shown("/home/me@work/runs.db") == "/home/me@work/runs.db"
+
+
+def test_one_example_gives_json_that_any_reader_takes(run: Run, folder: Path, questions: Path) -> None:
+    asked = ("evaluate", folder, "--task", f"jsonl:{questions}", "--limit", 1, "--reduce", "1.fc_in@0.5", "--compare", "--json")
+    found = json.loads(run(*asked)[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["comparison"]["loss_interval"] is None
 
 
 def test_version(run: Run) -> None:

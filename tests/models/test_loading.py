@@ -59,6 +59,30 @@ def test_the_wrong_head_is_refused_and_the_right_one_named(make: Make, tmp_path:
         load(folder, kind="casual")  # type: ignore[arg-type]
 
 
+def test_a_checkpoint_that_names_no_class_takes_the_heads_of_its_family(make: Make, tmp_path: Path) -> None:
+    folder = saved(make("bert"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(folder).kind == load(folder, kind="masked").kind == "masked"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:17", "xpu"])
+def test_a_device_that_is_not_here_is_told_with_those_that_are(device: str, llama: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"no device '{device}' here; there are cpu"):
+        load(saved(llama, tmp_path), device=device)
+
+
+def test_a_file_that_was_cut_short_and_a_folder_without_weights_are_told(llama: LanguageModel, tmp_path: Path) -> None:
+    file = saved(llama, tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ModelError, match="damaged or was cut short"):
+        load(tmp_path)
+    file.unlink()
+    with pytest.raises(ModelError, match="holds no weights"):
+        load(tmp_path)
+
+
 def test_a_body_without_head_loads_for_editing_only(make: Make, tmp_path: Path) -> None:
     lm = make("gpt2")
     lm.model.transformer.save_pretrained(tmp_path)

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import CAUSAL, CROSS, FAMILIES, OTHER, SEQ2SEQ, D
+from families import ATTENTION, CAUSAL, CROSS, FAMILIES, GPT2, GROUPED, OTHER, SEQ2SEQ, T5, D
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import AutoConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from laserlm.editing import applied
 from laserlm.errors import MatrixError, WeightError
@@ -187,6 +187,42 @@ def test_an_unknown_architecture_goes_by_module_path() -> None:
     with applied(lm, "1.mlp.fc_in@r3"):
         assert torch.linalg.matrix_rank(read(lm.model, named(lm, "1.mlp.fc_in"))) == 3
     assert torch.equal(read(lm.model, named(lm, "1.mlp.fc_in")), before)
+
+
+@pytest.mark.parametrize("model_type", ["mt5", "umt5"])
+def test_the_kin_of_t5_have_its_names(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, **T5)
+    lm = LanguageModel(model=AutoModelForSeq2SeqLM.from_config(config), tokenizer=None, name="", kind="encoder-decoder")
+    assert names(lm.matrices, 1, "decoder")[:8] == [*ATTENTION, *CROSS]
+
+
+def test_bart_goes_by_module_path_in_both_stacks() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 40}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **sizes))
+    lm = LanguageModel(model=model, tokenizer=None, name="bart", kind="encoder-decoder")
+    assert {m.stack for m in lm.matrices} == {"model.encoder.layers", "model.decoder.layers"}
+    assert {m.name for m in lm.matrices if "decoder" in m.stack} >= {"encoder_attn.q_proj", "self_attn.q_proj", "fc1"}
+    assert {m.name for m in lm.matrices if "encoder." in m.stack} >= {"self_attn.q_proj", "fc1"}
+
+
+def test_experts_of_an_unknown_layout_are_not_taken_for_gate_and_up() -> None:
+    sizes = GROUPED | {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "num_hidden_layers": 2}
+    lm = causal("gpt_oss", **sizes, layer_types=["full_attention"] * 2)
+    found = names(lm.matrices, 0)
+    assert "experts.1.mlp.experts.gate_up_proj" in found
+    assert not any(name.endswith(("fc_in", "fc_up", "bias")) for name in found)
+
+
+def test_what_is_no_matrix_is_not_listed() -> None:
+    lm = causal("mamba", hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=40, time_step_rank=4)
+    assert names(lm.matrices, 0) == ["mixer.in_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"]
+
+
+def test_cross_attention_of_gpt2_is_listed(make: Make) -> None:
+    lm = causal("gpt2", **GPT2, add_cross_attention=True)
+    expected = ["cross_q_proj", "cross_kv", "cross_k_proj", "cross_v_proj", "cross_out_proj"]
+    assert [n for n in names(lm.matrices, 2) if n.startswith("cross")] == expected
 
 
 def test_tied_blocks_are_told(make: Make) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CAUSAL, MASKED, SCORED, SEQ2SEQ, bpe
+from families import CAUSAL, MASKED, SCORED, SEQ2SEQ, SIZES, TOKENIZERS, VOCAB, bpe
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from laserlm.editing import applied
 from laserlm.errors import ModelError, ScoringError, TokenizationError
@@ -245,6 +247,58 @@ def test_memory_that_runs_out_halves_the_batch(llama: LanguageModel, monkeypatch
     assert max(sizes) == 7
     assert [s.correct for s in found.scores] == [s.correct for s in expected.scores]
     assert [s.logprob for s in found.scores] == pytest.approx([s.logprob for s in expected.scores], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", list(CAUSAL))
+def test_padding_is_exact_in_these_families(family: str, make: Make) -> None:
+    lm = make(family)
+    assert lm.pads_exactly is None
+    evaluate(lm, split())
+    assert lm.pads_exactly is True
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("roberta", SIZES | {"is_decoder": True, "pad_token_id": 1, "max_position_embeddings": 130}),
+        ("rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCAB, "context_length": 64}),
+    ],
+)
+def test_models_that_padding_would_change_are_scored_without_it(model_type: str, settings: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    lm = LanguageModel(model=model, tokenizer=TOKENIZERS["causal"](), name=model_type, kind="causal")
+    found = evaluate(lm, split())
+    assert lm.pads_exactly is False
+    for score, (prompt, answer) in zip(found.scores, PROMPTS, strict=True):
+        assert score.logprob == pytest.approx(sum(by_hand(lm, prompt, answer)[0]), abs=1e-4)
+
+
+def test_a_decoder_that_begins_with_two_tokens_is_scored_after_both(make: Make) -> None:
+    lm = make("t5")
+    lm.model.generation_config.forced_bos_token_id = 7
+    found = evaluate(lm, split())
+    tok = lm.need_tokenizer()
+    prompt, answer = PROMPTS[0]
+    targets = tok(answer, add_special_tokens=False).input_ids
+    source = torch.tensor([tok(prompt).input_ids])
+    with torch.no_grad():
+        logits = lm.model(input_ids=source, decoder_input_ids=torch.tensor([[0, 7, *targets[:-1]]])).logits[0, 1:]
+    expected = sum(logits.log_softmax(-1)[i, t].item() for i, t in enumerate(targets))
+    assert found.scores[0].logprob == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_masked_model_has_one_mask_for_the_next_token(make: Make) -> None:
+    lm = make("bert")
+    example = Example("0", "Rome is", "a city in Italy")
+    [row] = encode(lm, [example], "next_token")
+    [whole] = encode(lm, [example], "answer")
+    mask = lm.need_tokenizer().mask_token_id
+    assert row.ids.count(mask) == len(row.targets) == 1
+    assert whole.ids.count(mask) == len(whole.targets) > 1
 
 
 def test_progress_is_told_to_the_end(llama: LanguageModel) -> None:

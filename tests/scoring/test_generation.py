@@ -38,8 +38,19 @@ def test_a_batch_continues_as_plain_greedy_decoding_does(family: str, make: Make
     assert generate(lm, PROMPTS, max_new_tokens=6) == expected
 
 
+def test_settings_of_the_checkpoint_do_not_change_greedy_decoding(make: Make) -> None:
+    lm = make("llama")
+    plain = generate(lm, PROMPTS)
+    lm.model.generation_config.num_beams = 3
+    lm.model.generation_config.repetition_penalty = 5.0
+    lm.model.generation_config.no_repeat_ngram_size = 1
+    assert generate(lm, PROMPTS) == plain
+
+
 def test_what_cannot_be_generated_is_told(make: Make, llama: LanguageModel) -> None:
     with pytest.raises(ScoringError, match="does not generate"):
         generate(make("bert"), PROMPTS)
     with pytest.raises(ScoringError, match="nothing to generate"):
         generate(llama, [""])
+    with pytest.raises(ScoringError, match="are more than the 128"):
+        generate(make("gpt2"), PROMPTS, max_new_tokens=128)

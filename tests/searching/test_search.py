@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import laserlm.searching.driver as module
 from laserlm.editing import applied
@@ -136,14 +135,14 @@ def test_a_candidate_that_fails_is_recorded_and_passed_over(
         if lm.intervention == "0.fc_up@0.5":
             raise ScoringError("a log-probability of nan")
         if lm.intervention == "1.fc_up@0.1":
-            raise torch.OutOfMemoryError("no room")
+            raise ScoringError("no room")
         return evaluate(lm, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "evaluate", broken)
     found = search(llama, task, grid=GRID, store=tmp_path / "runs.db")
     assert found.failed == {
         "0.fc_up@0.5": "ScoringError: a log-probability of nan",
-        "1.fc_up@0.1": "OutOfMemoryError: no room",
+        "1.fc_up@0.1": "ScoringError: no room",
     }
     with Store.open(tmp_path / "runs.db") as store:
         assert {t.intervention for t in store.trials(found.run) if t.status == "failed"} == set(found.failed)
@@ -152,7 +151,20 @@ def test_a_candidate_that_fails_is_recorded_and_passed_over(
 def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
     steps: list[Step] = []
     search(llama, task, grid="1.fc_in@0.5,0.1", on_step=steps.append)
-    assert [(s.done, s.total, s.last) for s in steps] == [(0, 2, ""), (1, 2, "1.fc_in@0.5"), (2, 2, "1.fc_in@0.1")]
+    best = steps[-1].best.intervention
+    tried = ["", "1.fc_in@0.5", "1.fc_in@0.1", "", best]
+    assert [(s.done, s.total, s.last) for s in steps] == [(i + 1, 5, text) for i, text in enumerate(tried)]
+
+
+def test_a_search_begins_with_the_unchanged_model(llama: LanguageModel, task: Task, tmp_path: Path) -> None:
+    search(llama, task, grid="1.fc_in@0.5", store=tmp_path / "runs.db")
+    with applied(llama, "0.mlp@0.1"), pytest.raises(ScoringError, match=r"changed by 0\.mlp@0\.1"):
+        search(llama, task, grid="1.fc_in@0.5", store=tmp_path / "runs.db")
+
+
+def test_tied_blocks_are_one_candidate_and_one_edit(llama: LanguageModel) -> None:
+    llama.model.model.layers[2] = llama.model.model.layers[1]
+    assert [str(c) for c in expand("all.fc_in@0.5", llama.matrices)] == ["0.fc_in@0.5", "1.fc_in@0.5"]
 
 
 def test_a_search_needs_both_splits(llama: LanguageModel) -> None:

@@ -131,8 +131,8 @@ def reference_truncation(weight: Tensor, rank: int, *, niter: int = 2, seed: int
         raise ValueError(f"rank {rank} is not within 0 to {min(weight.shape)}")
     if rank == 0:
         return torch.zeros_like(weight)
-    devices = [weight.device] if weight.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    # A seed set here is set on every device.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         U, S, V = torch.svd_lowrank(weight, q=rank, niter=niter)
     return (U * S) @ V.T

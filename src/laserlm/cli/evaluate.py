@@ -31,12 +31,16 @@ def evaluate(
     from laserlm.editing import applied
     from laserlm.scoring.evaluate import compare as compare_
     from laserlm.scoring.evaluate import evaluate as evaluate_
+    from laserlm.spec import Intervention
 
+    intervention = Intervention.parse(reduce or [])  # before the model is loaded
     examples = task.split(split, limit)
+    if scores is not None and not scores.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no folder {scores.absolute().parent} to write the scores in")
     lm = model.load()
     found = []
-    for intervention in ["", reduce or []] if compare else [reduce or []]:
-        with applied(lm, intervention), bar(f"scoring {lm.intervention or 'the unchanged model'}") as advance:
+    for applied_now in [Intervention(), intervention] if compare else [intervention]:
+        with applied(lm, applied_now), bar(f"scoring {lm.intervention or 'the unchanged model'}") as advance:
             found.append(
                 evaluate_(lm, examples, batch_size=task.batch_size, on_progress=lambda done, total: advance(done, total, ""))
             )

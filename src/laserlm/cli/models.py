@@ -75,8 +75,8 @@ def generate(
     from laserlm.scoring.generation import generate as continue_
     from laserlm.spec import Intervention
 
+    intervention = Intervention.parse(reduce or [])  # before the model is loaded
     lm = model.load()
-    intervention = Intervention.parse(reduce or [])
     variants = {"base": Intervention()}
     if intervention:
         variants |= {"edited": intervention, "bottom only": complement(lm.matrices, intervention)}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, TaskOptions, print_json, with_options
+from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, TaskOptions, print_json, shown, with_options
 from laserlm.cli.progress import bar, say
 
 if TYPE_CHECKING:
@@ -44,17 +45,19 @@ def search(
     from dataclasses import replace
 
     from laserlm.searching import search as search_
+    from laserlm.spec import Grid
 
+    wanted = Grid.parse(grid)  # before the model is loaded
     whole = task.make()
     made = replace(whole, validation=whole.validation.limit(limit), test=whole.test.limit(limit))
     lm = model.load()
-    say(f"results are kept in {store}")
+    say(f"results are kept in {shown(store)}")
     with _shown() as on_step:
         chosen: Any = metric
         found = search_(
             lm,
             made,
-            grid=grid,
+            grid=wanted,
             metric=chosen,
             store=store,
             batch_size=task.batch_size,
@@ -68,7 +71,12 @@ def search(
         _print_found(found)
 
 
-def demo(store: Store = STORE_DEFAULT, restart: Restart = False, json: Json = False) -> None:
+def demo(
+    cache: Annotated[Path | None, typer.Option(envvar="LASER_CACHE", help="Folder with the converted model.")] = None,
+    store: Store = STORE_DEFAULT,
+    restart: Restart = False,
+    json: Json = False,
+) -> None:
     """Run the whole job on the bundled model and facts: search, prove on held-out facts, show.
 
     Example: laser demo
@@ -81,7 +89,7 @@ def demo(store: Store = STORE_DEFAULT, restart: Restart = False, json: Json = Fa
     from laserlm.tasks import task
 
     start = time.monotonic()
-    lm = load("bundled")
+    lm = load("bundled", cache=cache)
     whole = task("worldfacts")
     made = replace(whole, validation=whole.validation.limit(DEMO_VALIDATION), test=whole.test.limit(DEMO_TEST))
     blocks = 1 + max(m.layer for m in lm.matrices)
@@ -90,10 +98,11 @@ def demo(store: Store = STORE_DEFAULT, restart: Restart = False, json: Json = Fa
         print(
             f"SmolLM2-135M-Instruct on worldfacts: {DEMO_VALIDATION} questions to choose on, "
             f"{DEMO_TEST} others to measure on.\n"
-            f"Trying each MLP matrix of the last {blocks // 3} of {blocks} blocks, one at a time ({grid})."
+            f"Trying each MLP matrix of the last {blocks // 3} of {blocks} blocks, one at a time ({grid});\n"
+            "the lowest loss wins, since so few questions tell losses apart better than hit rates."
         )
     with _shown() as on_step:
-        found = search_(lm, made, grid=grid, store=store, restart=restart, on_step=on_step)
+        found = search_(lm, made, grid=grid, metric="loss", store=store, restart=restart, on_step=on_step)
     with Results.open(store) as results:
         base = results.evaluation(found.run, "test", "")
         best = results.evaluation(found.run, "test", str(found.best))
@@ -105,7 +114,7 @@ def demo(store: Store = STORE_DEFAULT, restart: Restart = False, json: Json = Fa
         return
     _print_found(found)
     _print_questions(questions)
-    print(f"\nDone in {time.monotonic() - start:.0f} s; run {found.run} in {store}.")
+    print(f"\nDone in {time.monotonic() - start:.0f} s; run {found.run} in {shown(store)}.")
     reduction = f" --reduce {found.best}" if found.best else ""
     print(f'Go on with:\n  laser generate bundled "The capital of France is"{reduction}\n  laser runs show {found.run}')
     print("  laser search MODEL --task jsonl:FILE    (your own model and questions)")
@@ -119,7 +128,7 @@ DEMO_RHO = "0.75,0.25,0.05"
 @contextmanager
 def _shown() -> Iterator[Callable[[Step], None]]:
     """Show a search's steps as a progress bar with the best candidate so far."""
-    with bar("searching", "candidates") as advance:
+    with bar("searching", "evaluations") as advance:
 
         def on_step(step: Step) -> None:
             low, high = step.best.accuracy_interval

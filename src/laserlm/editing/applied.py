@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from laserlm.algebra.decomposition import reference_truncation
 from laserlm.algebra.ranks import rank_of
 from laserlm.editing.cache import DecompositionCache
-from laserlm.errors import MatrixError
+from laserlm.errors import MatrixError, WeightError
 from laserlm.models.architectures import ARCHITECTURES
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read, select, view
@@ -45,9 +45,14 @@ class Edit:
         """Whether every singular value is kept, so that the matrix is left as it is."""
         return self.rank == self.matrix.max_rank
 
+    def repeats(self, other: Edit) -> bool:
+        """Whether this is the same edit of tied weights once more, as where ``all.mlp@0.1`` meets shared blocks."""
+        same = self.matrix.overlaps(other.matrix) and self.matrix.rows == other.matrix.rows
+        return same and self.reduction == other.reduction and self.matrix.path != other.matrix.path
+
 
 def resolve(matrices: Sequence[Matrix], intervention: Text) -> tuple[Edit, ...]:
-    """Return what an intervention means for these matrices, in order.
+    """Return what an intervention means for these matrices; tied weights are edited once.
 
     Raises:
         MatrixError: if it names a matrix that is not there, a rank no chosen matrix has, or one matrix twice (also by
@@ -64,13 +69,14 @@ def resolve(matrices: Sequence[Matrix], intervention: Text) -> tuple[Edit, ...]:
     for edit in edits:
         earlier = by_parameter.setdefault(edit.matrix.tied_to or edit.matrix.path, [])
         for other in earlier:
-            if edit.matrix.overlaps(other.matrix):
+            if edit.matrix.overlaps(other.matrix) and not edit.repeats(other):
                 raise MatrixError(
                     f"{other.matrix.id} of {other.reduction} and {edit.matrix.id} of {edit.reduction} are the same weights; "
                     "reduce a matrix once"
                 )
-        earlier.append(edit)
-    return tuple(edits)
+        if not any(edit.repeats(other) for other in earlier):
+            earlier.append(edit)
+    return tuple(edit for group in by_parameter.values() for edit in group)
 
 
 @contextmanager
@@ -122,10 +128,13 @@ def applied(
 def truncation(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: int = 0) -> Tensor:
     """Return what an edit makes of its matrix: (out, in), in float32 or float64."""
     weight = read(lm.model, edit.matrix)
-    if edit.reduction.method == "reference":
-        row = ARCHITECTURES.get(lm.family)
-        return reference_truncation(weight, edit.rank, niter=row.reference_niter if row else 2, seed=seed)
-    return cache.get(weight).truncate(edit.rank, edit.reduction.keep)
+    try:
+        if edit.reduction.method == "reference":
+            row = ARCHITECTURES.get(lm.family)
+            return reference_truncation(weight, edit.rank, niter=row.reference_niter if row else 2, seed=seed)
+        return cache.get(weight).truncate(edit.rank, edit.reduction.keep)
+    except WeightError as error:
+        raise WeightError(f"cannot reduce {edit.matrix.id} ({edit.matrix.path}): {error}") from None
 
 
 def complement(matrices: Sequence[Matrix], intervention: Text) -> Intervention:

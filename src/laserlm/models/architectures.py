@@ -74,8 +74,16 @@ LLAMA = Architecture(
 )
 GPT2 = Architecture(
     stacks=(("", "h"),),
-    matrices=(("qkv", "attn.c_attn"), ("out_proj", "attn.c_proj"), ("fc_in", "mlp.c_fc"), ("fc_out", "mlp.c_proj")),
-    fused={"qkv": QKV},
+    matrices=(
+        ("qkv", "attn.c_attn"),
+        ("out_proj", "attn.c_proj"),
+        ("cross_q_proj", "crossattention.q_attn"),
+        ("cross_kv", "crossattention.c_attn"),
+        ("cross_out_proj", "crossattention.c_proj"),
+        ("fc_in", "mlp.c_fc"),
+        ("fc_out", "mlp.c_proj"),
+    ),
+    fused={"qkv": QKV, "cross_kv": Fused(("cross_k_proj", "cross_v_proj"), "halves")},
 )
 PHI = Architecture(
     stacks=(("", "layers"),),
@@ -94,6 +102,24 @@ BERT = Architecture(
         ("out_proj", "attention.output.dense"),
         ("fc_in", "intermediate.dense"),
         ("fc_out", "output.dense"),
+    ),
+)
+T5 = Architecture(
+    stacks=(("encoder", "encoder.block"), ("decoder", "decoder.block")),
+    matrices=(
+        ("q_proj", "layer.0.SelfAttention.q"),
+        ("k_proj", "layer.0.SelfAttention.k"),
+        ("v_proj", "layer.0.SelfAttention.v"),
+        ("out_proj", "layer.0.SelfAttention.o"),
+        ("cross_q_proj", "layer.1.EncDecAttention.q"),
+        ("cross_k_proj", "layer.1.EncDecAttention.k"),
+        ("cross_v_proj", "layer.1.EncDecAttention.v"),
+        ("cross_out_proj", "layer.1.EncDecAttention.o"),
+        *(
+            (name, f"layer.{place}.DenseReluDense.{module}")
+            for place in (1, 2)
+            for name, module in (("fc_in", "wi"), ("fc_in", "wi_0"), ("fc_up", "wi_1"), ("fc_out", "wo"))
+        ),
     ),
 )
 SHARED = (LLAMA, PHI, OPT, BERT)
@@ -151,23 +177,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": OPT,
     "bert": BERT,
     "roberta": Architecture(BERT.stacks, BERT.matrices, reference_niter=20),
-    "t5": Architecture(
-        stacks=(("encoder", "encoder.block"), ("decoder", "decoder.block")),
-        matrices=(
-            ("q_proj", "layer.0.SelfAttention.q"),
-            ("k_proj", "layer.0.SelfAttention.k"),
-            ("v_proj", "layer.0.SelfAttention.v"),
-            ("out_proj", "layer.0.SelfAttention.o"),
-            ("cross_q_proj", "layer.1.EncDecAttention.q"),
-            ("cross_k_proj", "layer.1.EncDecAttention.k"),
-            ("cross_v_proj", "layer.1.EncDecAttention.v"),
-            ("cross_out_proj", "layer.1.EncDecAttention.o"),
-            *(
-                (name, f"layer.{place}.DenseReluDense.{module}")
-                for place in (1, 2)
-                for name, module in (("fc_in", "wi"), ("fc_in", "wi_0"), ("fc_up", "wi_1"), ("fc_out", "wo"))
-            ),
-        ),
-    ),
+    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
 }
 """Families by ``config.model_type``."""

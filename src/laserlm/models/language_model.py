@@ -12,7 +12,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from laserlm.errors import ModelError
+from laserlm.errors import ModelError, WeightError
 from laserlm.models.matrices import Matrix, find_matrices
 from laserlm.paths import cache_folder
 
@@ -32,6 +32,7 @@ class LanguageModel:
         kind: ``causal``, ``masked``, ``encoder-decoder``, or ``headless`` for one that predicts no tokens.
         revision: the hub's commit, or None.
         cache: folder for decompositions and converted models.
+        pads_exactly: whether left-padded batches score as single sequences do; None until the first scoring found out.
         active: interventions applied at the moment, outermost first.
     """
 
@@ -41,6 +42,7 @@ class LanguageModel:
     kind: Kind
     revision: str | None = None
     cache: Path = field(default_factory=cache_folder)
+    pads_exactly: bool | None = None
     active: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -50,8 +52,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """The device that takes the inputs."""
-        return self.model.device
+        """The device that takes the inputs: that of the first weights in memory."""
+        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,17 +70,24 @@ class LanguageModel:
         """Every weight matrix of every block."""
         return find_matrices(self.model)
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """Sha256 over the unchanged weights (names, shapes, dtypes, bytes), under which results are kept.
 
         Raises:
-            ModelError: if an intervention is applied when the hash is first asked for.
+            ModelError: if an intervention is applied at the moment.
+            WeightError: if some weights are offloaded and not in memory.
         """
         if self.active:
-            raise ModelError(f"the weights are changed by {' and '.join(self.active)}; take the hash before applying it")
+            raise ModelError(f"the weights are changed by {self.intervention}; leave the 'with applied' block first")
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict(keep_vars=False).items()):
+            if tensor.device.type == "meta":
+                raise WeightError(f"{name} is offloaded and not in memory; load the model with a device_map that holds it")
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()

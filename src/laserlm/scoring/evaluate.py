@@ -33,9 +33,11 @@ def evaluate(
         lm: the model, under whatever intervention is applied at the moment.
         split: the examples.
         scorer: None takes the task's own. ``next_token``: the most likely next token, decoded, is the answer, case and
-            outer spaces aside (PROTOCOL of arXiv 2312.13558). ``first_token``: it is the answer's first token, and only
-            that token counts for the loss. ``answer``: greedy decoding gives all of the answer's tokens. ``choice``: the
-            answer has a strictly higher log-probability, summed over its tokens, than every other choice.
+            outer spaces aside (arXiv 2312.13558); a masked model has one mask, and its loss is of the answer's first token.
+            ``first_token``: it is the answer's first token, and only that token counts for the loss. ``answer``: the most
+            likely tokens are all of the answer's, as greedy decoding would give them (a masked model fills one mask for
+            each at once). ``choice``: the answer has a strictly higher log-probability, summed over its tokens, than
+            every other choice.
         batch_size: sequences in one forward pass; halved where memory runs out.
         on_progress: called with the number of sequences done and their total.
 
@@ -141,7 +143,8 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        return {**asdict(self), "interval": list(self.interval), "loss_interval": list(self.loss_interval)}
+        loss_interval = list(self.loss_interval) if math.isfinite(self.loss_interval.low) else None  # a single pair
+        return {**asdict(self), "interval": list(self.interval), "loss_interval": loss_interval}
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.encoding import Row
 
@@ -36,17 +37,27 @@ class Outcome:
 
 @torch.no_grad()
 def run_rows(lm: LanguageModel, rows: Sequence[Row], batch_size: int, on_progress: Progress | None = None) -> list[Outcome]:
-    """Return the outcome of every row, in their order; rows are batched by length, and a batch that does not fit is halved."""
+    """Return the outcome of every row, in their order; rows are batched by length, and a batch that does not fit is halved.
+
+    Raises:
+        ScoringError: if a single row does not fit into memory.
+    """
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     outcomes: dict[int, Outcome] = {}
-    pending = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][::-1]
+    if lm.kind == "causal" and lm.pads_exactly is None:
+        lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
+    lengths = [order] if lm.kind != "causal" or lm.pads_exactly else _by_length(rows, order)
+    pending = [same[i : i + batch_size] for same in lengths for i in range(0, len(same), batch_size)][::-1]
     while pending:
         batch = pending.pop()
         try:
             found = _run_batch(lm, [rows[i] for i in batch])
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if len(batch) == 1:
-                raise
+                raise ScoringError(
+                    f"a single row of {len(rows[batch[0]].ids)} tokens does not fit into the memory of {lm.device}: {error}; "
+                    "load the model with a smaller dtype, or spread it with a device_map"
+                ) from error
             torch.cuda.empty_cache()
             pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
             continue
@@ -54,6 +65,28 @@ def run_rows(lm: LanguageModel, rows: Sequence[Row], batch_size: int, on_progres
         if on_progress is not None:
             on_progress(len(outcomes), len(rows))
     return [outcomes[i] for i in range(len(rows))]
+
+
+def _by_length(rows: Sequence[Row], order: Sequence[int]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for i in order:
+        groups.setdefault(len(rows[i].ids), []).append(i)
+    return list(groups.values())
+
+
+def _pads_exactly(lm: LanguageModel, long: Row, short: Row) -> bool:
+    """Find out whether a short row, padded on the left beside a long one, scores as it does alone in a plain pass.
+
+    It does not where a model carries a state through the padding, or counts positions in a way of its own.
+    """
+    if len(short.ids) == len(long.ids) and long.places[0] > 0:
+        short = replace(long, ids=long.ids[1:], places=tuple(p - 1 for p in long.places))
+    lm.pads_exactly = True
+    together = _run_batch(lm, [long, short])[1]
+    lm.pads_exactly = False
+    alone = _run_batch(lm, [short])[0]
+    tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.2
+    return all(abs(a - b) <= tolerance for a, b in zip(together.logprobs, alone.logprobs, strict=True))
 
 
 def _run_batch(lm: LanguageModel, rows: Sequence[Row]) -> list[Outcome]:
@@ -70,7 +103,7 @@ def _run_batch(lm: LanguageModel, rows: Sequence[Row]) -> list[Outcome]:
     starts = torch.tensor(first, device=logits.device)
     at_first = logits[torch.arange(B, device=logits.device), starts]  # (B, V)
     chosen = at_first.gather(-1, options.to(logits.device)) - total.gather(1, starts[:, None])  # (B, O)
-    lists = [x.tolist() for x in (logprobs.double().cpu(), logits.argmax(-1).cpu(), chosen.double().cpu())]
+    lists = [x.cpu().tolist() for x in (logprobs, logits.argmax(-1), chosen)]
     return [
         Outcome(
             logprobs=lists[0][b][first[b] : first[b] + len(row.targets)],
@@ -89,7 +122,7 @@ def _logits_at_places(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Tensor, l
         ids, mask = _padded([r.ids for r in rows], pad, left=True)
         K = max(len(r.places) for r in rows)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in takes:
+        if "position_ids" in takes and lm.pads_exactly:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         if "logits_to_keep" in takes:
             inputs["logits_to_keep"] = K
@@ -100,7 +133,7 @@ def _logits_at_places(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Tensor, l
     if lm.kind == "encoder-decoder":
         decoder, _ = _padded([r.decoder for r in rows], pad, left=False)
         inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder, "use_cache": False}
-        return _call(lm, inputs), [0] * len(rows)
+        return _call(lm, inputs), [r.places[0] for r in rows]
     logits = _call(lm, {"input_ids": ids, "attention_mask": mask})  # (B, T, V)
     K = max(len(r.places) for r in rows)
     places = torch.tensor([[*r.places, *[r.places[-1]] * (K - len(r.places))] for r in rows], device=logits.device)

@@ -49,7 +49,7 @@ class Evaluation:
         model: the model's name.
         task: the task's name.
         split: ``validation``, ``test`` or ``all``.
-        scorer: how an example is scored; see ``laserlm.scoring.scorers``.
+        scorer: how an example is scored; see ``laserlm.scoring.evaluate``.
         intervention: canonical text of what was applied, empty for the unchanged model.
         scores: one for each example, in the order of the split.
         seconds: wall time of the forward passes, decompositions not included.

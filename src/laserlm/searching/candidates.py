@@ -15,8 +15,8 @@ __all__ = ["expand"]
 def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Intervention]:
     """Return the candidates of a grid, by block and matrix, each thing to try once.
 
-    Sizes that keep a whole matrix are left out (they are the unchanged model), and of several that come to one rank the
-    first stays.
+    Sizes that keep a whole matrix are left out (they are the unchanged model), of several that come to one rank the first
+    stays, and of tied weights the first block's.
 
     Raises:
         SpecError: if the grid cannot be read.
@@ -26,7 +26,7 @@ def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Intervention]:
     candidates: dict[tuple[str, int, str, str], Intervention] = {}
     for part in grid.parts:
         for m in select(matrices, part.layers, part.matrix, part.stack):
-            for size in part.sizes:
+            for size in part.sizes if m.tied_to is None else ():
                 rank = rank_of(size, m.max_rank)
                 if rank < m.max_rank:
                     one = Reduction(Layers(first=m.layer, last=m.layer), m.name, size, part.keep, part.method, m.stack)

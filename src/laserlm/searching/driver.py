@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
-from laserlm.editing import DecompositionCache, applied
+from laserlm.algebra.decomposition import ALGORITHM
+from laserlm.editing import applied
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
@@ -28,17 +27,19 @@ from laserlm.tasks import Scorer, Split, Task
 __all__ = ["Found", "Metric", "Step", "search"]
 
 Metric = Literal["accuracy", "loss"]
+SCORING = 1
+"""Goes up when a change of scoring moves scores, so that no run mixes old with new ones."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where a search stands after a candidate, for a progress display.
+    """Where a search stands after an evaluation, for a progress display.
 
     Args:
-        done: candidates scored or failed so far.
-        total: number of candidates.
+        done: evaluations done or failed so far, those of the unchanged model and of the test split included.
+        total: number of them.
         best: the best evaluation so far, the unchanged model's included.
-        last: canonical text of the candidate just finished.
+        last: canonical text of what was scored last.
     """
 
     done: int
@@ -52,7 +53,7 @@ class Found:
     """What a search found.
 
     Args:
-        run: id of the run in the store, empty where there was none.
+        run: id of the run in the store.
         strategy: how candidates were tried.
         best: the intervention that was best on validation; empty if that is the unchanged model.
         candidates: number of candidates tried, the unchanged model not counted.
@@ -119,7 +120,7 @@ def search(
         batch_size: sequences in one forward pass.
         seed: of ``:reference`` decompositions.
         restart: begin anew even where the store has this search already.
-        on_step: called after the baseline and after each candidate.
+        on_step: called after each evaluation.
 
     Raises:
         LaserError: if the grid, the task or the model cannot be used.
@@ -127,6 +128,8 @@ def search(
     """
     if metric not in get_args(Metric):
         raise ScoringError(f"no metric {metric!r}; there are {', '.join(get_args(Metric))}")
+    if lm.active:
+        raise ScoringError(f"the model is changed by {lm.intervention}; a search begins with the unchanged one")
     for split in (task.validation, task.test):
         if not len(split):
             raise ScoringError(f"the {split.name} split of {task.name} is empty; a search needs two facts at least")
@@ -142,6 +145,8 @@ def search(
         "grid": str(Grid.parse(grid)),
         "metric": metric,
         "strategy": "exhaustive",
+        "algorithm": ALGORITHM,
+        "scoring": SCORING,
         "seed": seed,
     }
     start = time.perf_counter()
@@ -153,9 +158,14 @@ def search(
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         run = stack.enter_context(results.run(kind="search", key=key, settings=settings, provenance=made_by, restart=restart))
         trials = _Trials(lm, run, scorer, batch_size, seed)
-        base, best, failed = _choose(trials, task.validation, candidates, metric, on_step)
+        total = len(candidates) + 3
+        base, best, failed = _choose(trials, task.validation, candidates, metric, on_step, total)
         base_test = trials.score(task.test, Intervention())
+        if on_step is not None:
+            on_step(Step(total - 1, total, best, ""))
         best_test = trials.score(task.test, Intervention.parse(best.intervention))
+        if on_step is not None:
+            on_step(Step(total, total, best, best.intervention))
         found = Found(
             run=run.id,
             strategy="exhaustive",
@@ -181,14 +191,11 @@ class _Trials:
     batch_size: int
     seed: int
 
-    def __post_init__(self) -> None:
-        self.cache = DecompositionCache(self.lm.cache / "decompositions")
-
     def score(self, split: Split, intervention: Intervention) -> Evaluation:
         known = self.run.evaluation(split.name, str(intervention))
         if known is not None:
             return known
-        with applied(self.lm, intervention, cache=self.cache, seed=self.seed):
+        with applied(self.lm, intervention, seed=self.seed):
             found = evaluate(self.lm, split, scorer=self.scorer, batch_size=self.batch_size)
         self.run.record(found, split.examples)
         return found
@@ -200,18 +207,19 @@ def _choose(
     candidates: list[Intervention],
     metric: Metric,
     on_step: Callable[[Step], None] | None,
+    total: int,
 ) -> tuple[Evaluation, Evaluation, dict[str, str]]:
     """Return the baseline's evaluation, the best one and the reasons of failed candidates."""
     base = best = trials.score(split, Intervention())
     failed: dict[str, str] = {}
     if on_step is not None:
-        on_step(Step(0, len(candidates), best, ""))
-    for done, candidate in enumerate(candidates, start=1):
+        on_step(Step(1, total, best, ""))
+    for done, candidate in enumerate(candidates, start=2):
         reason = trials.run.failure(split.name, str(candidate))
         if reason is None:
             try:
                 found = trials.score(split, candidate)
-            except (ScoringError, torch.OutOfMemoryError) as error:
+            except ScoringError as error:
                 reason = f"{type(error).__name__}: {error}"
                 trials.run.fail(split.name, str(candidate), reason)
             else:
@@ -219,7 +227,7 @@ def _choose(
         if reason is not None:
             failed[str(candidate)] = reason
         if on_step is not None:
-            on_step(Step(done, len(candidates), best, str(candidate)))
+            on_step(Step(done, total, best, str(candidate)))
     return base, best, failed
 
 

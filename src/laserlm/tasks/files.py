@@ -51,7 +51,7 @@ def json_list(file: Path) -> list[dict[str, Any]]:
         TaskError: if it is not one; the line is named.
     """
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise TaskError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
@@ -67,7 +67,7 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         TaskError: if a line is not a JSON object; the line is named.
     """
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         lines = enumerate(stream, start=1)
         while True:
             try:
@@ -101,4 +101,9 @@ def field(row: Any, path: str, kind: type[Any], where: str) -> Any:
     if not isinstance(value, kind) or (kind is str and not value.strip()):
         wanted = "text that is not empty" if kind is str else f"of type {kind.__name__}"
         raise TaskError(f"{where}: the field '{path}' must be {wanted}, got {value!r:.60}")
+    if kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise TaskError(f"{where}: the field '{path}' holds half a surrogate pair, {value!r:.60}") from None
     return value
