@@ -3,16 +3,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import laserlm.searching.driver as module
 from laserlm.editing import applied
 from laserlm.errors import MatrixError, ScoringError
 from laserlm.models import LanguageModel
 from laserlm.results import Store
-from laserlm.scoring.evaluate import compare, evaluate
+from laserlm.scoring.evaluate import compare, evaluate, evaluate_rows
 from laserlm.searching import Step, expand, search
+from laserlm.searching.frontier import Frontier
 from laserlm.tasks import Example, Task
 
 Make = Callable[..., LanguageModel]
@@ -30,23 +33,30 @@ def task() -> Task:
     return Task.of("made", rows, scorer="first_token")
 
 
+def texts(grid: str, lm: LanguageModel) -> list[str]:
+    return [str(candidate.intervention) for candidate in expand(grid, lm.matrices)]
+
+
 def test_a_grid_means_each_matrix_at_each_rank_once(make: Make) -> None:
     lm = make("llama")
-    assert [str(c) for c in expand("1.attn@0.5,r3", lm.matrices)] == [
+    assert texts("1.attn@0.5,r3", lm) == [
         f"1.{m}@{size}" for m in ("q_proj", "k_proj", "v_proj", "out_proj") for size in ("0.5", "r3")
     ]
     # Of 32 singular values 0.02 and 0.01 keep none, 1 keeps all; k and v have 16.
-    assert [str(c) for c in expand("2.fc_in@1,0.02,0.01,0.5", lm.matrices)] == ["2.fc_in@0.02", "2.fc_in@0.5"]
-    assert [str(c) for c in expand("2.k_proj@0.5+top1.k_proj@r8,r9", lm.matrices)] == ["2.k_proj@0.5", "2.k_proj@r9"]
+    assert texts("2.fc_in@1,0.02,0.01,0.5", lm) == ["2.fc_in@0.02", "2.fc_in@0.5"]
+    assert texts("2.k_proj@0.5+top1.k_proj@r8,r9", lm) == [
+        "2.k_proj@0.5",
+        "2.k_proj@r9",
+    ]
     assert len(expand("paper", lm.matrices)) == 3 * 2 * 8
-    assert str(expand("1.fc_in@r3:bottom", lm.matrices)[0]) == "1.fc_in@r3:bottom"
+    assert str(expand("1.fc_in@r3:bottom", lm.matrices)[0].intervention) == "1.fc_in@r3:bottom"
     with pytest.raises(MatrixError, match="keeps every matrix whole"):
         expand("all.all@1", lm.matrices)
 
 
 def test_experts_and_stacks_are_candidates_of_their_own(make: Make) -> None:
-    assert [str(c) for c in expand("1.fc_up@0.5", make("mixtral").matrices)] == [f"1.experts.{e}.fc_up@0.5" for e in range(3)]
-    assert [str(c) for c in expand("decoder.top1.cross_q_proj@0.5", make("t5").matrices)] == ["decoder.1.cross_q_proj@0.5"]
+    assert texts("1.fc_up@0.5", make("mixtral")) == [f"1.experts.{e}.fc_up@0.5" for e in range(3)]
+    assert texts("decoder.top1.cross_q_proj@0.5", make("t5")) == ["decoder.1.cross_q_proj@0.5"]
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
@@ -56,8 +66,8 @@ def test_the_best_on_validation_wins_and_only_it_meets_the_test_split(
     found = search(llama, task, grid=GRID, metric=metric, store=tmp_path / "runs.db")  # type: ignore[arg-type]
     everything = {"": evaluate(llama, task.validation)}
     for candidate in expand(GRID, llama.matrices):
-        with applied(llama, candidate):
-            everything[str(candidate)] = evaluate(llama, task.validation)
+        with applied(llama, candidate.intervention):
+            everything[str(candidate.intervention)] = evaluate(llama, task.validation)
     if metric == "accuracy":
         best = max(everything, key=lambda text: (everything[text].accuracy, -everything[text].loss))
     else:
@@ -91,14 +101,18 @@ def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
     whole = search(llama, task, grid=GRID, store=tmp_path / "whole.db")
     scored: list[str] = []
 
-    def counted(lm: LanguageModel, *args: object, **kwargs: object) -> object:
-        if len(scored) == 5:
-            scored.append("stopped")
-            raise KeyboardInterrupt
-        scored.append(lm.intervention)
-        return evaluate(lm, *args, **kwargs)  # type: ignore[arg-type]
+    def counted(run: Callable[..., Any]) -> Callable[..., Any]:
+        def count(lm: LanguageModel, *args: Any, **kwargs: Any) -> Any:
+            if len(scored) == 5:
+                scored.append("stopped")
+                raise KeyboardInterrupt
+            scored.append(lm.intervention)
+            return run(lm, *args, **kwargs)
 
-    monkeypatch.setattr(module, "evaluate", counted)
+        return count
+
+    monkeypatch.setattr(module, "evaluate", counted(evaluate))
+    monkeypatch.setattr(module, "evaluate_rows", counted(evaluate_rows))
     with pytest.raises(KeyboardInterrupt):
         search(llama, task, grid=GRID, store=tmp_path / "runs.db")
     assert llama.intervention == ""
@@ -131,14 +145,14 @@ def test_other_weights_rows_or_grids_are_another_search(make: Make, task: Task, 
 def test_a_candidate_that_fails_is_recorded_and_passed_over(
     llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(lm: LanguageModel, *args: object, **kwargs: object) -> object:
+    def broken(lm: LanguageModel, *args: Any, **kwargs: Any) -> Any:
         if lm.intervention == "0.fc_up@0.5":
             raise ScoringError("a log-probability of nan")
         if lm.intervention == "1.fc_up@0.1":
             raise ScoringError("no room")
-        return evaluate(lm, *args, **kwargs)  # type: ignore[arg-type]
+        return evaluate_rows(lm, *args, **kwargs)
 
-    monkeypatch.setattr(module, "evaluate", broken)
+    monkeypatch.setattr(module, "evaluate_rows", broken)
     found = search(llama, task, grid=GRID, store=tmp_path / "runs.db")
     assert found.failed == {
         "0.fc_up@0.5": "ScoringError: a log-probability of nan",
@@ -146,6 +160,26 @@ def test_a_candidate_that_fails_is_recorded_and_passed_over(
     }
     with Store.open(tmp_path / "runs.db") as store:
         assert {t.intervention for t in store.trials(found.run) if t.status == "failed"} == set(found.failed)
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(
+    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = search(llama, task, grid=GRID)
+    run = Frontier.run
+    tried: list[int] = []
+
+    def tight(self: Frontier) -> Any:
+        tried.append(max(len(b.rows) for b in self._batches))
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return run(self)
+
+    monkeypatch.setattr(Frontier, "run", tight)
+    found = search(llama, task, grid=GRID, batch_size=7)
+    assert tried[:3] == [7, 3, 1]
+    assert set(tried[2:]) == {1}
+    assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
 
 
 def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
@@ -164,7 +198,7 @@ def test_a_search_begins_with_the_unchanged_model(llama: LanguageModel, task: Ta
 
 def test_tied_blocks_are_one_candidate_and_one_edit(llama: LanguageModel) -> None:
     llama.model.model.layers[2] = llama.model.model.layers[1]
-    assert [str(c) for c in expand("all.fc_in@0.5", llama.matrices)] == ["0.fc_in@0.5", "1.fc_in@0.5"]
+    assert texts("all.fc_in@0.5", llama) == ["0.fc_in@0.5", "1.fc_in@0.5"]
 
 
 def test_a_search_needs_both_splits(llama: LanguageModel) -> None:

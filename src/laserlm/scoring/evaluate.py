@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -16,7 +16,7 @@ from laserlm.scoring.records import Evaluation, Score
 from laserlm.scoring.statistics import Interval, mcnemar, paired_difference, paired_mean
 from laserlm.tasks.example import Example, Scorer, Split
 
-__all__ = ["Comparison", "compare", "evaluate"]
+__all__ = ["Comparison", "compare", "evaluate", "evaluate_rows"]
 
 
 def evaluate(
@@ -53,10 +53,28 @@ def evaluate(
         raise ScoringError(f"a batch size of {batch_size} holds no sequence; write 1 or more")
     if not len(split):
         raise ScoringError(f"the {split.name} split of {split.task} is empty; give more examples, or use --split all")
-    tokenizer = lm.need_tokenizer()
     rows = encode(lm, split.examples, scorer)
+    return evaluate_rows(lm, split, scorer, rows, lambda: run_rows(lm, rows, batch_size, on_progress))
+
+
+def evaluate_rows(
+    lm: LanguageModel, split: Split, scorer: Scorer, rows: Sequence[Row], run: Callable[[], Sequence[Outcome]]
+) -> Evaluation:
+    """Score a split whose rows are encoded already, by whatever way of running them through the model.
+
+    Args:
+        lm: the model, under whatever intervention is applied at the moment.
+        split: the examples.
+        scorer: as the rows were encoded for.
+        rows: what ``encode`` made of the examples.
+        run: returns the outcome of every row, in order; its wall time is the evaluation's.
+
+    Raises:
+        ScoringError: if a log-probability is not finite.
+    """
+    tokenizer = lm.need_tokenizer()
     start = time.perf_counter()
-    outcomes = run_rows(lm, rows, batch_size, on_progress)
+    outcomes = run()
     seconds = time.perf_counter() - start
     by_example: dict[int, list[tuple[Row, Outcome]]] = {}
     for row, outcome in zip(rows, outcomes, strict=True):

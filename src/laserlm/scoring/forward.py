@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.encoding import Row
 
-__all__ = ["Outcome", "run_rows"]
+__all__ = ["Batch", "Outcome", "Progress", "batches", "run_batch", "run_rows", "too_large"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of items done and their total."""
@@ -35,6 +36,29 @@ class Outcome:
     options: list[float]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Rows that go through the model together, as tensors on its device; B rows, K places of each, O options.
+
+    Args:
+        rows: their indices.
+        inputs: keyword arguments of the model.
+        places: (B, K) positions in the logits; a row with fewer places repeats one of its own.
+        first: (B,) index in K at which a row's own places start.
+        targets: (B, K) answer tokens, 0 where a row has none.
+        options: (B, O) choice tokens, 0 where a row has none.
+        counts: numbers of targets and of options of each row.
+    """
+
+    rows: tuple[int, ...]
+    inputs: dict[str, Any]
+    places: Tensor
+    first: Tensor
+    targets: Tensor
+    options: Tensor
+    counts: tuple[tuple[int, int], ...]
+
+
 @torch.no_grad()
 def run_rows(lm: LanguageModel, rows: Sequence[Row], batch_size: int, on_progress: Progress | None = None) -> list[Outcome]:
     """Return the outcome of every row, in their order; rows are batched by length, and a batch that does not fit is halved.
@@ -42,36 +66,42 @@ def run_rows(lm: LanguageModel, rows: Sequence[Row], batch_size: int, on_progres
     Raises:
         ScoringError: if a single row does not fit into memory.
     """
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     outcomes: dict[int, Outcome] = {}
-    if lm.kind == "causal" and lm.pads_exactly is None:
-        lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
-    lengths = [order] if lm.kind != "causal" or lm.pads_exactly else _by_length(rows, order)
-    pending = [same[i : i + batch_size] for same in lengths for i in range(0, len(same), batch_size)][::-1]
+    pending = batches(lm, rows, batch_size)[::-1]
     while pending:
         batch = pending.pop()
         try:
-            found = _run_batch(lm, [rows[i] for i in batch])
+            outcomes.update(zip(batch.rows, run_batch(lm, batch), strict=True))
         except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise ScoringError(
-                    f"a single row of {len(rows[batch[0]].ids)} tokens does not fit into the memory of {lm.device}: {error}; "
-                    "load the model with a smaller dtype, or spread it with a device_map"
-                ) from error
+            if len(batch.rows) == 1:
+                raise too_large(lm, error) from error
             torch.cuda.empty_cache()
-            pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+            half = len(batch.rows) // 2
+            pending += [_batch(lm, rows, batch.rows[half:]), _batch(lm, rows, batch.rows[:half])]
             continue
-        outcomes.update(zip(batch, found, strict=True))
         if on_progress is not None:
             on_progress(len(outcomes), len(rows))
     return [outcomes[i] for i in range(len(rows))]
 
 
-def _by_length(rows: Sequence[Row], order: Sequence[int]) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for i in order:
-        groups.setdefault(len(rows[i].ids), []).append(i)
-    return list(groups.values())
+def too_large(lm: LanguageModel, error: torch.OutOfMemoryError) -> ScoringError:
+    """Return the error for a single row that does not fit into memory."""
+    return ScoringError(
+        f"a single row does not fit into the memory of {lm.device}: {error}; load the model with a smaller dtype, or spread "
+        "it with a device_map"
+    )
+
+
+@torch.no_grad()
+def batches(lm: LanguageModel, rows: Sequence[Row], batch_size: int) -> list[Batch]:
+    """Return the rows in batches, the longest first, so that little is padding and memory runs out at once if ever."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
+    if lm.kind == "causal" and lm.pads_exactly is None:
+        lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
+    groups = [order]
+    if lm.kind == "causal" and not lm.pads_exactly:
+        groups = [list(same) for _, same in groupby(order, key=lambda i: len(rows[i].ids))]
+    return [_batch(lm, rows, same[i : i + batch_size]) for same in groups for i in range(0, len(same), batch_size)]
 
 
 def _pads_exactly(lm: LanguageModel, long: Row, short: Row) -> bool:
@@ -81,63 +111,67 @@ def _pads_exactly(lm: LanguageModel, long: Row, short: Row) -> bool:
     """
     if len(short.ids) == len(long.ids) and long.places[0] > 0:
         short = replace(long, ids=long.ids[1:], places=tuple(p - 1 for p in long.places))
-    lm.pads_exactly = True
-    together = _run_batch(lm, [long, short])[1]
-    lm.pads_exactly = False
-    alone = _run_batch(lm, [short])[0]
+    together = run_batch(lm, _batch(lm, [long, short], (0, 1), padded=True))[1]
+    alone = run_batch(lm, _batch(lm, [short], (0,), padded=False))[0]
     tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.2
     return all(abs(a - b) <= tolerance for a, b in zip(together.logprobs, alone.logprobs, strict=True))
 
 
-def _run_batch(lm: LanguageModel, rows: Sequence[Row]) -> list[Outcome]:
-    logits, first = _logits_at_places(lm, rows)  # (B, K, V), and where each row's places start
-    B, K, _ = logits.shape
-    targets = torch.zeros(B, K, dtype=torch.long)
-    options = torch.zeros(B, max(1, max(len(r.options) for r in rows)), dtype=torch.long)
-    for b, row in enumerate(rows):
-        targets[b, first[b] : first[b] + len(row.targets)] = torch.tensor(row.targets)
-        options[b, : len(row.options)] = torch.tensor(row.options, dtype=torch.long)
-    logits = logits.float()
+@torch.no_grad()
+def run_batch(lm: LanguageModel, batch: Batch) -> list[Outcome]:
+    """Return the outcome of every row of a batch."""
+    logits: Tensor = lm.model(**batch.inputs).logits
+    if batch.places.shape[1] != logits.shape[1]:
+        logits = logits.gather(1, batch.places[..., None].expand(-1, -1, logits.shape[-1]))
+    logits = logits.float()  # (B, K, V)
     total = logits.logsumexp(-1)  # (B, K)
-    logprobs = logits.gather(-1, targets.to(logits.device)[..., None])[..., 0] - total  # (B, K)
-    starts = torch.tensor(first, device=logits.device)
-    at_first = logits[torch.arange(B, device=logits.device), starts]  # (B, V)
-    chosen = at_first.gather(-1, options.to(logits.device)) - total.gather(1, starts[:, None])  # (B, O)
+    logprobs = logits.gather(-1, batch.targets[..., None])[..., 0] - total  # (B, K)
+    at_first = logits[torch.arange(len(batch.rows), device=logits.device), batch.first]  # (B, V)
+    chosen = at_first.gather(-1, batch.options) - total.gather(1, batch.first[:, None])  # (B, O)
     lists = [x.cpu().tolist() for x in (logprobs, logits.argmax(-1), chosen)]
     return [
-        Outcome(
-            logprobs=lists[0][b][first[b] : first[b] + len(row.targets)],
-            argmax=lists[1][b][first[b] : first[b] + len(row.targets)],
-            options=lists[2][b][: len(row.options)],
-        )
-        for b, row in enumerate(rows)
+        Outcome(lists[0][b][start : start + targets], lists[1][b][start : start + targets], lists[2][b][:options])
+        for b, (start, (targets, options)) in enumerate(zip(batch.first.tolist(), batch.counts, strict=True))
     ]
 
 
-def _logits_at_places(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
-    """Return logits (B, K, V) that hold every row's places, and the index in K at which each row's places start."""
-    takes = inspect.signature(lm.model.forward).parameters
+def _batch(lm: LanguageModel, rows: Sequence[Row], indices: Sequence[int], *, padded: bool | None = None) -> Batch:
+    """Put rows into tensors; ``padded`` tells whether positions are given because of padding, None asks the model."""
+    chosen = [rows[i] for i in indices]
     pad = int(lm.need_tokenizer().pad_token_id)
+    takes = inspect.signature(lm.model.forward).parameters
+    ids, mask = _padded([r.ids for r in chosen], pad, left=lm.kind == "causal")
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    K = max(len(r.places) for r in chosen)
+    first = [0] * len(chosen)
+    places = [[*r.places, *[r.places[-1]] * (K - len(r.places))] for r in chosen]
     if lm.kind == "causal":
-        ids, mask = _padded([r.ids for r in rows], pad, left=True)
-        K = max(len(r.places) for r in rows)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in takes and lm.pads_exactly:
+        # Padded on the left, all answers end at the right edge.
+        kept = K if "logits_to_keep" in takes else ids.shape[1]
+        first = [K - len(r.places) for r in chosen]
+        places = [[kept - K + k for k in range(K)] for _ in chosen]
+        if "position_ids" in takes and (lm.pads_exactly if padded is None else padded):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         if "logits_to_keep" in takes:
             inputs["logits_to_keep"] = K
         if "use_cache" in takes:
             inputs["use_cache"] = False
-        return _call(lm, inputs)[:, -K:], [K - len(r.places) for r in rows]
-    ids, mask = _padded([r.ids for r in rows], pad, left=False)
-    if lm.kind == "encoder-decoder":
-        decoder, _ = _padded([r.decoder for r in rows], pad, left=False)
-        inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder, "use_cache": False}
-        return _call(lm, inputs), [r.places[0] for r in rows]
-    logits = _call(lm, {"input_ids": ids, "attention_mask": mask})  # (B, T, V)
-    K = max(len(r.places) for r in rows)
-    places = torch.tensor([[*r.places, *[r.places[-1]] * (K - len(r.places))] for r in rows], device=logits.device)
-    return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), [0] * len(rows)
+    elif lm.kind == "encoder-decoder":
+        inputs |= {"decoder_input_ids": _padded([r.decoder for r in chosen], pad, left=False)[0], "use_cache": False}
+    targets = torch.zeros(len(chosen), K, dtype=torch.long)
+    options = torch.zeros(len(chosen), max(1, max(len(r.options) for r in chosen)), dtype=torch.long)
+    for b, row in enumerate(chosen):
+        targets[b, first[b] : first[b] + len(row.targets)] = torch.tensor(row.targets)
+        options[b, : len(row.options)] = torch.tensor(row.options, dtype=torch.long)
+    return Batch(
+        rows=tuple(indices),
+        inputs={name: value.to(lm.device) if isinstance(value, Tensor) else value for name, value in inputs.items()},
+        places=torch.tensor(places, device=lm.device),
+        first=torch.tensor(first, device=lm.device),
+        targets=targets.to(lm.device),
+        options=options.to(lm.device),
+        counts=tuple((len(r.targets), len(r.options)) for r in chosen),
+    )
 
 
 def _padded(sequences: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -150,9 +184,3 @@ def _padded(sequences: Sequence[Sequence[int]], pad: int, *, left: bool) -> tupl
         ids[b, where] = torch.tensor(s)
         mask[b, where] = 1
     return ids, mask
-
-
-def _call(lm: LanguageModel, inputs: dict[str, Any]) -> Tensor:
-    moved = {k: v.to(lm.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    logits: Tensor = lm.model(**moved).logits
-    return logits

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from laserlm.algebra.ranks import rank_of
 from laserlm.errors import MatrixError
 from laserlm.models.matrices import Matrix, select
 from laserlm.spec import Grid, Intervention, Layers, Reduction
 
-__all__ = ["expand"]
+__all__ = ["Candidate", "expand"]
 
 
-def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Intervention]:
+@dataclass(frozen=True)
+class Candidate:
+    """One thing to try: a matrix, and the intervention that reduces it alone."""
+
+    matrix: Matrix
+    intervention: Intervention
+
+
+def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Candidate]:
     """Return the candidates of a grid, by block and matrix, each thing to try once.
 
     Sizes that keep a whole matrix are left out (they are the unchanged model), of several that come to one rank the first
@@ -23,15 +32,15 @@ def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Intervention]:
         MatrixError: if it names a matrix that is not there, or leaves no candidate.
     """
     grid = Grid.parse(grid)
-    candidates: dict[tuple[str, int, str, str], Intervention] = {}
+    candidates: dict[tuple[str, int, str, str], Candidate] = {}
     for part in grid.parts:
         for m in select(matrices, part.layers, part.matrix, part.stack):
             for size in part.sizes if m.tied_to is None else ():
                 rank = rank_of(size, m.max_rank)
                 if rank < m.max_rank:
                     one = Reduction(Layers(first=m.layer, last=m.layer), m.name, size, part.keep, part.method, m.stack)
-                    candidates.setdefault((m.id, rank, part.keep, part.method), Intervention((one,)))
+                    candidates.setdefault((m.id, rank, part.keep, part.method), Candidate(m, Intervention((one,))))
     if not candidates:
         raise MatrixError(f"the grid {grid} keeps every matrix whole; give sizes below the matrices' ranks")
     place = {m.id: i for i, m in enumerate(matrices)}
-    return [candidates[key] for key in sorted(candidates, key=lambda key: place[key[0]])]
+    return sorted(candidates.values(), key=lambda candidate: place[candidate.matrix.id])

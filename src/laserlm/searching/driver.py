@@ -6,11 +6,13 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from laserlm.algebra.decomposition import ALGORITHM
 from laserlm.editing import applied
@@ -18,9 +20,12 @@ from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
 from laserlm.results import Run, Store
-from laserlm.scoring.evaluate import Comparison, compare, evaluate
+from laserlm.scoring.encoding import encode
+from laserlm.scoring.evaluate import Comparison, compare, evaluate, evaluate_rows
+from laserlm.scoring.forward import too_large
 from laserlm.scoring.records import Evaluation
-from laserlm.searching.candidates import expand
+from laserlm.searching.candidates import Candidate, expand
+from laserlm.searching.frontier import Frontier
 from laserlm.spec import Grid, Intervention
 from laserlm.tasks import Scorer, Split, Task
 
@@ -157,15 +162,13 @@ def search(
         made_by = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         run = stack.enter_context(results.run(kind="search", key=key, settings=settings, provenance=made_by, restart=restart))
-        trials = _Trials(lm, run, scorer, batch_size, seed)
+        trials = _Trials(lm, run, scorer, batch_size, seed, on_step or (lambda _: None))
         total = len(candidates) + 3
-        base, best, failed = _choose(trials, task.validation, candidates, metric, on_step, total)
+        base, best, failed = _choose(trials, task.validation, candidates, metric, total)
         base_test = trials.score(task.test, Intervention())
-        if on_step is not None:
-            on_step(Step(total - 1, total, best, ""))
+        trials.on_step(Step(total - 1, total, best, ""))
         best_test = trials.score(task.test, Intervention.parse(best.intervention))
-        if on_step is not None:
-            on_step(Step(total, total, best, best.intervention))
+        trials.on_step(Step(total, total, best, best.intervention))
         found = Found(
             run=run.id,
             strategy="exhaustive",
@@ -183,15 +186,20 @@ def search(
 
 @dataclass
 class _Trials:
-    """Score interventions, each once: what the run has already is not scored again."""
+    """Score interventions, each once: what the run has already is not scored again.
+
+    On validation, candidates come in the order of the blocks and are scored from the frontier.
+    """
 
     lm: LanguageModel
     run: Run
     scorer: Scorer | None
     batch_size: int
     seed: int
+    on_step: Callable[[Step], None]
 
     def score(self, split: Split, intervention: Intervention) -> Evaluation:
+        """Score in whole passes."""
         known = self.run.evaluation(split.name, str(intervention))
         if known is not None:
             return known
@@ -200,34 +208,46 @@ class _Trials:
         self.run.record(found, split.examples)
         return found
 
+    def candidates(self, split: Split, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Evaluation | str]]:
+        """Yield every candidate with its evaluation, or with the reason why it has none."""
+        scorer = self.scorer or split.scorer
+        rows = encode(self.lm, split.examples, scorer)
+        frontier: Frontier | None = None
+        for candidate in candidates:
+            text = str(candidate.intervention)
+            known = self.run.evaluation(split.name, text) or self.run.failure(split.name, text)
+            while known is None:
+                try:
+                    # Made only where something is left to score.
+                    frontier = frontier or Frontier(self.lm, rows, self.batch_size)
+                    frontier.advance(candidate.matrix.stack, candidate.matrix.layer)
+                    with applied(self.lm, candidate.intervention, seed=self.seed):
+                        known = evaluate_rows(self.lm, split, scorer, rows, frontier.run)
+                    self.run.record(known, split.examples)
+                except ScoringError as error:
+                    known = f"{type(error).__name__}: {error}"
+                    self.run.fail(split.name, text, known)
+                except torch.OutOfMemoryError as error:
+                    if self.batch_size == 1:
+                        raise too_large(self.lm, error) from error
+                    frontier, self.batch_size = None, self.batch_size // 2
+                    torch.cuda.empty_cache()
+            yield candidate, known
+
 
 def _choose(
-    trials: _Trials,
-    split: Split,
-    candidates: list[Intervention],
-    metric: Metric,
-    on_step: Callable[[Step], None] | None,
-    total: int,
+    trials: _Trials, split: Split, candidates: Sequence[Candidate], metric: Metric, total: int
 ) -> tuple[Evaluation, Evaluation, dict[str, str]]:
     """Return the baseline's evaluation, the best one and the reasons of failed candidates."""
     base = best = trials.score(split, Intervention())
     failed: dict[str, str] = {}
-    if on_step is not None:
-        on_step(Step(1, total, best, ""))
-    for done, candidate in enumerate(candidates, start=2):
-        reason = trials.run.failure(split.name, str(candidate))
-        if reason is None:
-            try:
-                found = trials.score(split, candidate)
-            except ScoringError as error:
-                reason = f"{type(error).__name__}: {error}"
-                trials.run.fail(split.name, str(candidate), reason)
-            else:
-                best = max(best, found, key=lambda e: _merit(e, metric))
-        if reason is not None:
-            failed[str(candidate)] = reason
-        if on_step is not None:
-            on_step(Step(done, total, best, str(candidate)))
+    trials.on_step(Step(1, total, best, ""))
+    for done, (candidate, found) in enumerate(trials.candidates(split, candidates), start=2):
+        if isinstance(found, str):
+            failed[str(candidate.intervention)] = found
+        else:
+            best = max(best, found, key=lambda e: _merit(e, metric))
+        trials.on_step(Step(done, total, best, str(candidate.intervention)))
     return base, best, failed
 
 
