@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["provenance", "versions"]
+__all__ = ["masked", "provenance", "versions"]
 
 PACKAGES = ("laserlm", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -39,6 +39,11 @@ def git_revision() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def masked(text: str) -> str:
+    """Return a text without the user name and password of a URL in it."""
+    return re.sub(r"(?<=password=)[^&\s]*", "***", re.sub(r"(?<=://)\S*@", "***@", text))
+
+
 def provenance(*, device: str, dtype: str, seed: int | None = None) -> dict[str, Any]:
     """Return versions, git revision, machine, device, dtype, seed, command and time (UTC) as plain JSON values."""
     return {
@@ -48,6 +53,6 @@ def provenance(*, device: str, dtype: str, seed: int | None = None) -> dict[str,
         "device": device,
         "dtype": dtype,
         "seed": seed,
-        "command": [re.sub(r"//[^/@]*@", "//***@", argument) for argument in sys.argv],  # URLs may hold passwords
+        "command": [masked(argument) for argument in sys.argv],
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -236,10 +236,11 @@ def test_an_interruption_leaves_130_and_says_how_to_go_on(
     asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--store", store, "--json")
     code, out, err = run(*asked)
     assert (code, out) == (130, "")
-    assert "the same command goes on" in err
+    assert "goes on where this one stopped" in err
     assert [r["status"] for r in json.loads(run("runs", "list", "--store", store, "--json")[1])] == ["interrupted"]
     assert run(*asked)[0] == 0
     assert calls == ["1.fc_in@0.5", "1.fc_up@0.5", "1.fc_out@0.5", "1.fc_out@0.5"]
+    assert "without --restart" in err
 
 
 def test_stdout_holds_nothing_but_the_result_and_no_bar_where_stderr_is_no_terminal(folder: Path, questions: Path) -> None:
@@ -282,10 +283,11 @@ def test_setup_says_where_the_bundled_model_is(run: Run, monkeypatch: pytest.Mon
 
 
 def test_a_password_in_a_database_url_is_not_shown() -> None:
-    from laserlm.cli.options import shown
+    from laserlm.provenance import masked
 
-    assert shown("postgresql://me:secret@host/db") == "postgresql://***@host/db"
-    assert shown("/home/me@work/runs.db") == "/home/me@work/runs.db"
+    assert masked("postgresql://me:se/cr@et@host/db") == "postgresql://***@host/db"
+    assert masked("postgresql://host/db?user=me&password=secret&x=1") == "postgresql://host/db?user=me&password=***&x=1"
+    assert masked("/home/me@work/runs.db") == "/home/me@work/runs.db"
 
 
 def test_one_example_gives_json_that_any_reader_takes(run: Run, folder: Path, questions: Path) -> None:

@@ -121,9 +121,11 @@ def test_a_model_that_passes_things_by_its_blocks_is_run_whole_and_said_so(
     first.mlp.register_forward_hook(lambda _m, _a, out: aside.append(out))
     last.mlp.register_forward_hook(lambda _m, _a, out: out + aside.pop() if aside else 3 * out)
     rows = encode(lm, EXAMPLES, "answer")
+    frontier = Frontier(lm, rows, 2)
     with caplog.at_level(logging.WARNING):
-        frontier = Frontier(lm, rows, 2)
+        frontier.advance("", 1)
     assert "every pass is a whole one" in caplog.text
+    assert not frontier.moves
     frontier.advance("", 2)
     assert frontier.boundary == 0
     whole = evaluate(lm, SPLIT, batch_size=2)

@@ -186,8 +186,43 @@ def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
     steps: list[Step] = []
     search(llama, task, grid="1.fc_in@0.5,0.1", on_step=steps.append)
     best = steps[-1].best.intervention
-    tried = ["", "1.fc_in@0.5", "1.fc_in@0.1", "", best]
-    assert [(s.done, s.total, s.last) for s in steps] == [(i + 1, 5, text) for i, text in enumerate(tried)]
+    tried = ["", "1.fc_in@0.5", "1.fc_in@0.1", best]  # after the unchanged model on test
+    assert [(s.done, s.total, s.last) for s in steps] == [(i + 2, 5, text) for i, text in enumerate(tried)]
+
+
+def test_rows_that_cannot_be_scored_on_test_are_told_before_the_search(llama: LanguageModel, task: Task) -> None:
+    long = replace(task.test, examples=(*task.test.examples, Example("x", "The" + " capital" * 200, "Paris")))
+    steps: list[Step] = []
+    with pytest.raises(ScoringError, match="example 'x'"):
+        search(llama, replace(task, test=long), grid=GRID, on_step=steps.append)
+    assert steps == []
+
+
+def test_a_matrix_that_cannot_be_decomposed_is_passed_over(llama: LanguageModel, task: Task) -> None:
+    layer = llama.model.model.layers[1]
+    with torch.no_grad():
+        layer.mlp.gate_proj.weight[0, 0] = float("inf")
+    layer.mlp.act_fn = torch.nn.Sigmoid()  # keeps infinity out of the scores
+    found = search(llama, task, grid="1.mlp@0.5+0.fc_in@0.5")
+    assert list(found.failed) == ["1.fc_in@0.5"]
+    assert "NaN or inf" in found.failed["1.fc_in@0.5"]
+    assert found.candidates == 4
+
+
+def test_where_the_boundary_does_not_fit_passes_are_whole(
+    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = search(llama, task, grid=GRID)
+    sizes: list[int] = []
+
+    def full(self: Frontier, target: int) -> str | None:
+        sizes.append(self._batches[0].targets.shape[0])
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Frontier, "_move", full)
+    found = search(llama, task, grid=GRID, batch_size=4)
+    assert sizes == [4, 2, 1]
+    assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
 
 
 def test_a_search_begins_with_the_unchanged_model(llama: LanguageModel, task: Task, tmp_path: Path) -> None:
@@ -202,5 +237,5 @@ def test_tied_blocks_are_one_candidate_and_one_edit(llama: LanguageModel) -> Non
 
 
 def test_a_search_needs_both_splits(llama: LanguageModel) -> None:
-    with pytest.raises(ScoringError, match="needs two facts"):
+    with pytest.raises(ScoringError, match="needs both"):
         search(llama, Task.of("one", [Example("1", "Oslo is", "a city")]), grid=GRID)

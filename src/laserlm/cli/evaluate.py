@@ -5,12 +5,16 @@ from __future__ import annotations
 import json as json_
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from laserlm.cli.options import Json, ModelOptions, TaskOptions, print_json, with_options
 from laserlm.cli.progress import bar
+
+if TYPE_CHECKING:
+    from laserlm.scoring.evaluate import Comparison
+    from laserlm.scoring.records import Evaluation
 
 
 @with_options(model=ModelOptions, task=TaskOptions)
@@ -44,10 +48,15 @@ def evaluate(
             found.append(
                 evaluate_(lm, examples, batch_size=task.batch_size, on_progress=lambda done, total: advance(done, total, ""))
             )
+    paired = compare_(*found) if compare else None
+    _print(found, paired, json)
     edited = found[-1]
     if scores is not None:
         scores.write_text("".join(json_.dumps(asdict(s), ensure_ascii=False) + "\n" for s in edited.scores), encoding="utf-8")
-    paired = compare_(*found) if compare else None
+
+
+def _print(found: list[Evaluation], paired: Comparison | None, json: bool) -> None:
+    edited = found[-1]
     if json:
         result: dict[str, Any] = edited.as_dict()
         if paired is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import inspect
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from laserlm.models import LanguageModel
     from laserlm.tasks import Split, Task
 
-__all__ = ["Json", "Listing", "ModelOptions", "Store", "TaskOptions", "print_json", "shown", "with_options"]
+__all__ = ["Json", "Listing", "ModelOptions", "Store", "TaskOptions", "print_json", "with_options"]
 
 MODEL_PANEL = "Model options"
 TASK_PANEL = "Task options"
@@ -38,11 +37,6 @@ Store = Annotated[
     ),
 ]
 STORE_DEFAULT = str(default_store())
-
-
-def shown(store: str) -> str:
-    """Return the results database as it may be shown: without the password of a URL."""
-    return re.sub(r"//[^/@]*@", "//***@", store)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,11 @@ def show(
             print(f"  best: {info.outcome['best'] or 'the unchanged model'}")
         if info.reason:
             print(f"  failed: {info.reason}")
-    done = sorted((t for t in trials if t.status == "done"), key=lambda t: (t.split, -(t.accuracy or 0), t.loss or 0))
+    by_loss = info.settings.get("metric") == "loss"
+    done = sorted(
+        (t for t in trials if t.status == "done"),
+        key=lambda t: (t.split != "validation", (t.loss or 0) if by_loss else -(t.accuracy or 0), t.loss or 0),
+    )
     rows = []
     for t in done[:top] if not listing.csv else done:
         low, high = wilson(round((t.accuracy or 0) * (t.n or 1)), t.n or 1)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, TaskOptions, print_json, shown, with_options
+from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, TaskOptions, print_json, with_options
 from laserlm.cli.progress import bar, say
+from laserlm.provenance import masked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +52,7 @@ def search(
     whole = task.make()
     made = replace(whole, validation=whole.validation.limit(limit), test=whole.test.limit(limit))
     lm = model.load()
-    say(f"results are kept in {shown(store)}")
+    say(f"results are kept in {masked(store)}")
     with _shown() as on_step:
         chosen: Any = metric
         found = search_(
@@ -114,7 +115,7 @@ def demo(
         return
     _print_found(found)
     _print_questions(questions)
-    print(f"\nDone in {time.monotonic() - start:.0f} s; run {found.run} in {shown(store)}.")
+    print(f"\nDone in {time.monotonic() - start:.0f} s; run {found.run} in {masked(store)}.")
     reduction = f" --reduce {found.best}" if found.best else ""
     print(f'Go on with:\n  laser generate bundled "The capital of France is"{reduction}\n  laser runs show {found.run}')
     print("  laser search MODEL --task jsonl:FILE    (your own model and questions)")
@@ -138,7 +139,7 @@ def _shown() -> Iterator[Callable[[Step], None]]:
         try:
             yield on_step
         except KeyboardInterrupt:
-            say("interrupted; the same command goes on where this one stopped")
+            say("interrupted; the same command (without --restart) goes on where this one stopped")
             raise
 
 

@@ -38,7 +38,7 @@ def evaluate(
             likely tokens are all of the answer's, as greedy decoding would give them (a masked model fills one mask for
             each at once). ``choice``: the answer has a strictly higher log-probability, summed over its tokens, than
             every other choice.
-        batch_size: sequences in one forward pass; halved where memory runs out.
+        batch_size: sequences in one forward pass; halved where CUDA's memory runs out.
         on_progress: called with the number of sequences done and their total.
 
     Raises:
@@ -180,7 +180,8 @@ def compare(base: Evaluation, edited: Evaluation) -> Comparison:
     Raises:
         ScoringError: if they do not hold the same examples in the same order, or were scored differently.
     """
-    if base.scorer != edited.scorer or [s.id for s in base.scores] != [s.id for s in edited.scores]:
+    keys = [[(e.task, e.scorer), *((s.id, s.answer) for s in e.scores)] for e in (base, edited)]
+    if keys[0] != keys[1]:
         raise ScoringError(
             f"cannot compare {base.task}/{base.split} by {base.scorer} with {edited.task}/{edited.split} by {edited.scorer}: "
             "both must hold the same examples in the same order, scored alike"

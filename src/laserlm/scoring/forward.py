@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -16,6 +18,8 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.encoding import Row
 
 __all__ = ["Batch", "Outcome", "Progress", "batches", "run_batch", "run_rows", "too_large"]
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with the number of items done and their total."""
@@ -70,11 +74,14 @@ def run_rows(lm: LanguageModel, rows: Sequence[Row], batch_size: int, on_progres
     pending = batches(lm, rows, batch_size)[::-1]
     while pending:
         batch = pending.pop()
+        full: ScoringError | None = None
         try:
             outcomes.update(zip(batch.rows, run_batch(lm, batch), strict=True))
         except torch.OutOfMemoryError as error:
+            full = too_large(lm, error)
+        if full is not None:  # outside the handler, whose traceback holds the failed pass's tensors
             if len(batch.rows) == 1:
-                raise too_large(lm, error) from error
+                raise full
             torch.cuda.empty_cache()
             half = len(batch.rows) // 2
             pending += [_batch(lm, rows, batch.rows[half:]), _batch(lm, rows, batch.rows[:half])]
@@ -97,23 +104,32 @@ def batches(lm: LanguageModel, rows: Sequence[Row], batch_size: int) -> list[Bat
     """Return the rows in batches, the longest first, so that little is padding and memory runs out at once if ever."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     if lm.kind == "causal" and lm.pads_exactly is None:
-        lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
+        try:
+            lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
+        except torch.OutOfMemoryError:
+            log.warning("two rows do not fit into the memory of %s; scoring without padding", lm.device)
     groups = [order]
     if lm.kind == "causal" and not lm.pads_exactly:
         groups = [list(same) for _, same in groupby(order, key=lambda i: len(rows[i].ids))]
     return [_batch(lm, rows, same[i : i + batch_size]) for same in groups for i in range(0, len(same), batch_size)]
 
 
-def _pads_exactly(lm: LanguageModel, long: Row, short: Row) -> bool:
+def _pads_exactly(lm: LanguageModel, long: Row, short: Row) -> bool | None:
     """Find out whether a short row, padded on the left beside a long one, scores as it does alone in a plain pass.
+
+    None if these rows cannot tell: of one length, or with log-probabilities that are not finite.
 
     It does not where a model carries a state through the padding, or counts positions in a way of its own.
     """
     if len(short.ids) == len(long.ids) and long.places[0] > 0:
         short = replace(long, ids=long.ids[1:], places=tuple(p - 1 for p in long.places))
+    if len(short.ids) == len(long.ids):
+        return None
     together = run_batch(lm, _batch(lm, [long, short], (0, 1), padded=True))[1]
     alone = run_batch(lm, _batch(lm, [short], (0,), padded=False))[0]
     tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.2
+    if not all(map(math.isfinite, together.logprobs + alone.logprobs)):
+        return None
     return all(abs(a - b) <= tolerance for a, b in zip(together.logprobs, alone.logprobs, strict=True))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from laserlm.algebra.decomposition import ALGORITHM
 from laserlm.editing import applied
-from laserlm.errors import ScoringError
+from laserlm.errors import ScoringError, WeightError
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
 from laserlm.results import Run, Store
@@ -137,7 +137,7 @@ def search(
         raise ScoringError(f"the model is changed by {lm.intervention}; a search begins with the unchanged one")
     for split in (task.validation, task.test):
         if not len(split):
-            raise ScoringError(f"the {split.name} split of {task.name} is empty; a search needs two facts at least")
+            raise ScoringError(f"the {split.name} split of {task.name} is empty; a search needs both: give more examples")
     candidates = expand(grid, lm.matrices)
     settings = {
         "model": lm.name,
@@ -164,9 +164,9 @@ def search(
         run = stack.enter_context(results.run(kind="search", key=key, settings=settings, provenance=made_by, restart=restart))
         trials = _Trials(lm, run, scorer, batch_size, seed, on_step or (lambda _: None))
         total = len(candidates) + 3
-        base, best, failed = _choose(trials, task.validation, candidates, metric, total)
+        # The unchanged model meets the test split first, so that rows that cannot be scored are told at once.
         base_test = trials.score(task.test, Intervention())
-        trials.on_step(Step(total - 1, total, best, ""))
+        base, best, failed = _choose(trials, task.validation, candidates, metric, total)
         best_test = trials.score(task.test, Intervention.parse(best.intervention))
         trials.on_step(Step(total, total, best, best.intervention))
         found = Found(
@@ -217,6 +217,7 @@ class _Trials:
             text = str(candidate.intervention)
             known = self.run.evaluation(split.name, text) or self.run.failure(split.name, text)
             while known is None:
+                full: ScoringError | None = None
                 try:
                     # Made only where something is left to score.
                     frontier = frontier or Frontier(self.lm, rows, self.batch_size)
@@ -224,13 +225,18 @@ class _Trials:
                     with applied(self.lm, candidate.intervention, seed=self.seed):
                         known = evaluate_rows(self.lm, split, scorer, rows, frontier.run)
                     self.run.record(known, split.examples)
-                except ScoringError as error:
+                except (ScoringError, WeightError) as error:
                     known = f"{type(error).__name__}: {error}"
                     self.run.fail(split.name, text, known)
                 except torch.OutOfMemoryError as error:
-                    if self.batch_size == 1:
-                        raise too_large(self.lm, error) from error
-                    frontier, self.batch_size = None, self.batch_size // 2
+                    full = too_large(self.lm, error)
+                if full is not None:  # outside the handler, whose traceback holds the failed pass's tensors
+                    if self.batch_size > 1:
+                        frontier, self.batch_size = None, self.batch_size // 2
+                    elif frontier is not None and frontier.moves:
+                        frontier.stay()  # the boundary itself may be what does not fit
+                    else:
+                        raise full
                     torch.cuda.empty_cache()
             yield candidate, known
 
@@ -241,8 +247,8 @@ def _choose(
     """Return the baseline's evaluation, the best one and the reasons of failed candidates."""
     base = best = trials.score(split, Intervention())
     failed: dict[str, str] = {}
-    trials.on_step(Step(1, total, best, ""))
-    for done, (candidate, found) in enumerate(trials.candidates(split, candidates), start=2):
+    trials.on_step(Step(2, total, best, ""))
+    for done, (candidate, found) in enumerate(trials.candidates(split, candidates), start=3):
         if isinstance(found, str):
             failed[str(candidate.intervention)] = found
         else:

@@ -52,12 +52,18 @@ class Frontier:
         self._kept: list[dict[str, Any]] = [{} for _ in self._batches]
         self._blocks = {(name, i): block for name, _, blocks in find_stacks(lm.model) for i, block in enumerate(blocks)}
         self._order = self._order_of_calls()
-        reason = self._why_stubs_fail() if self._order else None
-        if reason is not None:
-            log.warning(
-                "blocks of %s get more than the blocks below give out (%s); every pass is a whole one", lm.family, reason
-            )
-            self._order = []
+        # Two, so that what one leaves behind somewhere in the model cannot serve for the other.
+        self._sample = sorted({0, len(self._batches) - 1})
+        self._whole = self._sampled()
+
+    @property
+    def moves(self) -> bool:
+        """Whether the boundary can leave the bottom."""
+        return bool(self._order)
+
+    def stay(self) -> None:
+        """Put the boundary to the bottom for good, so that it takes no memory and every pass is a whole one."""
+        self._order, self.boundary, self._kept = [], 0, [{} for _ in self._batches]
 
     @property
     def bytes(self) -> int:
@@ -68,7 +74,7 @@ class Frontier:
 
     @torch.no_grad()
     def advance(self, stack: str, layer: int) -> None:
-        """Move the boundary up to just below a block, with the weights as they are at the moment.
+        """Move the boundary up to just below a block, with the weights as they are at the moment, and check it there.
 
         To get below where it is, it starts again from the bottom.
         """
@@ -79,11 +85,37 @@ class Frontier:
             self.boundary, self._kept = 0, [{} for _ in self._batches]
         if target == self.boundary:
             return
+        reason = self._move(target)
+        if reason is not None:
+            text = "%s hands on more than its blocks give out (%s); every pass is a whole one"
+            log.warning(text, self.lm.family, reason)
+            self.stay()
+
+    def _move(self, target: int) -> str | None:
+        """Move the boundary; tell why passes from there do not score as whole ones do, or None where they do."""
         # Of each stack only the last block's output is needed above the boundary.
         last = {place[0]: place for place in self._order[self.boundary : target]}
-        for batch, kept in zip(self._batches, self._kept, strict=True):
-            kept |= self._outputs_of(batch, kept, list(last.values()))
-        self.boundary = target
+        try:
+            for batch, kept in zip(self._batches, self._kept, strict=True):
+                kept |= self._outputs_of(batch, kept, list(last.values()))
+            self.boundary = target
+            found = self._sampled()
+        # Whatever a model reads past its blocks, it may miss it in any of these ways.
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return f"{type(error).__name__}: {error}"
+        same = all(abs(a - b) <= TOLERANCE for a, b in zip(self._whole, found, strict=True))
+        return None if same else "scores differ"
+
+    def _sampled(self) -> list[float]:
+        """Return all log-probabilities read off the sample's batches."""
+        found: list[float] = []
+        for i in self._sample:
+            with self._stubbed(self._kept[i]):
+                for outcome in run_batch(self.lm, self._batches[i]):
+                    found += [*outcome.logprobs, *outcome.options]
+        return found
 
     @torch.no_grad()
     def run(self, on_batch: Callable[[int, int], None] | None = None) -> list[Outcome]:
@@ -106,36 +138,6 @@ class Frontier:
             run_batch(self.lm, self._batches[-1])
         return called if sorted(called) == sorted(self._blocks) else []
 
-    @torch.no_grad()
-    def _why_stubs_fail(self) -> str | None:
-        """Tell why passes through stubs do not score as whole ones do, at two boundaries, or None where they do.
-
-        Two batches take turns, so that what one leaves behind somewhere in the model cannot serve for the other.
-        """
-        sample = self._batches[:1] + self._batches[1:][-1:]
-        whole = [outcome for batch in sample for outcome in run_batch(self.lm, batch)]
-        try:
-            for target in sorted({len(self._order) // 2, len(self._order) - 1} - {0}):
-                last = {place[0]: place for place in self._order[:target]}
-                kept = [self._outputs_of(batch, {}, list(last.values())) for batch in sample]
-                self.boundary = target
-                short: list[Outcome] = []
-                for batch, outputs in zip(sample, kept, strict=True):
-                    with self._stubbed(outputs):
-                        short += run_batch(self.lm, batch)
-                self.boundary = 0
-                for a, b in zip(whole, short, strict=True):
-                    if not all(abs(x - y) <= TOLERANCE for x, y in zip(a.logprobs, b.logprobs, strict=True)):
-                        return "scores differ"
-        # Whatever a model reads past its blocks, it may miss it in any of these ways.
-        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return f"{type(error).__name__}: {error}"
-        finally:
-            self.boundary = 0
-        return None
-
     def _outputs_of(self, batch: Batch, kept: dict[str, Any], places: list[tuple[str, int]]) -> dict[str, Any]:
         """Run a batch from the boundary just past the last of ``places`` and return what each of them gave out."""
         outputs: dict[str, Any] = {}
@@ -156,7 +158,7 @@ class Frontier:
                 self.lm.model(**batch.inputs)
             except _ReachedError:
                 return outputs
-        raise AssertionError("the model ended before the boundary was reached")
+        raise RuntimeError("the model ended before the boundary was reached")
 
     @contextmanager
     def _stubbed(self, kept: dict[str, Any]) -> Iterator[None]:
@@ -175,7 +177,7 @@ class Frontier:
         finally:
             for block, before in replaced:
                 if before is None:
-                    del block.__dict__["forward"]
+                    block.__dict__.pop("forward", None)
                 else:
                     block.forward = before  # accelerate puts its own there
 
