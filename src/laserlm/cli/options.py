@@ -145,10 +145,12 @@ class Listing:
         elif not rows:
             print(f"no {title or 'rows'}")
         else:
-            table = Table(*rows[0], title=title or None, title_justify="left")
+            table = Table(title=title or None, title_justify="left")
+            for i, name in enumerate(rows[0]):
+                table.add_column(name, no_wrap=i == 0, overflow="fold")  # nothing is cut off: an id must be whole
             for row in rows:
                 table.add_row(*(_cell(v) for v in row.values()))
-            Console(soft_wrap=not sys.stdout.isatty()).print(table)
+            Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _cell(value: Any) -> str:

@@ -139,21 +139,7 @@ def search(
         if not len(split):
             raise ScoringError(f"the {split.name} split of {task.name} is empty; a search needs both: give more examples")
     candidates = expand(grid, lm.matrices)
-    settings = {
-        "model": lm.name,
-        "model_hash": lm.hash,
-        "dtype": str(lm.dtype),
-        "task": task.name,
-        "validation": task.validation.hash,
-        "test": task.test.hash,
-        "scorer": scorer or task.validation.scorer,
-        "grid": str(Grid.parse(grid)),
-        "metric": metric,
-        "strategy": "exhaustive",
-        "algorithm": ALGORITHM,
-        "scoring": SCORING,
-        "seed": seed,
-    }
+    settings = _settings(lm, task, Grid.parse(grid), metric, scorer, seed)
     start = time.perf_counter()
     with ExitStack() as stack:
         if store is None:
@@ -182,6 +168,25 @@ def search(
         if run.outcome is None:
             run.finish(found.as_dict())
         return found
+
+
+def _settings(lm: LanguageModel, task: Task, grid: Grid, metric: Metric, scorer: Scorer | None, seed: int) -> dict[str, Any]:
+    """Return all that the result depends on; a run with the same goes on where an earlier one stopped."""
+    return {
+        "model": lm.name,
+        "model_hash": lm.hash,
+        "dtype": str(lm.dtype),
+        "task": task.name,
+        "validation": task.validation.hash,
+        "test": task.test.hash,
+        "scorer": scorer or task.validation.scorer,
+        "grid": str(grid),
+        "metric": metric,
+        "strategy": "exhaustive",
+        "algorithm": ALGORITHM,
+        "scoring": SCORING,
+        "seed": seed,
+    }
 
 
 @dataclass
