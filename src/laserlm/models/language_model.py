@@ -33,6 +33,7 @@ class LanguageModel:
         revision: the hub's commit, or None.
         cache: folder for decompositions and converted models.
         pads_exactly: whether left-padded batches score as single sequences do; None until the first scoring found out.
+        reads_places: whether the output layer can be given the scored places alone; None until the first scoring found out.
         active: interventions applied at the moment, outermost first.
     """
 
@@ -43,6 +44,7 @@ class LanguageModel:
     revision: str | None = None
     cache: Path = field(default_factory=cache_folder)
     pads_exactly: bool | None = None
+    reads_places: bool | None = None
     active: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

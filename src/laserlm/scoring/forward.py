@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.encoding import Row
+from laserlm.scoring.kernels import quick
 
-__all__ = ["Batch", "Outcome", "Progress", "batches", "run_batch", "run_rows", "too_large"]
+__all__ = ["Batch", "Outcome", "Progress", "Reading", "batches", "outcomes", "read", "run_batch", "run_rows", "too_large"]
 
 log = logging.getLogger(__name__)
 
@@ -42,25 +44,42 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that go through the model together, as tensors on its device; B rows, K places of each, O options.
+    """Rows that go through the model together, as tensors on its device; B rows, N scored places in all, O options.
 
     Args:
         rows: their indices.
         inputs: keyword arguments of the model.
-        places: (B, K) positions in the logits; a row with fewer places repeats one of its own.
-        first: (B,) index in K at which a row's own places start.
-        targets: (B, K) answer tokens, 0 where a row has none.
+        length: tokens of the longest row.
+        at: (2, N) row and position of every scored place, row by row.
+        targets: (N,) answer tokens.
+        first: (B,) index in N of each row's first place.
         options: (B, O) choice tokens, 0 where a row has none.
         counts: numbers of targets and of options of each row.
     """
 
     rows: tuple[int, ...]
     inputs: dict[str, Any]
-    places: Tensor
-    first: Tensor
+    length: int
+    at: Tensor
     targets: Tensor
+    first: Tensor
     options: Tensor
     counts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read off one batch, as tensors.
+
+    Args:
+        logprobs: (N,) of each target, in nats.
+        argmax: (N,) most likely token at each place.
+        options: (B, O) log-probabilities of the options at each row's first place, in nats.
+    """
+
+    logprobs: Tensor
+    argmax: Tensor
+    options: Tensor
 
 
 @torch.no_grad()
@@ -103,11 +122,13 @@ def too_large(lm: LanguageModel, error: torch.OutOfMemoryError) -> ScoringError:
 def batches(lm: LanguageModel, rows: Sequence[Row], batch_size: int) -> list[Batch]:
     """Return the rows in batches, the longest first, so that little is padding and memory runs out at once if ever."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
-    if lm.kind == "causal" and lm.pads_exactly is None:
-        try:
+    try:
+        if lm.kind == "causal" and lm.pads_exactly is None:
             lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
-        except torch.OutOfMemoryError:
-            log.warning("two rows do not fit into the memory of %s; scoring without padding", lm.device)
+        if lm.reads_places is None:
+            lm.reads_places = _reads_places(lm, rows[order[-1]])
+    except torch.OutOfMemoryError:
+        log.warning("two rows do not fit into the memory of %s; scoring without padding", lm.device)
     groups = [order]
     if lm.kind == "causal" and not lm.pads_exactly:
         groups = [list(same) for _, same in groupby(order, key=lambda i: len(rows[i].ids))]
@@ -127,28 +148,71 @@ def _pads_exactly(lm: LanguageModel, long: Row, short: Row) -> bool | None:
         return None
     together = run_batch(lm, _batch(lm, [long, short], (0, 1), padded=True))[1]
     alone = run_batch(lm, _batch(lm, [short], (0,), padded=False))[0]
-    tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.2
-    if not all(map(math.isfinite, together.logprobs + alone.logprobs)):
+    return _same(lm, together.logprobs, alone.logprobs)
+
+
+def _reads_places(lm: LanguageModel, row: Row) -> bool | None:
+    """Find out whether the output layer, given the scored places alone, gives their logits; None if the row cannot tell."""
+    batch = _batch(lm, [row, row], (0, 1))
+    whole = [x for outcome in run_batch(lm, batch) for x in outcome.logprobs]
+    try:
+        placed = read(lm, batch, placed=True).logprobs.tolist()
+    # A model may do anything with what its output layer gives out, and stumble over another shape in any way.
+    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+    return _same(lm, whole, placed)
+
+
+def _same(lm: LanguageModel, a: Sequence[float], b: Sequence[float]) -> bool | None:
+    if not all(map(math.isfinite, [*a, *b])):
         return None
-    return all(abs(a - b) <= tolerance for a, b in zip(together.logprobs, alone.logprobs, strict=True))
+    tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.2
+    return all(abs(x - y) <= tolerance for x, y in zip(a, b, strict=True))
 
 
 @torch.no_grad()
 def run_batch(lm: LanguageModel, batch: Batch) -> list[Outcome]:
     """Return the outcome of every row of a batch."""
-    logits: Tensor = lm.model(**batch.inputs).logits
-    if batch.places.shape[1] != logits.shape[1]:
-        logits = logits.gather(1, batch.places[..., None].expand(-1, -1, logits.shape[-1]))
-    logits = logits.float()  # (B, K, V)
-    total = logits.logsumexp(-1)  # (B, K)
-    logprobs = logits.gather(-1, batch.targets[..., None])[..., 0] - total  # (B, K)
-    at_first = logits[torch.arange(len(batch.rows), device=logits.device), batch.first]  # (B, V)
-    chosen = at_first.gather(-1, batch.options) - total.gather(1, batch.first[:, None])  # (B, O)
-    lists = [x.cpu().tolist() for x in (logprobs, logits.argmax(-1), chosen)]
+    return outcomes(batch, read(lm, batch, placed=bool(lm.reads_places)))
+
+
+def outcomes(batch: Batch, reading: Reading) -> list[Outcome]:
+    """Return what was read off a batch row by row, as plain numbers."""
+    logprobs, argmax, options = (x.cpu().tolist() for x in (reading.logprobs, reading.argmax, reading.options))
     return [
-        Outcome(lists[0][b][start : start + targets], lists[1][b][start : start + targets], lists[2][b][:options])
-        for b, (start, (targets, options)) in enumerate(zip(batch.first.tolist(), batch.counts, strict=True))
+        Outcome(logprobs[start : start + targets], argmax[start : start + targets], options[b][:chosen])
+        for b, (start, (targets, chosen)) in enumerate(zip(batch.first.tolist(), batch.counts, strict=True))
     ]
+
+
+def read(lm: LanguageModel, batch: Batch, *, placed: bool) -> Reading:
+    """Run a batch through the model and read off what is scored; gradients flow unless the caller turned them off.
+
+    Args:
+        lm: the model.
+        batch: the rows.
+        placed: whether the output layer is given the scored places alone.
+    """
+    row, place = batch.at
+    with ExitStack() as stack:
+        stack.enter_context(quick(lm.device, batch.length))
+        if placed:
+            head = lm.model.get_output_embeddings()
+            # A spread model's output layer may be on another device; plain indexing moves a CPU's indices, not a GPU's.
+            handle = head.register_forward_pre_hook(
+                lambda _module, args: (args[0][row.to(args[0].device), place.to(args[0].device)][None], *args[1:])
+            )
+            stack.callback(handle.remove)
+        logits: Tensor = lm.model(**batch.inputs).logits
+        logits = (logits[0] if placed else logits[row, place]).float()  # (N, V)
+    total = logits.logsumexp(-1)  # (N,)
+    return Reading(
+        logprobs=logits.gather(-1, batch.targets[:, None])[:, 0] - total,
+        argmax=logits.argmax(-1),
+        options=logits[batch.first].gather(-1, batch.options) - total[batch.first][:, None],
+    )
 
 
 def _batch(lm: LanguageModel, rows: Sequence[Row], indices: Sequence[int], *, padded: bool | None = None) -> Batch:
@@ -158,33 +222,30 @@ def _batch(lm: LanguageModel, rows: Sequence[Row], indices: Sequence[int], *, pa
     takes = inspect.signature(lm.model.forward).parameters
     ids, mask = _padded([r.ids for r in chosen], pad, left=lm.kind == "causal")
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    K = max(len(r.places) for r in chosen)
-    first = [0] * len(chosen)
-    places = [[*r.places, *[r.places[-1]] * (K - len(r.places))] for r in chosen]
+    places = [r.places for r in chosen]
     if lm.kind == "causal":
-        # Padded on the left, all answers end at the right edge.
-        kept = K if "logits_to_keep" in takes else ids.shape[1]
-        first = [K - len(r.places) for r in chosen]
-        places = [[kept - K + k for k in range(K)] for _ in chosen]
+        # Padded on the left, all answers end at the right edge, and only the last places need logits.
+        kept = max(map(len, places)) if "logits_to_keep" in takes else ids.shape[1]
+        places = [tuple(range(kept - len(p), kept)) for p in places]
         if "position_ids" in takes and (lm.pads_exactly if padded is None else padded):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         if "logits_to_keep" in takes:
-            inputs["logits_to_keep"] = K
+            inputs["logits_to_keep"] = kept
         if "use_cache" in takes:
             inputs["use_cache"] = False
     elif lm.kind == "encoder-decoder":
         inputs |= {"decoder_input_ids": _padded([r.decoder for r in chosen], pad, left=False)[0], "use_cache": False}
-    targets = torch.zeros(len(chosen), K, dtype=torch.long)
     options = torch.zeros(len(chosen), max(1, max(len(r.options) for r in chosen)), dtype=torch.long)
-    for b, row in enumerate(chosen):
-        targets[b, first[b] : first[b] + len(row.targets)] = torch.tensor(row.targets)
-        options[b, : len(row.options)] = torch.tensor(row.options, dtype=torch.long)
+    for b, r in enumerate(chosen):
+        options[b, : len(r.options)] = torch.tensor(r.options, dtype=torch.long)
+    counts = torch.tensor([len(p) for p in places])
     return Batch(
         rows=tuple(indices),
         inputs={name: value.to(lm.device) if isinstance(value, Tensor) else value for name, value in inputs.items()},
-        places=torch.tensor(places, device=lm.device),
-        first=torch.tensor(first, device=lm.device),
-        targets=targets.to(lm.device),
+        length=ids.shape[1],
+        at=torch.tensor([[b, p] for b, of_row in enumerate(places) for p in of_row], device=lm.device).T,
+        targets=torch.tensor([t for r in chosen for t in r.targets], device=lm.device),
+        first=(counts.cumsum(0) - counts).to(lm.device),
         options=options.to(lm.device),
         counts=tuple((len(r.targets), len(r.options)) for r in chosen),
     )

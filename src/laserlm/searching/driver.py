@@ -32,7 +32,7 @@ from laserlm.tasks import Scorer, Split, Task
 __all__ = ["Found", "Metric", "Step", "search"]
 
 Metric = Literal["accuracy", "loss"]
-SCORING = 1
+SCORING = 2
 """Goes up when a change of scoring moves scores, so that no run mixes old with new ones."""
 
 

@@ -20,6 +20,7 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import find_stacks
 from laserlm.scoring.encoding import Row
 from laserlm.scoring.forward import Batch, Outcome, batches, run_batch
+from laserlm.scoring.kernels import quick
 
 __all__ = ["Frontier"]
 
@@ -150,7 +151,7 @@ class Frontier:
 
             return hook
 
-        with ExitStack() as hooks, self._stubbed(kept):
+        with ExitStack() as hooks, self._stubbed(kept), quick(self.lm.device, batch.length):
             for place in places:
                 handle = self._blocks[place].register_forward_hook(keep(place[0], place == places[-1]))
                 hooks.callback(handle.remove)

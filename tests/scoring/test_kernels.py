@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import SCORED
+
+import laserlm.scoring.forward as forward
+import laserlm.scoring.kernels as module
+from laserlm.models import LanguageModel
+from laserlm.scoring.encoding import encode
+from laserlm.scoring.forward import batches, run_batch
+from laserlm.scoring.kernels import quick
+from laserlm.tasks import Example
+
+Make = Callable[..., LanguageModel]
+CPU = torch.device("cpu")
+EXAMPLES = [Example(str(i), "The city of " * i + "the river is", "a capital") for i in range(1, 6)]
+
+
+def precision() -> str:
+    settings: Any = torch.backends.mkldnn
+    return str(settings.matmul.fp32_precision)
+
+
+def test_products_are_exact_and_the_setting_is_put_back() -> None:
+    x, w = torch.randn(200, 300), torch.randn(400, 300)
+    exact = x.double() @ w.double().T
+    with quick(CPU, 20):
+        assert (x @ w.T - exact).norm() / exact.norm() < 2e-6
+    assert precision() == "none"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_rounded_operands_are_taken_only_where_they_are_not_rounded(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_onednn_is_exact", lambda: exact)
+    with quick(CPU, 20):
+        assert precision() == ("bf16" if exact else "none")
+    assert precision() == "none"
+    with quick(torch.device("meta"), 20):
+        assert precision() == "none"
+
+
+def test_a_kernel_that_rounds_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.functional.linear
+
+    def rounding(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return linear(x.bfloat16().float(), w.bfloat16().float())
+
+    monkeypatch.setattr(torch.nn.functional, "linear", rounding)
+    assert module._onednn_is_exact.__wrapped__() is False
+    assert precision() == "none"
+
+
+def test_the_callers_own_choice_stays() -> None:
+    settings: Any = torch.backends.mkldnn
+    settings.matmul.fp32_precision = "ieee"
+    try:
+        with quick(CPU, 20):
+            assert precision() == "ieee"
+        assert precision() == "ieee"
+    finally:
+        settings.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_the_output_layer_given_the_scored_places_alone_says_the_same(family: str, make: Make) -> None:
+    lm = make(family)
+    rows = encode(lm, EXAMPLES, "answer")
+    batch = batches(lm, rows, 5)[0]
+    assert lm.reads_places is True
+    seen: list[int] = []
+    head = lm.model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape[:-1].numel()))
+    placed = run_batch(lm, batch)
+    head.remove()
+    assert seen == [sum(len(r.places) for r in rows)]
+    lm.reads_places = False
+    for a, b in zip(placed, run_batch(lm, batch), strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+        assert a.argmax == b.argmax
+
+
+def test_a_model_that_works_on_its_logits_by_place_gets_all_places(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make("llama")
+    plain = lm.model.forward
+
+    def by_place(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        out.logits = out.logits * torch.linspace(0.5, 1.5, out.logits.shape[1])[None, :, None]
+        return out
+
+    monkeypatch.setattr(lm.model, "forward", by_place)
+    monkeypatch.setattr(forward.inspect, "signature", lambda _: type("S", (), {"parameters": {"use_cache": 1}}))
+    batches(lm, encode(lm, EXAMPLES, "answer"), 5)
+    assert lm.reads_places is False
