@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import alembic.command
+import alembic.config
 import alembic.op
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine, event, text
 
 from laserlm.errors import StoreError
 from laserlm.results import Store, database
@@ -33,8 +35,25 @@ def test_the_migrations_make_the_tables_of_the_models(store, store_url):
 
 def test_a_database_of_a_newer_version_asks_for_an_upgrade(store, store_url, sql):
     sql("update alembic_version set version_num = '9999'")
-    with pytest.raises(StoreError, match="has schema 9999, this laserlm knows up to 0001; upgrade laserlm"):
+    with pytest.raises(StoreError, match="has schema 9999, this laserlm knows up to 0002; upgrade laserlm"):
         Store.open(store_url)
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date(store_url, sample):
+    engine = create_engine(store_url)
+    config = alembic.config.Config()
+    config.set_main_option("script_location", "laserlm.results:migrations")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0001")
+        columns = "number, id, key, kind, status, model, task, settings, provenance, created, updated"
+        values = "1, 'abc', 'work', 'search', 'interrupted', 'tiny', 'capitals', '{}', '{}', '2026-01-02', '2026-01-02'"
+        connection.execute(text(f"insert into runs ({columns}) values ({values})"))
+    engine.dispose()
+    with Store.open(store_url) as store, store.run(**sample.work()) as run:
+        assert (run.id, run.resumed, run.notes) == ("abc", True, {})
+        run.note("order", [1, 2])
+        run.record(sample.evaluation("a"), sample.EXAMPLES)
 
 
 def test_a_migration_that_fails_leaves_nothing(store_url, sql, monkeypatch):

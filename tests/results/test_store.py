@@ -111,6 +111,42 @@ def test_a_trial_is_recorded_once(store, sql, sample, first, second):
     assert sql("select count(*) from scores") == [(20 if first == "record" else 10,)]
 
 
+def test_a_trial_goes_on_where_its_scores_end(store, sql, sample):
+    whole = sample.evaluation("a")
+    first, rest = (dataclasses.replace(whole, scores=part, seconds=2.0) for part in (whole.scores[:4], whole.scores[4:]))
+    with store.run(**sample.work()) as run:
+        with pytest.raises(StoreError, match="has no trial of 'a' on validation, which cannot go on from score 4"):
+            run.record(rest, sample.EXAMPLES[4:], start=4)
+        run.record(first, sample.EXAMPLES[:4])
+        for start in (0, 3, 5):
+            with pytest.raises(StoreError, match=f"done, 4 scores.*from score {start}"):
+                run.record(rest, sample.EXAMPLES[4:], start=start)
+        run.record(rest, sample.EXAMPLES[4:], start=4)
+        assert run.evaluation("validation", "a") == dataclasses.replace(whole, seconds=4.0)
+        run.record(sample.evaluation("b"), sample.EXAMPLES)
+        run.fail("validation", "b", "no room", start=10)
+        run.record(sample.evaluation(""), sample.EXAMPLES)
+        found = run.trials("validation")
+        assert found == {"a": run.evaluation("validation", "a"), "b": "no room", "": sample.evaluation("")}
+        assert run.trials("test") == {}
+    listed = {t.intervention: t for t in store.trials(run.id)}
+    assert (listed["a"].n, listed["a"].seconds) == (10, 4.0)
+    assert listed["a"].accuracy == pytest.approx(whole.accuracy)
+    assert listed["a"].loss == pytest.approx(whole.loss)
+    assert (listed["b"].status, listed["b"].reason, listed["b"].n) == ("failed", "no room", 10)
+    assert sql("select count(*) from scores") == [(30,)]
+
+
+def test_notes_last_until_the_run_goes_on(store, sample):
+    with store.run(**sample.work()) as run:
+        run.note("screen", {"1.fc_in@0.5": [0.25, None]})
+        run.note("rung", 3)
+    with store.run(**sample.work()) as again:
+        assert again.resumed
+        assert again.notes == {"screen": {"1.fc_in@0.5": [0.25, None]}, "rung": 3}
+    assert store.export(again.id)["notes"] == again.notes
+
+
 def test_scores_must_belong_to_the_examples(store, sample):
     made = sample.evaluation("a")
     nan = (dataclasses.replace(made.scores[0], logprob=math.nan), *made.scores[1:])

@@ -31,6 +31,7 @@ def export_run(session: Session, run: RunRow) -> dict[str, Any]:
         "updated": run.updated.isoformat(),
         "settings": run.settings,
         "provenance": run.provenance,
+        "notes": run.notes,
         "outcome": run.outcome,
         "examples": [
             {

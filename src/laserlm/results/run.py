@@ -15,7 +15,7 @@ from laserlm.errors import RunBusyError, StoreError
 from laserlm.results.claim import RELEASED, beating, claim, hold
 from laserlm.results.database import Database
 from laserlm.results.schema import RunRow
-from laserlm.results.trials import check, find_trial, load_evaluation, save_evaluation, save_failure
+from laserlm.results.trials import check, find_trial, load_evaluation, load_trials, save_evaluation, save_failure
 from laserlm.scoring.records import Evaluation
 from laserlm.tasks.example import Example
 
@@ -28,13 +28,15 @@ class Run:
     Args:
         id: 12 hex characters.
         resumed: whether an earlier unfinished run with the same key goes on.
+        notes: what ``note`` was given so far.
         outcome: what ``finish`` was given, None while unfinished.
     """
 
-    def __init__(self, database: Database, id: str, token: str, resumed: bool, outcome: dict[str, Any] | None) -> None:
-        self.id = id
+    def __init__(self, database: Database, row: RunRow, token: str, *, resumed: bool) -> None:
+        self.id = row.id
         self.resumed = resumed
-        self.outcome = outcome
+        self.notes = row.notes or {}
+        self.outcome = row.outcome
         self._database = database
         self._token = token  # empty for a run that was finished before
 
@@ -49,31 +51,49 @@ class Run:
             trial = find_trial(session, self.id, split, intervention)
             return trial.reason if trial is not None and trial.status == "failed" else None
 
-    def record(self, evaluation: Evaluation, examples: Sequence[Example]) -> None:
-        """Save a trial with all its scores, or nothing.
+    def trials(self, split: str) -> dict[str, Evaluation | str]:
+        """Return what is recorded of a split by intervention: the scores so far, or the reason of a failure."""
+        with self._database.read() as session:
+            return load_trials(session, self.id, split)
+
+    def record(self, evaluation: Evaluation, examples: Sequence[Example], *, start: int = 0) -> None:
+        """Save a trial with all its scores, or the next scores of one, or nothing.
 
         Args:
             evaluation: one that this run does not have yet.
             examples: those it was made from, in the order of its scores.
+            start: number of scores that this trial has already, which these follow.
 
         Raises:
-            StoreError: if this run already has a trial of that split and intervention, done or failed; if scores and
-                examples do not belong together; if a log-probability is NaN; if the run is finished.
+            StoreError: if this run's trial of that split and intervention failed or has not ``start`` scores; if scores
+                and examples do not belong together; if a log-probability is NaN; if the run is finished.
             RunBusyError: if another process has taken the run over.
         """
         check(evaluation, examples)
         with self._held() as session:
-            save_evaluation(session, self.id, evaluation, examples)
+            save_evaluation(session, self.id, evaluation, examples, start)
 
-    def fail(self, split: str, intervention: str, reason: str) -> None:
-        """Save that a trial gave no scores, and why.
+    def fail(self, split: str, intervention: str, reason: str, *, start: int = 0) -> None:
+        """Save that a trial gave no scores, or no more than the ``start`` it has, and why.
 
         Raises:
-            StoreError: if this run already has a trial of that split and intervention; if the run is finished.
+            StoreError: if this run's trial of that split and intervention failed before or has not ``start`` scores; if
+                the run is finished.
             RunBusyError: if another process has taken the run over.
         """
         with self._held() as session:
-            save_failure(session, self.id, split, intervention, reason)
+            save_failure(session, self.id, split, intervention, reason, start)
+
+    def note(self, name: str, value: Any) -> None:
+        """Save a plain JSON value that the run needs to go on, under a name.
+
+        Raises:
+            StoreError: if the run is finished.
+            RunBusyError: if another process has taken the run over.
+        """
+        notes = self.notes | {name: value}
+        with self._held(notes=notes):
+            self.notes = notes
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Save the outcome, plain JSON values, and end the run.
@@ -135,7 +155,7 @@ def _claimed(
         newest = select(RunRow).where(RunRow.key == key).order_by(RunRow.number.desc()).limit(1)
         row = None if restart else session.scalars(newest).first()
         if row is not None and row.status == "done":
-            return Run(database, row.id, "", resumed=False, outcome=row.outcome)
+            return Run(database, row, "", resumed=False)
         resumed = row is not None
         if row is None:
             now = datetime.now(UTC)
@@ -153,4 +173,4 @@ def _claimed(
             )
             session.add(row)
             session.flush()
-        return Run(database, row.id, claim(session, row), resumed=resumed, outcome=None)
+        return Run(database, row, claim(session, row), resumed=resumed)

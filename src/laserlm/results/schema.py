@@ -64,6 +64,7 @@ class RunRow(Base):
     task: Mapped[str]
     settings: Mapped[dict[str, Any]]
     provenance: Mapped[dict[str, Any]]
+    notes: Mapped[dict[str, Any] | None]
     outcome: Mapped[dict[str, Any] | None]
     created: Mapped[datetime]
     updated: Mapped[datetime]

@@ -17,7 +17,7 @@ from laserlm.results.schema import ExampleRow, ScoreRow, TrialRow
 from laserlm.scoring.records import Evaluation, Score
 from laserlm.tasks.example import Example
 
-__all__ = ["check", "find_trial", "load_evaluation", "save_evaluation", "save_failure"]
+__all__ = ["check", "find_trial", "load_evaluation", "load_trials", "save_evaluation", "save_failure"]
 
 CHUNK = 500  # values in one query; SQLite before 3.32 takes 999
 
@@ -49,17 +49,18 @@ def find_trial(session: Session, run_id: str, split: str, intervention: str) -> 
     ).one_or_none()
 
 
-def save_evaluation(session: Session, run_id: str, evaluation: Evaluation, examples: Sequence[Example]) -> None:
-    """Add a trial with its scores, and those examples the database does not have yet."""
-    trial = _new_trial(session, run_id, evaluation.split, evaluation.intervention)
+def save_evaluation(session: Session, run_id: str, evaluation: Evaluation, examples: Sequence[Example], start: int) -> None:
+    """Add a trial with its scores, or the next scores to a trial that has ``start`` of them; and the examples that are new."""
+    trial = _open_trial(session, run_id, evaluation.split, evaluation.intervention, start)
+    n = start + evaluation.n
     trial.status = "done"
     trial.model = evaluation.model
     trial.task = evaluation.task
     trial.scorer = evaluation.scorer
-    trial.n = evaluation.n
-    trial.accuracy = evaluation.accuracy
-    trial.loss = evaluation.loss
-    trial.seconds = evaluation.seconds
+    trial.n = n
+    trial.accuracy = ((trial.accuracy or 0) * start + evaluation.accuracy * evaluation.n) / n
+    trial.loss = ((trial.loss or 0) * start + evaluation.loss * evaluation.n) / n
+    trial.seconds = (trial.seconds or 0) + evaluation.seconds
     trial.classes = list(evaluation.classes)
     session.add(trial)
     session.flush()
@@ -77,14 +78,14 @@ def save_evaluation(session: Session, run_id: str, evaluation: Evaluation, examp
                 "predicted": score.predicted,
                 "answer": None if score.answer == example.answer else score.answer,
             }
-            for position, (score, example) in enumerate(zip(evaluation.scores, examples, strict=True))
+            for position, (score, example) in enumerate(zip(evaluation.scores, examples, strict=True), start)
         ],
     )
 
 
-def save_failure(session: Session, run_id: str, split: str, intervention: str, reason: str) -> None:
-    """Add a trial that has no scores and the reason why."""
-    trial = _new_trial(session, run_id, split, intervention)
+def save_failure(session: Session, run_id: str, split: str, intervention: str, reason: str, start: int) -> None:
+    """Add a trial that has no scores, or end one that has ``start`` of them, and say why it has no more."""
+    trial = _open_trial(session, run_id, split, intervention, start)
     trial.status = "failed"
     trial.reason = reason
     session.add(trial)
@@ -93,50 +94,74 @@ def save_failure(session: Session, run_id: str, split: str, intervention: str, r
 def load_evaluation(session: Session, run_id: str, split: str, intervention: str) -> Evaluation | None:
     """Return the evaluation as it was recorded, or None where there is none or it failed."""
     trial = find_trial(session, run_id, split, intervention)
-    if trial is None or trial.status != "done":
-        return None
-    rows = session.execute(
-        select(
-            ExampleRow.name,
-            ScoreRow.correct,
-            ScoreRow.logprob,
-            ScoreRow.tokens,
-            ScoreRow.predicted,
-            func.coalesce(ScoreRow.answer, ExampleRow.answer),
-            ExampleRow.group,
-        )
-        .join(ExampleRow, ScoreRow.example_id == ExampleRow.id)
-        .where(ScoreRow.trial_id == trial.id)
-        .order_by(ScoreRow.position)
-    )
-    scores = tuple(
-        Score(id, correct, logprob, tokens, predicted, answer, group)
-        for id, correct, logprob, tokens, predicted, answer, group in rows
-    )
-    if len(scores) != trial.n:
-        raise StoreError(
-            f"run {run_id} has {len(scores)} of {trial.n} scores for {intervention!r} on {split}; "
-            "the database is damaged, restore a copy or start again with another --store"
-        )
-    return Evaluation(
-        trial.model or "",
-        trial.task or "",
-        split,
-        trial.scorer or "",
-        intervention,
-        scores,
-        trial.seconds or 0.0,
-        tuple(trial.classes or ()),
-    )
+    return None if trial is None or trial.status != "done" else _loaded(session, [trial])[0]
 
 
-def _new_trial(session: Session, run_id: str, split: str, intervention: str) -> TrialRow:
-    if (earlier := find_trial(session, run_id, split, intervention)) is not None:
-        raise StoreError(
-            f"run {run_id} already has a trial of {intervention or 'the unchanged model'!r} on {split} "
-            f"({earlier.status}); look before measuring, or start a new run with --restart"
+def load_trials(session: Session, run_id: str, split: str) -> dict[str, Evaluation | str]:
+    """Return the evaluation of every trial of a split, or the reason why it failed, by intervention."""
+    trials = session.scalars(
+        select(TrialRow).where(TrialRow.run_id == run_id, TrialRow.split == split).order_by(TrialRow.id)
+    ).all()
+    done = [t for t in trials if t.status == "done"]
+    found = {e.intervention: e for e in _loaded(session, done)}
+    return {t.intervention: found.get(t.intervention, t.reason or "") for t in trials}
+
+
+def _loaded(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:
+    scores: dict[int, list[Score]] = {trial.id: [] for trial in trials}
+    wanted = list(scores)
+    for first in range(0, len(wanted), CHUNK):
+        rows = session.execute(
+            select(
+                ScoreRow.trial_id,
+                ExampleRow.name,
+                ScoreRow.correct,
+                ScoreRow.logprob,
+                ScoreRow.tokens,
+                ScoreRow.predicted,
+                func.coalesce(ScoreRow.answer, ExampleRow.answer),
+                ExampleRow.group,
+            )
+            .join(ExampleRow, ScoreRow.example_id == ExampleRow.id)
+            .where(ScoreRow.trial_id.in_(wanted[first : first + CHUNK]))
+            .order_by(ScoreRow.trial_id, ScoreRow.position)
         )
-    return TrialRow(run_id=run_id, split=split, intervention=intervention, created=datetime.now(UTC))
+        for trial_id, id, correct, logprob, tokens, predicted, answer, group in rows:
+            scores[trial_id].append(Score(id, correct, logprob, tokens, predicted, answer, group))
+    evaluations: list[Evaluation] = []
+    for trial in trials:
+        if len(scores[trial.id]) != trial.n:
+            raise StoreError(
+                f"run {trial.run_id} has {len(scores[trial.id])} of {trial.n} scores for {trial.intervention!r} on "
+                f"{trial.split}; the database is damaged, restore a copy or start again with another --store"
+            )
+        evaluations.append(
+            Evaluation(
+                trial.model or "",
+                trial.task or "",
+                trial.split,
+                trial.scorer or "",
+                trial.intervention,
+                tuple(scores[trial.id]),
+                trial.seconds or 0.0,
+                tuple(trial.classes or ()),
+            )
+        )
+    return evaluations
+
+
+def _open_trial(session: Session, run_id: str, split: str, intervention: str, start: int) -> TrialRow:
+    """Return a new trial, or the one that has ``start`` scores so far."""
+    earlier = find_trial(session, run_id, split, intervention)
+    if earlier is None and start == 0:
+        return TrialRow(run_id=run_id, split=split, intervention=intervention, created=datetime.now(UTC))
+    if earlier is not None and earlier.status == "done" and earlier.n == start > 0:
+        return earlier
+    trial = f"trial of {intervention or 'the unchanged model'!r} on {split}"
+    has = f"has no {trial}" if earlier is None else f"already has a {trial} ({earlier.status}, {earlier.n or 0} scores)"
+    raise StoreError(
+        f"run {run_id} {has}, which cannot go on from score {start}; look before measuring, or start a new run with --restart"
+    )
 
 
 def _example_ids(session: Session, examples: Iterable[Example]) -> dict[Example, int]:
