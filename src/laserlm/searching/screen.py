@@ -1,0 +1,353 @@
+"""The first-order screen: from one gradient of the loss, how each candidate would change it.
+
+With W = left @ right over k components, X what goes into the matrix and D the gradient of the loss by what comes out,
+the share of component i in W's gradient is c_i = sum over tokens of (D left)_i (X right^T)_i, which is sigma_i times the
+derivative of the loss by sigma_i. Dropping components changes the loss by minus their sum, to first order: one sum for
+every rank of a matrix. It is a local approximation: it ranks candidates, it decides nothing.
+
+The model is run once, keeping what goes into each block; then, from the last block to the first, each is run again with
+its gradient. What is in memory at a time is the boundaries between the blocks, and one block's activations, gradients and
+decompositions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+from transformers.pytorch_utils import Conv1D
+
+from laserlm.algebra.decomposition import Decomposition
+from laserlm.algebra.ranks import rank_of
+from laserlm.editing.cache import DecompositionCache
+from laserlm.errors import WeightError
+from laserlm.models.language_model import LanguageModel
+from laserlm.models.matrices import Matrix, find_stacks, read, view
+from laserlm.scoring.encoding import Row
+from laserlm.scoring.forward import Batch, batches, run_rows
+from laserlm.scoring.forward import read as read_off
+from laserlm.scoring.kernels import quick
+from laserlm.searching.candidates import Candidate
+from laserlm.tasks import Example, Scorer
+
+__all__ = ["Prediction", "screen"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the screen expects of a candidate.
+
+    Args:
+        change: mean change of the loss per example, in nats.
+        error: its standard error over the examples; None where the share of each example cannot be told.
+    """
+
+    change: float
+    error: float | None
+
+
+def screen(
+    lm: LanguageModel,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    scorer: Scorer,
+    candidates: Sequence[Candidate],
+    *,
+    cache: DecompositionCache,
+    batch_size: int = 32,
+    between_choices: bool = False,
+) -> dict[str, Prediction]:
+    """Predict the change of loss under each candidate, to first order, by its canonical text.
+
+    Candidates whose matrix cannot be decomposed are left out, for scoring to tell the reason. Randomised decompositions
+    are predicted by the exact ones.
+
+    Args:
+        lm: the unchanged model.
+        examples: those to take the gradient over.
+        rows: what ``encode`` made of them.
+        scorer: as they were encoded for.
+        candidates: single matrices at single ranks.
+        cache: decompositions to use.
+        batch_size: rows in one pass.
+        between_choices: take the log-loss of the right choice among the choices, where the scorer is ``choice``, instead
+            of its log-loss among all tokens.
+    """
+    found: dict[str, Prediction] = {}
+    with _frozen(lm.model):
+        passes = _passes(lm, rows, _coefficients(lm, examples, rows, scorer, batch_size, between_choices), batch_size)
+        # The blocks as they were called, the last first; every batch calls them in the same order.
+        for call in reversed(range(len(passes[0].calls))):
+            wanted = [c for c in candidates if (c.matrix.stack, c.matrix.layer) == passes[0].calls[call].place]
+            for matrix, contributions in _contributions(
+                lm, passes, call, [c.matrix for c in wanted], cache, rows, len(examples)
+            ):
+                for candidate in wanted:
+                    if candidate.matrix == matrix:
+                        found[str(candidate.intervention)] = _predict(candidate, contributions)
+    return found
+
+
+def _predict(candidate: Candidate, contributions: Tensor) -> Prediction:
+    """Return what dropping a candidate's components does; contributions are (E, k), or (1, k) where only the mean is known."""
+    (reduction,) = candidate.intervention.reductions
+    k = contributions.shape[1]
+    rank = rank_of(reduction.size, candidate.matrix.max_rank)
+    dropped = contributions[:, rank:] if reduction.keep == "top" else contributions[:, : k - rank]
+    changes = -dropped.sum(1)  # (E,)
+    E = len(changes)
+    error = None if E == 1 else float(changes.std() / math.sqrt(E))
+    return Prediction(float(changes.mean()), error)
+
+
+@dataclass
+class _Call:
+    """One call of a block: where it is, what it was given, and a leaf in place of what it gave out."""
+
+    place: tuple[str, int]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass
+class _Pass:
+    """One batch run to the end, its blocks' calls in order; what lies outside of blocks keeps its graph."""
+
+    batch: Batch
+    calls: list[_Call]
+
+
+def _passes(
+    lm: LanguageModel, rows: Sequence[Row], coefficients: Sequence[tuple[float, list[float]]], batch_size: int
+) -> list[_Pass]:
+    """Run every batch and take the gradient of the objective down to the output of the last block."""
+    passes: list[_Pass] = []
+    for batch in batches(lm, rows, batch_size):
+        with _cut(lm) as calls, torch.enable_grad():
+            reading = read_off(lm, batch, placed=bool(lm.reads_places))
+            places = torch.tensor([len(rows[i].targets) for i in batch.rows], device=lm.device)
+            weights = torch.tensor([coefficients[i][0] for i in batch.rows], device=lm.device).repeat_interleave(places)  # (N,)
+            options = torch.zeros_like(reading.options)
+            for b, i in enumerate(batch.rows):
+                options[b, : len(coefficients[i][1])] = torch.tensor(coefficients[i][1])
+            torch.autograd.backward([reading.logprobs, reading.options], [weights, options], retain_graph=True)
+        passes.append(_Pass(batch, calls))
+    return passes
+
+
+@contextmanager
+def _cut(lm: LanguageModel) -> Iterator[list[_Call]]:
+    """Run blocks without a graph and hand on leaves in place of what they give out; yield the record of their calls."""
+    calls: list[_Call] = []
+
+    def wrapped(block: nn.Module, place: tuple[str, int]) -> Callable[..., Any]:
+        forward = block.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                # Copies, for some blocks add to what they are given in place.
+                output = forward(*_mapped(_copied, args), **_mapped(_copied, kwargs))
+            calls.append(_Call(place, args, kwargs, _mapped(_leaf, output)))
+            return calls[-1].output
+
+        return run
+
+    with ExitStack() as stack:
+        for name, _, blocks in find_stacks(lm.model):
+            for layer, block in enumerate(blocks):
+                before = block.__dict__.get("forward")
+                stack.callback(_put_back, block, before)
+                block.forward = wrapped(block, (name, layer))
+        yield calls
+
+
+def _put_back(block: nn.Module, forward: Any) -> None:
+    if forward is None:
+        block.__dict__.pop("forward", None)
+    else:
+        block.forward = forward
+
+
+def _contributions(
+    lm: LanguageModel,
+    passes: Sequence[_Pass],
+    call: int,
+    matrices: Sequence[Matrix],
+    cache: DecompositionCache,
+    rows: Sequence[Row],
+    examples: int,
+) -> Iterator[tuple[Matrix, Tensor]]:
+    """Take the gradient through one call of a block for every batch; yield each matrix with its (E, k) contributions.
+
+    Where the tokens of an example cannot be told, as with experts stacked in one tensor, they are (1, k): the mean.
+    """
+    held: dict[str, tuple[Matrix, Decomposition]] = {}
+    for matrix in dict.fromkeys(matrices):
+        try:
+            held[matrix.id] = matrix, cache.get(read(lm.model, matrix))
+        except WeightError:
+            continue
+    sums = {id: torch.zeros(examples, d.max_rank, device=d.left.device, dtype=d.left.dtype) for id, (_, d) in held.items()}
+    by_module: dict[str, list[tuple[Matrix, Decomposition]]] = {}
+    whole: list[tuple[Matrix, Decomposition]] = []
+    for matrix, decomposition in held.values():
+        path = matrix.path.rpartition(".")[0]
+        linear = isinstance(lm.model.get_submodule(path), nn.Linear | Conv1D)
+        (by_module.setdefault(path, []) if linear else whole).append((matrix, decomposition))
+    parameters = {m.path: lm.model.get_parameter(m.path) for m, _ in whole}
+    callers = {path: parameter.grad for path, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    unattributed: set[str] = set()
+
+    for one in passes:
+        of_rows = torch.tensor([rows[i].example for i in one.batch.rows])
+
+        def collect(
+            of: list[tuple[Matrix, Decomposition]], x: Tensor, d: Tensor, of_rows: Tensor = of_rows, batch: Batch = one.batch
+        ) -> None:
+            by_row = _by_row(x, batch), _by_row(d, batch)
+            for matrix, decomposition in of:
+                if by_row[0] is None or by_row[1] is None:
+                    unattributed.add(matrix.id)
+                    sums[matrix.id][0] += _components(matrix, decomposition, x.flatten(0, -2)[None], d.flatten(0, -2)[None])[0]
+                else:
+                    c = _components(matrix, decomposition, by_row[0], by_row[1])  # (B, k)
+                    sums[matrix.id].index_add_(0, of_rows.to(c.device), c)
+
+        with ExitStack() as stack:
+            stack.enter_context(quick(lm.device, one.batch.length))
+            for path, of in by_module.items():
+                hook = lm.model.get_submodule(path).register_forward_hook(_watch(partial(collect, of)))
+                stack.callback(hook.remove)
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+                stack.callback(parameter.requires_grad_, False)
+            _back(lm, one.calls[call])
+        one.calls[call].output = None
+    for matrix, decomposition in whole:
+        gradient = parameters[matrix.path].grad
+        if gradient is not None:
+            G = view(gradient, matrix)
+            G = (G.flatten(0, 1) if matrix.rows is not None else G).to(decomposition.left)  # (m, n)
+            sums[matrix.id][0] = ((G @ decomposition.right.T) * decomposition.left).sum(0)
+        unattributed.add(matrix.id)
+    for path, parameter in parameters.items():
+        parameter.grad = callers[path]
+    for id, (matrix, _) in held.items():
+        yield matrix, sums[id].sum(0, keepdim=True) / examples if id in unattributed else sums[id]
+
+
+def _back(lm: LanguageModel, call: _Call) -> None:
+    """Run a block again with its graph and pass the gradient on to what made its inputs."""
+    (block,) = [blocks[call.place[1]] for name, _, blocks in find_stacks(lm.model) if name == call.place[0]]
+    gradients = [x.grad for x in _floats(call.output)]
+    given, spec = [*_floats((call.args, call.kwargs))], (call.args, call.kwargs)
+    # What goes in comes first; into the first block it comes without a graph, but the block's own gradients need one.
+    inputs: dict[int, Tensor] = {id(x): x.detach().requires_grad_(x.requires_grad or x is given[0]) for x in given}
+    args, kwargs = _mapped(lambda x: inputs.get(id(x), x), spec)
+    with torch.enable_grad():
+        outputs = [*_floats(block(*_mapped(_shifted, args), **_mapped(_shifted, kwargs)))]
+        pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
+        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+    for x in {id(x): x for x in given}.values():
+        gradient = inputs[id(x)].grad
+        if gradient is not None and x.requires_grad:
+            torch.autograd.backward([x], [gradient], retain_graph=True)
+
+
+def _watch(collect: Callable[[Tensor, Tensor], None]) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
+        x = args[0].detach()
+        if output.requires_grad:
+            output.register_hook(lambda d: collect(x, d))
+
+    return hook
+
+
+def _by_row(x: Tensor, batch: Batch) -> Tensor | None:
+    """Return a (B, T, n) view of what passed a module, or None where the rows of a batch cannot be told."""
+    B = len(batch.rows)
+    lengths = [batch.inputs[name].shape[1] for name in ("input_ids", "decoder_input_ids") if name in batch.inputs]
+    if x.ndim >= 3 and x.shape[0] == B:
+        return x.flatten(1, -2)
+    if x.ndim == 2 and x.shape[0] in [B * T for T in lengths]:
+        return x.reshape(B, -1, x.shape[-1])
+    return None
+
+
+def _components(matrix: Matrix, decomposition: Decomposition, x: Tensor, d: Tensor) -> Tensor:
+    """Return the contributions of each component, (B, k), of inputs x (B, T, n) and output gradients d (B, T, m)."""
+    if matrix.rows is not None:
+        r = matrix.rows
+        d = d.unflatten(-1, (r.groups, r.stride))[..., r.start : r.start + r.length].flatten(-2)
+    left, right = decomposition.left, decomposition.right
+    contributions: Tensor = torch.linalg.vecdot(d.to(left) @ left, x.to(left) @ right.T, dim=1)  # over T
+    return contributions
+
+
+def _coefficients(
+    lm: LanguageModel, examples: Sequence[Example], rows: Sequence[Row], scorer: Scorer, batch_size: int, between: bool
+) -> list[tuple[float, list[float]]]:
+    """Return by what each row's log-probabilities, of its targets and of its options, enter the sum of losses."""
+    if scorer != "choice":
+        return [(-1 / len(row.targets), []) for row in rows]
+    coefficients: list[tuple[float, list[float]]] = []
+    totals = [o.options or math.fsum(o.logprobs) for o in run_rows(lm, rows, batch_size)] if between else []
+    for i, of in groupby(range(len(rows)), key=lambda i: rows[i].example):
+        places = list(of)
+        choices = examples[i].choices
+        right = choices.index(examples[i].answer)
+        if not between:
+            # Of several rows only the right choice's has a loss; a single row's target is the right choice.
+            coefficients += [
+                (-1 / len(rows[p].targets) if n == right or len(places) == 1 else 0.0, []) for n, p in enumerate(places)
+            ]
+            continue
+        flat: list[Any] = totals[places[0]] if len(places) == 1 else [totals[p] for p in places]  # type: ignore[assignment]
+        shares = torch.tensor(flat, dtype=torch.float64).softmax(0).tolist()
+        slopes = [share - (n == right) for n, share in enumerate(shares)]
+        coefficients += [(0.0, slopes)] if len(places) == 1 else [(s, []) for s in slopes]
+    return coefficients
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter take a gradient until the end of the context."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def _floats(tree: Any) -> Iterator[Tensor]:
+    return (x for x in tree_flatten(tree)[0] if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def _mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.is_floating_point())
+
+
+def _shifted(x: Tensor) -> Tensor:
+    return x.clone() if x.requires_grad else x  # a block may add in place to what it is given, but not to a leaf

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import SCORED
+
+from laserlm.editing import applied
+from laserlm.editing.cache import DecompositionCache
+from laserlm.models import LanguageModel
+from laserlm.models.matrices import read, view
+from laserlm.scoring.encoding import encode
+from laserlm.scoring.evaluate import evaluate
+from laserlm.scoring.forward import batches
+from laserlm.scoring.forward import read as read_off
+from laserlm.searching import expand
+from laserlm.searching.screen import Prediction, screen
+from laserlm.tasks import Example, Scorer, Split
+
+Make = Callable[..., LanguageModel]
+EXAMPLES = [
+    Example(str(i), "The city by " * (1 + i % 3) + "the river is", answer, choices)
+    for i, (answer, choices) in enumerate(
+        [
+            ("Paris", ("Paris", "a big city")),
+            ("a big city", ("Paris", "a big city")),
+            ("Rome", ("Rome", "the capital", "Oslo")),
+            ("Oslo", ("Rome in Italy", "Oslo")),
+            ("Rome", ("Rome", "Oslo is far")),
+        ]
+    )
+]
+
+
+def predict(
+    lm: LanguageModel, grid: str, scorer: Scorer = "answer", batch_size: int = 2, **more: bool
+) -> dict[str, Prediction]:
+    rows = encode(lm, EXAMPLES, scorer)
+    return screen(
+        lm, EXAMPLES, rows, scorer, expand(grid, lm.matrices), cache=DecompositionCache(), batch_size=batch_size, **more
+    )
+
+
+def by_hand(lm: LanguageModel, grid: str) -> dict[str, tuple[float, float]]:
+    """Return mean and standard error from the gradient of each example's loss by each whole matrix."""
+    rows = encode(lm, EXAMPLES, "answer")
+    changes: dict[str, list[float]] = {}
+    lm.model.requires_grad_(True)
+    for row in rows:
+        lm.model.zero_grad()
+        (batch,) = batches(lm, [row], 1)
+        (-read_off(lm, batch, placed=False).logprobs.mean()).backward()
+        for candidate in expand(grid, lm.matrices):
+            m = candidate.matrix
+            gradient = lm.model.get_parameter(m.path).grad
+            G = torch.zeros(m.shape) if gradient is None else view(gradient, m).reshape(m.shape)
+            text = str(candidate.intervention)
+            with applied(lm, text):
+                after = read(lm.model, m).clone()
+            # Only what the kept and the dropped part do along the singular directions counts, and it is all there is.
+            changes.setdefault(text, []).append(float((G * (after - read(lm.model, m))).sum()))
+    lm.model.requires_grad_(False)
+    n = len(rows)
+    return {t: (float(torch.tensor(c).mean()), float(torch.tensor(c).std() / n**0.5)) for t, c in changes.items()}
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_predictions_are_the_gradient_along_the_edit_example_by_example(family: str, make: Make) -> None:
+    lm = make(family)
+    grid = "all.all@0.5,0.1"
+    expected = by_hand(lm, grid)
+    found = predict(lm, grid)
+    assert set(found) == set(expected)
+    for text, (change, error) in expected.items():
+        assert found[text].change == pytest.approx(change, abs=2e-5, rel=1e-3), text
+        if found[text].error is None:
+            assert "experts" in text
+        else:
+            assert found[text].error == pytest.approx(error, abs=2e-5, rel=1e-3), text
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta", "t5"])
+def test_the_least_component_changes_the_loss_as_predicted(family: str, make: Make) -> None:
+    lm = make(family)
+    matrix = [m for m in lm.matrices if m.name == "fc_out"][-1]
+    stack = f"{matrix.stack}." if matrix.stack else ""
+    text = f"{stack}{matrix.layer}.fc_out@r{matrix.max_rank - 1}"
+    split = Split("made", "validation", tuple(EXAMPLES), "answer")
+    with applied(lm, text):
+        edited = evaluate(lm, split)
+    found = predict(lm, text)[text]
+    assert found.change == pytest.approx(edited.loss - evaluate(lm, split).loss, rel=0.1, abs=2e-6)
+
+
+@pytest.mark.parametrize("between", [True, False])
+def test_choices_of_one_token_or_several_are_screened_by_their_loss(between: bool, make: Make) -> None:
+    lm = make("llama")
+    text = "1.fc_in@0.6"
+    rows = encode(lm, EXAMPLES, "choice")
+
+    def loss() -> torch.Tensor:
+        losses = []
+        for i, e in enumerate(EXAMPLES):
+            of = [row for row in rows if row.example == i]
+            totals = []
+            for row in of:
+                (batch,) = batches(lm, [row], 1)
+                reading = read_off(lm, batch, placed=False)
+                totals += [reading.options[0, c] for c in range(len(row.options))] or [reading.logprobs.sum()]
+            right = e.choices.index(e.answer)
+            tokens = 1 if len(of) == 1 else len(of[right].targets)
+            losses.append(-torch.stack(totals).log_softmax(0)[right] if between else -totals[right] / tokens)
+        return torch.stack(losses).mean()
+
+    lm.model.requires_grad_(True)
+    parameter = lm.model.get_parameter("model.layers.1.mlp.gate_proj.weight")
+    (G,) = torch.autograd.grad(loss(), parameter)
+    lm.model.requires_grad_(False)
+    before = parameter.detach().clone()
+    with applied(lm, text):
+        change = float((G * (parameter.detach() - before)).sum())
+    assert predict(lm, text, "choice", between_choices=between)[text].change == pytest.approx(change, rel=1e-3, abs=2e-6)
+
+
+def test_the_two_ends_of_a_spectrum_add_up(make: Make) -> None:
+    lm = make("llama")
+    k = next(m.max_rank for m in lm.matrices if m.name == "fc_in")
+    found = predict(lm, f"1.fc_in@0,r{k - 5}+1.fc_in@r5:bottom")
+    nothing, top, bottom = (found[f"1.fc_in@{size}"].change for size in ("0", f"r{k - 5}", "r5:bottom"))
+    assert top + bottom == pytest.approx(nothing, abs=1e-6)
+
+
+def test_the_model_is_left_as_it_was(make: Make) -> None:
+    lm = make("mixtral")
+    lm.model.requires_grad_(True)
+    path = next(m.path for m in lm.matrices if "experts" in m.name)
+    held = lm.model.get_parameter(path).grad = torch.ones_like(lm.model.get_parameter(path))
+    before = predict(lm, "all.all@0.5")
+    assert predict(lm, "all.all@0.5") == before
+    assert lm.model.get_parameter(path).grad is held
+    assert bool((held == 1).all())
+    assert all(p.requires_grad for p in lm.model.parameters())
+    assert all(p.grad is None for name, p in lm.model.named_parameters() if name != path)
+    assert not any("forward" in module.__dict__ for module in lm.model.modules())
+
+
+def test_a_matrix_that_cannot_be_decomposed_is_left_out(make: Make) -> None:
+    lm = make("llama")
+    with torch.no_grad():
+        lm.model.model.layers[1].mlp.gate_proj.weight[0, 0] = float("inf")
+    lm.model.model.layers[1].mlp.act_fn = torch.nn.Sigmoid()
+    assert set(predict(lm, "1.mlp@0.5")) == {"1.fc_up@0.5", "1.fc_out@0.5"}
