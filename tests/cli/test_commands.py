@@ -221,24 +221,28 @@ def test_errors_say_the_next_step_and_leave_their_code(
 def test_an_interruption_leaves_130_and_says_how_to_go_on(
     run: Run, folder: Path, questions: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import laserlm.searching.driver as driver
+    import laserlm.searching.trials as trials
 
     calls: list[str] = []
 
     def interrupted(lm: LanguageModel, *args: Any, **kwargs: Any) -> Any:
         calls.append(lm.intervention)
-        if len(calls) == 3:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return evaluate_rows(lm, *args, **kwargs)
 
-    monkeypatch.setattr(driver, "evaluate_rows", interrupted)
-    asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--store", store, "--json")
+    monkeypatch.setattr(trials, "evaluate_rows", interrupted)
+    asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--strategy", "exhaustive")
+    asked = (*asked, "--store", store, "--json")
     code, out, err = run(*asked)
     assert (code, out) == (130, "")
+    assert "best so far on validation: " in err
     assert "goes on where this one stopped" in err
     assert [r["status"] for r in json.loads(run("runs", "list", "--store", store, "--json")[1])] == ["interrupted"]
     assert run(*asked)[0] == 0
-    assert calls == ["1.fc_in@0.5", "1.fc_up@0.5", "1.fc_out@0.5", "1.fc_out@0.5"]
+    # The unchanged model on test and on validation, then the candidates; the winner is the last to meet the test split.
+    assert calls[:6] == ["", "", "1.fc_in@0.5", "1.fc_up@0.5", "1.fc_out@0.5", "1.fc_out@0.5"]
+    assert len(calls) in (6, 7)
     assert "without --restart" in err
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-import laserlm.searching.driver as module
+import laserlm.searching.trials as module
 from laserlm.editing import applied
 from laserlm.errors import MatrixError, ScoringError
 from laserlm.models import LanguageModel
 from laserlm.results import Store
 from laserlm.scoring.evaluate import compare, evaluate, evaluate_rows
-from laserlm.searching import Step, expand, search
+from laserlm.searching import Found, RaceOptions, Step, expand
+from laserlm.searching import search as search_
 from laserlm.searching.frontier import Frontier
-from laserlm.tasks import Example, Task
+from laserlm.tasks import Example, Split, Task
 
 Make = Callable[..., LanguageModel]
 GRID = "0-1.mlp@0.5,0.1"
@@ -59,73 +61,148 @@ def test_experts_and_stacks_are_candidates_of_their_own(make: Make) -> None:
     assert texts("decoder.top1.cross_q_proj@0.5", make("t5")) == ["decoder.1.cross_q_proj@0.5"]
 
 
+def search(lm: LanguageModel, task: Task, **given: Any) -> Found:
+    """Search exhaustively unless told otherwise."""
+    return search_(lm, task, **({"strategy": "exhaustive", "grid": GRID} | given))
+
+
+def brute_force(lm: LanguageModel, split: Split, interventions: list[str]) -> dict[str, Any]:
+    """Score every intervention in whole passes of its own, in an order of the split's own."""
+    found = {}
+    for text in interventions:
+        with applied(lm, text):
+            found[text] = evaluate(lm, split)
+    return found
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_best_on_validation_wins_and_only_it_meets_the_test_split(
     metric: str, llama: LanguageModel, task: Task, tmp_path: Path
 ) -> None:
-    found = search(llama, task, grid=GRID, metric=metric, store=tmp_path / "runs.db")  # type: ignore[arg-type]
-    everything = {"": evaluate(llama, task.validation)}
-    for candidate in expand(GRID, llama.matrices):
-        with applied(llama, candidate.intervention):
-            everything[str(candidate.intervention)] = evaluate(llama, task.validation)
+    found = search(llama, task, metric=metric, store=tmp_path / "runs.db")
+    everything = brute_force(llama, task.validation, ["", *texts(GRID, llama)])
     if metric == "accuracy":
         best = max(everything, key=lambda text: (everything[text].accuracy, -everything[text].loss))
     else:
         best = min(everything, key=lambda text: everything[text].loss)
     assert str(found.best) == best
-    assert found.candidates == 12
-    assert found.validation == compare(everything[""], everything[best])
+    assert (found.candidates, found.scored, found.complete) == (12, 12, True)
+    expected = compare(everything[""], everything[best])
+    assert (found.validation.corrected, found.validation.broken) == (expected.corrected, expected.broken)
+    assert found.validation.edited_loss == pytest.approx(expected.edited_loss, abs=1e-5)
+    assert found.validation.interval == expected.interval
     with applied(llama, best):
         edited = evaluate(llama, task.test)
-    assert found.test == compare(evaluate(llama, task.test), edited)
+    assert found.test.edited == edited.accuracy
+    assert found.test.edited_loss == pytest.approx(edited.loss, abs=1e-5)
     with Store.open(tmp_path / "runs.db") as store:
         trials = store.trials(found.run)
     assert sorted(t.intervention for t in trials if t.split == "test") == sorted({"", best})
     assert len([t for t in trials if t.split == "validation"]) == 13
 
 
-def test_the_unchanged_model_can_win(llama: LanguageModel, task: Task) -> None:
+@pytest.mark.parametrize("memory", [2**30, 4000])
+def test_every_score_is_that_of_brute_force(memory: int, llama: LanguageModel, task: Task, tmp_path: Path) -> None:
+    found = search(llama, task, memory=memory, store=tmp_path / "runs.db")
+    everything = brute_force(llama, task.validation, ["", *texts(GRID, llama)])
+    with Store.open(tmp_path / "runs.db") as store:
+        for text, whole in everything.items():
+            scored = store.evaluation(found.run, "validation", text)
+            assert scored is not None
+            ours = {s.id: s for s in scored.scores}
+            assert len(ours) == len(task.validation)
+            for s in whole.scores:
+                assert ours[s.id].correct == s.correct
+                assert ours[s.id].logprob == pytest.approx(s.logprob, abs=1e-4)
+    assert found.boundary_bytes <= memory
+
+
+def test_a_bound_on_memory_is_kept_by_smaller_chunks(llama: LanguageModel, task: Task) -> None:
+    whole = search(llama, task, grid="2.fc_in@0.5")
+    small = search(llama, task, grid="2.fc_in@0.5", memory=whole.boundary_bytes // 3)
+    assert 0 < small.boundary_bytes <= whole.boundary_bytes // 3
+    assert (small.best, small.validation.corrected) == (whole.best, whole.validation.corrected)
+
+
+def easy(lm: LanguageModel, task: Task) -> Task:
+    """Return a task whose answers are what the unchanged model says."""
     rows = [replace(e, answer="x") for e in task.every]
-    best = {s.id: s.predicted for s in evaluate(llama, replace(task.every, examples=tuple(rows))).scores}
-    easy = Task.of("easy", [replace(e, answer=best[e.id]) for e in rows if best[e.id].strip()], scorer="next_token")
-    found = search(llama, easy, grid="0-1.mlp@0")
+    best = {s.id: s.predicted for s in evaluate(lm, replace(task.every, examples=tuple(rows))).scores}
+    return Task.of("easy", [replace(e, answer=best[e.id]) for e in rows if best[e.id].strip()], scorer="next_token")
+
+
+@pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose"])
+def test_the_unchanged_model_can_win(strategy: str, llama: LanguageModel, task: Task) -> None:
+    found = search(llama, easy(llama, task), strategy=strategy, grid="0-1.mlp@0")
     assert str(found.best) == ""
     assert found.test.gain == found.validation.gain == 0
     assert found.test.mcnemar_p == 1
     assert found.as_dict()["best"] == ""
 
 
+STRATEGIES: list[dict[str, Any]] = [
+    {"strategy": "exhaustive"},
+    {"strategy": "exhaustive", "memory": 9000},
+    {"strategy": "race", "grid": "all.all@0.5,0.3,0.1", "options": RaceOptions(width=8, first=2, controls=2), "metric": "loss"},
+    {"strategy": "compose", "mode": "greedy", "options": RaceOptions(first=2), "metric": "loss"},
+    {"strategy": "compose", "mode": "joint", "grid": "all.all@0.5,0.3", "options": RaceOptions(first=2), "metric": "loss"},
+]
+
+
+@pytest.mark.parametrize("given", STRATEGIES, ids=lambda given: "-".join(map(str, given.values()))[:24])
 def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
-    llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, Any], llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = search(llama, task, grid=GRID, store=tmp_path / "whole.db")
-    scored: list[str] = []
+    whole = search(llama, task, store=tmp_path / "whole.db", **given)
+    scored: list[tuple[str, ...]] = []
+    stops: list[int] = []
 
-    def counted(run: Callable[..., Any]) -> Callable[..., Any]:
-        def count(lm: LanguageModel, *args: Any, **kwargs: Any) -> Any:
-            if len(scored) == 5:
-                scored.append("stopped")
-                raise KeyboardInterrupt
-            scored.append(lm.intervention)
-            return run(lm, *args, **kwargs)
+    def count(lm: LanguageModel, split: Split, *rest: Any) -> Any:
+        if stops and len(scored) == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        scored.append((lm.intervention, split.name, *(e.id for e in split)))
+        return evaluate_rows(lm, split, *rest)
 
-        return count
-
-    monkeypatch.setattr(module, "evaluate", counted(evaluate))
-    monkeypatch.setattr(module, "evaluate_rows", counted(evaluate_rows))
-    with pytest.raises(KeyboardInterrupt):
-        search(llama, task, grid=GRID, store=tmp_path / "runs.db")
-    assert llama.intervention == ""
-    found = search(llama, task, grid=GRID, store=tmp_path / "runs.db")
-    assert scored.count("stopped") == 1
-    assert len(scored) == 1 + 13 + 2  # baseline and candidates on validation, two on test
-    assert (found.best, found.validation, found.test) == (whole.best, whole.validation, whole.test)
-    again = search(llama, task, grid=GRID, store=tmp_path / "runs.db")
-    assert len(scored) == 16
-    assert (again.run, again.best, again.test) == (found.run, found.best, found.test)
-    fresh = search(llama, task, grid=GRID, store=tmp_path / "runs.db", restart=True)
+    monkeypatch.setattr(module, "evaluate_rows", count)
+    stops += [2, 5, 11]
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            search(llama, task, store=tmp_path / "runs.db", **given)
+        assert llama.intervention == ""
+    found = search(llama, task, store=tmp_path / "runs.db", **given)
+    pairs = [(text, split, id) for text, split, *ids in scored for id in ids]
+    assert len(pairs) == len(set(pairs))
+    assert replace(found, run="", seconds=0, screened=None, boundary_bytes=0) == replace(
+        whole, run="", seconds=0, screened=None, boundary_bytes=0
+    )
+    count_before = len(scored)
+    again = search(llama, task, store=tmp_path / "runs.db", **given)
+    assert len(scored) == count_before
+    assert again == found
+    fresh = search(llama, task, store=tmp_path / "runs.db", restart=True, **given)
     assert fresh.run != found.run
-    assert len(scored) == 31
+    assert len(scored) == 2 * count_before
+
+
+@pytest.mark.parametrize("given", STRATEGIES[::2], ids=lambda given: str(given["strategy"]))
+def test_a_seed_gives_the_same_search_again(given: dict[str, Any], make: Make, task: Task, tmp_path: Path) -> None:
+    exports = []
+    for name in ("a", "b"):
+        found = search(make("llama"), task, store=tmp_path / f"{name}.db", **given)
+        with Store.open(tmp_path / f"{name}.db") as store:
+            exports.append([(t["intervention"], t["split"], t["scores"]) for t in store.export(found.run)["trials"]])
+    assert exports[0] == exports[1]
+    other = search(make("llama"), task, seed=1, store=tmp_path / "c.db", **given)
+    with Store.open(tmp_path / "c.db") as store:
+        changed = [(t["intervention"], t["split"], t["scores"]) for t in store.export(other.run)["trials"]]
+    assert changed != exports[0]
+
+
+def test_found_survives_json(llama: LanguageModel, task: Task) -> None:
+    for given in STRATEGIES:
+        found = search(llama, task, **given)
+        assert Found.from_dict(json.loads(json.dumps(found.as_dict()))) == found
 
 
 def test_other_weights_rows_or_grids_are_another_search(make: Make, task: Task, tmp_path: Path) -> None:
@@ -138,26 +215,33 @@ def test_other_weights_rows_or_grids_are_another_search(make: Make, task: Task, 
         search(make("llama"), task, grid="1.fc_in@0.6", store=store).run,
         search(make("llama"), task, grid="1.fc_in@0.5", metric="loss", store=store).run,
         search(make("llama"), task, grid="1.fc_in@0.50", store=store).run,
+        search(make("llama"), task, grid="1.fc_in@0.5", strategy="race", store=store).run,
+        search(make("llama"), task, grid="1.fc_in@0.5", strategy="race", options=RaceOptions(keep=1), store=store).run,
     }
-    assert len(runs) == 5
+    assert len(runs) == 7
 
 
+@pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose"])
 def test_a_candidate_that_fails_is_recorded_and_passed_over(
-    llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(lm: LanguageModel, *args: Any, **kwargs: Any) -> Any:
-        if lm.intervention == "0.fc_up@0.5":
+    def broken(lm: LanguageModel, split: Split, *rest: Any) -> Any:
+        if split.name == "validation" and "0.fc_up@0.5" in lm.intervention:
             raise ScoringError("a log-probability of nan")
-        if lm.intervention == "1.fc_up@0.1":
+        if split.name == "validation" and "1.fc_up@0.1" in lm.intervention and len(split) != 4:
             raise ScoringError("no room")
-        return evaluate_rows(lm, *args, **kwargs)
+        return evaluate_rows(lm, split, *rest)
 
     monkeypatch.setattr(module, "evaluate_rows", broken)
-    found = search(llama, task, grid=GRID, store=tmp_path / "runs.db")
-    assert found.failed == {
-        "0.fc_up@0.5": "ScoringError: a log-probability of nan",
-        "1.fc_up@0.1": "ScoringError: no room",
-    }
+    found = search(llama, task, strategy=strategy, store=tmp_path / "runs.db", options=RaceOptions(first=4, keep=1))
+    if strategy == "compose":
+        assert any("0.fc_up@0.5" in text and "nan" in reason for text, reason in found.failed.items())
+    else:
+        assert found.failed == {
+            "0.fc_up@0.5": "ScoringError: a log-probability of nan",
+            "1.fc_up@0.1": "ScoringError: no room",
+        }
+    assert not {"0.fc_up@0.5", "1.fc_up@0.1"} & set(str(found.best).split("+"))
     with Store.open(tmp_path / "runs.db") as store:
         assert {t.intervention for t in store.trials(found.run) if t.status == "failed"} == set(found.failed)
 
@@ -165,7 +249,7 @@ def test_a_candidate_that_fails_is_recorded_and_passed_over(
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(
     llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = search(llama, task, grid=GRID)
+    expected = search(llama, task)
     run = Frontier.run
     tried: list[int] = []
 
@@ -176,26 +260,105 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(
         return run(self)
 
     monkeypatch.setattr(Frontier, "run", tight)
-    found = search(llama, task, grid=GRID, batch_size=7)
-    assert tried[:3] == [7, 3, 1]
-    assert set(tried[2:]) == {1}
+    found = search(llama, task, batch_size=7)
+    assert {7, 3} < set(tried)
+    assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
+
+
+def test_where_the_boundary_does_not_fit_passes_are_whole(
+    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = search(llama, task)
+    move = Frontier._move
+    sizes: list[int] = []
+
+    def full(self: Frontier, target: int) -> None:
+        sizes.append(len(self._batches[0].rows))
+        if sizes[-1] > 2 or sizes.count(1) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return move(self, target)
+
+    monkeypatch.setattr(Frontier, "_move", full)
+    found = search(llama, task, batch_size=4)
+    assert {4, 2} <= set(sizes)
     assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
 
 
 def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
     steps: list[Step] = []
-    search(llama, task, grid="1.fc_in@0.5,0.1", on_step=steps.append)
-    best = steps[-1].best.intervention
-    tried = ["", "1.fc_in@0.5", "1.fc_in@0.1", best]  # after the unchanged model on test
-    assert [(s.done, s.total, s.last) for s in steps] == [(i + 2, 5, text) for i, text in enumerate(tried)]
+    found = search(llama, task, grid="1.fc_in@0.5,0.1", on_step=steps.append)
+    n, m = len(task.validation), len(task.test)
+    best = [] if not found.best else ["test"]
+    assert [s.stage for s in steps] == ["test", *["exhaustive"] * 3, *best]
+    assert [s.last for s in steps][:4] == ["", "", "1.fc_in@0.5", "1.fc_in@0.1"]
+    assert [s.scored for s in steps][:4] == [m, m + n, m + 2 * n, m + 3 * n]
+    # Of three blocks, those above the first are run.
+    assert [s.done for s in steps][:4] == pytest.approx([m, m + n, m + n * 5 / 3, m + n * 7 / 3])
+    assert steps[1].total == steps[2].total == pytest.approx(m + n * 7 / 3)
+    assert steps[0].best is None
+    assert steps[3].best is not None
+    assert steps[3].best.intervention == str(found.best)
+
+
+def test_a_race_tells_its_rungs(llama: LanguageModel, task: Task) -> None:
+    steps: list[Step] = []
+    options = RaceOptions(first=2, width=6, controls=2)
+    found = search(llama, task, strategy="race", grid="all.all@0.5,0.1", metric="loss", options=options, on_step=steps.append)
+    rungs = [s for s in steps if s.stage.startswith("rung")]
+    assert list(dict.fromkeys(s.stage for s in rungs))[:2] == ["rung 1 of 3", "rung 2 of 3"]
+    assert rungs[0].alive == 9  # the unchanged model among them
+    assert [r.examples for r in found.rungs][:3] == [2, 4, len(task.validation)]
+    assert steps[1].stage == "screen"
+
+
+@pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose"])
+def test_a_search_out_of_time_measures_the_best_so_far(
+    strategy: str, llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    scored: list[str] = []
+
+    def timed(lm: LanguageModel, split: Split, *rest: Any) -> Any:
+        clock[0] += 60
+        scored.append(split.name)
+        return evaluate_rows(lm, split, *rest)
+
+    monkeypatch.setattr(module, "evaluate_rows", timed)
+    given = {"strategy": strategy, "budget": 5, "metric": "loss", "options": RaceOptions(first=3)}
+    found = search(llama, task, store=tmp_path / "runs.db", **given)
+    assert not found.complete
+    assert 5 <= scored.count("validation") <= 6
+    assert found.validation.n == (len(task.validation) if strategy != "race" else 3)
+    assert found.test.n == len(task.test)
+    count = len(scored)
+    assert search(llama, task, store=tmp_path / "runs.db", **given) == found
+    assert len(scored) == count
+
+
+def test_without_any_time_the_unchanged_model_is_measured(llama: LanguageModel, task: Task) -> None:
+    found = search(llama, task, budget=0)
+    assert (str(found.best), found.complete, found.scored) == ("", False, 0)
+    assert found.validation.gain == 0
 
 
 def test_rows_that_cannot_be_scored_on_test_are_told_before_the_search(llama: LanguageModel, task: Task) -> None:
     long = replace(task.test, examples=(*task.test.examples, Example("x", "The" + " capital" * 200, "Paris")))
     steps: list[Step] = []
     with pytest.raises(ScoringError, match="example 'x'"):
-        search(llama, replace(task, test=long), grid=GRID, on_step=steps.append)
+        search(llama, replace(task, test=long), on_step=steps.append)
     assert steps == []
+
+
+def test_a_winner_that_fails_on_test_is_told(llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(lm: LanguageModel, split: Split, *rest: Any) -> Any:
+        if split.name == "test" and lm.intervention:
+            raise ScoringError("a log-probability of nan")
+        return evaluate_rows(lm, split, *rest)
+
+    monkeypatch.setattr(module, "evaluate_rows", broken)
+    with pytest.raises(ScoringError, match="cannot be scored on the test split: ScoringError: a log-probability of nan"):
+        search(llama, task, metric="loss")
 
 
 def test_a_matrix_that_cannot_be_decomposed_is_passed_over(llama: LanguageModel, task: Task) -> None:
@@ -207,22 +370,6 @@ def test_a_matrix_that_cannot_be_decomposed_is_passed_over(llama: LanguageModel,
     assert list(found.failed) == ["1.fc_in@0.5"]
     assert "NaN or inf" in found.failed["1.fc_in@0.5"]
     assert found.candidates == 4
-
-
-def test_where_the_boundary_does_not_fit_passes_are_whole(
-    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = search(llama, task, grid=GRID)
-    sizes: list[int] = []
-
-    def full(self: Frontier, target: int) -> str | None:
-        sizes.append(self._batches[0].targets.shape[0])
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(Frontier, "_move", full)
-    found = search(llama, task, grid=GRID, batch_size=4)
-    assert sizes == [4, 2, 1]
-    assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
 
 
 def test_a_search_begins_with_the_unchanged_model(llama: LanguageModel, task: Task, tmp_path: Path) -> None:
@@ -238,4 +385,11 @@ def test_tied_blocks_are_one_candidate_and_one_edit(llama: LanguageModel) -> Non
 
 def test_a_search_needs_both_splits(llama: LanguageModel) -> None:
     with pytest.raises(ScoringError, match="needs both"):
-        search(llama, Task.of("one", [Example("1", "Oslo is", "a city")]), grid=GRID)
+        search(llama, Task.of("one", [Example("1", "Oslo is", "a city")]))
+
+
+@pytest.mark.parametrize("wrong", [{"metric": "f1"}, {"strategy": "sweep"}, {"mode": "up"}])
+def test_a_word_that_means_nothing_is_told_with_those_that_do(wrong: dict[str, Any], llama: LanguageModel, task: Task) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ScoringError, match=f"no {name} {value!r}; there are"):
+        search(llama, task, **wrong)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskProgressColumn,
     TextColumn,
@@ -30,8 +29,8 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def bar(what: str, unit: str = "examples") -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a function to call with the number of items done, their total and a note to show beside them.
+def bar(what: str, unit: str = "examples") -> Iterator[Callable[..., None]]:
+    """Yield a function to call with the work done, its total, a note to show and the number of items, if that is another.
 
     The bar appears by itself after two seconds, also where nothing has been told yet.
     """
@@ -40,7 +39,7 @@ def bar(what: str, unit: str = "examples") -> Iterator[Callable[[int, int, str],
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -49,14 +48,14 @@ def bar(what: str, unit: str = "examples") -> Iterator[Callable[[int, int, str],
         transient=True,
         disable=not errors.is_terminal,
     )
-    shown = progress.add_task(what, total=None, rate="", note="")
+    shown = progress.add_task(what, total=None, count="", rate="", note="")
     appearance = threading.Timer(PATIENCE_SECONDS, progress.start)
     appearance.daemon = True
     appearance.start()
 
-    def advance(done: int, total: int, note: str = "") -> None:
-        rate = f"{done / max(time.monotonic() - begun, 1e-9):.1f} {unit}/s"
-        progress.update(shown, completed=done, total=total, rate=rate, note=note)
+    def advance(done: float, total: float, note: str = "", items: int | None = None) -> None:
+        rate = f"{(done if items is None else items) / max(time.monotonic() - begun, 1e-9):.1f} {unit}/s"
+        progress.update(shown, completed=done, total=total, count=f"{done:.0f}/{total:.0f}", rate=rate, note=note)
 
     try:
         yield advance

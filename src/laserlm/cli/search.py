@@ -33,22 +33,39 @@ Restart = Annotated[bool, typer.Option("--restart", help="Begin anew even where 
 def search(
     model: ModelOptions,
     task: TaskOptions,
-    grid: Annotated[str, typer.Option(help="paper, mlp, fine, or text such as 27-29.mlp@0.05,0.5.")] = "mlp",
+    strategy: Annotated[
+        str,
+        typer.Option(help="race (screen, then rungs), exhaustive (all on everything) or compose (one after another)."),
+    ] = "race",
+    grid: Annotated[str, typer.Option(help="paper, mlp, fine, or text such as 27-29.mlp@0.05,0.5.")] = "fine",
     metric: Annotated[str, typer.Option(help="Choose by accuracy or by loss.")] = "accuracy",
+    mode: Annotated[
+        str, typer.Option(help="Of compose: joint (what the screen expects most of) or greedy (from the last block down).")
+    ] = "joint",
+    width: Annotated[int, typer.Option(min=1, help="Candidates that the screen sends on.")] = 48,
+    keep: Annotated[
+        float, typer.Option(min=0, max=1, help="Share that goes on from a rung; 1 drops only what is beaten beyond the bound.")
+    ] = 0.5,
+    delta: Annotated[float, typer.Option(min=0, max=1, help="Error probability of the race's bound.")] = 0.05,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Minutes after which the best so far is measured and the search ends.")
+    ] = None,
+    memory: Annotated[float, typer.Option(min=0, help="GiB for the frontier's boundary, and for decompositions.")] = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of each split.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of ':reference' decompositions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of examples and of ':reference' decompositions.")] = 0,
     store: Store = STORE_DEFAULT,
     restart: Restart = False,
     json: Json = False,
 ) -> None:
-    """Try every candidate of a grid on validation, and measure the best one once on test.
+    """Find the best intervention of a grid on validation, and measure it once on test.
 
     An interrupted search goes on where it stopped when the same command is given again.
 
-    Example: laser search bundled --task worldfacts --limit 100 --grid 28-29.mlp@0.05,0.5
+    Example: laser search bundled --task worldfacts --limit 300
     """
     from dataclasses import replace
 
+    from laserlm.searching import RaceOptions
     from laserlm.searching import search as search_
     from laserlm.spec import Grid
 
@@ -58,15 +75,18 @@ def search(
     lm = model.load()
     say(f"results are kept in {masked(store)}")
     with _shown() as on_step:
-        chosen: Any = metric
+        given: dict[str, Any] = {"strategy": strategy, "metric": metric, "mode": mode}
         found = search_(
             lm,
             made,
             grid=wanted,
-            metric=chosen,
             store=store,
             batch_size=task.batch_size,
             seed=seed,
+            budget=budget,
+            memory=memory * 2**30,
+            options=RaceOptions(width=width, keep=keep, delta=delta),
+            **given,
             restart=restart,
             on_step=on_step,
         )
@@ -127,18 +147,24 @@ def demo(
 
 @contextmanager
 def _shown() -> Iterator[Callable[[Step], None]]:
-    """Show a search's steps as a progress bar with the best candidate so far."""
-    with bar("searching", "evaluations") as advance:
+    """Show where a search stands as a progress bar, and the best so far where it is interrupted."""
+    best = "no candidate was scored yet"
+    with bar("searching", "examples") as advance:
 
         def on_step(step: Step) -> None:
-            low, high = step.best.accuracy_interval
-            name = step.best.intervention or "base"
-            advance(step.done, step.total, f"best {name} {step.best.accuracy:.1%} [{low:.1%}, {high:.1%}]")
+            nonlocal best
+            if step.best is not None:
+                low, high = step.best.accuracy_interval
+                name = step.best.intervention or "the unchanged model"
+                best = f"{name} {step.best.accuracy:.1%} [{low:.1%}, {high:.1%}], loss {step.best.loss:.3f}, of {step.best.n}"
+            alive = f", {step.alive} alive" if step.stage.startswith("rung") else ""
+            advance(step.done, step.total, f"{step.stage}{alive}; best {best}", step.scored)
 
         try:
             yield on_step
         except KeyboardInterrupt:
-            say("interrupted; the same command (without --restart) goes on where this one stopped")
+            say(f"interrupted; best so far on validation: {best}")
+            say("the same command (without --restart) goes on where this one stopped")
             raise
 
 

@@ -22,7 +22,7 @@ from laserlm.scoring.encoding import Row
 from laserlm.scoring.forward import Batch, Outcome, batches, run_batch
 from laserlm.scoring.kernels import quick
 
-__all__ = ["Frontier"]
+__all__ = ["Checks", "Frontier"]
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4
@@ -44,27 +44,20 @@ class Frontier:
         lm: the model, unchanged.
         rows: what is scored.
         batch_size: rows in one forward pass, the same throughout, since another shape moves low bits.
+        checks: what is known of this model's boundaries; frontiers of one model share it.
     """
 
-    def __init__(self, lm: LanguageModel, rows: Sequence[Row], batch_size: int) -> None:
+    def __init__(self, lm: LanguageModel, rows: Sequence[Row], batch_size: int, checks: Checks | None = None) -> None:
         self.lm = lm
         self.boundary = 0
+        self.checks = checks or Checks(lm, rows)
         self._batches = batches(lm, rows, batch_size)
         self._kept: list[dict[str, Any]] = [{} for _ in self._batches]
-        self._blocks = {(name, i): block for name, _, blocks in find_stacks(lm.model) for i, block in enumerate(blocks)}
-        self._order = self._order_of_calls()
-        # Two, so that what one leaves behind somewhere in the model cannot serve for the other.
-        self._sample = sorted({0, len(self._batches) - 1})
-        self._whole = self._sampled() if self._order else []
 
     @property
     def moves(self) -> bool:
         """Whether the boundary can leave the bottom."""
-        return bool(self._order)
-
-    def stay(self) -> None:
-        """Put the boundary to the bottom for good, so that it takes no memory and every pass is a whole one."""
-        self._order, self.boundary, self._kept = [], 0, [{} for _ in self._batches]
+        return bool(self.checks.order)
 
     @property
     def bytes(self) -> int:
@@ -75,48 +68,31 @@ class Frontier:
 
     @torch.no_grad()
     def advance(self, stack: str, layer: int) -> None:
-        """Move the boundary up to just below a block, with the weights as they are at the moment, and check it there.
+        """Move the boundary up to just below a block, with the weights as they are at the moment.
 
         To get below where it is, it starts again from the bottom.
         """
-        if not self._order:
+        if not self.moves:
             return
-        target = self._order.index((stack, layer))
+        target = self.checks.order.index((stack, layer))
         if target < self.boundary:
-            self.boundary, self._kept = 0, [{} for _ in self._batches]
+            self._restart()
         if target == self.boundary:
             return
-        reason = self._move(target)
-        if reason is not None:
-            text = "%s hands on more than its blocks give out (%s); every pass is a whole one"
-            log.warning(text, self.lm.family, reason)
-            self.stay()
+        if self.checks.holds(target):
+            self._move(target)
+        else:
+            self._restart()
 
-    def _move(self, target: int) -> str | None:
-        """Move the boundary; tell why passes from there do not score as whole ones do, or None where they do."""
+    def _restart(self) -> None:
+        self.boundary, self._kept = 0, [{} for _ in self._batches]
+
+    def _move(self, target: int) -> None:
         # Of each stack only the last block's output is needed above the boundary.
-        last = {place[0]: place for place in self._order[self.boundary : target]}
-        try:
-            for batch, kept in zip(self._batches, self._kept, strict=True):
-                kept |= self._outputs_of(batch, kept, list(last.values()))
-            self.boundary = target
-            found = self._sampled()
-        # Whatever a model reads past its blocks, it may miss it in any of these ways.
-        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return f"{type(error).__name__}: {error}"
-        same = all(abs(a - b) <= TOLERANCE for a, b in zip(self._whole, found, strict=True))
-        return None if same else "scores differ"
-
-    def _sampled(self) -> list[float]:
-        """Return all log-probabilities read off the sample's batches."""
-        found: list[float] = []
-        for i in self._sample:
-            with self._stubbed(self._kept[i]):
-                for outcome in run_batch(self.lm, self._batches[i]):
-                    found += [*outcome.logprobs, *outcome.options]
-        return found
+        last = {place[0]: place for place in self.checks.order[self.boundary : target]}
+        for batch, kept in zip(self._batches, self._kept, strict=True):
+            kept |= self._outputs_of(batch, kept, list(last.values()))
+        self.boundary = target
 
     @torch.no_grad()
     def run(self, on_batch: Callable[[int, int], None] | None = None) -> list[Outcome]:
@@ -128,16 +104,6 @@ class Frontier:
             if on_batch is not None:
                 on_batch(len(outcomes), sum(len(b.rows) for b in self._batches))
         return [outcomes[i] for i in range(len(outcomes))]
-
-    def _order_of_calls(self) -> list[tuple[str, int]]:
-        """Return the blocks in the order the model runs them, or nothing if it does not run each of them once."""
-        called: list[tuple[str, int]] = []
-        with ExitStack() as hooks, torch.no_grad():
-            for place, block in self._blocks.items():
-                hook = block.register_forward_pre_hook(lambda _module, _args, place=place: called.append(place))
-                hooks.callback(hook.remove)
-            run_batch(self.lm, self._batches[-1])
-        return called if sorted(called) == sorted(self._blocks) else []
 
     def _outputs_of(self, batch: Batch, kept: dict[str, Any], places: list[tuple[str, int]]) -> dict[str, Any]:
         """Run a batch from the boundary just past the last of ``places`` and return what each of them gave out."""
@@ -153,7 +119,7 @@ class Frontier:
 
         with ExitStack() as hooks, self._stubbed(kept), quick(self.lm.device, batch.length):
             for place in places:
-                handle = self._blocks[place].register_forward_hook(keep(place[0], place == places[-1]))
+                handle = self.checks.blocks[place].register_forward_hook(keep(place[0], place == places[-1]))
                 hooks.callback(handle.remove)
             try:
                 self.lm.model(**batch.inputs)
@@ -164,12 +130,12 @@ class Frontier:
     @contextmanager
     def _stubbed(self, kept: dict[str, Any]) -> Iterator[None]:
         """Replace the forward of every block below the boundary by a stub that returns what was kept of its stack."""
-        below = self._order[: self.boundary]
+        below = self.checks.order[: self.boundary]
         last = {place[0]: place for place in below}
         replaced: list[tuple[nn.Module, Any]] = []
         try:
             for place in below:
-                block = self._blocks[place]
+                block = self.checks.blocks[place]
                 # What goes on into a real block is copied, for some models add to it in place.
                 stub = _stub(kept[place[0]], copied=place == last[place[0]])
                 replaced.append((block, block.__dict__.get("forward")))
@@ -181,6 +147,71 @@ class Frontier:
                     block.__dict__.pop("forward", None)
                 else:
                     block.forward = before  # accelerate puts its own there
+
+
+class Checks:
+    """At which boundaries a model can be cut: each is tried once, on a few rows, when it is first asked for.
+
+    Args:
+        lm: the model, unchanged.
+        rows: some that it can be run on.
+
+    Attributes:
+        blocks: by stack and layer.
+        order: the blocks in the order in which the model runs them; empty where it does not run each of them once, or a
+            boundary was found not to hold.
+    """
+
+    def __init__(self, lm: LanguageModel, rows: Sequence[Row]) -> None:
+        self.blocks = {(name, i): block for name, _, blocks in find_stacks(lm.model) for i, block in enumerate(blocks)}
+        by_length = sorted(rows, key=lambda row: len(row.ids))
+        # Two batches, so that what one leaves behind somewhere in the model cannot serve for the other.
+        sample = [by_length[i] for i in sorted({0, len(rows) // 3, 2 * len(rows) // 3, len(rows) - 1})]
+        self.order: list[tuple[str, int]] = []
+        self._held = {0}
+        self._lm = lm
+        self._tried = Frontier(lm, sample, 2, self)
+        called: list[tuple[str, int]] = []
+        with ExitStack() as hooks:
+            for place, block in self.blocks.items():
+                hook = block.register_forward_pre_hook(lambda _module, _args, place=place: called.append(place))
+                hooks.callback(hook.remove)
+            run_batch(lm, self._tried._batches[-1])
+        if sorted(called) == sorted(self.blocks):
+            self.order = called
+            self._whole = self._scores()
+
+    @torch.no_grad()
+    def holds(self, target: int) -> bool:
+        """Return whether passes from below a block score as whole ones do, and say so in the log where they do not."""
+        if target in self._held or not self.order:
+            return bool(self.order)
+        if target < self._tried.boundary:
+            self._tried._restart()
+        reason = "scores differ"
+        try:
+            self._tried._move(target)
+            if all(abs(a - b) <= TOLERANCE for a, b in zip(self._whole, self._scores(), strict=True)):
+                self._held.add(target)
+                return True
+        # Whatever a model reads past its blocks, it may miss it in any of these ways.
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        text = "%s hands on more than its blocks give out (%s); every pass is a whole one"
+        log.warning(text, self._lm.family, reason)
+        self.stay()
+        return False
+
+    def stay(self) -> None:
+        """Put boundaries to the bottom for good, so that they take no memory and every pass is a whole one."""
+        self.order = []
+        self._tried._restart()
+
+    def _scores(self) -> list[float]:
+        """Return all log-probabilities read off the sample."""
+        return [x for outcome in self._tried.run() for x in (*outcome.logprobs, *outcome.options)]
 
 
 def _stub(output: Any, *, copied: bool) -> Callable[..., Any]:

@@ -40,18 +40,37 @@ from laserlm.tasks import Example, Scorer
 
 __all__ = ["Prediction", "screen"]
 
+CURVATURE = 0.5
+"""Weight of the variance: half of the Fisher information along the edit, which is how the log-loss bends to second order."""
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the screen expects of a candidate.
+    """What the screen says of a candidate.
 
     Args:
-        change: mean change of the loss per example, in nats.
-        error: its standard error over the examples; None where the share of each example cannot be told.
+        change: mean over the examples of the change of loss to first order, in nats.
+        deviation: its standard deviation over the examples; None where the share of each example cannot be told.
+        examples: number of them.
     """
 
     change: float
-    error: float | None
+    deviation: float | None
+    examples: int
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the change."""
+        return None if self.deviation is None else self.deviation / math.sqrt(self.examples)
+
+    @property
+    def expected(self) -> float:
+        """The change that candidates are ranked by: first order and a share of its variance over the examples.
+
+        Where single examples are predicted to change by several nats, the edit is too large for a first order, and what
+        it does is worse: the log-loss bends upwards along an edit by the variance of its slope.
+        """
+        return self.change + CURVATURE * (self.deviation or 0.0) ** 2
 
 
 def screen(
@@ -92,20 +111,19 @@ def screen(
             ):
                 for candidate in wanted:
                     if candidate.matrix == matrix:
-                        found[str(candidate.intervention)] = _predict(candidate, contributions)
+                        found[str(candidate.intervention)] = _predict(candidate, contributions, len(examples))
     return found
 
 
-def _predict(candidate: Candidate, contributions: Tensor) -> Prediction:
+def _predict(candidate: Candidate, contributions: Tensor, examples: int) -> Prediction:
     """Return what dropping a candidate's components does; contributions are (E, k), or (1, k) where only the mean is known."""
     (reduction,) = candidate.intervention.reductions
     k = contributions.shape[1]
     rank = rank_of(reduction.size, candidate.matrix.max_rank)
     dropped = contributions[:, rank:] if reduction.keep == "top" else contributions[:, : k - rank]
     changes = -dropped.sum(1)  # (E,)
-    E = len(changes)
-    error = None if E == 1 else float(changes.std() / math.sqrt(E))
-    return Prediction(float(changes.mean()), error)
+    deviation = None if len(changes) == 1 else float(changes.std())
+    return Prediction(float(changes.mean()), deviation, examples)
 
 
 @dataclass

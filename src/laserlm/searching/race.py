@@ -1,0 +1,181 @@
+"""The race: candidates meet the examples in rungs, and the worse ones leave after each."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from laserlm.algebra.ranks import rank_of
+from laserlm.scoring.records import Evaluation
+from laserlm.searching.candidates import Candidate
+from laserlm.searching.found import Metric, Rung, merit
+from laserlm.searching.screen import Prediction
+from laserlm.searching.trials import Trials
+from laserlm.spec import Intervention
+
+__all__ = ["RaceOptions", "beaten", "choose", "race", "rungs_of", "shuffled"]
+
+BASE = Intervention()
+
+
+@dataclass(frozen=True)
+class RaceOptions:
+    """How a race is run.
+
+    Args:
+        width: candidates that the screen sends into it.
+        sizes: sizes of one matrix among them at most; more of the leader's join on the way.
+        controls: others drawn at random, which tell what the screen misses.
+        screened: examples that the screen takes its gradient over at most.
+        first: examples of the first rung; each next one doubles their number, and the last has all.
+        keep: share of the candidates that goes on from a rung at most, the better looking ones; 1 drops only what is
+            beaten beyond the bound.
+        delta: probability at most, over all rungs and candidates, that the bound drops a candidate that is better than
+            the leader that beat it. What ``keep`` drops has no such bound.
+    """
+
+    width: int = 48
+    sizes: int = 3
+    controls: int = 4
+    screened: int = 100
+    first: int = 32
+    keep: float = 0.5
+    delta: float = 0.05
+
+
+def shuffled(ids: Sequence[str], seed: int) -> list[int]:
+    """Return places in an order that depends on the seed and the ids alone."""
+    return sorted(range(len(ids)), key=lambda i: hashlib.sha256(f"{seed} {ids[i]}".encode()).digest())
+
+
+def rungs_of(examples: int, first: int) -> list[int]:
+    """Return the numbers of examples of the rungs: ``first``, doubled until all are used."""
+    sizes = []
+    while first < examples:
+        sizes.append(first)
+        first *= 2
+    return [*sizes, examples]
+
+
+def choose(
+    candidates: Sequence[Candidate], predictions: dict[str, Prediction], options: RaceOptions, seed: int
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Return the candidates that the screen expects most of, the best first, and controls drawn from the others."""
+    ranked = sorted(
+        (c for c in candidates if str(c.intervention) in predictions),
+        key=lambda c: predictions[str(c.intervention)].expected,
+    )
+    chosen: list[Candidate] = []
+    sizes: dict[str, int] = {}
+    for candidate in ranked:
+        if len(chosen) < options.width and sizes.get(candidate.matrix.id, 0) < options.sizes:
+            chosen.append(candidate)
+            sizes[candidate.matrix.id] = sizes.get(candidate.matrix.id, 0) + 1
+    taken = {str(c.intervention) for c in chosen}
+    others = [c for c in candidates if str(c.intervention) not in taken]
+    order = shuffled([str(c.intervention) for c in others], seed)
+    return chosen, [others[i] for i in order[: options.controls]]
+
+
+def beaten(leader: Evaluation, other: Evaluation, metric: Metric, delta: float) -> bool:
+    """Return whether the leader is better on the same examples, in pairs, with an error of ``delta`` at most.
+
+    Accuracy: an exact one-sided McNemar test, a fair coin over the discordant pairs. Loss: a one-sided paired t-test.
+    """
+    pairs = list(zip(leader.scores, other.scores, strict=True))
+    if metric == "accuracy":
+        ahead = sum(a.correct and not b.correct for a, b in pairs)
+        behind = sum(b.correct and not a.correct for a, b in pairs)
+        return bool(stats.binom.sf(ahead - 1, ahead + behind, 0.5) <= delta) if ahead else False
+    differences = [b.loss - a.loss for a, b in pairs]
+    n = len(differences)
+    mean = math.fsum(differences) / n
+    spread = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1)) if n > 1 else math.inf
+    if not spread:
+        return mean > 0
+    return bool(stats.t.sf(mean / spread * math.sqrt(n), n - 1) <= delta) if n > 1 else False
+
+
+def race(
+    trials: Trials,
+    entered: Sequence[Candidate],
+    every: Sequence[Candidate],
+    metric: Metric,
+    options: RaceOptions,
+    on_rung: Callable[[int, int, Sequence[Intervention], int], None] = lambda *_: None,
+) -> Iterator[Rung]:
+    """Score candidates on rungs of examples and drop the worse ones after each; yield the rungs as they end.
+
+    The unchanged model runs along to the end. What is left at the end was scored on every example, and so were the
+    neighbours of the last leader, until none of them leads.
+
+    Args:
+        trials: scores the candidates.
+        entered: candidates to begin with.
+        every: all of the grid, from which neighbours in rho join.
+        metric: what decides.
+        options: how.
+        on_rung: called before each rung with its number, how many there are, what runs in it, and its examples.
+    """
+    stops = rungs_of(len(trials.split), options.first)
+    alive = list(dict.fromkeys(c.intervention for c in entered))
+    bound = options.delta / (max(1, len(every)) * len(stops))
+    for number, stop in enumerate(stops, start=1):
+        on_rung(number, len(stops), [BASE, *alive], stop)
+        trials.extend([BASE, *alive], stop)
+        here = [i for i in alive if str(i) not in trials.failed]
+        leader = _leader(trials, [BASE, *here], metric)
+        last = number == len(stops)
+        best = trials.scores[str(leader)]
+        lost = {i for i in here if i != leader and beaten(best, trials.scores[str(i)], metric, bound)}
+        left = [i for i in here if i not in lost]
+        room = len(left) if last else max(1, math.floor(options.keep * len(alive)))
+        kept = set(_most_promising(trials, left, metric, room)) | ({leader} & set(left))
+        new = (
+            []
+            if last
+            else [i for i in _neighbours(leader, every) if str(i) not in trials.scores and str(i) not in trials.failed]
+        )
+        yield Rung(stop, len(alive), len(lost), len(left) - len(kept), len(alive) - len(here), len(new), str(leader))
+        alive = [i for i in left if i in kept] + new
+    # The last rung's leader may have neighbours that never ran.
+    while True:
+        leader = _leader(trials, [BASE, *(i for i in alive if str(i) not in trials.failed)], metric)
+        new = [i for i in _neighbours(leader, every) if trials.n(i) < stops[-1] and str(i) not in trials.failed]
+        if not new:
+            return
+        on_rung(len(stops), len(stops), new, stops[-1])
+        trials.extend(new, stops[-1])
+        alive = [leader, *new]
+        here = [i for i in alive if i != BASE and str(i) not in trials.failed]
+        yield Rung(stops[-1], len(new), 0, 0, len(new) - len(here), 0, str(_leader(trials, [BASE, *here], metric)))
+
+
+def _leader(trials: Trials, interventions: Sequence[Intervention], metric: Metric) -> Intervention:
+    """Return the best; of equals the earlier."""
+    return max(interventions, key=lambda i: merit(trials.scores[str(i)], metric))
+
+
+def _most_promising(trials: Trials, interventions: Sequence[Intervention], metric: Metric, room: int) -> list[Intervention]:
+    return sorted(interventions, key=lambda i: merit(trials.scores[str(i)], metric), reverse=True)[:room]
+
+
+def _neighbours(intervention: Intervention, every: Sequence[Candidate]) -> list[Intervention]:
+    """Return the same matrix's next larger and next smaller size of the grid."""
+    here = next((c for c in every if c.intervention == intervention), None)
+    if here is None:
+        return []
+    (reduction,) = intervention.reductions
+    same = [
+        c
+        for c in every
+        if c.matrix == here.matrix
+        and (c.intervention.reductions[0].keep, c.intervention.reductions[0].method) == (reduction.keep, reduction.method)
+    ]
+    same.sort(key=lambda c: rank_of(c.intervention.reductions[0].size, c.matrix.max_rank))
+    at = same.index(here)
+    return [same[i].intervention for i in (at - 1, at + 1) if 0 <= i < len(same)]

@@ -1,0 +1,188 @@
+"""Scores of interventions on a growing part of the examples, each scored once and saved as soon as it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from laserlm.editing import applied, resolve
+from laserlm.editing.cache import DecompositionCache
+from laserlm.errors import ScoringError, WeightError
+from laserlm.models.language_model import LanguageModel
+from laserlm.results import Run
+from laserlm.scoring.encoding import Row, encode
+from laserlm.scoring.evaluate import evaluate_rows
+from laserlm.scoring.forward import too_large
+from laserlm.scoring.records import Evaluation
+from laserlm.searching.frontier import Checks, Frontier
+from laserlm.spec import Intervention
+from laserlm.tasks import Scorer, Split
+
+__all__ = ["OutOfTimeError", "Trials"]
+
+
+class OutOfTimeError(Exception):
+    """Ends a search whose time is used up; it is caught within the search."""
+
+
+@dataclass
+class Trials:
+    """Score interventions on the first examples of a split, from the frontier, and keep what there is already.
+
+    Args:
+        lm: the unchanged model.
+        run: where scores are saved, and where those of an earlier process are taken from.
+        split: the examples, in the order in which they are used.
+        scorer: how an example is scored.
+        cache: decompositions to use.
+        batch_size: sequences in one pass; halved where memory runs out.
+        memory: bytes that the frontier's boundary may take; examples are scored in chunks that keep to it.
+        deadline: value of ``time.monotonic`` after which no more is begun.
+        seed: of ``:reference`` decompositions.
+        on_scored: called with an intervention after each part of it that was scored.
+
+    Attributes:
+        scores: what there is by intervention, of as many examples as it was scored on.
+        failed: reasons of those that cannot be scored, which are not tried again.
+        work: passes of one example through the whole model that were made, a pass through some blocks in proportion.
+        scored: examples scored, counted for each intervention.
+        boundary: bytes of the largest boundary so far.
+    """
+
+    lm: LanguageModel
+    run: Run
+    split: Split
+    scorer: Scorer
+    cache: DecompositionCache
+    batch_size: int = 32
+    memory: float = float("inf")
+    deadline: float = float("inf")
+    seed: int = 0
+    on_scored: Callable[[Intervention], None] = lambda _: None
+    scores: dict[str, Evaluation] = field(init=False)
+    failed: dict[str, str] = field(init=False)
+    work: float = field(default=0.0, init=False)
+    scored: int = field(default=0, init=False)
+    boundary: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        known = self.run.trials(self.split.name)
+        self.scores = {text: found for text, found in known.items() if isinstance(found, Evaluation)}
+        self.failed = {text: found for text, found in known.items() if isinstance(found, str)}
+        self.rows = encode(self.lm, self.split.examples, self.scorer)
+        self._checks: Checks | None = None
+
+    def n(self, intervention: Intervention) -> int:
+        """Return the number of examples that an intervention was scored on."""
+        found = self.scores.get(str(intervention))
+        return found.n if found is not None else 0
+
+    def first(self, intervention: Intervention, n: int) -> Evaluation:
+        """Return the scores on the first ``n`` examples."""
+        found = self.scores[str(intervention)]
+        return replace(found, scores=found.scores[:n])
+
+    def extend(self, interventions: Iterable[Intervention], stop: int) -> None:
+        """Score each on the first ``stop`` examples, as far as it is not; those that fail are found in ``failed``.
+
+        Raises:
+            OutOfTimeError: at the deadline.
+            ScoringError: if a single row does not fit into memory.
+        """
+        short = sorted(
+            (i for i in interventions if str(i) not in self.failed and self.n(i) < stop),
+            key=lambda i: (self.n(i), self._place(i)),
+        )
+        for start, group in groupby(short, key=self.n):
+            same = list(group)
+            for a, b in self._chunks(start, stop):
+                self._score([i for i in same if str(i) not in self.failed], a, b)
+
+    def share(self, intervention: Intervention) -> float:
+        """Return the part of the blocks that a pass with this intervention has to run."""
+        order = self._boundaries().order
+        return 1 - self._place(intervention) / len(order) if order else 1.0
+
+    def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut a range of examples into parts whose boundary fits into memory."""
+        embeddings: Any = self.lm.model.get_input_embeddings()
+        width = int(embeddings.weight.shape[-1]) * self.lm.dtype.itemsize
+        lengths: list[list[int]] = [[] for _ in range(stop)]
+        for row in self.rows:
+            if row.example < stop:
+                lengths[row.example].append(len(row.ids) + len(row.decoder))
+        a, count, longest = start, 0, 0
+        for i in range(start, stop):
+            count, longest = count + len(lengths[i]), max(longest, *lengths[i])  # no row is padded to more
+            if count * longest * width > self.memory and i > a:
+                yield a, i
+                a, count, longest = i, len(lengths[i]), max(lengths[i])
+        yield a, stop
+
+    def _place(self, intervention: Intervention) -> int:
+        """Return the place, in the order in which blocks run, of the first one that is changed."""
+        order = self._boundaries().order
+        places = [(e.matrix.stack, e.matrix.layer) for e in resolve(self.lm.matrices, intervention)]
+        return min((order.index(place) for place in places), default=0) if order else 0
+
+    def _boundaries(self) -> Checks:
+        self._checks = self._checks or Checks(self.lm, self.rows)
+        return self._checks
+
+    def _score(self, interventions: Sequence[Intervention], start: int, stop: int) -> None:
+        part = replace(self.split, examples=self.split.examples[start:stop])
+        rows = [replace(row, example=row.example - start) for row in self.rows if start <= row.example < stop]
+        frontier: Frontier | None = None
+        for intervention in interventions:
+            found: Evaluation | str | None = None
+            while found is None:
+                if time.monotonic() > self.deadline:
+                    raise OutOfTimeError
+                try:
+                    frontier = frontier or Frontier(self.lm, rows, self.batch_size, self._boundaries())
+                    found = self._evaluated(intervention, part, rows, frontier)
+                except (ScoringError, WeightError) as error:
+                    found = f"{type(error).__name__}: {error}"
+                except torch.OutOfMemoryError as error:
+                    full = too_large(self.lm, error)
+                if found is None:  # outside the handler, whose traceback holds the failed pass's tensors
+                    frontier = None
+                    self._make_room(full)
+            self._save(intervention, found, start, part)
+            self.work += self.share(intervention) * len(part)
+            self.scored += len(part)
+            self.on_scored(intervention)
+
+    def _evaluated(self, intervention: Intervention, part: Split, rows: Sequence[Row], frontier: Frontier) -> Evaluation:
+        if frontier.moves:
+            frontier.advance(*self._boundaries().order[self._place(intervention)])
+        self.boundary = max(self.boundary, frontier.bytes)
+        with applied(self.lm, intervention, cache=self.cache, seed=self.seed):
+            return evaluate_rows(self.lm, part, self.scorer, rows, frontier.run)
+
+    def _save(self, intervention: Intervention, found: Evaluation | str, start: int, part: Split) -> None:
+        text = str(intervention)
+        if isinstance(found, str):
+            self.run.fail(part.name, text, found, start=start)
+            self.failed[text] = found
+            self.scores.pop(text, None)
+            return
+        self.run.record(found, part.examples, start=start)
+        before = self.scores.get(text)
+        if before is not None:
+            found = replace(found, scores=before.scores + found.scores, seconds=before.seconds + found.seconds)
+        self.scores[text] = found
+
+    def _make_room(self, full: ScoringError) -> None:
+        if self.batch_size > 1:
+            self.batch_size //= 2
+        elif self._boundaries().order:
+            self._boundaries().stay()  # the boundary itself may be what does not fit
+        else:
+            raise full
+        torch.cuda.empty_cache()
