@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 DEMO_VALIDATION = 300
 DEMO_TEST = 1000
-DEMO_RHO = "0.75,0.25,0.05"
 
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew even where the database has this search already.")]
 
@@ -117,17 +116,15 @@ def demo(
     lm = load("bundled", cache=cache)
     whole = task("worldfacts")
     made = replace(whole, validation=whole.validation.limit(DEMO_VALIDATION), test=whole.test.limit(DEMO_TEST))
-    blocks = 1 + max(m.layer for m in lm.matrices)
-    grid = f"top{blocks // 3}.mlp@{DEMO_RHO}"
     if not json:
         print(
             f"SmolLM2-135M-Instruct on worldfacts: {DEMO_VALIDATION} questions to choose on, "
             f"{DEMO_TEST} others to measure on.\n"
-            f"Trying each MLP matrix of the last {blocks // 3} of {blocks} blocks, one at a time ({grid});\n"
-            "the lowest loss wins, since so few questions tell losses apart better than hit rates."
+            f"A race among all {sum(not m.parts for m in lm.matrices)} matrices of all blocks at 15 ranks each; "
+            "the lowest loss wins, since so few questions\ntell losses apart better than hit rates."
         )
     with _shown() as on_step:
-        found = search_(lm, made, grid=grid, metric="loss", store=store, restart=restart, on_step=on_step)
+        found = search_(lm, made, metric="loss", store=store, restart=restart, on_step=on_step)
     with Results.open(store) as results:
         base = results.evaluation(found.run, "test", "")
         best = results.evaluation(found.run, "test", str(found.best))
@@ -173,6 +170,7 @@ def _print_found(found: Found) -> None:
     from rich.table import Table
 
     best = str(found.best) or "the unchanged model"
+    _print_way(found)
     table = Table("", "validation (chosen on)", "test (held out)", title=f"Best of {found.candidates} candidates: {best}")
     table.title_justify = "left"
     both = (found.validation, found.test)
@@ -202,6 +200,46 @@ def _print_found(found: Found) -> None:
         print("Their loss rises: the interval of its change lies above zero.")
     if found.failed:
         print(f"{len(found.failed)} candidates could not be scored; see 'laser runs show {found.run} --json'")
+
+
+def _print_way(found: Found) -> None:
+    """Print how a search came to its choice."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if found.screened is not None:
+        s = found.screened
+        print(f"The screen ranked {s.candidates} candidates by the gradient over {s.examples} questions in {s.seconds:.0f} s.")
+        if found.rungs and s.correlation is not None:
+            print(
+                f"Of the {s.chosen} it sent on and {s.controls} drawn at random, the first rung measured changes of loss "
+                f"that correlate {s.correlation:.2f} with its ranks"
+                + (f";\n{s.controls_ahead:.0%} of the pairs put the random one ahead." if s.controls_ahead is not None else ".")
+            )
+    if found.rungs:
+        table = Table(
+            "questions", "entered", "beaten", "halved", "failed", "joined", "leader", title="Race", title_justify="left"
+        )
+        for r in found.rungs:
+            counts = (r.examples, r.entered, r.beaten, r.halved, r.failed, r.joined)
+            table.add_row(*map(str, counts), r.leader or "the unchanged model")
+        Console().print(table)
+    if found.strategy == "compose":
+        table = Table("added", "gain", "95 % interval", "change of loss", "95 % interval", title="Accepted steps")
+        table.title_justify = "left"
+        for step in found.steps:
+            c = step.comparison
+            change = c.edited_loss - c.base_loss
+            table.add_row(
+                step.added,
+                f"{c.gain:+.1%}",
+                f"{c.interval.low:+.1%} to {c.interval.high:+.1%}",
+                f"{change:+.3f}",
+                f"{c.loss_interval.low:+.3f} to {c.loss_interval.high:+.3f}",
+            )
+        Console().print(table)
+    if not found.complete:
+        print("The time was used up: this is the best so far.")
 
 
 def _questions(lm: LanguageModel, task: Task, base: Evaluation, best: Evaluation) -> list[dict[str, str]]:

@@ -42,7 +42,7 @@ class RaceOptions:
     sizes: int = 3
     controls: int = 4
     screened: int = 100
-    first: int = 32
+    first: int = 16
     keep: float = 0.5
     delta: float = 0.05
 
@@ -111,7 +111,7 @@ def race(
     """Score candidates on rungs of examples and drop the worse ones after each; yield the rungs as they end.
 
     The unchanged model runs along to the end. What is left at the end was scored on every example, and so were the
-    neighbours of the last leader, until none of them leads.
+    neighbours in rho of the last leader, until none of them leads; those that were beaten before are left out.
 
     Args:
         trials: scores the candidates.
@@ -123,6 +123,7 @@ def race(
     """
     stops = rungs_of(len(trials.split), options.first)
     alive = list(dict.fromkeys(c.intervention for c in entered))
+    out: set[Intervention] = set()
     bound = options.delta / (max(1, len(every)) * len(stops))
     for number, stop in enumerate(stops, start=1):
         on_rung(number, len(stops), [BASE, *alive], stop)
@@ -133,26 +134,25 @@ def race(
         best = trials.scores[str(leader)]
         lost = {i for i in here if i != leader and beaten(best, trials.scores[str(i)], metric, bound)}
         left = [i for i in here if i not in lost]
+        out |= lost
         room = len(left) if last else max(1, math.floor(options.keep * len(alive)))
         kept = set(_most_promising(trials, left, metric, room)) | ({leader} & set(left))
-        new = (
-            []
-            if last
-            else [i for i in _neighbours(leader, every) if str(i) not in trials.scores and str(i) not in trials.failed]
-        )
+        new = [] if last else [i for i in _neighbours(leader, every) if not (trials.n(i) or str(i) in trials.failed)]
         yield Rung(stop, len(alive), len(lost), len(left) - len(kept), len(alive) - len(here), len(new), str(leader))
         alive = [i for i in left if i in kept] + new
-    # The last rung's leader may have neighbours that never ran.
+    # The last rung's leader may have neighbours that never ran, or left without proof.
     while True:
-        leader = _leader(trials, [BASE, *(i for i in alive if str(i) not in trials.failed)], metric)
-        new = [i for i in _neighbours(leader, every) if trials.n(i) < stops[-1] and str(i) not in trials.failed]
+        leader = _leader(trials, [BASE, *alive], metric)
+        new = [
+            i for i in _neighbours(leader, every) if trials.n(i) < stops[-1] and i not in out and str(i) not in trials.failed
+        ]
         if not new:
             return
         on_rung(len(stops), len(stops), new, stops[-1])
         trials.extend(new, stops[-1])
-        alive = [leader, *new]
-        here = [i for i in alive if i != BASE and str(i) not in trials.failed]
-        yield Rung(stops[-1], len(new), 0, 0, len(new) - len(here), 0, str(_leader(trials, [BASE, *here], metric)))
+        here = [i for i in new if str(i) not in trials.failed]
+        alive = [i for i in (leader, *here) if i != BASE]
+        yield Rung(stops[-1], len(new), 0, 0, len(new) - len(here), 0, str(_leader(trials, [BASE, *alive], metric)))
 
 
 def _leader(trials: Trials, interventions: Sequence[Intervention], metric: Metric) -> Intervention:

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+
+from laserlm.editing.cache import DecompositionCache
+from laserlm.models import LanguageModel
+from laserlm.results import Store
+from laserlm.scoring.records import Evaluation, Score
+from laserlm.searching import Candidate, Prediction, RaceOptions, expand, search
+from laserlm.searching.found import Metric, Rung
+from laserlm.searching.race import beaten, choose, race, rungs_of, shuffled
+from laserlm.searching.trials import Trials
+from laserlm.spec import Intervention
+from laserlm.tasks import Example, Split, Task
+
+Make = Callable[..., LanguageModel]
+GRID = "0-1.mlp@0.8,0.6,0.4,0.2"
+
+
+def made(correct: list[bool], losses: list[float] | None = None) -> Evaluation:
+    losses = losses or [1.0] * len(correct)
+    scores = [Score(str(i), c, -loss, 1, "", "") for i, (c, loss) in enumerate(zip(correct, losses, strict=True))]
+    return Evaluation("m", "t", "validation", "answer", "x", tuple(scores), 0.0)
+
+
+def test_rungs_double_until_all_examples_are_used() -> None:
+    assert rungs_of(300, 16) == [16, 32, 64, 128, 256, 300]
+    assert rungs_of(64, 16) == [16, 32, 64]
+    assert rungs_of(5, 16) == [5]
+
+
+def test_the_order_depends_on_the_seed_and_the_ids_alone() -> None:
+    ids = [f"q{i}" for i in range(50)]
+    order = shuffled(ids, 0)
+    assert sorted(order) == list(range(50))
+    assert [ids[i] for i in order] == [ids[::-1][i] for i in shuffled(ids[::-1], 0)]
+    assert shuffled(ids, 1) != order
+
+
+@pytest.mark.parametrize(("ahead", "behind"), [(1, 0), (7, 1), (12, 2), (3, 9)])
+def test_accuracy_is_beaten_by_the_exact_one_sided_test(ahead: int, behind: int) -> None:
+    leader = made([True] * ahead + [False] * behind + [True, False])
+    other = made([False] * ahead + [True] * behind + [True, False])
+    p = stats.binomtest(ahead, ahead + behind, alternative="greater").pvalue
+    assert beaten(leader, other, "accuracy", p + 1e-9)
+    assert not beaten(leader, other, "accuracy", p - 1e-9)
+    assert not beaten(leader, leader, "accuracy", 0.99)
+
+
+def test_loss_is_beaten_by_the_paired_test() -> None:
+    a, b = [0.5, 1.2, 0.8, 2.0, 0.1], [0.9, 1.3, 1.6, 2.2, 0.6]
+    p = stats.ttest_rel(b, a, alternative="greater").pvalue
+    assert beaten(made([True] * 5, a), made([True] * 5, b), "loss", p + 1e-9)
+    assert not beaten(made([True] * 5, a), made([True] * 5, b), "loss", p - 1e-9)
+    assert beaten(made([True] * 2, [1.0, 1.0]), made([True] * 2, [2.0, 2.0]), "loss", 1e-9)
+    assert not beaten(made([True], [1.0]), made([True], [2.0]), "loss", 0.5)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_equals_are_beaten_no_more_often_than_stated(metric: Metric) -> None:
+    draw = random.Random(0)
+    delta, runs, n = 0.05, 2000, 60
+    lost = 0
+    for _ in range(runs):
+        pair = [made([draw.random() < 0.2 for _ in range(n)], [draw.expovariate(1) for _ in range(n)]) for _ in range(2)]
+        lost += beaten(pair[0], pair[1], metric, delta)
+    assert lost / runs < delta + 3 * (delta * (1 - delta) / runs) ** 0.5
+
+
+@pytest.fixture
+def candidates(llama: LanguageModel) -> list[Candidate]:
+    return expand(GRID, llama.matrices)
+
+
+def test_the_screen_sends_its_best_few_sizes_a_matrix_and_some_others(candidates: list[Candidate]) -> None:
+    texts = [str(c.intervention) for c in candidates]
+    predictions = {t: Prediction(-1.0 * i, 0.0, 9) for i, t in enumerate(texts)}
+    options = RaceOptions(width=5, sizes=2, controls=3)
+    chosen, controls = choose(candidates, predictions, options, seed=0)
+    assert [str(c.intervention) for c in chosen] == [
+        "1.fc_out@0.2",
+        "1.fc_out@0.4",
+        "1.fc_up@0.2",
+        "1.fc_up@0.4",
+        "1.fc_in@0.2",
+    ]
+    assert len(controls) == 3
+    assert not {str(c.intervention) for c in controls} & {str(c.intervention) for c in chosen}
+    assert choose(candidates, predictions, options, seed=0)[1] == controls
+    assert choose(candidates, predictions, options, seed=3)[1] != controls
+    # What could not be screened may still be drawn.
+    only = {t: p for t, p in predictions.items() if t.startswith("0.fc_in")}
+    assert {c.matrix.id for c in choose(candidates, only, options, seed=0)[0]} == {"0.fc_in"}
+
+
+def test_a_large_spread_over_the_examples_makes_the_screen_expect_less() -> None:
+    assert Prediction(-1.0, 2.0, 100).expected == pytest.approx(1.0)
+    assert Prediction(-1.0, 0.2, 100).expected == pytest.approx(-0.98)
+    assert Prediction(-1.0, None, 100).expected == -1.0
+    assert Prediction(-1.0, 2.0, 100).error == pytest.approx(0.2)
+
+
+class Table:
+    """Trials whose scores stand in a table: loss of each candidate on each example."""
+
+    def __init__(self, losses: dict[str, list[float]], failing: dict[str, int] | None = None) -> None:
+        self.losses = losses
+        self.failing = failing or {}
+        self.scores: dict[str, Evaluation] = {}
+        self.failed: dict[str, str] = {}
+        self.split = losses[""]
+        self.asked: list[tuple[list[str], int]] = []
+
+    def n(self, intervention: Intervention) -> int:
+        found = self.scores.get(str(intervention))
+        return found.n if found else 0
+
+    def extend(self, interventions: list[Intervention], stop: int) -> None:
+        self.asked.append(([str(i) for i in interventions], stop))
+        for text in map(str, interventions):
+            if stop > self.failing.get(text, 10**9):
+                self.failed[text] = "no"
+                self.scores.pop(text, None)
+            else:
+                self.scores[text] = made([False] * stop, self.losses[text][:stop])
+
+
+def run(table: Table, candidates: list[Candidate], entered: list[str], **options: float) -> list[Rung]:
+    by_text = {str(c.intervention): c for c in candidates}
+    given: dict[str, float] = {"first": 8, "keep": 0.5, "delta": 0.05, **options}
+    settings = RaceOptions(first=int(given["first"]), keep=given["keep"], delta=given["delta"])
+    trials: Trials = table  # type: ignore[assignment]
+    return list(race(trials, [by_text[t] for t in entered], candidates, "loss", settings))
+
+
+def noisy(mean: float, seed: int, n: int = 64, spread: float = 0.2) -> list[float]:
+    draw = random.Random(seed)
+    return [mean + draw.gauss(0, spread) for _ in range(n)]
+
+
+def test_what_is_beaten_leaves_at_once_and_the_best_stays(candidates: list[Candidate]) -> None:
+    texts = [str(c.intervention) for c in candidates]
+    losses = {"": noisy(3, 0)} | {t: noisy(5.0, i) for i, t in enumerate(texts, 1)} | {"1.fc_up@0.6": noisy(2, 99)}
+    table = Table(losses)
+    rungs = run(table, candidates, texts, keep=1)
+    assert rungs[0] == Rung(8, 24, 23, 0, 0, 0, "1.fc_up@0.6")
+    assert [r.entered for r in rungs] == [24, 1, 1, 1]
+    assert rungs[-1].leader == "1.fc_up@0.6"
+    assert table.asked[-1] == (["", "1.fc_up@0.6"], 64)
+
+
+def test_half_leave_without_proof_and_neighbours_of_the_leader_join(candidates: list[Candidate]) -> None:
+    texts = [str(c.intervention) for c in candidates]
+    losses = {"": noisy(3, 0)} | {t: noisy(2.9, i, spread=3) for i, t in enumerate(texts, 1)}
+    losses |= {"0.fc_in@0.6": [2.0] * 64, "0.fc_in@0.4": [1.5] * 64, "0.fc_in@0.2": [1.4] * 64}
+    entered = ["0.fc_in@0.6", "1.fc_in@0.6", "1.fc_up@0.6", "1.fc_out@0.6"]
+    rungs = run(Table(losses), candidates, entered, delta=1e-9)
+    assert (rungs[0].leader, rungs[0].halved, rungs[0].joined) == ("0.fc_in@0.6", 2, 2)
+    assert rungs[1].leader == "0.fc_in@0.4"
+    assert rungs[-1].leader == "0.fc_in@0.2"
+    assert all(r.entered <= 4 for r in rungs)
+
+
+def test_the_unchanged_model_runs_along_and_may_lead(candidates: list[Candidate]) -> None:
+    texts = [str(c.intervention) for c in candidates]
+    table = Table({"": noisy(1, 0)} | {t: noisy(5.0, i) for i, t in enumerate(texts, 1)})
+    rungs = run(table, candidates, texts)
+    assert [(r.entered, r.leader) for r in rungs] == [(24, ""), (0, ""), (0, ""), (0, "")]
+    assert table.scores[""].n == 64
+
+
+def test_a_candidate_that_fails_on_the_way_is_out(candidates: list[Candidate]) -> None:
+    texts = ["0.fc_in@0.6", "1.fc_in@0.6", "1.fc_up@0.6"]
+    every = [c for c in candidates if str(c.intervention) in texts]
+    losses = {"": noisy(3, 0)} | {t: noisy(2.0, i) for i, t in enumerate(texts, 1)} | {texts[0]: noisy(1.0, 9)}
+    rungs = run(Table(losses, {texts[0]: 8}), every, texts, keep=1, delta=1e-12)
+    assert rungs[0].leader == texts[0]
+    assert rungs[1].failed == 1
+    assert rungs[-1].leader in texts[1:]
+
+
+def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama: LanguageModel, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    rows = [
+        Example(
+            f"{i}", f"The city {draw.choice('abcdef')} near {draw.choice('uvwxyz')} is", draw.choice(["Paris", "Rome", "Oslo"])
+        )
+        for i in range(200)
+    ]
+    task = Task.of("made", rows, scorer="answer")
+    for metric in ("accuracy", "loss"):
+        chosen: Metric = metric  # type: ignore[assignment]
+        whole = search(llama, task, strategy="exhaustive", grid="all.mlp@0.5,0.2", metric=chosen)
+        options = RaceOptions(width=99, keep=1, first=8)
+        store = tmp_path / f"{metric}.db"
+        found = search(llama, task, grid="all.mlp@0.5,0.2", metric=chosen, options=options, store=store)
+        assert found.best == whole.best
+        assert found.test.corrected == whole.test.corrected
+        assert found.validation.n == whole.validation.n
+        with Store.open(store) as results:
+            on_test = {t.intervention for t in results.trials(found.run) if t.split == "test"}
+        assert on_test == {"", str(found.best)}
+        screened = found.screened
+        assert screened is not None
+        assert (screened.candidates, screened.chosen, screened.controls) == (18, 18, 0)
+        assert set(screened.measured) == set(screened.expected)
+
+
+def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> None:
+    split = Split(
+        "made", "validation", tuple(Example(str(i), "The river " * (i + 1) + "is", "long") for i in range(6)), "answer"
+    )
+    parts = [Intervention(), Intervention.parse("2.fc_in@0.5"), Intervention.parse("1.fc_out@0.5")]
+    with Store.open(tmp_path / "runs.db") as store:
+        work = {"kind": "search", "key": "k", "settings": {"model": "m", "task": "t"}, "provenance": {}}
+        with store.run(**work) as run_:  # type: ignore[arg-type]
+            trials = Trials(llama, run_, split, "answer", DecompositionCache())
+            trials.extend(parts, 2)
+            trials.extend(parts[:2], 5)
+            assert [trials.n(i) for i in parts] == [5, 5, 2]
+            trials.extend(parts, 6)
+            stepwise = trials.scores
+            # Of three blocks: all for the unchanged model, two above block 0, one above block 1.
+            assert trials.work == pytest.approx(6 * (1 + 1 / 3 + 2 / 3))
+        with store.run(**{**work, "key": "other"}) as run_:  # type: ignore[arg-type]
+            at_once = Trials(llama, run_, split, "answer", DecompositionCache())
+            at_once.extend(parts[::-1], 6)
+            for text, found in at_once.scores.items():
+                assert [s.logprob for s in stepwise[text].scores] == pytest.approx([s.logprob for s in found.scores], abs=1e-5)
+    assert torch.is_grad_enabled()
