@@ -3,9 +3,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +220,88 @@ def test_errors_say_the_next_step_and_leave_their_code(
     assert said in err
     assert out == ""
     assert "Traceback" not in err
+
+
+def test_race_and_composition_print_how_they_went(run: Run, folder: Path, questions: Path, store: str) -> None:
+    asked = (
+        "search",
+        folder,
+        "--task",
+        f"jsonl:{questions}",
+        "--grid",
+        "all.mlp@0.5,0.1",
+        "--store",
+        store,
+        "--metric",
+        "loss",
+    )
+    code, out, err = run(*asked, "--width", "6")
+    assert code == 0, err
+    assert "The screen ranked 18 candidates" in out
+    assert "Race" in out
+    assert "Best of 18 candidates" in out
+    code, out, err = run(*asked, "--strategy", "compose", "--mode", "greedy")
+    assert code == 0, err
+    assert "Accepted steps" in out
+    code, out, _ = run(*asked, "--width", "6", "--json")
+    found = json.loads(out)
+    assert (found["strategy"], found["complete"], found["candidates"]) == ("race", True, 18)
+    assert [r["examples"] for r in found["rungs"]][-1] == found["validation"]["n"]
+    assert {"n", "base", "best", "gain", "interval", "mcnemar_p", "corrected", "broken"} <= set(found["test"])
+    code, out, _ = run(*asked, "--strategy", "exhaustive", "--budget", "0", "--json")
+    assert (code, json.loads(out)["complete"], json.loads(out)["best"]) == (0, False, "")
+
+
+@pytest.mark.parametrize("given", [["--strategy", "exhaustive"], ["--width", "12"]], ids=["exhaustive", "race"])
+def test_a_search_killed_again_and_again_ends_as_an_undisturbed_one(
+    given: list[str], run: Run, folder: Path, questions: Path, tmp_path: Path
+) -> None:
+    asked = [
+        "search",
+        str(folder),
+        "--task",
+        f"jsonl:{questions}",
+        "--grid",
+        "all.all@0.5,0.1",
+        "--metric",
+        "loss",
+        *given,
+        "--json",
+    ]
+    expected = json.loads(run(*asked, "--store", tmp_path / "whole.db")[1])
+    whole = json.loads(run("runs", "export", "last", "--store", tmp_path / "whole.db")[1])
+    command = [sys.executable, "-c", "from laserlm.cli import main; main()", *asked, "--store", str(tmp_path / "runs.db")]
+    seen = 0
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None and _scores(tmp_path / "runs.db") <= seen:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        seen = _scores(tmp_path / "runs.db")
+    found = json.loads(run(*asked, "--store", tmp_path / "runs.db")[1])
+    assert len(json.loads(run("runs", "list", "--store", tmp_path / "runs.db", "--json")[1])) == 1
+    for key in ("best", "failed", "rungs", "validation", "test", "scored"):
+        assert found[key] == pytest.approx(expected[key]) if key == "scored" else found[key] == expected[key]
+    after = json.loads(run("runs", "export", "last", "--store", tmp_path / "runs.db")[1])
+
+    def kept(export: dict[str, Any]) -> dict[tuple[str, str], list[tuple[str, float]]]:
+        ids = [e["id"] for e in export["examples"]]
+        return {
+            (t["split"], t["intervention"]): [(ids[s["example"]], s["logprob"]) for s in t["scores"]] for t in export["trials"]
+        }
+
+    assert kept(after) == kept(whole)
+
+
+def _scores(file: Path) -> int:
+    """Return the number of scores that another process has written so far."""
+    try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
+            return int(connection.execute("select count(*) from scores").fetchone()[0])
+    except sqlite3.OperationalError:  # no file or no table yet
+        return 0
 
 
 def test_an_interruption_leaves_130_and_says_how_to_go_on(
