@@ -209,3 +209,10 @@ def test_a_gguf_file_loads_unpacked_and_can_be_saved(bundled: LanguageModel, tmp
     assert lm.hash == bundled.hash
     lm.model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_cache_folder_may_be_given_as_text(make: Make, tmp_path: Path) -> None:
+    lm = make("llama")
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.need_tokenizer().save_pretrained(tmp_path / "model")
+    assert load(tmp_path / "model", cache=str(tmp_path / "cache")).cache == tmp_path / "cache"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -80,6 +81,24 @@ def test_the_output_layer_given_the_scored_places_alone_says_the_same(family: st
     for a, b in zip(placed, run_batch(lm, batch), strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
         assert a.argmax == b.argmax
+
+
+def test_rows_are_cut_into_the_batches_that_take_the_least_time() -> None:
+    def time(cuts: list[tuple[int, int]], lengths: list[int]) -> int:
+        return sum(10 + (b - a) * lengths[a] for a, b in cuts)
+
+    def every(n: int) -> Iterator[list[tuple[int, int]]]:
+        for bits in range(2 ** (n - 1)):
+            edges = [0, *(i + 1 for i in range(n - 1) if bits >> i & 1), n]
+            yield list(pairwise(edges))
+
+    for lengths in ([9, 9, 8, 3, 3, 2, 1], [20, 1, 1, 1], [5], [4, 4, 4, 4, 4, 4, 4, 4]):
+        for size in (2, 3, 8):
+            cuts = forward._cuts(lengths, size, 10)
+            allowed = [c for c in every(len(lengths)) if all(b - a <= size for a, b in c)]
+            assert time(cuts, lengths) == min(time(c, lengths) for c in allowed)
+            assert cuts in allowed
+    assert forward._cuts([9, 9, 1, 1, 1], 3, float("inf")) == [(0, 3), (3, 5)]
 
 
 def test_a_model_that_works_on_its_logits_by_place_gets_all_places(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

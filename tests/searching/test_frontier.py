@@ -94,6 +94,31 @@ def test_below_where_it_is_the_boundary_starts_again(llama: LanguageModel) -> No
         assert frontier.run() == expected
 
 
+def test_what_is_left_behind_serves_the_way_down_until_it_is_forgotten(llama: LanguageModel) -> None:
+    frontier = Frontier(llama, encode(llama, EXAMPLES, "answer"), 8)
+    runs: list[int] = []
+    llama.model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(0))
+    frontier.advance("", 1)
+    one = frontier.bytes
+    below = frontier.run()
+    frontier.advance("", 2)
+    above = frontier.run()
+    assert frontier.bytes == 2 * one
+    runs.clear()
+    frontier.advance("", 1)
+    assert frontier.run() == below
+    frontier.advance("", 2)
+    assert frontier.run() == above
+    assert runs == []
+    while frontier.forget():
+        pass
+    assert frontier.bytes == one
+    assert frontier.run() == above
+    frontier.advance("", 1)
+    assert runs
+    assert frontier.run() == below
+
+
 def test_an_error_inside_a_pass_puts_the_blocks_back(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     frontier = Frontier(llama, encode(llama, EXAMPLES, "answer"), 8)
     frontier.advance("", 1)

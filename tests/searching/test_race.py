@@ -29,8 +29,8 @@ def made(correct: list[bool], losses: list[float] | None = None) -> Evaluation:
     return Evaluation("m", "t", "validation", "answer", "x", tuple(scores), 0.0)
 
 
-def test_rungs_double_until_all_examples_are_used() -> None:
-    assert rungs_of(300, 16) == [16, 32, 64, 128, 256, 300]
+def test_rungs_double_until_less_than_a_doubling_is_left() -> None:
+    assert rungs_of(300, 16) == [16, 32, 64, 128, 300]
     assert rungs_of(64, 16) == [16, 32, 64]
     assert rungs_of(5, 16) == [5]
 

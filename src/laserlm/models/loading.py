@@ -56,7 +56,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     allow_pickle: bool = False,
     allow_remote_code: bool = False,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer in evaluation mode.
 
@@ -79,7 +79,7 @@ def load(
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
     placed = _device(device)
-    cache = cache or cache_folder()
+    cache = Path(cache) if cache is not None else cache_folder()
     source = set_up_bundled(cache) if str(name) == "bundled" else name
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": allow_remote_code}
     weights: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": device_map}

@@ -22,6 +22,8 @@ from laserlm.scoring.kernels import quick
 __all__ = ["Batch", "Outcome", "Progress", "Reading", "batches", "outcomes", "read", "run_batch", "run_rows", "too_large"]
 
 log = logging.getLogger(__name__)
+PASS_TOKENS = 64
+"""Tokens that a CPU could compute in the time in which a pass reads the weights and starts its operations; measured."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of items done and their total."""
@@ -129,10 +131,31 @@ def batches(lm: LanguageModel, rows: Sequence[Row], batch_size: int) -> list[Bat
             lm.reads_places = _reads_places(lm, rows[order[-1]])
     except torch.OutOfMemoryError:
         log.warning("two rows do not fit into the memory of %s; scoring without padding", lm.device)
-    groups = [order]
     if lm.kind == "causal" and not lm.pads_exactly:
         groups = [list(same) for _, same in groupby(order, key=lambda i: len(rows[i].ids))]
-    return [_batch(lm, rows, same[i : i + batch_size]) for same in groups for i in range(0, len(same), batch_size)]
+        return [_batch(lm, rows, same[i : i + batch_size]) for same in groups for i in range(0, len(same), batch_size)]
+    cuts = _cuts([len(rows[i].ids) for i in order], batch_size, PASS_TOKENS if lm.device.type == "cpu" else math.inf)
+    return [_batch(lm, rows, order[a:b]) for a, b in cuts]
+
+
+def _cuts(lengths: Sequence[int], batch_size: int, overhead: float) -> list[tuple[int, int]]:
+    """Cut rows, the longest first, into batches that together take the least time.
+
+    A batch takes its padded tokens and ``overhead`` tokens more. Where that is endless, batches are as few as can be.
+    """
+    n = len(lengths)
+    if math.isinf(overhead):
+        return [(i, min(n, i + batch_size)) for i in range(0, n, batch_size)]
+    # best[i]: the least for the first i rows, and where their last batch starts.
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for i in range(1, n + 1):
+        starts = range(max(0, i - batch_size), i)
+        best.append(min((best[a][0] + overhead + (i - a) * lengths[a], a) for a in starts))
+    cuts: list[tuple[int, int]] = []
+    while n:
+        cuts.append((best[n][1], n))
+        n = best[n][1]
+    return cuts[::-1]
 
 
 def _pads_exactly(lm: LanguageModel, long: Row, short: Row) -> bool | None:

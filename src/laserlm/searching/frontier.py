@@ -53,6 +53,7 @@ class Frontier:
         self.checks = checks or Checks(lm, rows)
         self._batches = batches(lm, rows, batch_size)
         self._kept: list[dict[str, Any]] = [{} for _ in self._batches]
+        self._left: dict[int, list[dict[str, Any]]] = {}
 
     @property
     def moves(self) -> bool:
@@ -61,22 +62,25 @@ class Frontier:
 
     @property
     def bytes(self) -> int:
-        """Memory of the boundary in bytes."""
-        sizes: list[int] = []
-        tree_map(lambda x: sizes.append(x.nbytes) if isinstance(x, Tensor) else None, self._kept)
-        return sum(sizes)
+        """Memory in bytes of the boundary and of those left behind."""
+        sizes: dict[int, int] = {}
+        tree_map(lambda x: sizes.update({id(x): x.nbytes}) if isinstance(x, Tensor) else None, [self._kept, self._left])
+        return sum(sizes.values())
 
     @torch.no_grad()
     def advance(self, stack: str, layer: int) -> None:
-        """Move the boundary up to just below a block, with the weights as they are at the moment.
+        """Move the boundary to just below a block, with the weights as they are at the moment.
 
-        To get below where it is, it starts again from the bottom.
+        What it leaves behind is kept until ``forget``; to get down, it starts again from the next one below, or from the
+        bottom.
         """
         if not self.moves:
             return
         target = self.checks.order.index((stack, layer))
-        if target < self.boundary:
-            self._restart()
+        if target != self.boundary:
+            self._left[self.boundary] = self._kept
+            self.boundary = max((place for place in self._left if place <= target), default=0)
+            self._kept = [dict(kept) for kept in self._left.get(self.boundary, [{} for _ in self._batches])]
         if target == self.boundary:
             return
         if self.checks.holds(target):
@@ -84,8 +88,14 @@ class Frontier:
         else:
             self._restart()
 
+    def forget(self) -> bool:
+        """Free the lowest of the boundaries left behind; return whether there was one."""
+        self._left.pop(0, None)  # the bottom takes no memory
+        lowest = min(self._left, default=None)
+        return lowest is not None and bool(self._left.pop(lowest))
+
     def _restart(self) -> None:
-        self.boundary, self._kept = 0, [{} for _ in self._batches]
+        self.boundary, self._kept, self._left = 0, [{} for _ in self._batches], {}
 
     def _move(self, target: int) -> None:
         # Of each stack only the last block's output is needed above the boundary.

@@ -31,7 +31,7 @@ class RaceOptions:
         sizes: sizes of one matrix among them at most; more of the leader's join on the way.
         controls: others drawn at random, which tell what the screen misses.
         screened: examples that the screen takes its gradient over at most.
-        first: examples of the first rung; each next one doubles their number, and the last has all.
+        first: examples of the first rung; each next one doubles their number at least, and the last has all.
         keep: share of the candidates that goes on from a rung at most, the better looking ones; 1 drops only what is
             beaten beyond the bound.
         delta: probability at most, over all rungs and candidates, that the bound drops a candidate that is better than
@@ -42,8 +42,8 @@ class RaceOptions:
     sizes: int = 3
     controls: int = 4
     screened: int = 100
-    first: int = 16
-    keep: float = 0.5
+    first: int = 32
+    keep: float = 0.34
     delta: float = 0.05
 
 
@@ -53,9 +53,9 @@ def shuffled(ids: Sequence[str], seed: int) -> list[int]:
 
 
 def rungs_of(examples: int, first: int) -> list[int]:
-    """Return the numbers of examples of the rungs: ``first``, doubled until all are used."""
+    """Return the numbers of examples of the rungs: ``first``, doubled until less than a doubling is left, then all."""
     sizes = []
-    while first < examples:
+    while 2 * first <= examples:
         sizes.append(first)
         first *= 2
     return [*sizes, examples]

@@ -41,7 +41,7 @@ class Trials:
         scorer: how an example is scored.
         cache: decompositions to use.
         batch_size: sequences in one pass; halved where memory runs out.
-        memory: bytes that the frontier's boundary may take; examples are scored in chunks that keep to it.
+        memory: bytes that the frontier's boundaries may take; examples are scored in chunks that keep to it.
         deadline: value of ``time.monotonic`` after which no more is begun.
         seed: of ``:reference`` decompositions.
         on_scored: called with an intervention after each part of it that was scored.
@@ -51,7 +51,7 @@ class Trials:
         failed: reasons of those that cannot be scored, which are not tried again.
         work: passes of one example through the whole model that were made, a pass through some blocks in proportion.
         scored: examples scored, counted for each intervention.
-        boundary: bytes of the largest boundary so far.
+        boundary: most bytes that boundaries took so far.
     """
 
     lm: LanguageModel
@@ -75,6 +75,8 @@ class Trials:
         self.scores = {text: found for text, found in known.items() if isinstance(found, Evaluation)}
         self.failed = {text: found for text, found in known.items() if isinstance(found, str)}
         self.rows = encode(self.lm, self.split.examples, self.scorer)
+        self._stops: set[int] = set()
+        self._frontiers: dict[tuple[int, int], Frontier] = {}
         self._checks: Checks | None = None
 
     def n(self, intervention: Intervention) -> int:
@@ -94,6 +96,7 @@ class Trials:
             OutOfTimeError: at the deadline.
             ScoringError: if a single row does not fit into memory.
         """
+        self._stops.add(stop)
         short = sorted(
             (i for i in interventions if str(i) not in self.failed and self.n(i) < stop),
             key=lambda i: (self.n(i), self._place(i)),
@@ -109,7 +112,7 @@ class Trials:
         return 1 - self._place(intervention) / len(order) if order else 1.0
 
     def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Cut a range of examples into parts whose boundary fits into memory."""
+        """Cut a range of examples where earlier ones ended, and into parts whose boundary fits into memory."""
         embeddings: Any = self.lm.model.get_input_embeddings()
         width = int(embeddings.weight.shape[-1]) * self.lm.dtype.itemsize
         lengths: list[list[int]] = [[] for _ in range(stop)]
@@ -119,7 +122,7 @@ class Trials:
         a, count, longest = start, 0, 0
         for i in range(start, stop):
             count, longest = count + len(lengths[i]), max(longest, *lengths[i])  # no row is padded to more
-            if count * longest * width > self.memory and i > a:
+            if i > a and (count * longest * width > self.memory or i in self._stops):
                 yield a, i
                 a, count, longest = i, len(lengths[i]), max(lengths[i])
         yield a, stop
@@ -137,31 +140,31 @@ class Trials:
     def _score(self, interventions: Sequence[Intervention], start: int, stop: int) -> None:
         part = replace(self.split, examples=self.split.examples[start:stop])
         rows = [replace(row, example=row.example - start) for row in self.rows if start <= row.example < stop]
-        frontier: Frontier | None = None
         for intervention in interventions:
             found: Evaluation | str | None = None
             while found is None:
                 if time.monotonic() > self.deadline:
                     raise OutOfTimeError
                 try:
-                    frontier = frontier or Frontier(self.lm, rows, self.batch_size, self._boundaries())
-                    found = self._evaluated(intervention, part, rows, frontier)
+                    found = self._evaluated(intervention, part, rows, (start, stop))
                 except (ScoringError, WeightError) as error:
                     found = f"{type(error).__name__}: {error}"
                 except torch.OutOfMemoryError as error:
                     full = too_large(self.lm, error)
                 if found is None:  # outside the handler, whose traceback holds the failed pass's tensors
-                    frontier = None
                     self._make_room(full)
             self._save(intervention, found, start, part)
             self.work += self.share(intervention) * len(part)
             self.scored += len(part)
             self.on_scored(intervention)
 
-    def _evaluated(self, intervention: Intervention, part: Split, rows: Sequence[Row], frontier: Frontier) -> Evaluation:
+    def _evaluated(self, intervention: Intervention, part: Split, rows: Sequence[Row], where: tuple[int, int]) -> Evaluation:
+        if where not in self._frontiers:
+            self._frontiers[where] = Frontier(self.lm, rows, self.batch_size, self._boundaries())
+        frontier = self._frontiers[where]
         if frontier.moves:
             frontier.advance(*self._boundaries().order[self._place(intervention)])
-        self.boundary = max(self.boundary, frontier.bytes)
+            self._forget(frontier)
         with applied(self.lm, intervention, cache=self.cache, seed=self.seed):
             return evaluate_rows(self.lm, part, self.scorer, rows, frontier.run)
 
@@ -178,7 +181,18 @@ class Trials:
             found = replace(found, scores=before.scores + found.scores, seconds=before.seconds + found.seconds)
         self.scores[text] = found
 
+    def _forget(self, current: Frontier) -> None:
+        """Free what frontiers left behind, and those not in use, until the rest fits into memory."""
+        while (held := sum(f.bytes for f in self._frontiers.values())) > self.memory:
+            others = [where for where, f in self._frontiers.items() if f is not current]
+            if others:
+                del self._frontiers[others[0]]
+            elif not current.forget():
+                break
+        self.boundary = max(self.boundary, held)
+
     def _make_room(self, full: ScoringError) -> None:
+        self._frontiers.clear()
         if self.batch_size > 1:
             self.batch_size //= 2
         elif self._boundaries().order:
