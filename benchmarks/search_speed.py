@@ -1,7 +1,7 @@
 """Time a search beside the published procedure on the bundled model, whole grid of every matrix at nine sizes.
 
 The published procedure is a fresh process for each configuration: it loads the model, replaces one matrix by
-``svd_lowrank`` and runs every validation example by itself. Ten configurations spread over the grid are timed and
+``svd_lowrank`` and runs every validation example by itself. Ten configurations drawn from the grid are timed and
 multiplied out. The race and the exhaustive search are timed whole, each in a fresh process, imports and loading included;
 only the test split is cut to ten rows, since the procedure beside it has none. ``cold`` has no decomposition on disk.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -78,13 +79,12 @@ def peak() -> float:
 
 
 def reference(task: Task, lm: laser.LanguageModel, configurations: int, scratch: Path) -> list[float]:
-    """Return the seconds of some configurations, spread evenly over the grid, each in a process of its own."""
-    candidates = expand(GRID, lm.matrices)
+    """Return the seconds of some configurations, drawn from the grid, each in a process of its own."""
+    candidates = random.Random(0).sample(expand(GRID, lm.matrices), configurations)
     file = scratch / "examples.json"
     file.write_text(json.dumps([(e.prompt, e.answer) for e in task.validation]))
     seconds = []
-    for i in range(configurations):
-        candidate = candidates[(2 * i + 1) * len(candidates) // (2 * configurations)]
+    for candidate in candidates:
         size = candidate.intervention.reductions[0].size
         rank = int(float(size.rho or 0) * candidate.matrix.max_rank)
         folder = converted(cache_folder())

@@ -34,8 +34,8 @@ class RaceOptions:
         first: examples of the first rung; each next one doubles their number at least, and the last has all.
         keep: share of the candidates that goes on from a rung at most, the better looking ones; 1 drops only what is
             beaten beyond the bound.
-        delta: probability at most, over all rungs and candidates, that the bound drops a candidate that is better than
-            the leader that beat it. What ``keep`` drops has no such bound.
+        delta: probability at most that the bound drops the best candidate of the race, over all rungs and whoever
+            leads. What ``keep`` drops has no such bound.
     """
 
     width: int = 48
@@ -124,7 +124,7 @@ def race(
     stops = rungs_of(len(trials.split), options.first)
     alive = list(dict.fromkeys(c.intervention for c in entered))
     out: set[Intervention] = set()
-    bound = options.delta / (max(1, len(every)) * len(stops))
+    bound = options.delta / ((len(every) + 1) * len(stops))  # any of them, or the unchanged model, may lead
     for number, stop in enumerate(stops, start=1):
         on_rung(number, len(stops), [BASE, *alive], stop)
         trials.extend([BASE, *alive], stop)
