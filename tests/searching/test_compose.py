@@ -8,8 +8,9 @@ import pytest
 from laserlm.editing import applied
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate
-from laserlm.searching import Prediction, RaceOptions, expand, search
+from laserlm.searching import RaceOptions, expand, search
 from laserlm.searching.compose import in_order
+from laserlm.searching.screen import Prediction
 from laserlm.tasks import Example, Task
 
 Make = Callable[..., LanguageModel]

@@ -12,9 +12,10 @@ from laserlm.editing.cache import DecompositionCache
 from laserlm.models import LanguageModel
 from laserlm.results import Store
 from laserlm.scoring.records import Evaluation, Score
-from laserlm.searching import Candidate, Prediction, RaceOptions, expand, search
+from laserlm.searching import Candidate, RaceOptions, expand, search
 from laserlm.searching.found import Metric, Rung
 from laserlm.searching.race import beaten, choose, race, rungs_of, shuffled
+from laserlm.searching.screen import Prediction
 from laserlm.searching.trials import Trials
 from laserlm.spec import Intervention
 from laserlm.tasks import Example, Split, Task

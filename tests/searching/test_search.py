@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import SCORED
 
 import laserlm.searching.trials as module
 from laserlm.editing import applied
@@ -140,6 +142,19 @@ def test_the_unchanged_model_can_win(strategy: str, llama: LanguageModel, task: 
     assert found.as_dict()["best"] == ""
 
 
+@pytest.mark.parametrize("family", SCORED)
+def test_a_race_runs_on_every_family(family: str, make: Make, task: Task) -> None:
+    lm = make(family)
+    options = RaceOptions(first=3, width=6, controls=2)
+    found = search(lm, task, strategy="race", grid="all.all@0.6,0.3", metric="loss", options=options, scorer="answer")
+    assert found.failed == {}
+    assert found.complete
+    whole = brute_force(lm, replace(task.validation, scorer="answer"), ["", str(found.best)])
+    assert found.validation.base_loss == pytest.approx(whole[""].loss, abs=1e-4)
+    assert found.validation.edited_loss == pytest.approx(whole[str(found.best)].loss, abs=1e-4)
+    assert found.validation.edited_loss <= found.validation.base_loss
+
+
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "exhaustive"},
     {"strategy": "exhaustive", "memory": 9000},
@@ -173,7 +188,7 @@ def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
     found = search(llama, task, store=tmp_path / "runs.db", **given)
     pairs = [(text, split, id) for text, split, *ids in scored for id in ids]
     assert len(pairs) == len(set(pairs))
-    assert replace(found, run="", seconds=0, screened=None, boundary_bytes=0) == replace(
+    assert replace(found, run="", seconds=0, screened=None, boundary_bytes=0, decomposition_bytes=0) == replace(
         whole, run="", seconds=0, screened=None, boundary_bytes=0
     )
     count_before = len(scored)
@@ -263,6 +278,35 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(
     found = search(llama, task, batch_size=7)
     assert {7, 3} < set(tried)
     assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
+
+
+def test_memory_that_runs_out_in_the_screen_halves_its_batch(
+    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "options": RaceOptions(first=3)}
+    expected = search(llama, task, **given)
+    screening = importlib.import_module("laserlm.searching.screen")
+    back = screening._back
+    tried: list[int] = []
+
+    def tight(lm: LanguageModel, call: Any) -> None:
+        tried.append(call.args[0].shape[0])
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("no room")
+        back(lm, call)
+
+    monkeypatch.setattr(screening, "_back", tight)
+    found = search(llama, task, batch_size=8, **given)
+    assert max(tried) > 2 >= tried[-1]
+    assert found.best == expected.best
+    assert all(p.grad is None for p in llama.model.parameters())
+
+    def never(lm: LanguageModel, call: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(screening, "_back", never)
+    with pytest.raises(ScoringError, match="a single row does not fit"):
+        search(llama, task, **given)
 
 
 def test_where_the_boundary_does_not_fit_passes_are_whole(

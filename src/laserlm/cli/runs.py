@@ -78,7 +78,8 @@ def show(
     by_loss = info.settings.get("metric") == "loss"
     done = sorted(
         (t for t in trials if t.status == "done"),
-        key=lambda t: (t.split != "validation", (t.loss or 0) if by_loss else -(t.accuracy or 0), t.loss or 0),
+        # A race leaves some with few examples, whose figures say little.
+        key=lambda t: (t.split != "validation", -(t.n or 0), (t.loss or 0) if by_loss else -(t.accuracy or 0), t.loss or 0),
     )
     rows = []
     for t in done[:top] if not listing.csv else done:

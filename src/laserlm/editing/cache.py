@@ -31,11 +31,15 @@ class DecompositionCache:
     Args:
         folder: where bases are kept, or None for memory only.
         memory: bytes of decompositions held in memory; the least recently used go first.
+
+    Attributes:
+        peak: most bytes that were held.
     """
 
     def __init__(self, folder: Path | None = None, memory: int = 512 * 2**20) -> None:
         self.folder = folder
         self.memory = memory
+        self.peak = 0
         self._held: OrderedDict[str, Decomposition] = OrderedDict()
 
     def get(self, weight: Tensor) -> Decomposition:
@@ -50,8 +54,9 @@ class DecompositionCache:
             full = working(weight)
             held = self._held[key] = Decomposition.from_basis(full, self._basis(key, full))
         self._held.move_to_end(key)
-        while len(self._held) > 1 and sum(d.bytes for d in self._held.values()) > self.memory:
+        while (total := sum(d.bytes for d in self._held.values())) > self.memory and len(self._held) > 1:
             self._held.popitem(last=False)
+        self.peak = max(self.peak, total)
         return held
 
     def _basis(self, key: str, weight: Tensor) -> Tensor:

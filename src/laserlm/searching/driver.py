@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
+import torch
 from scipy import stats
 
 from laserlm.algebra.decomposition import ALGORITHM
@@ -22,6 +23,7 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
 from laserlm.results import Run, Store
 from laserlm.scoring.evaluate import Comparison, compare
+from laserlm.scoring.forward import too_large
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate, expand
 from laserlm.searching.compose import compose, in_order
@@ -168,6 +170,7 @@ def search(
             seconds=time.monotonic() - start,
             complete=complete,
             boundary_bytes=max(work.trials.boundary, work.tests.boundary),
+            decomposition_bytes=cache.peak,
             rungs=tuple(work.rungs),
             screened=work.screened,
             steps=tuple(work.steps),
@@ -301,16 +304,27 @@ class _Search:
         split = self.trials.split
         first = max(0, len(split) - self.options.screened)
         rows = [replace(r, example=r.example - first) for r in self.trials.rows if r.example >= first]
-        predictions = screen(
-            self.lm,
-            split.examples[first:],
-            rows,
-            self.trials.scorer,
-            self.candidates,
-            cache=self.trials.cache,
-            batch_size=self.trials.batch_size,
-            between_choices=self.metric == "accuracy" and self.trials.scorer == "choice",
-        )
+        predictions: dict[str, Prediction] | None = None
+        batch_size = self.trials.batch_size
+        while predictions is None:
+            try:
+                predictions = screen(
+                    self.lm,
+                    split.examples[first:],
+                    rows,
+                    self.trials.scorer,
+                    self.candidates,
+                    cache=self.trials.cache,
+                    batch_size=batch_size,
+                    between_choices=self.metric == "accuracy" and self.trials.scorer == "choice",
+                )
+            except torch.OutOfMemoryError as error:
+                full = too_large(self.lm, error)
+            if predictions is None:  # outside the handler, whose traceback holds the failed pass's tensors
+                if batch_size == 1:
+                    raise full
+                batch_size //= 2
+                torch.cuda.empty_cache()
         seconds = time.perf_counter() - start
         noted = {text: [p.change, p.deviation, p.examples] for text, p in predictions.items()}
         self.run.note("screen", {"predictions": noted, "seconds": seconds})

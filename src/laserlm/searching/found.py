@@ -132,7 +132,8 @@ class Found:
         test: base against best on examples that had no part in the choice.
         seconds: wall time of this call.
         complete: whether the search came to its end, and not to that of its time.
-        boundary_bytes: memory of the largest boundary of the frontier.
+        boundary_bytes: most memory that boundaries of the frontier took.
+        decomposition_bytes: most memory that decompositions took.
         rungs: of a race.
         screened: the screen before a race or a joint composition.
         steps: accepted steps of a composition.
@@ -149,6 +150,7 @@ class Found:
     seconds: float
     complete: bool
     boundary_bytes: int
+    decomposition_bytes: int
     rungs: tuple[Rung, ...] = ()
     screened: Screened | None = None
     steps: tuple[Accepted, ...] = ()
@@ -165,6 +167,7 @@ class Found:
             "seconds": self.seconds,
             "complete": self.complete,
             "boundary_bytes": self.boundary_bytes,
+            "decomposition_bytes": self.decomposition_bytes,
             "validation": _as_best(self.validation),
             "test": _as_best(self.test),
             "rungs": [asdict(rung) for rung in self.rungs],

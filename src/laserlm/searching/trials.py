@@ -76,6 +76,7 @@ class Trials:
         self.failed = {text: found for text, found in known.items() if isinstance(found, str)}
         self.rows = encode(self.lm, self.split.examples, self.scorer)
         self._stops: set[int] = set()
+        self._spare = self.memory
         self._frontiers: dict[tuple[int, int], Frontier] = {}
         self._checks: Checks | None = None
 
@@ -182,8 +183,8 @@ class Trials:
         self.scores[text] = found
 
     def _forget(self, current: Frontier) -> None:
-        """Free what frontiers left behind, and those not in use, until the rest fits into memory."""
-        while (held := sum(f.bytes for f in self._frontiers.values())) > self.memory:
+        """Free what frontiers left behind, and those not in use, until the rest fits into what is to spare."""
+        while (held := sum(f.bytes for f in self._frontiers.values())) > self._spare:
             others = [where for where, f in self._frontiers.items() if f is not current]
             if others:
                 del self._frontiers[others[0]]
@@ -192,8 +193,11 @@ class Trials:
         self.boundary = max(self.boundary, held)
 
     def _make_room(self, full: ScoringError) -> None:
+        held = sum(f.bytes for f in self._frontiers.values())
         self._frontiers.clear()
-        if self.batch_size > 1:
+        if held and self._spare:
+            self._spare = 0  # from here on only the boundary in use is held
+        elif self.batch_size > 1:
             self.batch_size //= 2
         elif self._boundaries().order:
             self._boundaries().stay()  # the boundary itself may be what does not fit
