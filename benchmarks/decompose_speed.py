@@ -26,11 +26,14 @@ def matrix(m: int, n: int) -> Tensor:
     k = min(m, n)
     U = torch.linalg.qr(torch.randn(m, k, generator=generator))[0]
     V = torch.linalg.qr(torch.randn(n, k, generator=generator))[0]
-    return (U * torch.logspace(0, -2, k)) @ V.T
+    made: Tensor = (U * torch.logspace(0, -2, k)) @ V.T
+    return made
 
 
-def truncated(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Tensor:
-    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+def truncated(W: Tensor, rank: int) -> Tensor:
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    kept: Tensor = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    return kept
 
 
 def main() -> None:
@@ -52,10 +55,9 @@ def main() -> None:
                 way(W)
                 times[name].append(1000 * (time.perf_counter() - start))
         rank = min(m, n) // 4
-        exact = truncated(*torch.linalg.svd(W.double(), full_matrices=False), rank)
+        exact = truncated(W.double(), rank)
         errors = [
-            float((found.double() - exact).norm() / W.norm())
-            for found in (decompose(W).truncate(rank), truncated(*torch.linalg.svd(W, full_matrices=False), rank))
+            float((found.double() - exact).norm() / W.norm()) for found in (decompose(W).truncate(rank), truncated(W, rank))
         ]
         medians = {name: statistics.median(t) for name, t in times.items()}
         ratios = "".join(f"{v:10.0f} ({v / medians['ours']:9.1f} x)" for v in medians.values())

@@ -49,7 +49,7 @@ def main() -> None:
         "candidates x 2": (small, 64, many),
     }
     for strategy in ("exhaustive", "race"):
-        chosen: Strategy = strategy  # type: ignore[assignment]
+        chosen: Strategy = strategy
         times: dict[str, list[float]] = {name: [] for name in ways}
         for lm in (small, large):
             seconds(lm, 64, many, chosen)  # decompositions are on disk from here on

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import signal
@@ -220,6 +221,15 @@ def test_errors_say_the_next_step_and_leave_their_code(
     assert said in err
     assert out == ""
     assert "Traceback" not in err
+
+
+def test_defaults_of_the_command_are_those_of_the_library() -> None:
+    from laserlm.cli.search import search
+    from laserlm.searching import RaceOptions
+
+    given = {name: p.default for name, p in inspect.signature(search).parameters.items()}
+    options = RaceOptions()
+    assert (given["width"], given["keep"], given["delta"]) == (options.width, options.keep, options.delta)
 
 
 def test_race_and_composition_print_how_they_went(run: Run, folder: Path, questions: Path, store: str) -> None:

@@ -82,8 +82,7 @@ def test_trials_are_listed_in_order_with_their_figures(store, sample):
     with store.run(**sample.work()) as run:
         run.record(sample.evaluation("b"), sample.EXAMPLES)
         run.fail("validation", "a", "matrix has NaN")
-        assert run.failure("validation", "a") == "matrix has NaN"
-        assert run.failure("validation", "b") is None
+        assert run.trials("validation")[1] == {"a": "matrix has NaN"}
         assert run.evaluation("validation", "a") is None
     done, failed = store.trials(run.id)
     made = sample.evaluation("b")
@@ -126,9 +125,11 @@ def test_a_trial_goes_on_where_its_scores_end(store, sql, sample):
         run.record(sample.evaluation("b"), sample.EXAMPLES)
         run.fail("validation", "b", "no room", start=10)
         run.record(sample.evaluation(""), sample.EXAMPLES)
-        found = run.trials("validation")
-        assert found == {"a": run.evaluation("validation", "a"), "b": "no room", "": sample.evaluation("")}
-        assert run.trials("test") == {}
+        scores, failed = run.trials("validation")
+        assert scores == {"a": run.evaluation("validation", "a"), "b": sample.evaluation("b"), "": sample.evaluation("")}
+        assert failed == {"b": "no room"}
+        assert run.evaluation("validation", "b") is None
+        assert run.trials("test") == ({}, {})
     listed = {t.intervention: t for t in store.trials(run.id)}
     assert (listed["a"].n, listed["a"].seconds) == (10, 4.0)
     assert listed["a"].accuracy == pytest.approx(whole.accuracy)

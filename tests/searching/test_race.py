@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from scipy import stats
 
 from laserlm.editing.cache import DecompositionCache
+from laserlm.errors import ScoringError
 from laserlm.models import LanguageModel
 from laserlm.results import Store
+from laserlm.scoring.encoding import encode
 from laserlm.scoring.records import Evaluation, Score
 from laserlm.searching import Candidate, RaceOptions, expand, search
 from laserlm.searching.found import Metric, Rung
@@ -122,12 +125,18 @@ class Table:
         found = self.scores.get(str(intervention))
         return found.n if found else 0
 
+    def fails(self, intervention: Intervention, stop: int) -> bool:
+        return str(intervention) in self.failed and self.n(intervention) < stop
+
+    def first(self, intervention: Intervention, n: int) -> Evaluation:
+        found = self.scores[str(intervention)]
+        return replace(found, scores=found.scores[:n])
+
     def extend(self, interventions: list[Intervention], stop: int) -> None:
         self.asked.append(([str(i) for i in interventions], stop))
-        for text in map(str, interventions):
+        for text in (str(i) for i in interventions if self.n(i) < stop):
             if stop > self.failing.get(text, 10**9):
                 self.failed[text] = "no"
-                self.scores.pop(text, None)
             else:
                 self.scores[text] = made([False] * stop, self.losses[text][:stop])
 
@@ -186,6 +195,28 @@ def test_a_candidate_that_fails_on_the_way_is_out(candidates: list[Candidate]) -
     assert rungs[-1].leader in texts[1:]
 
 
+@pytest.mark.parametrize("known", range(0, 25, 2))
+def test_scores_of_later_rungs_do_not_change_the_race(known: int, candidates: list[Candidate]) -> None:
+    texts = [str(c.intervention) for c in candidates]
+    losses = {"": noisy(3, 0)} | {t: noisy(2.9 - i / 40, i, spread=1) for i, t in enumerate(texts, 1)}
+    entered = [t for t in texts if t.endswith(("@0.6", "@0.2"))]
+    failing = {texts[-1]: 16, texts[5]: 8}
+    undisturbed = run(Table(losses, failing), candidates, entered)
+    table = Table(losses, failing)
+    for i, text in enumerate(["", *texts][:known]):
+        n = min([64, 16, 8][i % 3], failing.get(text, 64))
+        table.scores[text] = made([False] * n, losses[text][:n])
+        if failing.get(text) == n:
+            table.failed[text] = "no"
+    assert run(table, candidates, entered) == undisturbed
+
+
+def test_options_that_mean_nothing_are_refused() -> None:
+    for wrong in ({"first": 0}, {"width": 0}, {"screened": 0}, {"keep": 1.5}, {"delta": -0.1}, {"controls": -1}):
+        with pytest.raises(ScoringError):
+            RaceOptions(**wrong)  # type: ignore[arg-type]
+
+
 def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama: LanguageModel, tmp_path: Path) -> None:
     draw = random.Random(1)
     rows = [
@@ -221,7 +252,8 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
     with Store.open(tmp_path / "runs.db") as store:
         work = {"kind": "search", "key": "k", "settings": {"model": "m", "task": "t"}, "provenance": {}}
         with store.run(**work) as run_:  # type: ignore[arg-type]
-            trials = Trials(llama, run_, split, "answer", DecompositionCache())
+            rows = encode(llama, split.examples, "answer")
+            trials = Trials(llama, run_, split, rows, "answer", DecompositionCache())
             trials.extend(parts, 2)
             trials.extend(parts[:2], 5)
             assert [trials.n(i) for i in parts] == [5, 5, 2]
@@ -230,7 +262,7 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
             # Of three blocks: all for the unchanged model, two above block 0, one above block 1.
             assert trials.work == pytest.approx(6 * (1 + 1 / 3 + 2 / 3))
         with store.run(**{**work, "key": "other"}) as run_:  # type: ignore[arg-type]
-            at_once = Trials(llama, run_, split, "answer", DecompositionCache())
+            at_once = Trials(llama, run_, split, rows, "answer", DecompositionCache())
             at_once.extend(parts[::-1], 6)
             for text, found in at_once.scores.items():
                 assert [s.logprob for s in stepwise[text].scores] == pytest.approx([s.logprob for s in found.scores], abs=1e-5)

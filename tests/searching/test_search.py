@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import SCORED
+from families import SCORED, TOKENIZERS
 
 import laserlm.searching.trials as module
 from laserlm.editing import applied
@@ -20,6 +20,7 @@ from laserlm.scoring.evaluate import compare, evaluate, evaluate_rows
 from laserlm.searching import Found, RaceOptions, Step, expand
 from laserlm.searching import search as search_
 from laserlm.searching.frontier import Frontier
+from laserlm.searching.trials import Trials
 from laserlm.tasks import Example, Split, Task
 
 Make = Callable[..., LanguageModel]
@@ -180,17 +181,21 @@ def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
         return evaluate_rows(lm, split, *rest)
 
     monkeypatch.setattr(module, "evaluate_rows", count)
-    stops += [2, 5, 11]
-    for _ in range(3):
+    search(llama, task, store=tmp_path / "count.db", **given)
+    needed = len(scored)
+    scored.clear()
+    # After every single evaluation there is.
+    stops += range(1, needed)
+    for _ in range(1, needed):
         with pytest.raises(KeyboardInterrupt):
             search(llama, task, store=tmp_path / "runs.db", **given)
         assert llama.intervention == ""
     found = search(llama, task, store=tmp_path / "runs.db", **given)
+    assert len(scored) == needed
     pairs = [(text, split, id) for text, split, *ids in scored for id in ids]
     assert len(pairs) == len(set(pairs))
-    assert replace(found, run="", seconds=0, screened=None, boundary_bytes=0, decomposition_bytes=0) == replace(
-        whole, run="", seconds=0, screened=None, boundary_bytes=0
-    )
+    own: dict[str, Any] = {"run": "", "seconds": 0, "screened": None, "boundary_bytes": 0, "decomposition_bytes": 0}
+    assert replace(found, **own) == replace(whole, **own)
     count_before = len(scored)
     again = search(llama, task, store=tmp_path / "runs.db", **given)
     assert len(scored) == count_before
@@ -380,8 +385,9 @@ def test_a_search_out_of_time_measures_the_best_so_far(
     assert len(scored) == count
 
 
-def test_without_any_time_the_unchanged_model_is_measured(llama: LanguageModel, task: Task) -> None:
-    found = search(llama, task, budget=0)
+@pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose"])
+def test_without_any_time_the_unchanged_model_is_measured(strategy: str, llama: LanguageModel, task: Task) -> None:
+    found = search(llama, task, strategy=strategy, budget=0)
     assert (str(found.best), found.complete, found.scored) == ("", False, 0)
     assert found.validation.gain == 0
 
@@ -392,6 +398,64 @@ def test_rows_that_cannot_be_scored_on_test_are_told_before_the_search(llama: La
     with pytest.raises(ScoringError, match="example 'x'"):
         search(llama, replace(task, test=long), on_step=steps.append)
     assert steps == []
+
+
+def test_a_leader_that_fails_later_is_not_what_is_found_when_time_is_up(
+    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "options": RaceOptions(first=3, keep=1)}
+    leader = search(llama, task, **given).rungs[0].leader
+    clock = [0.0]
+
+    def broken(lm: LanguageModel, split: Split, *rest: Any) -> Any:
+        if split.name == "validation" and len(split) > 3:
+            clock[0] += 1e6 if lm.intervention else 0
+            if lm.intervention == leader:
+                raise ScoringError("a log-probability of nan")
+        return evaluate_rows(lm, split, *rest)
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(module, "evaluate_rows", broken)
+    place = Trials._place
+    # The leader is scored first in the second rung, and fails; then time is up.
+    monkeypatch.setattr(Trials, "_place", lambda self, i: -1 if str(i) == leader else place(self, i))
+    found = search(llama, task, budget=1, **given)
+    assert not found.complete
+    assert leader in found.failed
+    assert str(found.best) != leader
+
+
+def test_an_unchanged_model_that_cannot_be_scored_is_told(
+    llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(lm: LanguageModel, split: Split, *rest: Any) -> Any:
+        if split.name == "validation" and not lm.intervention:
+            raise ScoringError("a log-probability of nan")
+        return evaluate_rows(lm, split, *rest)
+
+    monkeypatch.setattr(module, "evaluate_rows", broken)
+    for strategy in ("race", "exhaustive", "compose", "race"):
+        with pytest.raises(ScoringError, match="the unchanged model cannot be scored on validation"):
+            search(llama, task, strategy=strategy, store=tmp_path / "runs.db")
+
+
+def test_splits_that_share_examples_are_refused(llama: LanguageModel, task: Task) -> None:
+    with pytest.raises(ScoringError, match="share 1 examples"):
+        search(llama, replace(task, test=replace(task.test, examples=(*task.test.examples, task.validation.examples[0]))))
+    with pytest.raises(ScoringError, match="give two splits"):
+        search(llama, replace(task, test=replace(task.test, name="validation")))
+
+
+def test_another_tokenizer_or_config_is_another_search(make: Make, task: Task, tmp_path: Path) -> None:
+    runs = set()
+    for change in ("none", "config", "tokenizer"):
+        lm = make("llama")
+        if change == "config":
+            lm.model.config.rms_norm_eps = 1e-3
+        if change == "tokenizer":
+            lm.tokenizer = TOKENIZERS["masked"]()
+        runs.add(search(lm, task, grid="1.fc_in@0.5", store=tmp_path / "runs.db").run)
+    assert len(runs) == 3
 
 
 def test_a_winner_that_fails_on_test_is_told(llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def search(
     width: Annotated[int, typer.Option(min=1, help="Candidates that the screen sends on.")] = 48,
     keep: Annotated[
         float, typer.Option(min=0, max=1, help="Share that goes on from a rung; 1 drops only what is beaten beyond the bound.")
-    ] = 0.5,
+    ] = 0.34,
     delta: Annotated[float, typer.Option(min=0, max=1, help="Error probability of the race's bound.")] = 0.05,
     budget: Annotated[
         float | None, typer.Option(min=0, help="Minutes after which the best so far is measured and the search ends.")

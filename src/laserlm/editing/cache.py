@@ -36,7 +36,7 @@ class DecompositionCache:
         peak: most bytes that were held.
     """
 
-    def __init__(self, folder: Path | None = None, memory: int = 512 * 2**20) -> None:
+    def __init__(self, folder: Path | None = None, memory: float = 512 * 2**20) -> None:
         self.folder = folder
         self.memory = memory
         self.peak = 0
@@ -58,6 +58,10 @@ class DecompositionCache:
             self._held.popitem(last=False)
         self.peak = max(self.peak, total)
         return held
+
+    def clear(self) -> None:
+        """Free the memory; what is on disk stays."""
+        self._held.clear()
 
     def _basis(self, key: str, weight: Tensor) -> Tensor:
         if self.folder is None:

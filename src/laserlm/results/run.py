@@ -15,7 +15,7 @@ from laserlm.errors import RunBusyError, StoreError
 from laserlm.results.claim import RELEASED, beating, claim, hold
 from laserlm.results.database import Database
 from laserlm.results.schema import RunRow
-from laserlm.results.trials import check, find_trial, load_evaluation, load_trials, save_evaluation, save_failure
+from laserlm.results.trials import check, load_evaluation, load_trials, save_evaluation, save_failure
 from laserlm.scoring.records import Evaluation
 from laserlm.tasks.example import Example
 
@@ -45,14 +45,8 @@ class Run:
         with self._database.read() as session:
             return load_evaluation(session, self.id, split, intervention)
 
-    def failure(self, split: str, intervention: str) -> str | None:
-        """Return why this trial failed, or None where it has not."""
-        with self._database.read() as session:
-            trial = find_trial(session, self.id, split, intervention)
-            return trial.reason if trial is not None and trial.status == "failed" else None
-
-    def trials(self, split: str) -> dict[str, Evaluation | str]:
-        """Return what is recorded of a split by intervention: the scores so far, or the reason of a failure."""
+    def trials(self, split: str) -> tuple[dict[str, Evaluation], dict[str, str]]:
+        """Return the scores of a split so far and the reasons of failures, by intervention; one may be in both."""
         with self._database.read() as session:
             return load_trials(session, self.id, split)
 

@@ -97,14 +97,13 @@ def load_evaluation(session: Session, run_id: str, split: str, intervention: str
     return None if trial is None or trial.status != "done" else _loaded(session, [trial])[0]
 
 
-def load_trials(session: Session, run_id: str, split: str) -> dict[str, Evaluation | str]:
-    """Return the evaluation of every trial of a split, or the reason why it failed, by intervention."""
+def load_trials(session: Session, run_id: str, split: str) -> tuple[dict[str, Evaluation], dict[str, str]]:
+    """Return the scores of every trial of a split that has some, and the reasons of those that failed, by intervention."""
     trials = session.scalars(
         select(TrialRow).where(TrialRow.run_id == run_id, TrialRow.split == split).order_by(TrialRow.id)
     ).all()
-    done = [t for t in trials if t.status == "done"]
-    found = {e.intervention: e for e in _loaded(session, done)}
-    return {t.intervention: found.get(t.intervention, t.reason or "") for t in trials}
+    found = {e.intervention: e for e in _loaded(session, [t for t in trials if t.n])}
+    return found, {t.intervention: t.reason or "" for t in trials if t.status == "failed"}
 
 
 def _loaded(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:

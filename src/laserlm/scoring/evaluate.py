@@ -16,7 +16,7 @@ from laserlm.scoring.records import Evaluation, Score
 from laserlm.scoring.statistics import Interval, mcnemar, paired_difference, paired_mean
 from laserlm.tasks.example import Example, Scorer, Split
 
-__all__ = ["Comparison", "compare", "evaluate", "evaluate_rows"]
+__all__ = ["Comparison", "classes_of", "compare", "evaluate", "evaluate_rows"]
 
 
 def evaluate(
@@ -86,8 +86,6 @@ def evaluate_rows(
             f"{lm.intervention or 'the unchanged model'} gives example {broken.id!r} a log-probability of {broken.logprob}; "
             "the model overflows its dtype: load it with dtype float32 or bfloat16"
         )
-    shared = {frozenset(e.choices) for e in split.examples} if scorer == "choice" else set()
-    classes = split.examples[0].choices if len(shared) == 1 else ()
     return Evaluation(
         model=lm.name,
         task=split.task,
@@ -96,8 +94,14 @@ def evaluate_rows(
         intervention=lm.intervention,
         scores=scores,
         seconds=seconds,
-        classes=classes,
+        classes=classes_of(split, scorer),
     )
+
+
+def classes_of(split: Split, scorer: Scorer) -> tuple[str, ...]:
+    """Return the choices where all examples of a split share them, else nothing."""
+    shared = {frozenset(e.choices) for e in split.examples} if scorer == "choice" else set()
+    return split.examples[0].choices if len(shared) == 1 else ()
 
 
 def _score(tokenizer: Any, e: Example, scorer: Scorer, ran: Sequence[tuple[Row, Outcome]]) -> Score:

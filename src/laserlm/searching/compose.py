@@ -80,7 +80,7 @@ def _improvement(trials: Trials, current: Intervention, tried: Intervention, met
     comparison = None
     for stop in rungs_of(len(trials.split), first):
         trials.extend([tried], stop)
-        if str(tried) in trials.failed:
+        if trials.fails(tried, stop):
             return None
         comparison = compare(trials.first(current, stop), trials.first(tried, stop))
         better = comparison.gain > 0 if metric == "accuracy" else comparison.edited_loss < comparison.base_loss

@@ -7,37 +7,32 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
-
-import torch
-from scipy import stats
+from typing import Any, get_args
 
 from laserlm.algebra.decomposition import ALGORITHM
 from laserlm.editing.cache import DecompositionCache
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
-from laserlm.results import Run, Store
-from laserlm.scoring.evaluate import Comparison, compare
-from laserlm.scoring.forward import too_large
-from laserlm.scoring.records import Evaluation
-from laserlm.searching.candidates import Candidate, expand
-from laserlm.searching.compose import compose, in_order
-from laserlm.searching.found import Accepted, Found, Metric, Mode, Rung, Screened, Step, Strategy, merit
-from laserlm.searching.race import RaceOptions, choose, race, shuffled
-from laserlm.searching.screen import Prediction, screen
+from laserlm.results import Store
+from laserlm.scoring.encoding import encode
+from laserlm.searching.candidates import expand
+from laserlm.searching.course import Course
+from laserlm.searching.found import Found, Metric, Mode, Step, Strategy
+from laserlm.searching.race import RaceOptions, shuffled
 from laserlm.searching.trials import OutOfTimeError, Trials
 from laserlm.spec import Grid, Intervention
 from laserlm.tasks import Scorer, Task
 
 __all__ = ["search"]
 
-SCORING = 2
-"""Goes up when a change of scoring moves scores, so that no run mixes old with new ones."""
+METHOD = 3
+"""Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
+NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 BASE = Intervention()
 
 
@@ -100,25 +95,34 @@ def search(
     for split in (task.validation, task.test):
         if not len(split):
             raise ScoringError(f"the {split.name} split of {task.name} is empty; a search needs both: give more examples")
+    both = {e.id for e in task.validation} & {e.id for e in task.test}
+    if both or task.validation.name == task.test.name:
+        raise ScoringError(
+            f"the splits {task.validation.name} and {task.test.name} of {task.name} share {len(both)} examples; what is "
+            "chosen on an example cannot be measured on it: give two splits that share none"
+        )
     options = options or RaceOptions()
     scorer = scorer or task.validation.scorer
     candidates = expand(grid, lm.matrices)
     order = shuffled([e.id for e in task.validation], seed)
     validation = replace(task.validation, examples=tuple(task.validation.examples[i] for i in order))
+    rows, test_rows = (encode(lm, split.examples, scorer) for split in (validation, task.test))
     # All that the result depends on; a run with the same goes on where an earlier one stopped.
     settings = {
         "model": lm.name,
         "model_hash": lm.hash,
+        "config": _digest({k: v for k, v in lm.model.config.to_dict().items() if k not in NOT_OF_THE_MODEL}),
         "dtype": str(lm.dtype),
         "task": task.name,
         "validation": task.validation.hash,
         "test": task.test.hash,
+        "tokens": _digest([(r.ids, r.decoder, r.targets, r.places, r.options) for r in (*rows, *test_rows)]),
         "scorer": scorer,
         "grid": str(Grid.parse(grid)),
         "metric": metric,
         "strategy": strategy,
         "algorithm": ALGORITHM,
-        "scoring": SCORING,
+        "method": METHOD,
         "seed": seed,
         "budget": budget,
     }
@@ -132,17 +136,17 @@ def search(
             store = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.db"
         results = stack.enter_context(Store.open(store))
         made_by = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        key = _digest(settings)
         run = stack.enter_context(results.run(kind="search", key=key, settings=settings, provenance=made_by, restart=restart))
         if run.outcome is not None:
             return Found.from_dict(run.outcome)
-        cache = DecompositionCache(lm.cache / "decompositions", memory=int(memory))
+        cache = DecompositionCache(lm.cache / "decompositions", memory=memory)
         deadline = math.inf if budget is None else start + 60 * budget
-        work = _Search(
+        work = Course(
             lm=lm,
             run=run,
-            trials=Trials(lm, run, validation, scorer, cache, batch_size, memory, deadline, seed),
-            tests=Trials(lm, run, task.test, scorer, cache, batch_size, memory, math.inf, seed),
+            trials=Trials(lm, run, validation, rows, scorer, cache, batch_size, memory, deadline, seed),
+            tests=Trials(lm, run, task.test, test_rows, scorer, cache, batch_size, memory, math.inf, seed),
             candidates=candidates,
             metric=metric,
             options=options,
@@ -156,6 +160,7 @@ def search(
             complete = True
         except OutOfTimeError:
             complete = False
+        work.trials.release()
         best = work.best
         validated, tested = work.compare(best)
         found = Found(
@@ -179,211 +184,5 @@ def search(
         return found
 
 
-@dataclass
-class _Search:
-    """One search: how it goes on by each strategy, and what it shows on the way."""
-
-    lm: LanguageModel
-    run: Run
-    trials: Trials
-    tests: Trials
-    candidates: Sequence[Candidate]
-    metric: Metric
-    options: RaceOptions
-    seed: int
-    on_step: Callable[[Step], None]
-    best: Intervention = BASE
-    rungs: list[Rung] = field(default_factory=list)
-    steps: list[Accepted] = field(default_factory=list)
-    screened: Screened | None = None
-    _shown: Evaluation | None = None
-    _stage: str = ""
-    _alive: int = 0
-    _expected: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.trials.on_scored = self.tests.on_scored = self._tell
-
-    def by(self, strategy: Strategy, mode: Mode) -> None:
-        """Search, and keep the best so far in ``best`` from the moment there is one.
-
-        Raises:
-            OutOfTimeError: at the deadline.
-        """
-        if strategy == "exhaustive":
-            self._exhaustive()
-        elif strategy == "race":
-            self._race()
-        else:
-            self._compose(mode)
-
-    def measure(self, intervention: Intervention) -> Evaluation:
-        """Score an intervention on the whole test split.
-
-        Raises:
-            ScoringError: if it cannot be scored there.
-        """
-        stage = self._stage
-        self._begin("test", [intervention], len(self.tests.split), trials=self.tests)
-        self.tests.extend([intervention], len(self.tests.split))
-        self._stage = stage
-        if str(intervention) in self.tests.failed:
-            raise ScoringError(
-                f"{intervention or 'the unchanged model'} cannot be scored on the test split: "
-                f"{self.tests.failed[str(intervention)]}; leave it out of the grid, or load the model with another dtype"
-            )
-        return self.tests.scores[str(intervention)]
-
-    def compare(self, best: Intervention) -> tuple[Comparison, Comparison]:
-        """Compare the unchanged model with the best, on the validation examples both have seen and on the test split."""
-        n = min(self.trials.n(BASE), self.trials.n(best))
-        if not n:  # out of time before the first score
-            self.trials.deadline = math.inf
-            n = min(len(self.trials.split), self.options.first)
-            self.trials.extend([BASE], n)
-        return (
-            compare(self.trials.first(BASE, n), self.trials.first(best, n)),
-            compare(self.measure(BASE), self.measure(best)),
-        )
-
-    def _exhaustive(self) -> None:
-        everything = [BASE, *(c.intervention for c in self.candidates)]
-        self._begin("exhaustive", everything, len(self.trials.split))
-        try:
-            self.trials.extend(everything, len(self.trials.split))
-        finally:
-            self._choose(everything)
-
-    def _race(self) -> None:
-        predictions, seconds = self._screen()
-        chosen, controls = choose(self.candidates, predictions, self.options, self.seed)
-        entered = [*chosen, *controls]
-
-        def on_rung(number: int, rungs: int, alive: Sequence[Intervention], stop: int) -> None:
-            self._begin(f"rung {number} of {rungs}", alive, stop)
-
-        try:
-            for rung in race(self.trials, entered, self.candidates, self.metric, self.options, on_rung):
-                self.rungs.append(rung)
-                self.best = Intervention.parse(rung.leader)
-                if self.screened is None:
-                    self.screened = self._judged(predictions, chosen, controls, rung.examples, seconds)
-        except OutOfTimeError:
-            if not self.rungs:
-                self._choose([BASE, *(c.intervention for c in entered)])
-            raise
-
-    def _compose(self, mode: Mode) -> None:
-        predictions = self._screen()[0] if mode == "joint" else {}
-        ordered = in_order(self.candidates, mode, predictions, self.options.width)
-
-        def on_try(number: int, tried: Intervention) -> None:
-            self._begin(f"trial {number + 1} of {len(ordered)}", [tried], len(self.trials.split))
-
-        self._begin("compose", [BASE], len(self.trials.split))
-        for step in compose(self.trials, ordered, self.metric, self.options.first, on_try):
-            self.steps.append(step)
-            self.best = Intervention.parse(step.intervention)
-
-    def _choose(self, interventions: Sequence[Intervention]) -> None:
-        """Keep the best on the examples that all of them that were scored at all have seen; of equals the earlier."""
-        scored = [i for i in interventions if self.trials.n(i)]
-        if scored:
-            n = min(map(self.trials.n, scored))
-            self.best = max(scored, key=lambda i: merit(self.trials.first(i, n), self.metric))
-
-    def _screen(self) -> tuple[dict[str, Prediction], float]:
-        """Screen all candidates, or take what an earlier process found; return it with the seconds it took."""
-        if "screen" in self.run.notes:
-            noted = self.run.notes["screen"]
-            return {text: Prediction(*values) for text, values in noted["predictions"].items()}, noted["seconds"]
-        self._begin("screen", [], 0)
-        self._tell(BASE)
-        start = time.perf_counter()
-        # The last examples of the order: those of the first rungs then tell something new.
-        split = self.trials.split
-        first = max(0, len(split) - self.options.screened)
-        rows = [replace(r, example=r.example - first) for r in self.trials.rows if r.example >= first]
-        predictions: dict[str, Prediction] | None = None
-        batch_size = self.trials.batch_size
-        while predictions is None:
-            try:
-                predictions = screen(
-                    self.lm,
-                    split.examples[first:],
-                    rows,
-                    self.trials.scorer,
-                    self.candidates,
-                    cache=self.trials.cache,
-                    batch_size=batch_size,
-                    between_choices=self.metric == "accuracy" and self.trials.scorer == "choice",
-                )
-            except torch.OutOfMemoryError as error:
-                full = too_large(self.lm, error)
-            if predictions is None:  # outside the handler, whose traceback holds the failed pass's tensors
-                if batch_size == 1:
-                    raise full
-                batch_size //= 2
-                torch.cuda.empty_cache()
-        seconds = time.perf_counter() - start
-        noted = {text: [p.change, p.deviation, p.examples] for text, p in predictions.items()}
-        self.run.note("screen", {"predictions": noted, "seconds": seconds})
-        return predictions, seconds
-
-    def _judged(
-        self,
-        predictions: dict[str, Prediction],
-        chosen: Sequence[Candidate],
-        controls: Sequence[Candidate],
-        n: int,
-        seconds: float,
-    ) -> Screened:
-        """Hold what the screen expected against what the first rung measured."""
-        base = self.trials.first(BASE, n).loss
-        sent = [str(c.intervention) for c in (*chosen, *controls) if str(c.intervention) in predictions]
-        measured = {t: self.trials.first(Intervention.parse(t), n).loss - base for t in sent if t in self.trials.scores}
-        expected = {t: predictions[t].expected for t in sent}
-        both = list(measured)
-        ranks = stats.spearmanr([expected[t] for t in both], [measured[t] for t in both]) if len(both) > 2 else None
-        drawn = {str(c.intervention) for c in controls}
-        pairs = [(measured[a], measured[b]) for a in both if a in drawn for b in both if b not in drawn]
-        return Screened(
-            examples=min(self.options.screened, len(self.trials.split)),
-            candidates=len(predictions),
-            chosen=len(chosen),
-            controls=len(controls),
-            correlation=None if ranks is None else float(ranks.statistic),
-            controls_ahead=sum(a < b for a, b in pairs) / len(pairs) if pairs else None,
-            seconds=seconds,
-            expected=expected,
-            measured=measured,
-        )
-
-    def _begin(self, stage: str, alive: Sequence[Intervention], stop: int, trials: Trials | None = None) -> None:
-        """Note what is begun and what work it will take."""
-        trials = trials or self.trials
-        self._stage, self._alive = stage, len(alive)
-        left = sum(trials.share(i) * max(0, stop - trials.n(i)) for i in alive if str(i) not in trials.failed)
-        self._expected = self.trials.work + self.tests.work + left
-
-    def _tell(self, last: Intervention) -> None:
-        found = self.trials.scores.get(str(last)) if self._stage != "test" else None
-        if found is not None:
-            shown = self._shown
-            if (
-                shown is None
-                or found.n > shown.n
-                or (found.n == shown.n and merit(found, self.metric) > merit(shown, self.metric))
-            ):
-                self._shown = found
-        self.on_step(
-            Step(
-                stage=self._stage,
-                alive=self._alive,
-                done=self.trials.work + self.tests.work,
-                total=self._expected,
-                scored=self.trials.scored + self.tests.scored,
-                best=self._shown,
-                last=str(last),
-            )
-        )
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

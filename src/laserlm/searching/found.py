@@ -29,7 +29,7 @@ class Step:
 
     Args:
         stage: what is being done, such as ``rung 2 of 5``.
-        alive: candidates that are still in it.
+        alive: what is scored in this stage, the unchanged model counted where it is.
         done: work done in this call, in passes of one example through the whole model.
         total: work expected; less may turn out to be needed.
         scored: examples scored in this call, counted for each candidate.
@@ -126,16 +126,18 @@ class Found:
         strategy: how candidates were tried.
         best: the intervention that was best on validation; empty if that is the unchanged model.
         candidates: number of candidates that the choice was among, the unchanged model not counted.
-        scored: number of those that were scored, on some examples at least.
+        scored: number of interventions that were scored on some validation examples at least, the unchanged model not
+            counted; a composition's trials are sets of candidates.
         failed: canonical text and reason of candidates that could not be scored.
-        validation: base against best on the examples the choice was made on, so biased upwards.
+        validation: base against best on the validation examples that both were scored on; the choice was made on them, so
+            it is biased upwards.
         test: base against best on examples that had no part in the choice.
         seconds: wall time of this call.
         complete: whether the search came to its end, and not to that of its time.
         boundary_bytes: most memory that boundaries of the frontier took.
         decomposition_bytes: most memory that decompositions took.
         rungs: of a race.
-        screened: the screen before a race or a joint composition.
+        screened: the screen before a race.
         steps: accepted steps of a composition.
     """
 

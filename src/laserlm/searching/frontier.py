@@ -80,7 +80,7 @@ class Frontier:
         if target != self.boundary:
             self._left[self.boundary] = self._kept
             self.boundary = max((place for place in self._left if place <= target), default=0)
-            self._kept = [dict(kept) for kept in self._left.get(self.boundary, [{} for _ in self._batches])]
+            self._kept = self._left.get(self.boundary, [{} for _ in self._batches])
         if target == self.boundary:
             return
         if self.checks.holds(target):
@@ -100,19 +100,18 @@ class Frontier:
     def _move(self, target: int) -> None:
         # Of each stack only the last block's output is needed above the boundary.
         last = {place[0]: place for place in self.checks.order[self.boundary : target]}
-        for batch, kept in zip(self._batches, self._kept, strict=True):
-            kept |= self._outputs_of(batch, kept, list(last.values()))
+        pairs = zip(self._batches, self._kept, strict=True)
+        # All or nothing: memory may run out on the way.
+        self._kept = [kept | self._outputs_of(batch, kept, list(last.values())) for batch, kept in pairs]
         self.boundary = target
 
     @torch.no_grad()
-    def run(self, on_batch: Callable[[int, int], None] | None = None) -> list[Outcome]:
+    def run(self) -> list[Outcome]:
         """Return the outcome of every row, in order, from the boundary to the end."""
         outcomes: dict[int, Outcome] = {}
         for batch, kept in zip(self._batches, self._kept, strict=True):
             with self._stubbed(kept):
                 outcomes.update(zip(batch.rows, run_batch(self.lm, batch), strict=True))
-            if on_batch is not None:
-                on_batch(len(outcomes), sum(len(b.rows) for b in self._batches))
         return [outcomes[i] for i in range(len(outcomes))]
 
     def _outputs_of(self, batch: Batch, kept: dict[str, Any], places: list[tuple[str, int]]) -> dict[str, Any]:
@@ -182,14 +181,18 @@ class Checks:
         self._lm = lm
         self._tried = Frontier(lm, sample, 2, self)
         called: list[tuple[str, int]] = []
-        with ExitStack() as hooks:
-            for place, block in self.blocks.items():
-                hook = block.register_forward_pre_hook(lambda _module, _args, place=place: called.append(place))
-                hooks.callback(hook.remove)
-            run_batch(lm, self._tried._batches[-1])
+        try:
+            with ExitStack() as hooks:
+                for place, block in self.blocks.items():
+                    hook = block.register_forward_pre_hook(lambda _module, _args, place=place: called.append(place))
+                    hooks.callback(hook.remove)
+                run_batch(lm, self._tried._batches[-1])
+            self._whole = self._scores()
+        except torch.OutOfMemoryError:
+            log.warning("two rows do not fit into the memory of %s; every pass is a whole one", lm.device)
+            return
         if sorted(called) == sorted(self.blocks):
             self.order = called
-            self._whole = self._scores()
 
     @torch.no_grad()
     def holds(self, target: int) -> bool:

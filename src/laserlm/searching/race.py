@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from scipy import stats
 
 from laserlm.algebra.ranks import rank_of
+from laserlm.errors import ScoringError
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.found import Metric, Rung, merit
@@ -34,8 +35,8 @@ class RaceOptions:
         first: examples of the first rung; each next one doubles their number at least, and the last has all.
         keep: share of the candidates that goes on from a rung at most, the better looking ones; 1 drops only what is
             beaten beyond the bound.
-        delta: probability at most that the bound drops the best candidate of the race, over all rungs and whoever
-            leads. What ``keep`` drops has no such bound.
+        delta: probability at most that the bound drops the best candidate of the grid where that has entered, over all
+            rungs and whoever leads, for independent examples. What ``keep`` drops has no such bound.
     """
 
     width: int = 48
@@ -45,6 +46,13 @@ class RaceOptions:
     first: int = 32
     keep: float = 0.34
     delta: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("width", "sizes", "screened", "first"):
+            if getattr(self, name) < 1:
+                raise ScoringError(f"{name} {getattr(self, name)} leaves a race with nothing to do; write 1 or more")
+        if self.controls < 0 or not (0 <= self.keep <= 1 and 0 <= self.delta <= 1):
+            raise ScoringError(f"controls must be 0 or more, keep and delta from 0 to 1; got {self}")
 
 
 def shuffled(ids: Sequence[str], seed: int) -> list[int]:
@@ -123,45 +131,39 @@ def race(
     """
     stops = rungs_of(len(trials.split), options.first)
     alive = list(dict.fromkeys(c.intervention for c in entered))
-    out: set[Intervention] = set()
+    # What follows looks at no more examples than the rung has, for after an interruption there are scores of later ones.
+    seen, out = set(alive), set[Intervention]()
     bound = options.delta / ((len(every) + 1) * len(stops))  # any of them, or the unchanged model, may lead
     for number, stop in enumerate(stops, start=1):
         on_rung(number, len(stops), [BASE, *alive], stop)
         trials.extend([BASE, *alive], stop)
-        here = [i for i in alive if str(i) not in trials.failed]
-        leader = _leader(trials, [BASE, *here], metric)
-        last = number == len(stops)
-        best = trials.scores[str(leader)]
-        lost = {i for i in here if i != leader and beaten(best, trials.scores[str(i)], metric, bound)}
-        left = [i for i in here if i not in lost]
+        here = [i for i in alive if not trials.fails(i, stop)]
+        order = _best_first(trials, [BASE, *here], metric, stop)
+        leader, best = order[0], trials.first(order[0], stop)
+        lost = {i for i in here if i != leader and beaten(best, trials.first(i, stop), metric, bound)}
         out |= lost
-        room = len(left) if last else max(1, math.floor(options.keep * len(alive)))
-        kept = set(_most_promising(trials, left, metric, room)) | ({leader} & set(left))
-        new = [] if last else [i for i in _neighbours(leader, every) if not (trials.n(i) or str(i) in trials.failed)]
+        left = [i for i in order if i in here and i not in lost]
+        last = number == len(stops)
+        kept = left if last else left[: max(1, math.floor(options.keep * len(alive)))]
+        new = [] if last else [i for i in _neighbours(leader, every) if i not in seen]
+        seen |= set(new)
         yield Rung(stop, len(alive), len(lost), len(left) - len(kept), len(alive) - len(here), len(new), str(leader))
-        alive = [i for i in left if i in kept] + new
+        alive = [*kept, *new]
     # The last rung's leader may have neighbours that never ran, or left without proof.
-    while True:
-        leader = _leader(trials, [BASE, *alive], metric)
-        new = [
-            i for i in _neighbours(leader, every) if trials.n(i) < stops[-1] and i not in out and str(i) not in trials.failed
-        ]
-        if not new:
-            return
-        on_rung(len(stops), len(stops), new, stops[-1])
-        trials.extend(new, stops[-1])
-        here = [i for i in new if str(i) not in trials.failed]
-        alive = [i for i in (leader, *here) if i != BASE]
-        yield Rung(stops[-1], len(new), 0, 0, len(new) - len(here), 0, str(_leader(trials, [BASE, *alive], metric)))
+    tried = {*alive, *out}
+    stop = stops[-1]
+    while new := [i for i in _neighbours(leader, every) if i not in tried]:
+        on_rung(len(stops), len(stops), new, stop)
+        trials.extend(new, stop)
+        tried |= set(new)
+        here = [i for i in new if not trials.fails(i, stop)]
+        leader = _best_first(trials, [leader, *here], metric, stop)[0]
+        yield Rung(stop, len(new), 0, 0, len(new) - len(here), 0, str(leader))
 
 
-def _leader(trials: Trials, interventions: Sequence[Intervention], metric: Metric) -> Intervention:
-    """Return the best; of equals the earlier."""
-    return max(interventions, key=lambda i: merit(trials.scores[str(i)], metric))
-
-
-def _most_promising(trials: Trials, interventions: Sequence[Intervention], metric: Metric, room: int) -> list[Intervention]:
-    return sorted(interventions, key=lambda i: merit(trials.scores[str(i)], metric), reverse=True)[:room]
+def _best_first(trials: Trials, interventions: Sequence[Intervention], metric: Metric, n: int) -> list[Intervention]:
+    """Return interventions by their scores on the first ``n`` examples; of equals the earlier first."""
+    return sorted(interventions, key=lambda i: merit(trials.first(i, n), metric), reverse=True)
 
 
 def _neighbours(intervention: Intervention, every: Sequence[Candidate]) -> list[Intervention]:

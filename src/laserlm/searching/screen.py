@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -86,8 +85,8 @@ def screen(
 ) -> dict[str, Prediction]:
     """Predict the change of loss under each candidate, to first order, by its canonical text.
 
-    Candidates whose matrix cannot be decomposed are left out, for scoring to tell the reason. Randomised decompositions
-    are predicted by the exact ones.
+    Candidates whose matrix cannot be decomposed are left out, for scoring to tell the reason, and so are those whose
+    gradient overflows. Randomised decompositions are predicted by the exact ones.
 
     Args:
         lm: the unchanged model.
@@ -101,17 +100,23 @@ def screen(
             of its log-loss among all tokens.
     """
     found: dict[str, Prediction] = {}
+    sums: dict[str, Tensor] = {}  # of matrices whose block is called again further down
     with _frozen(lm.model):
         passes = _passes(lm, rows, _coefficients(lm, examples, rows, scorer, batch_size, between_choices), batch_size)
+        places = [call.place for call in passes[0].calls]
         # The blocks as they were called, the last first; every batch calls them in the same order.
-        for call in reversed(range(len(passes[0].calls))):
-            wanted = [c for c in candidates if (c.matrix.stack, c.matrix.layer) == passes[0].calls[call].place]
-            for matrix, contributions in _contributions(
-                lm, passes, call, [c.matrix for c in wanted], cache, rows, len(examples)
-            ):
+        for call in reversed(range(len(places))):
+            wanted = [c for c in candidates if (c.matrix.stack, c.matrix.layer) == places[call]]
+            matrices = [c.matrix for c in wanted]
+            for matrix, contributions in _contributions(lm, passes, call, matrices, cache, rows, len(examples)):
+                earlier = sums.pop(matrix.id, None)
+                total = contributions if earlier is None else earlier + contributions
+                if places[call] in places[:call]:
+                    sums[matrix.id] = total
+                    continue
                 for candidate in wanted:
-                    if candidate.matrix == matrix:
-                        found[str(candidate.intervention)] = _predict(candidate, contributions, len(examples))
+                    if candidate.matrix == matrix and bool(total.isfinite().all()):
+                        found[str(candidate.intervention)] = _predict(candidate, total, len(examples))
     return found
 
 
@@ -157,6 +162,7 @@ def _passes(
             options = torch.zeros_like(reading.options)
             for b, i in enumerate(batch.rows):
                 options[b, : len(coefficients[i][1])] = torch.tensor(coefficients[i][1])
+            weights, options = weights * _scale(lm), options * _scale(lm)
             torch.autograd.backward([reading.logprobs, reading.options], [weights, options], retain_graph=True)
         passes.append(_Pass(batch, calls))
     return passes
@@ -180,8 +186,12 @@ def _cut(lm: LanguageModel) -> Iterator[list[_Call]]:
         return run
 
     with ExitStack() as stack:
+        wrapped_already: set[int] = set()
         for name, _, blocks in find_stacks(lm.model):
             for layer, block in enumerate(blocks):
+                if id(block) in wrapped_already:
+                    continue
+                wrapped_already.add(id(block))
                 before = block.__dict__.get("forward")
                 stack.callback(_put_back, block, before)
                 block.forward = wrapped(block, (name, layer))
@@ -208,61 +218,73 @@ def _contributions(
 
     Where the tokens of an example cannot be told, as with experts stacked in one tensor, they are (1, k): the mean.
     """
-    held: dict[str, tuple[Matrix, Decomposition]] = {}
-    for matrix in dict.fromkeys(matrices):
-        try:
-            held[matrix.id] = matrix, cache.get(read(lm.model, matrix))
-        except WeightError:
-            continue
-    sums = {id: torch.zeros(examples, d.max_rank, device=d.left.device, dtype=d.left.dtype) for id, (_, d) in held.items()}
-    by_module: dict[str, list[tuple[Matrix, Decomposition]]] = {}
-    whole: list[tuple[Matrix, Decomposition]] = []
-    for matrix, decomposition in held.values():
-        path = matrix.path.rpartition(".")[0]
+    watched = [w for m in dict.fromkeys(matrices) if (w := _watched(lm, m, cache, examples)) is not None]
+    by_module: dict[str, list[_Watched]] = {}
+    stacked: list[_Watched] = []
+    for w in watched:
+        path = w.matrix.path.rpartition(".")[0]
         linear = isinstance(lm.model.get_submodule(path), nn.Linear | Conv1D)
-        (by_module.setdefault(path, []) if linear else whole).append((matrix, decomposition))
-    parameters = {m.path: lm.model.get_parameter(m.path) for m, _ in whole}
-    callers = {path: parameter.grad for path, parameter in parameters.items()}
-    for parameter in parameters.values():
-        parameter.grad = None
-    unattributed: set[str] = set()
+        (by_module.setdefault(path, []) if linear else stacked).append(w)
+    parameters = {w.matrix.path: lm.model.get_parameter(w.matrix.path) for w in stacked}
+    with _own_gradients(list(parameters.values())):
+        for one in passes:
+            of_rows = torch.tensor([rows[i].example for i in one.batch.rows])
+            with ExitStack() as stack:
+                stack.enter_context(quick(lm.device, one.batch.length))
+                for path, of in by_module.items():
+                    hook = lm.model.get_submodule(path).register_forward_hook(_watch(of, of_rows, one.batch))
+                    stack.callback(hook.remove)
+                _back(lm, one.calls[call])
+            done = one.calls[call]
+            done.args, done.kwargs, done.output = (), {}, None  # with them go the boundary above and its gradient
+        for w in stacked:
+            gradient = parameters[w.matrix.path].grad
+            w.attributed = False
+            if gradient is not None:
+                G = view(gradient, w.matrix)
+                G = (G.flatten(0, 1) if w.matrix.rows is not None else G).to(w.sums)  # (m, n)
+                w.sums[0] = ((G @ w.decomposition.right.T) * w.decomposition.left).sum(0)
+    for w in watched:
+        found = w.sums / _scale(lm)
+        yield w.matrix, found if w.attributed else found.sum(0, keepdim=True) / examples
 
-    for one in passes:
-        of_rows = torch.tensor([rows[i].example for i in one.batch.rows])
 
-        def collect(
-            of: list[tuple[Matrix, Decomposition]], x: Tensor, d: Tensor, of_rows: Tensor = of_rows, batch: Batch = one.batch
-        ) -> None:
-            by_row = _by_row(x, batch), _by_row(d, batch)
-            for matrix, decomposition in of:
-                if by_row[0] is None or by_row[1] is None:
-                    unattributed.add(matrix.id)
-                    sums[matrix.id][0] += _components(matrix, decomposition, x.flatten(0, -2)[None], d.flatten(0, -2)[None])[0]
-                else:
-                    c = _components(matrix, decomposition, by_row[0], by_row[1])  # (B, k)
-                    sums[matrix.id].index_add_(0, of_rows.to(c.device), c)
+@dataclass
+class _Watched:
+    """A matrix, and the sums of its contributions (E, k) so far; where they are not ``attributed``, all in one row."""
 
-        with ExitStack() as stack:
-            stack.enter_context(quick(lm.device, one.batch.length))
-            for path, of in by_module.items():
-                hook = lm.model.get_submodule(path).register_forward_hook(_watch(partial(collect, of)))
-                stack.callback(hook.remove)
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-                stack.callback(parameter.requires_grad_, False)
-            _back(lm, one.calls[call])
-        one.calls[call].output = None
-    for matrix, decomposition in whole:
-        gradient = parameters[matrix.path].grad
-        if gradient is not None:
-            G = view(gradient, matrix)
-            G = (G.flatten(0, 1) if matrix.rows is not None else G).to(decomposition.left)  # (m, n)
-            sums[matrix.id][0] = ((G @ decomposition.right.T) * decomposition.left).sum(0)
-        unattributed.add(matrix.id)
-    for path, parameter in parameters.items():
-        parameter.grad = callers[path]
-    for id, (matrix, _) in held.items():
-        yield matrix, sums[id].sum(0, keepdim=True) / examples if id in unattributed else sums[id]
+    matrix: Matrix
+    decomposition: Decomposition
+    sums: Tensor
+    attributed: bool = True
+
+
+def _watched(lm: LanguageModel, matrix: Matrix, cache: DecompositionCache, examples: int) -> _Watched | None:
+    try:
+        d = cache.get(read(lm.model, matrix))
+    except WeightError:
+        return None
+    return _Watched(matrix, d, d.left.new_zeros(examples, d.max_rank))
+
+
+@contextmanager
+def _own_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let parameters take a gradient until the end of the context; what they had is put back."""
+    before = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, gradient in zip(parameters, before, strict=True):
+            p.requires_grad_(False)
+            p.grad = gradient
+
+
+def _scale(lm: LanguageModel) -> float:
+    """Return the factor that keeps half-precision gradients from vanishing; it is taken out again in float32."""
+    return 1024.0 if lm.dtype == torch.float16 else 1.0
 
 
 def _back(lm: LanguageModel, call: _Call) -> None:
@@ -283,7 +305,18 @@ def _back(lm: LanguageModel, call: _Call) -> None:
             torch.autograd.backward([x], [gradient], retain_graph=True)
 
 
-def _watch(collect: Callable[[Tensor, Tensor], None]) -> Callable[[nn.Module, Any, Tensor], None]:
+def _watch(of: Sequence[_Watched], of_rows: Tensor, batch: Batch) -> Callable[[nn.Module, Any, Tensor], None]:
+    """Return a forward hook that adds what passes a module, and the gradient that comes back, to its matrices' sums."""
+
+    def collect(x: Tensor, d: Tensor) -> None:
+        x_rows, d_rows = _by_row(x, batch), _by_row(d, batch)
+        for w in of:
+            if x_rows is None or d_rows is None:
+                w.attributed = False
+                w.sums[0] += _components(w, x.flatten(0, -2)[None], d.flatten(0, -2)[None])[0]
+            else:
+                w.sums.index_add_(0, of_rows.to(w.sums.device), _components(w, x_rows, d_rows))
+
     def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
         x = args[0].detach()
         if output.requires_grad:
@@ -303,12 +336,12 @@ def _by_row(x: Tensor, batch: Batch) -> Tensor | None:
     return None
 
 
-def _components(matrix: Matrix, decomposition: Decomposition, x: Tensor, d: Tensor) -> Tensor:
+def _components(w: _Watched, x: Tensor, d: Tensor) -> Tensor:
     """Return the contributions of each component, (B, k), of inputs x (B, T, n) and output gradients d (B, T, m)."""
-    if matrix.rows is not None:
-        r = matrix.rows
+    if w.matrix.rows is not None:
+        r = w.matrix.rows
         d = d.unflatten(-1, (r.groups, r.stride))[..., r.start : r.start + r.length].flatten(-2)
-    left, right = decomposition.left, decomposition.right
+    left, right = w.decomposition.left, w.decomposition.right
     contributions: Tensor = torch.linalg.vecdot(d.to(left) @ left, x.to(left) @ right.T, dim=1)  # over T
     return contributions
 
