@@ -19,23 +19,25 @@ from laserlm.results import Store
 from laserlm.scoring.records import Evaluation, Score
 from laserlm.searching import Metric, search
 
-GRID = "all.all@0.9,0.8,0.6,0.4,0.2,0.1,0.05,0.01,0.005"
+SIZES = "0.9,0.8,0.6,0.4,0.2,0.1,0.05,0.01,0.005"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="worldfacts")
     parser.add_argument("--data", default="")
+    parser.add_argument("--layers", default="all", help="blocks whose matrices are searched, such as top10")
     parser.add_argument("--examples", type=int, default=300)
     parser.add_argument("--test", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--store", required=True)
     given = parser.parse_args()
     lm = laser.load("bundled")
+    grid = f"{given.layers}.all@{SIZES}"
     task = laser.task(given.task, data=given.data or None)
     # The exhaustive search is the one that benchmarks/search_speed.py keeps.
     short = replace(task, validation=task.validation.limit(given.examples), test=task.test.limit(10))
-    whole = search(lm, short, strategy="exhaustive", grid=GRID, metric="loss", store=given.store)
+    whole = search(lm, short, strategy="exhaustive", grid=grid, metric="loss", store=given.store)
     with Store.open(given.store) as store:
         texts = [t.intervention for t in store.trials(whole.run) if t.split == "validation" and t.status == "done"]
         every = {text: store.evaluation(whole.run, "validation", text) for text in texts}
@@ -48,7 +50,7 @@ def main() -> None:
         print(f"  exhaustive: {best.intervention} {best.accuracy:.1%}, loss {best.loss:.3f}; top ten {', '.join(ranked[:10])}")
         for seed in range(given.seeds):
             task_ = replace(short, test=task.test.limit(given.test))
-            found = search(lm, task_, grid=GRID, metric=metric, seed=seed)
+            found = search(lm, task_, grid=grid, metric=metric, seed=seed)
             chosen = scores[str(found.best)]
             if metric == "accuracy":
                 pairs = [(a.correct, b.correct) for a, b in by_id(best, chosen)]

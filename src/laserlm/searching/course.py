@@ -19,7 +19,7 @@ from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.compose import compose, in_order
 from laserlm.searching.found import Accepted, Metric, Mode, Rung, Screened, Step, Strategy, merit
-from laserlm.searching.race import RaceOptions, choose, race
+from laserlm.searching.race import RaceOptions, choose, race, rungs_of
 from laserlm.searching.screen import Prediction, screen
 from laserlm.searching.trials import OutOfTimeError, Trials
 from laserlm.spec import Intervention
@@ -102,7 +102,7 @@ class Course:
         try:
             self.trials.extend(everything, len(self.trials.split))
         finally:
-            scored = [i for i in everything if self.trials.n(i)]
+            scored = [i for i in everything if self.trials.n(i) and str(i) not in self.trials.failed]
             self._choose(scored, min(map(self.trials.n, scored), default=0))
 
     def _race(self) -> None:
@@ -112,6 +112,7 @@ class Course:
 
         def on_rung(number: int, rungs: int, alive: Sequence[Intervention], stop: int) -> None:
             self._begin(f"rung {number} of {rungs}", alive, stop)
+            self._expected += self._later(alive, stop)
 
         try:
             for rung in race(self.trials, entered, self.candidates, self.metric, self.options, on_rung):
@@ -124,6 +125,16 @@ class Course:
             everything = [BASE, *(c.intervention for c in self.candidates)]
             self._choose(everything, self.rungs[-1].examples if self.rungs else min(self.options.first, len(self.trials.split)))
             raise
+
+    def _later(self, alive: Sequence[Intervention], stop: int) -> float:
+        """Return the work of the rungs after this one, if as many leave as may stay."""
+        room, share, work = float(len(alive)), sum(map(self.trials.share, alive)) / len(alive), 0.0
+        for later in rungs_of(len(self.trials.split), self.options.first):
+            if later > stop:
+                room = max(1.0, self.options.keep * room)
+                work += (later - stop) * (1 + room * share)
+                stop = later
+        return work
 
     def _compose(self, mode: Mode) -> None:
         predictions = self._screen()[0] if mode == "joint" else {}
@@ -199,7 +210,8 @@ class Course:
         """Hold what the screen expected against what the first rung measured."""
         base = self.trials.first(BASE, n).loss
         sent = [str(c.intervention) for c in (*chosen, *controls) if str(c.intervention) in predictions]
-        measured = {t: self.trials.first(Intervention.parse(t), n).loss - base for t in sent if t in self.trials.scores}
+        of_rung = {t: i for t in sent if self.trials.n(i := Intervention.parse(t)) >= n}
+        measured = {t: self.trials.first(i, n).loss - base for t, i in of_rung.items()}
         expected = {t: predictions[t].expected for t in sent}
         both = list(measured)
         ranks = stats.spearmanr([expected[t] for t in both], [measured[t] for t in both]) if len(both) > 2 else None
