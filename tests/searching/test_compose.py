@@ -29,7 +29,7 @@ def task() -> Task:
 def test_greedy_goes_from_the_last_block_and_the_smallest_size(llama: LanguageModel) -> None:
     candidates = expand("1-2.mlp@0.5,0.1", llama.matrices)
     names = [f"{layer}.{m}@{size}" for layer in (2, 1) for m in ("fc_in", "fc_up", "fc_out") for size in ("0.1", "0.5")]
-    assert [str(c.intervention) for c in in_order(candidates, "greedy", {}, 1)] == names
+    assert [str(c.intervention) for c in in_order(candidates, "greedy", {}, RaceOptions())] == names
 
 
 def test_joint_takes_what_the_screen_expects_most_of(llama: LanguageModel) -> None:
@@ -39,7 +39,9 @@ def test_joint_takes_what_the_screen_expects_most_of(llama: LanguageModel) -> No
         "2.fc_in@0.1": Prediction(-3, 0, 9),
         "1.fc_in@0.1": Prediction(-2, 0, 9),
     }
-    order = in_order(candidates, "joint", predictions, 2)
+    order = in_order(candidates, "joint", predictions, RaceOptions(width=2))
+    assert [str(c.intervention) for c in order] == ["2.fc_in@0.1", "1.fc_in@0.1"]
+    order = in_order(candidates, "joint", predictions, RaceOptions(sizes=1))
     assert [str(c.intervention) for c in order] == ["2.fc_in@0.1", "1.fc_in@0.1"]
 
 

@@ -171,8 +171,8 @@ def _print_found(found: Found) -> None:
 
     best = str(found.best) or "the unchanged model"
     _print_way(found)
-    table = Table("", "validation (chosen on)", "test (held out)", title=f"Best of {found.candidates} candidates: {best}")
-    table.title_justify = "left"
+    print(f"Best of {found.candidates} candidates: {best}")  # whole, for it is to be copied
+    table = Table("", "validation (chosen on)", "test (held out)")
     both = (found.validation, found.test)
     table.add_row("questions", *(str(c.n) for c in both))
     table.add_row("base accuracy", *(f"{c.base:.1%}" for c in both))
@@ -225,8 +225,9 @@ def _print_way(found: Found) -> None:
             table.add_row(*map(str, counts), r.leader or "the unchanged model")
         Console().print(table)
     if found.strategy == "compose":
-        table = Table("added", "gain", "95 % interval", "change of loss", "95 % interval", title="Accepted steps")
-        table.title_justify = "left"
+        table = Table(title="Accepted steps", title_justify="left")
+        for name in ("added", "gain", "95 % interval", "change of loss", "95 % interval"):
+            table.add_column(name, overflow="fold")
         for step in found.steps:
             c = step.comparison
             change = c.edited_loss - c.base_loss

@@ -8,7 +8,7 @@ from laserlm.algebra.ranks import rank_of
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.found import Accepted, Metric, Mode
-from laserlm.searching.race import rungs_of
+from laserlm.searching.race import RaceOptions, choose, rungs_of
 from laserlm.searching.screen import Prediction
 from laserlm.searching.trials import Trials
 from laserlm.spec import Intervention
@@ -16,18 +16,16 @@ from laserlm.spec import Intervention
 __all__ = ["compose", "in_order"]
 
 
-def in_order(candidates: Sequence[Candidate], mode: Mode, predictions: dict[str, Prediction], width: int) -> list[Candidate]:
+def in_order(
+    candidates: Sequence[Candidate], mode: Mode, predictions: dict[str, Prediction], options: RaceOptions
+) -> list[Candidate]:
     """Return the candidates in the order in which a composition tries them.
 
     ``greedy``: blocks from the last to the first, and in each matrix sizes from small to large (arXiv 2312.13558,
-    section 5). ``joint``: the ``width`` ones that the screen expects most of, the best first.
+    section 5). ``joint``: those that the screen would send into a race, the best first.
     """
     if mode == "joint":
-        ranked = sorted(
-            (c for c in candidates if str(c.intervention) in predictions),
-            key=lambda c: predictions[str(c.intervention)].expected,
-        )
-        return ranked[:width]
+        return choose(candidates, predictions, options, seed=0)[0]
     matrices = list(dict.fromkeys(c.matrix for c in candidates))
     place = {m: i for i, m in enumerate(matrices)}
     block = {m: (m.stack, m.layer) for m in matrices}

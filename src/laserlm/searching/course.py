@@ -138,7 +138,7 @@ class Course:
 
     def _compose(self, mode: Mode) -> None:
         predictions = self._screen()[0] if mode == "joint" else {}
-        ordered = in_order(self.candidates, mode, predictions, self.options.width)
+        ordered = in_order(self.candidates, mode, predictions, self.options)
 
         def on_try(number: int, tried: Intervention) -> None:
             self._begin(f"trial {number + 1} of {len(ordered)}", [tried], len(self.trials.split))
