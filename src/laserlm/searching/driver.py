@@ -90,17 +90,7 @@ def search(
     for name, value, known in (("metric", metric, Metric), ("strategy", strategy, Strategy), ("mode", mode, Mode)):
         if value not in get_args(known):
             raise ScoringError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
-    if lm.active:
-        raise ScoringError(f"the model is changed by {lm.intervention}; a search begins with the unchanged one")
-    for split in (task.validation, task.test):
-        if not len(split):
-            raise ScoringError(f"the {split.name} split of {task.name} is empty; a search needs both: give more examples")
-    both = {e.id for e in task.validation} & {e.id for e in task.test}
-    if both or task.validation.name == task.test.name:
-        raise ScoringError(
-            f"the splits {task.validation.name} and {task.test.name} of {task.name} share {len(both)} examples; what is "
-            "chosen on an example cannot be measured on it: give two splits that share none"
-        )
+    _check(lm, task)
     options = options or RaceOptions()
     scorer = scorer or task.validation.scorer
     candidates = expand(grid, lm.matrices)
@@ -182,6 +172,21 @@ def search(
         )
         run.finish(found.as_dict())
         return found
+
+
+def _check(lm: LanguageModel, task: Task) -> None:
+    """Raise a ScoringError unless the model is unchanged and the splits hold examples, none of them in both."""
+    if lm.active:
+        raise ScoringError(f"the model is changed by {lm.intervention}; a search begins with the unchanged one")
+    for split in (task.validation, task.test):
+        if not len(split):
+            raise ScoringError(f"the {split.name} split of {task.name} is empty; a search needs both: give more examples")
+    both = {e.id for e in task.validation} & {e.id for e in task.test}
+    if both or task.validation.name == task.test.name:
+        raise ScoringError(
+            f"the splits {task.validation.name} and {task.test.name} of {task.name} share {len(both)} examples; what is "
+            "chosen on an example cannot be measured on it: give two splits that share none"
+        )
 
 
 def _digest(value: Any) -> str:
