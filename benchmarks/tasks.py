@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,6 @@ def row(lm: laser.LanguageModel, task: Task) -> str:
     start = time.perf_counter()
     found = search(lm, task)
     seconds = time.perf_counter() - start
-    base = laser.evaluate(lm, task.test) if task.test.scorer not in ("contains", "perplexity") else None
     t = found.test
     size = f"{found.validation.n} / {t.n}"
     name = f"{task.name}, {task.test.scorer}"
@@ -34,10 +34,10 @@ def row(lm: laser.LanguageModel, task: Task) -> str:
         low, high = t.loss_interval
         change = f"{t.base_loss:.4f} to {t.edited_loss:.4f} ({t.edited_loss - t.base_loss:+.4f} [{low:+.4f}, {high:+.4f}])"
         return "|".join([name, size, "", "", str(found.best), "", "", change, f"{seconds:.0f}"])
-    majority = f"{base.majority_rate:.1%}" if base is not None else ""
+    commonest = Counter(e.answer.strip().lower() for e in task.test.examples).most_common(1)[0][1] / t.n
     gain = f"{100 * t.gain:+.1f} [{100 * t.interval.low:+.1f}, {100 * t.interval.high:+.1f}]"
     loss = f"{t.base_loss:.3f} to {t.edited_loss:.3f}"
-    figures = [majority, f"{t.base:.1%}", str(found.best), f"{t.edited:.1%}", gain, loss, f"{seconds:.0f}"]
+    figures = [f"{commonest:.1%}", f"{t.base:.1%}", str(found.best), f"{t.edited:.1%}", gain, loss, f"{seconds:.0f}"]
     return "|".join([name, size, *figures])
 
 

@@ -154,3 +154,51 @@ def test_cache_and_results_stand_in_the_users_folders_and_are_not_made_by_asking
     assert cache_folder() == tmp_path / "cache" / "laserlm"
     assert default_store() == tmp_path / "share" / "laserlm" / "runs.db"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for name in ("old", "new"):
+        with atomic_folder(target, existing="replace") as part:
+            (part / name).touch()
+    assert [f.name for f in target.iterdir()] == ["new"]
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target, existing="replace") as part:
+        raise KeyboardInterrupt
+    assert [f.name for f in target.iterdir()] == ["new"]
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_folder_is_back_where_the_new_one_cannot_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+    rename = Path.rename
+
+    def interrupted(self: Path, to: Path) -> Path:
+        if to == target and (self / "new").exists():
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    def write() -> None:
+        with atomic_folder(target, existing="replace") as part:
+            (part / "new").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert [f.name for f in target.iterdir()] == ["old"]
+
+
+def test_a_folder_that_appeared_in_the_meantime_can_be_an_error(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def write() -> None:
+        with atomic_folder(target, existing="refuse") as part:
+            (part / "new").touch()
+            target.mkdir()
+            (target / "theirs").touch()
+
+    with pytest.raises(OSError, match="out"):
+        write()
+    assert [f.name for f in target.iterdir()] == ["theirs"]

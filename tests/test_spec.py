@@ -15,7 +15,7 @@ from laserlm.spec import GROUPS, Grid, Intervention, Layers, Reduction, Size, fr
 
 FORM = "write LAYERS.MATRIX@SIZE"
 SIZE_FORM = "write a kept fraction such as 0.01 or a rank such as r40"
-OPTIONS = "':bottom' and ':reference' are known"
+OPTIONS = "':bottom', ':reference' and ':splitK' (K from 1) are known"
 
 
 def spec_error(read: Callable[[str], object], text: str) -> str:
@@ -68,11 +68,11 @@ def test_every_combination_of_the_parts_of_a_reduction_round_trips() -> None:
     layers = ["0", "27", "3-11", "all", "top2"]
     matrices = ["q_proj", "fc_in", "attn", "mlp", "all", "experts.0.fc_up"]
     sizes = ["0", "0.0025", "0.75", "1", "r0", "r40"]
-    options = ["", ":bottom", ":reference"]
+    options = ["", ":bottom", ":reference", ":split4", ":bottom:split2"]
     texts = [f"{s}{lay}.{m}@{z}{o}" for s, lay, m, z, o in product(stacks, layers, matrices, sizes, options)]
     read = [Reduction.parse(text) for text in texts]
     assert [str(r) for r in read] == texts
-    assert len(set(read)) == len(texts) == 3 * 5 * 6 * 6 * 3
+    assert len(set(read)) == len(texts) == 3 * 5 * 6 * 6 * 5
 
 
 def test_each_part_of_the_text_lands_in_its_field() -> None:
@@ -82,6 +82,10 @@ def test_each_part_of_the_text_lands_in_its_field() -> None:
     assert Reduction.parse("top4.all@r5:reference") == Reduction(
         layers=Layers(top=4), matrix="all", size=Size(rank=5), method="reference"
     )
+    assert Reduction.parse("3.fc_in@0.1:split4") == Reduction(
+        layers=Layers(first=3, last=3), matrix="fc_in", size=Size(rho=Decimal("0.1")), split=4
+    )
+    assert str(Reduction.parse("3.fc_in@0.1:split1")) == "3.fc_in@0.1"
     assert Reduction.parse("all.qkv@1") == Reduction(layers=Layers(), matrix="qkv", size=Size(rho=Decimal(1)))
 
 
@@ -167,6 +171,19 @@ def test_the_randomised_decomposition_has_no_bottom(text: str) -> None:
     message = spec_error(Reduction.parse, text)
     assert "3.fc_in@" in message
     assert "leave out ':reference'" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["3.fc_in@0.1:split0", "3.fc_in@0.1:split", "3.fc_in@0.1:split2:split3", "3.fc_in@0.1:split-1"]
+)
+def test_a_malformed_split_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="splitK"):
+        Reduction.parse(text)
+
+
+def test_the_randomised_decomposition_has_no_blocks_of_rows() -> None:
+    with pytest.raises(SpecError, match="leave out one"):
+        Reduction.parse("3.fc_in@0.1:reference:split2")
 
 
 def test_a_grid_refuses_the_bottom_of_the_randomised_decomposition() -> None:

@@ -6,9 +6,12 @@ import importlib
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
+from wrapt import when_imported
+
 if TYPE_CHECKING:
     from laserlm.editing import applied
     from laserlm.errors import LaserError
+    from laserlm.export import compress, load_check, reproduce, save
     from laserlm.models import LanguageModel, load
     from laserlm.scoring.evaluate import Comparison, compare, evaluate
     from laserlm.scoring.records import Evaluation
@@ -32,8 +35,12 @@ __all__ = [
     "Task",
     "applied",
     "compare",
+    "compress",
     "evaluate",
     "load",
+    "load_check",
+    "reproduce",
+    "save",
     "search",
     "task",
 ]
@@ -41,6 +48,7 @@ __all__ = [
 _HOMES = {
     "laserlm.editing": ("applied",),
     "laserlm.errors": ("LaserError",),
+    "laserlm.export": ("compress", "load_check", "reproduce", "save"),
     "laserlm.models": ("LanguageModel", "load"),
     "laserlm.scoring.evaluate": ("Comparison", "compare", "evaluate"),
     "laserlm.scoring.records": ("Evaluation",),
@@ -57,6 +65,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'laserlm' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
     return value
+
+
+@when_imported("transformers.quantizers.auto")
+def _register_low_rank_layers(_module: Any) -> None:
+    # Whoever imports both loads checkpoints with low-rank layers by plain from_pretrained, in whatever order they do.
+    importlib.import_module("laserlm.low_rank")
 
 
 def __dir__() -> list[str]:

@@ -10,12 +10,14 @@
     ├── ScoringError           scores that cannot be computed or compared
     ├── StoreError             a results database that cannot be opened or written
     │   └── RunBusyError       a run that another live process is working on
+    ├── ExportError            a model that cannot be saved, checked or made again
     └── MissingExtraError      an optional package that is not installed
 
 Every message says what failed, the value received, what is allowed and the next step.
 """
 
 __all__ = [
+    "ExportError",
     "LaserError",
     "MatrixError",
     "MissingExtraError",
@@ -72,3 +74,7 @@ class RunBusyError(StoreError):
 
 class MissingExtraError(LaserError, ImportError):
     """Report an optional package that is not installed, and the command that installs it."""
+
+
+class ExportError(LaserError):
+    """Report a model that cannot be saved, or a saved one that is not what its record says."""

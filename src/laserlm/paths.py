@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 
 __all__ = ["atomic_file", "atomic_folder", "cache_folder", "default_store"]
+
+Existing = Literal["keep", "refuse", "replace"]
 
 
 def cache_folder() -> Path:
@@ -37,23 +40,32 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, existing: Existing = "keep") -> Iterator[Path]:
     """Yield a temporary folder beside ``target`` and move it there at the end.
 
-    Where another process has made ``target`` in the meantime, that one stays.
+    Args:
+        target: where the folder shall be.
+        existing: what becomes of a ``target`` that is there by then, an empty one aside: ``keep`` it and drop the new one,
+            ``refuse`` with a FileExistsError, or ``replace`` it once the new one is whole.
     """
+    target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = _part_of(target)
+    part, old = _part_of(target), _part_of(target)
     part.mkdir()
     try:
         yield part
+        if existing == "replace" and target.exists():
+            target.rename(old)
         try:
             part.rename(target)
         except OSError:
-            if not target.is_dir():
+            if existing != "keep" or not target.is_dir():
                 raise
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _part_of(target: Path) -> Path:

@@ -1,6 +1,6 @@
 """Reductions, interventions and grids as text: parse, print, canonical form.
 
-A reduction is ``[STACK.]LAYERS.MATRIX@SIZE[:bottom][:reference]``:
+A reduction is ``[STACK.]LAYERS.MATRIX@SIZE[:bottom][:reference][:splitK]``:
 
 - LAYERS: ``27``, ``20-27`` (both ends belong to it), ``all``, ``top4`` (the last four blocks);
 - MATRIX: ``q_proj k_proj v_proj out_proj fc_in fc_up fc_out``, a group ``attn mlp all``, or any name that
@@ -8,6 +8,7 @@ A reduction is ``[STACK.]LAYERS.MATRIX@SIZE[:bottom][:reference]``:
 - SIZE: ``0.01`` (kept fraction rho of the singular values) or ``r40`` (rank);
 - ``:bottom`` keeps the smallest singular values instead of the largest;
 - ``:reference`` uses the randomised decomposition of the published code instead of the exact one;
+- ``:split4`` cuts the rows into four equal blocks and reduces each by itself, to SIZE of its own singular values;
 - STACK: only where a model has several, ``encoder.3.fc_in@0.1``.
 
 An intervention is a set of reductions joined by ``+``; the empty one is the unchanged model. A grid is written in the
@@ -40,6 +41,7 @@ FORM = "write LAYERS.MATRIX@SIZE, such as 27.fc_in@0.01, 20-27.mlp@0.1, all.fc_o
 RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 LAST = re.compile(r"top(\d{1,9})", re.ASCII)
 RANK = re.compile(r"r(\d{1,9})", re.ASCII)
+SPLIT = re.compile(r"split([1-9]\d{0,5})", re.ASCII)
 TARGET = re.compile(r"(?:(?P<stack>[A-Za-z_][\w.]*?)\.)??(?P<layers>\d+-\d+|\d+|all|top\d+)\.(?P<matrix>\w+(?:\.\w+)*)")
 
 
@@ -149,6 +151,7 @@ class Reduction:
         keep: ``top`` keeps the largest singular values, ``bottom`` the smallest.
         method: ``exact``, or ``reference`` for the randomised decomposition of the published code.
         stack: name of the stack of blocks, empty where the model has one.
+        split: number of equal blocks of rows that are reduced each by itself; 1 takes the matrix whole.
     """
 
     layers: Layers
@@ -157,9 +160,10 @@ class Reduction:
     keep: Keep = "top"
     method: Method = "exact"
     stack: str = ""
+    split: int = 1
 
     def __post_init__(self) -> None:
-        _check_options(self, self.keep, self.method)
+        _check_options(self, self.keep, self.method, self.split)
 
     @classmethod
     def parse(cls, text: str) -> Reduction:
@@ -171,7 +175,7 @@ class Reduction:
         part = GridPart.parse(text)
         if len(part.sizes) != 1:
             raise SpecError(f"{text!r} has {len(part.sizes)} sizes; a reduction has one (a grid may have several)")
-        return cls(part.layers, part.matrix, part.sizes[0], part.keep, part.method, part.stack)
+        return cls(part.layers, part.matrix, part.sizes[0], part.keep, part.method, part.stack, part.split)
 
     @property
     def sort_key(self) -> tuple[str, int, str, str]:
@@ -179,7 +183,7 @@ class Reduction:
         return (self.stack, -1 if self.layers.first is None else self.layers.first, self.matrix, str(self))
 
     def __str__(self) -> str:
-        return str(GridPart(self.layers, self.matrix, (self.size,), self.keep, self.method, self.stack))
+        return str(GridPart(self.layers, self.matrix, (self.size,), self.keep, self.method, self.stack, self.split))
 
 
 @dataclass(frozen=True)
@@ -221,9 +225,10 @@ class GridPart:
     keep: Keep = "top"
     method: Method = "exact"
     stack: str = ""
+    split: int = 1
 
     def __post_init__(self) -> None:
-        _check_options(self, self.keep, self.method)
+        _check_options(self, self.keep, self.method, self.split)
 
     @classmethod
     def parse(cls, text: str) -> GridPart:
@@ -237,9 +242,11 @@ class GridPart:
         if not at or not rest or match is None:
             raise SpecError(f"cannot read the reduction {text.strip()!r}; {FORM}")
         sizes, *options = rest.split(":")
-        unknown = [o for o in options if o not in ("bottom", "reference")]
-        if unknown or len(set(options)) != len(options):
-            raise SpecError(f"cannot read the options {options} of {text.strip()!r}; ':bottom' and ':reference' are known")
+        splits = [int(found[1]) for o in options if (found := SPLIT.fullmatch(o))]
+        unknown = [o for o in options if o not in ("bottom", "reference") and not SPLIT.fullmatch(o)]
+        if unknown or len(set(options)) != len(options) or len(splits) > 1:
+            known = "':bottom', ':reference' and ':splitK' (K from 1) are known"
+            raise SpecError(f"cannot read the options {options} of {text.strip()!r}; {known}, each once")
         return cls(
             layers=Layers.parse(match["layers"]),
             matrix=match["matrix"],
@@ -247,15 +254,21 @@ class GridPart:
             keep="bottom" if "bottom" in options else "top",
             method="reference" if "reference" in options else "exact",
             stack=match["stack"] or "",
+            split=splits[0] if splits else 1,
         )
 
     def __str__(self) -> str:
         stack = f"{self.stack}." if self.stack else ""
         options = (":bottom" if self.keep == "bottom" else "") + (":reference" if self.method == "reference" else "")
+        options += f":split{self.split}" if self.split != 1 else ""
         return f"{stack}{self.layers}.{self.matrix}@{','.join(map(str, self.sizes))}{options}"
 
 
-def _check_options(what: Reduction | GridPart, keep: Keep, method: Method) -> None:
+def _check_options(what: Reduction | GridPart, keep: Keep, method: Method, split: int) -> None:
+    if split < 1:
+        raise SpecError(f"{what.layers}.{what.matrix} cannot be split into {split} blocks of rows; write 1 or more")
+    if split > 1 and method == "reference":
+        raise SpecError(f"{what} asks for blocks of rows in the published code's decomposition, which has none; leave out one")
     if keep == "bottom" and method == "reference":
         raise SpecError(
             f"{what} asks for the smallest singular values of the randomised decomposition, which finds only the largest; "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from laserlm.algebra import Decomposition, basis_of, decompose, reference_truncation
+from laserlm.algebra.decomposition import whitened
 from laserlm.errors import LaserError, ModelError, WeightError
 from laserlm.spec import Keep
 
@@ -343,3 +344,57 @@ def test_reference_rank_zero_is_the_zero_matrix() -> None:
 def test_a_negative_reference_rank_is_refused_as_for_the_exact_decomposition() -> None:
     with pytest.raises(ValueError, match="rank -1 is not within 0 to 6"):
         reference_truncation(gaussian(6, 8), -1)
+
+
+def inputs(n: int, tokens: int = 400) -> Tensor:
+    """Inputs (tokens, n) that lie mostly in a few directions."""
+    generator = torch.Generator().manual_seed(3)
+    scales = torch.logspace(1, -2, n)
+    return torch.randn(tokens, n, generator=generator) * scales @ torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 20), (30, 20)])
+def test_whitened_truncation_has_the_least_error_of_its_outputs(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    X = inputs(shape[1])
+    d = whitened(weight, X.T @ X / len(X))
+    torch.testing.assert_close(d.truncate(d.max_rank), weight, atol=1e-4, rtol=1e-3)
+    # Independently: no W_r puts out anything nearer to Y = X W^T than the truncation of Y itself, which W_r reaches.
+    Y = (X @ weight.T).double().numpy()
+    S = np.linalg.svd(Y, compute_uv=False)
+    for rank in (0, 1, 4, 9):
+        error = np.linalg.norm(Y - (X @ d.truncate(rank).T).double().numpy())
+        assert error == pytest.approx(np.linalg.norm(S[rank:]), rel=1e-3)
+        plain = np.linalg.norm(Y - (X @ decompose(weight).truncate(rank).T).double().numpy())
+        assert error <= plain * (1 + 1e-6)
+
+
+def test_whitening_by_inputs_alike_in_all_directions_is_the_plain_decomposition() -> None:
+    weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        whitened(weight, 3 * torch.eye(6)).truncate(3), decompose(weight).truncate(3), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8)])
+def test_whitening_survives_inputs_that_never_use_a_direction(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    moments = torch.diag(torch.tensor([1.0] * 3 + [0.0] * (shape[1] - 3)))
+    found = whitened(weight, moments).truncate(3)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:, :3], weight[:, :3], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_whitening_survives_fewer_tokens_than_inputs_and_rounded_moments(tokens: int) -> None:
+    weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
+    X = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)) * 10
+    found = whitened(weight, (X.T @ X / tokens).float()).truncate(tokens)  # float32: its least eigenvalue is below zero
+    assert found.isfinite().all()
+    Y = X @ weight.T
+    assert float((X @ found.T - Y).norm() / Y.norm()) < 1e-2
+
+
+def test_inputs_that_overflowed_are_an_error_that_tells_the_next_step() -> None:
+    with pytest.raises(WeightError, match="bfloat16"):
+        whitened(torch.ones(3, 2), torch.tensor([[1.0, float("inf")], [0.0, 1.0]]))

@@ -333,12 +333,12 @@ def test_help_needs_no_torch() -> None:
 
 
 def commands() -> dict[str, Any]:
-    found = {("", c.name or c.callback.__name__): c.callback for c in app.registered_commands if c.callback}
+    found = {("", c.name or c.callback.__name__.replace("_", "-")): c.callback for c in app.registered_commands if c.callback}
     for group in app.registered_groups:
         assert group.typer_instance is not None
         for c in group.typer_instance.registered_commands:
             assert c.callback is not None
-            found[str(group.name), c.name or c.callback.__name__] = c.callback
+            found[str(group.name), c.name or c.callback.__name__.replace("_", "-")] = c.callback
     return {" ".join(filter(None, names)): callback for names, callback in found.items()}
 
 

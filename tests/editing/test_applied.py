@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES
 from torch import Tensor
 
-from laserlm.editing import DecompositionCache, applied, complement, resolve
+from laserlm.editing import DecompositionCache, applied, complement, factored, resolve
 from laserlm.errors import MatrixError, SpecError, WeightError
 from laserlm.models import LanguageModel, read
 from laserlm.spec import Intervention
@@ -234,3 +234,45 @@ def test_logits_are_those_of_a_model_with_the_truncated_weights_written_in(make:
         ids = torch.tensor([[1, 50, 99, 7]])
         with applied(lm, Intervention.parse("1.fc_in@r6"), cache=DecompositionCache()):
             torch.testing.assert_close(lm.model(ids).logits, copy.model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep", ["top", "bottom"])
+def test_blocks_of_rows_are_reduced_each_by_itself(keep: str, make: Make) -> None:
+    lm = make("llama")
+    before = snapshot(lm)
+    m = next(m for m in lm.matrices if m.id == "1.fc_in")  # 48 x 32
+    original = read(lm.model, m).clone()
+    suffix = ":bottom" if keep == "bottom" else ""
+    with applied(lm, f"1.fc_in@0.25{suffix}:split4"):
+        found = read(lm.model, m).numpy()
+    # Four blocks of 12 rows and 12 singular values, of which a quarter, 3, is kept.
+    expected = np.concatenate([truncated(original[i : i + 12], 3, keep) for i in (0, 12, 24, 36)])
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert_same(lm, before)
+    (edit,) = resolve(lm.matrices, "1.fc_in@0.25:split4")
+    assert (edit.rank, edit.max_rank, edit.is_identity) == (3, 12, False)
+    assert resolve(lm.matrices, "1.fc_in@1:split4")[0].is_identity
+
+
+def test_an_edit_and_its_complement_add_up_block_by_block(make: Make) -> None:
+    lm = make("llama")
+    m = next(m for m in lm.matrices if m.id == "1.fc_in")
+    original = read(lm.model, m).clone()
+    other = complement(lm.matrices, "1.fc_in@0.25:split4")
+    assert str(other) == "1.fc_in@r9:bottom:split4"
+    halves = []
+    for text in ("1.fc_in@0.25:split4", other):
+        with applied(lm, text):
+            halves.append(read(lm.model, m).clone())
+    torch.testing.assert_close(halves[0] + halves[1], original, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_cannot_be_cut_into_equal_blocks_are_told(make: Make) -> None:
+    with pytest.raises(MatrixError, match=r"48 rows of 1\.fc_in cannot be cut into 5 equal blocks"):
+        resolve(make("llama").matrices, "1.fc_in@0.25:split5")
+
+
+def test_an_edit_inside_of_a_factored_model_is_refused(make: Make) -> None:
+    lm = make("llama")
+    with factored(lm, "1.fc_in@0.2"), pytest.raises(WeightError, match="two factors"), applied(lm, "1.fc_in@0.1"):
+        pass

@@ -6,16 +6,18 @@ import pytest
 import torch
 from families import SCORED
 
+from laserlm.algebra import decompose
 from laserlm.editing import applied
 from laserlm.editing.cache import DecompositionCache
 from laserlm.models import LanguageModel
 from laserlm.models.matrices import read, view
-from laserlm.scoring.encoding import encode
+from laserlm.scoring.encoding import Row, encode
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.forward import batches
 from laserlm.scoring.forward import read as read_off
 from laserlm.searching import expand
-from laserlm.searching.screen import Prediction, screen
+from laserlm.searching.moments import input_moments
+from laserlm.searching.screen import Prediction, screen, sensitivities
 from laserlm.tasks import Example, Scorer, Split
 
 Make = Callable[..., LanguageModel]
@@ -151,3 +153,63 @@ def test_a_matrix_that_cannot_be_decomposed_is_left_out(make: Make) -> None:
         lm.model.model.layers[1].mlp.gate_proj.weight[0, 0] = float("inf")
     lm.model.model.layers[1].mlp.act_fn = torch.nn.Sigmoid()
     assert set(predict(lm, "1.mlp@0.5")) == {"1.fc_up@0.5", "1.fc_out@0.5"}
+
+
+def keeping(seen: dict[str, tuple[torch.Tensor, torch.Tensor]], name: str) -> Callable[..., None]:
+    def hook(_: object, args: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        seen[name] = (args[0].detach().flatten(0, -2), out)
+        out.retain_grad()
+
+    return hook
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt"])
+def test_sensitivities_are_half_the_sum_of_squared_token_gradients(family: str, make: Make) -> None:
+    lm = make(family)
+    lm.model.requires_grad_(True)
+    matrices = [m for m in lm.matrices if m.part_of is None]
+    parts = {m.id: decompose(read(lm.model, m)) for m in matrices}
+    ids = torch.randint(5, 400, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [Row(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(8))) for i, x in enumerate(ids)]
+    expected = {m.id: torch.zeros(m.max_rank) for m in matrices}
+    for x in ids:
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        paths = {m.id: m.path.rpartition(".")[0] for m in matrices}
+        hooks = [lm.model.get_submodule(path).register_forward_hook(keeping(seen, name)) for name, path in paths.items()]
+        lm.model(input_ids=torch.tensor([x]), labels=torch.tensor([x])).loss.backward()
+        for m in matrices:
+            given, out = seen[m.id]
+            assert out.grad is not None
+            D = out.grad.flatten(0, -2)
+            per_token = (D @ parts[m.id].left) * (given @ parts[m.id].right.T)  # (T, k)
+            expected[m.id] += per_token.square().sum(0) / 2 / len(ids)
+        for hook in hooks:
+            hook.remove()
+    found = sensitivities(lm, rows, matrices, lambda m: parts[m.id], batch_size=2)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=2e-3, atol=1e-9 + 1e-4 * float(values.max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_input_moments_are_those_of_what_goes_into_each_layer(family: str, make: Make) -> None:
+    lm = make(family)
+    paths = list(dict.fromkeys(m.path.rpartition(".")[0] for m in lm.matrices))
+    ids = [torch.randint(5, 400, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 9, 9, 6)]
+    rows = [Row(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(len(x) - 1))) for i, x in enumerate(ids)]
+    seen: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
+    hooks = [
+        lm.model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: seen[path].append(args[0].flatten(0, -2))
+        )
+        for path in paths
+    ]
+    with torch.no_grad():
+        for x in ids:
+            lm.model(input_ids=torch.tensor([x[:-1]]))
+    for hook in hooks:
+        hook.remove()
+    found = input_moments(lm, rows, paths, batch_size=2)
+    for path in paths:
+        X = torch.cat(seen[path]).double()
+        torch.testing.assert_close(found[path], X.T @ X / len(X), atol=1e-5, rtol=1e-4)

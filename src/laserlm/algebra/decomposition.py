@@ -10,10 +10,12 @@ from torch import Tensor
 from laserlm.errors import WeightError
 from laserlm.spec import Keep
 
-__all__ = ["ALGORITHM", "Decomposition", "basis_of", "decompose", "reference_truncation"]
+__all__ = ["ALGORITHM", "Decomposition", "basis_of", "decompose", "reference_truncation", "whitened"]
 
 ALGORITHM = "gram64-1"
 """Version of the algorithm behind ``basis_of``; part of the key under which a basis is cached."""
+DAMPING = 1e-6
+"""Least second moment of the inputs in any direction, as a share of the mean, where moments must be inverted."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,15 @@ class Decomposition:
 
     def truncate(self, rank: int, keep: Keep = "top") -> Tensor:
         """Return the (m, n) matrix of the ``rank`` largest (or, with ``bottom``, smallest) singular values."""
+        left, right = self.factors(rank, keep)
+        return left @ right
+
+    def factors(self, rank: int, keep: Keep = "top") -> tuple[Tensor, Tensor]:
+        """Return the two factors, (m, r) and (r, n), of the ``rank`` largest (or smallest) singular values."""
         if not 0 <= rank <= self.max_rank:
             raise ValueError(f"rank {rank} is not within 0 to {self.max_rank}")
         kept = slice(0, rank) if keep == "top" else slice(self.max_rank - rank, None)
-        return self.left[:, kept] @ self.right[kept]  # (m, r) @ (r, n)
+        return self.left[:, kept], self.right[kept]
 
 
 def basis_of(weight: Tensor) -> Tensor:
@@ -98,6 +105,40 @@ def decompose(weight: Tensor) -> Decomposition:
     """
     weight = working(weight)
     return Decomposition.from_basis(weight, basis_of(weight))
+
+
+def whitened(weight: Tensor, moments: Tensor) -> Decomposition:
+    """Decompose a matrix W (m, n) so that its truncations change what it puts out least, over the inputs it meets.
+
+    With X the inputs (n, tokens), M = X X^T / tokens and M = L L^T, the singular value decomposition of W L gives the
+    truncation W_r that minimises the mean of |W x - W_r x|^2. For m <= n that is W projected on the first columns of U,
+    without an inverse; for m > n it is W L V_r V_r^T L^-1. The square root L comes from the eigenvectors of M, for a
+    Cholesky factor fails where some direction has no input. The norms of the factors are not singular values of W.
+
+    Args:
+        weight: (m, n).
+        moments: M (n, n), mean over tokens of x x^T.
+
+    Raises:
+        WeightError: if the weight or the moments hold NaN or inf.
+
+    Source: Wang et al., SVD-LLM, arXiv 2403.07378, section 3.1.
+    """
+    weight = working(weight)
+    if not bool(moments.isfinite().all()):
+        raise WeightError("the inputs of the layer overflow its dtype; load the model in bfloat16 or float32")
+    place = "cpu" if weight.device.type == "mps" else weight.device  # Apple's GPUs have no float64
+    W, M = (t.to(place, torch.float64) for t in (weight, moments))
+    m, n = W.shape
+    if m <= n:
+        U = torch.linalg.eigh(W @ M @ W.T)[1].flip(1)  # (m, m)
+        return Decomposition(left=U.to(weight).contiguous(), right=(U.T @ W).to(weight))
+    variances, Q = torch.linalg.eigh(M)
+    roots = variances.clamp_min(DAMPING * float(M.diagonal().mean())).sqrt()  # (n,)
+    WL = W @ (Q * roots)
+    V = torch.linalg.eigh(WL.T @ WL)[1].flip(1)  # (n, n)
+    right = V.T @ (Q / roots).T  # V^T L^-1
+    return Decomposition(left=(WL @ V).to(weight), right=right.to(weight))
 
 
 def working(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from laserlm import __version__
-from laserlm.cli import evaluate, harness, models, runs, search, tasks
+from laserlm.cli import evaluate, export, harness, models, runs, search, tasks
 from laserlm.cli.progress import say
 from laserlm.errors import LaserError
 
@@ -22,6 +22,11 @@ app.command()(models.matrices)
 app.command()(evaluate.evaluate)
 app.command()(search.search)
 app.command()(models.generate)
+app.command()(export.save)
+app.command()(export.compress)
+app.command()(export.sweep_layers)
+app.command()(export.load_check)
+app.command()(export.reproduce)
 app.command()(tasks.verify)
 app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     harness.lm_eval

@@ -23,7 +23,7 @@ from laserlm.spec import Intervention, Layers, Reduction, Size
 Text = str | Iterable[str] | Intervention
 """An intervention, or the text of one; several texts are joined."""
 
-__all__ = ["Edit", "applied", "complement", "resolve"]
+__all__ = ["Edit", "Text", "active", "applied", "complement", "kept_under", "resolve", "truncation", "written"]
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,36 @@ class Edit:
 
     Args:
         matrix: the matrix.
-        rank: number of singular values kept.
+        rank: number of singular values kept, of each block of rows.
+        max_rank: number of singular values of each block of rows; the matrix is one block unless it is to be split.
         reduction: the reduction that asks for it.
     """
 
     matrix: Matrix
     rank: int
+    max_rank: int
     reduction: Reduction
+
+    @classmethod
+    def of(cls, matrix: Matrix, reduction: Reduction) -> Edit:
+        """Return what a reduction makes of a matrix that it means.
+
+        Raises:
+            MatrixError: if the matrix cannot be split into so many equal blocks of rows.
+        """
+        m, n = matrix.shape
+        if m % reduction.split:
+            raise MatrixError(
+                f"{reduction}: the {m} rows of {matrix.id} cannot be cut into {reduction.split} equal blocks; "
+                "give a divisor after ':split'"
+            )
+        max_rank = min(m // reduction.split, n)
+        return cls(matrix, rank_of(reduction.size, max_rank), max_rank, reduction)
 
     @property
     def is_identity(self) -> bool:
         """Whether every singular value is kept, so that the matrix is left as it is."""
-        return self.rank == self.matrix.max_rank
+        return self.rank == self.max_rank
 
     def repeats(self, other: Edit) -> bool:
         """Whether this is the same edit of tied weights once more, as where ``all.mlp@0.1`` meets shared blocks."""
@@ -61,10 +79,11 @@ def resolve(matrices: Sequence[Matrix], intervention: Text) -> tuple[Edit, ...]:
     edits: list[Edit] = []
     for reduction in Intervention.parse(intervention).reductions:
         chosen = select(matrices, reduction.layers, reduction.matrix, reduction.stack)
-        largest = max(m.max_rank for m in chosen)
+        meant = [Edit.of(m, reduction) for m in chosen]
+        largest = max(edit.max_rank for edit in meant)
         if reduction.size.rank is not None and reduction.size.rank > largest:
             raise MatrixError(f"{reduction} asks for rank {reduction.size.rank}; the matrices it means have {largest} at most")
-        edits += [Edit(m, rank_of(reduction.size, m.max_rank), reduction) for m in chosen]
+        edits += meant
     by_parameter: dict[str, list[Edit]] = {}
     for edit in edits:
         earlier = by_parameter.setdefault(edit.matrix.tied_to or edit.matrix.path, [])
@@ -102,7 +121,13 @@ def applied(
     """
     intervention = Intervention.parse(intervention)
     edits = resolve(lm.matrices, intervention)
-    cache = cache or _kept_under(lm.cache)
+    with written(lm, edits, cache or kept_under(lm.cache), seed), active(lm, intervention):
+        yield lm
+
+
+@contextmanager
+def written(lm: LanguageModel, edits: Sequence[Edit], cache: DecompositionCache, seed: int = 0) -> Iterator[None]:
+    """Put what edits make of their matrices in the place of the weights until the end of the block."""
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for path, group in _by_parameter(edits):
@@ -112,16 +137,23 @@ def applied(
                 _write(new, edit.matrix, truncation(lm, edit, cache, seed))
             originals.append((parameter, parameter.data))
             parameter.data = new
-        if intervention:
-            lm.active.append(str(intervention))
-        try:
-            yield lm
-        finally:
-            if intervention:
-                lm.active.pop()
+        yield
     finally:
         for parameter, original in reversed(originals):
             parameter.data = original
+
+
+@contextmanager
+def active(lm: LanguageModel, what: Intervention | str) -> Iterator[None]:
+    """Let the model say that it is changed, and how, until the end of the block."""
+    if not what:
+        yield
+        return
+    lm.active.append(str(what))
+    try:
+        yield
+    finally:
+        lm.active.pop()
 
 
 @torch.no_grad()
@@ -132,7 +164,9 @@ def truncation(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: i
         if edit.reduction.method == "reference":
             row = ARCHITECTURES.get(lm.family)
             return reference_truncation(weight, edit.rank, niter=row.reference_niter if row else 2, seed=seed)
-        return cache.get(weight).truncate(edit.rank, edit.reduction.keep)
+        blocks = weight.chunk(edit.reduction.split)
+        kept = [cache.get(block).truncate(edit.rank, edit.reduction.keep) for block in blocks]
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
     except WeightError as error:
         raise WeightError(f"cannot reduce {edit.matrix.id} ({edit.matrix.path}): {error}") from None
 
@@ -147,9 +181,10 @@ def complement(matrices: Sequence[Matrix], intervention: Text) -> Intervention:
             Reduction(
                 layers=Layers(first=edit.matrix.layer, last=edit.matrix.layer),
                 matrix=edit.matrix.name,
-                size=Size(rank=edit.matrix.max_rank - edit.rank),
+                size=Size(rank=edit.max_rank - edit.rank),
                 keep="bottom" if edit.reduction.keep == "top" else "top",
                 stack=edit.matrix.stack,
+                split=edit.reduction.split,
             )
             for edit in resolve(matrices, intervention)
         )
@@ -157,7 +192,8 @@ def complement(matrices: Sequence[Matrix], intervention: Text) -> Intervention:
 
 
 @lru_cache(maxsize=8)
-def _kept_under(folder: Path) -> DecompositionCache:
+def kept_under(folder: Path) -> DecompositionCache:
+    """Return the decompositions kept under a model's cache folder."""
     return DecompositionCache(folder / "decompositions")
 
 

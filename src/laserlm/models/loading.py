@@ -31,7 +31,7 @@ from laserlm.models import bundled
 from laserlm.models.language_model import Kind, LanguageModel
 from laserlm.paths import atomic_folder, cache_folder
 
-__all__ = ["load", "set_up_bundled"]
+__all__ = ["CLASSES", "dtype_named", "load", "quiet", "set_up_bundled"]
 
 CLASSES: dict[Kind, type[_BaseAutoModelClass]] = {
     "causal": AutoModelForCausalLM,
@@ -82,7 +82,7 @@ def load(
     cache = Path(cache) if cache is not None else cache_folder()
     source = set_up_bundled(cache) if str(name) == "bundled" else name
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": allow_remote_code}
-    weights: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": device_map}
+    weights: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype_named(dtype), "device_map": device_map}
     if Path(source).suffix == ".gguf":
         file = Path(source)
         if not file.is_file():
@@ -130,7 +130,7 @@ def set_up_bundled(cache: Path) -> Path | str:
     bundled.check(file)
     unpacked = load(file, dtype="float32", device="cpu")
     try:
-        with _quiet(), atomic_folder(folder) as part:
+        with quiet(), atomic_folder(folder) as part:
             unpacked.model.save_pretrained(part)
             unpacked.need_tokenizer().save_pretrained(part)
     except (OSError, SafetensorError) as error:
@@ -152,9 +152,14 @@ def _device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype or "auto"
+def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the dtype of weights with this name.
+
+    Raises:
+        ModelError: if there is none, or not of floats.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ModelError(f"no dtype {dtype!r}; write float32, bfloat16 or float16")
@@ -199,7 +204,7 @@ def _tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' warnings off stderr, and its progress bars where stderr is no terminal; errors still rise."""
     if sys.stderr.isatty():
         with _errors_only():
@@ -229,7 +234,7 @@ def _errors_only() -> Iterator[None]:
 def _explained(name: str, source: str | Path) -> Iterator[None]:
     """Turn the ways in which transformers fails to load into one error with the next step."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

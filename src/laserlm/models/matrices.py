@@ -16,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from laserlm.errors import MatrixError, WeightError
+from laserlm.low_rank import LowRankLinear
 from laserlm.models.architectures import ARCHITECTURES, SHARED, Architecture
 from laserlm.spec import GROUPS, Layers
 
@@ -102,8 +103,10 @@ def read(model: nn.Module, matrix: Matrix) -> Tensor:
     """Return a matrix of the model as an (out, in) tensor, which may share memory with it.
 
     Raises:
-        WeightError: if the weight is quantised, or offloaded by accelerate and so not in memory.
+        WeightError: if the weight is quantised, held as two factors, or offloaded by accelerate and so not in memory.
     """
+    if isinstance(model.get_submodule(matrix.path.rpartition(".")[0]), LowRankLinear):
+        raise WeightError(f"{matrix.id} is held as two factors; load the base model, which the folder's laser.json names")
     parameter = model.get_parameter(matrix.path).detach()
     if parameter.device.type == "meta":
         raise WeightError(f"{matrix.id} is offloaded and not in memory; load the model with a device_map that holds it")
@@ -218,8 +221,14 @@ def _weights(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramet
             continue
         for name, parameter in module.named_parameters(recurse=False):
             stacked = parameter.ndim == 3 and "bias" not in name
-            if (stacked or (parameter.ndim == 2 and name == "weight")) and min(parameter.shape[-2:]) > 1:
+            matrix = parameter.ndim == 2 and name == "weight" and not isinstance(module, LowRankLinear)
+            if ((stacked or matrix) and min(parameter.shape[-2:]) > 1) or parameter is _first_factor(module):
                 yield path, module, name, parameter
+
+
+def _first_factor(module: nn.Module) -> nn.Parameter | None:
+    """Return the parameter that stands for the matrix of a layer held as two factors."""
+    return module.get_parameter("weight") if isinstance(module, LowRankLinear) else None
 
 
 def _has_matrix(block: nn.Module) -> bool:
@@ -262,8 +271,9 @@ def _expand(
     parameter: nn.Parameter,
 ) -> Iterator[Matrix]:
     """Yield the matrices of one parameter: each expert's, and each fused one whole and by its parts."""
-    transposed = isinstance(model.get_submodule(path.rpartition(".")[0]), Conv1D)
-    a, b = parameter.shape[-2:]
+    module = model.get_submodule(path.rpartition(".")[0])
+    transposed = isinstance(module, Conv1D)
+    a, b = parameter.shape[-2:] if not isinstance(module, LowRankLinear) else (module.out_features, module.in_features)
     shape = (b, a) if transposed else (a, b)
     fused = row.fused.get(name) if row else None
     for expert in range(parameter.shape[0]) if parameter.ndim == 3 else [None]:

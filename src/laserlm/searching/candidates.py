@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from laserlm.algebra.ranks import rank_of
+from laserlm.editing.applied import Edit
 from laserlm.errors import MatrixError
 from laserlm.models.matrices import Matrix, select
 from laserlm.spec import Grid, Intervention, Layers, Reduction
@@ -32,14 +32,15 @@ def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Candidate]:
         MatrixError: if it names a matrix that is not there, or leaves no candidate.
     """
     grid = Grid.parse(grid)
-    candidates: dict[tuple[str, int, str, str], Candidate] = {}
+    candidates: dict[tuple[str, int, str, str, int], Candidate] = {}
     for part in grid.parts:
         for m in select(matrices, part.layers, part.matrix, part.stack):
             for size in part.sizes if m.tied_to is None else ():
-                rank = rank_of(size, m.max_rank)
-                if rank < m.max_rank:
-                    one = Reduction(Layers(first=m.layer, last=m.layer), m.name, size, part.keep, part.method, m.stack)
-                    candidates.setdefault((m.id, rank, part.keep, part.method), Candidate(m, Intervention((one,))))
+                at = Layers(first=m.layer, last=m.layer)
+                edit = Edit.of(m, Reduction(at, m.name, size, part.keep, part.method, m.stack, part.split))
+                if not edit.is_identity:
+                    key = (m.id, edit.rank, part.keep, part.method, part.split)
+                    candidates.setdefault(key, Candidate(m, Intervention((edit.reduction,))))
     if not candidates:
         raise MatrixError(f"the grid {grid} keeps every matrix whole; give sizes below the matrices' ranks")
     place = {m.id: i for i, m in enumerate(matrices)}

@@ -182,6 +182,7 @@ def search(
             screened=work.screened,
             steps=tuple(work.steps),
             finalists=finalists,
+            settings=json.loads(json.dumps(settings)),  # as they come back from a store
         )
         run.finish(found.as_dict())
         return found

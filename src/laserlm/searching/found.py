@@ -141,6 +141,7 @@ class Found:
         steps: accepted steps of a composition.
         finalists: where the scorer judges what the model writes: accuracy on validation, by canonical text, of those that
             the log-loss of the answers ranked best, and of the unchanged model.
+        settings: all that the result depends on, hashes of the model and of both splits among them.
     """
 
     run: str
@@ -159,6 +160,7 @@ class Found:
     screened: Screened | None = None
     steps: tuple[Accepted, ...] = ()
     finalists: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -179,6 +181,7 @@ class Found:
             "screened": asdict(self.screened) if self.screened else None,
             "steps": [step.as_dict() for step in self.steps],
             "finalists": self.finalists,
+            "settings": self.settings,
         }
 
     @classmethod

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from scipy import stats
 
-from laserlm.algebra.ranks import rank_of
+from laserlm.editing.applied import Edit
 from laserlm.errors import ScoringError
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate
@@ -185,11 +185,11 @@ def _neighbours(intervention: Intervention, every: Sequence[Candidate]) -> list[
         return []
     (reduction,) = intervention.reductions
     same = [
-        c
+        (Edit.of(c.matrix, other).rank, c)
         for c in every
-        if c.matrix == here.matrix
-        and (c.intervention.reductions[0].keep, c.intervention.reductions[0].method) == (reduction.keep, reduction.method)
+        for other in c.intervention.reductions
+        if c.matrix == here.matrix and other == replace(reduction, size=other.size)
     ]
-    same.sort(key=lambda c: rank_of(c.intervention.reductions[0].size, c.matrix.max_rank))
-    at = same.index(here)
-    return [same[i].intervention for i in (at - 1, at + 1) if 0 <= i < len(same)]
+    same.sort(key=lambda pair: pair[0])
+    at = [c for _, c in same].index(here)
+    return [same[i][1].intervention for i in (at - 1, at + 1) if 0 <= i < len(same)]

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers.pytorch_utils import Conv1D
 
 from laserlm.algebra.decomposition import Decomposition
-from laserlm.algebra.ranks import rank_of
+from laserlm.editing.applied import Edit
 from laserlm.editing.cache import DecompositionCache
 from laserlm.errors import WeightError
 from laserlm.models.language_model import LanguageModel
@@ -38,7 +38,9 @@ from laserlm.scoring.kernels import quick
 from laserlm.searching.candidates import Candidate
 from laserlm.tasks import Example, Scorer
 
-__all__ = ["Prediction", "screen"]
+__all__ = ["Decomposed", "Prediction", "screen", "sensitivities"]
+
+Decomposed = Callable[[Matrix], Decomposition]
 
 CURVATURE = 0.5
 """Weight of the variance: half of the Fisher information along the edit, which is how the log-loss bends to second order."""
@@ -87,7 +89,7 @@ def screen(
     """Predict the change of loss under each candidate, to first order, by its canonical text.
 
     Candidates whose matrix cannot be decomposed are left out, for scoring to tell the reason, and so are those whose
-    gradient overflows. Randomised decompositions are predicted by the exact ones.
+    gradient overflows. Randomised decompositions are predicted by the exact ones, blocks of rows by the matrix whole.
 
     Args:
         lm: the unchanged model.
@@ -100,32 +102,83 @@ def screen(
         between_choices: take the log-loss of the right choice among the choices, where the scorer is ``choice``, instead
             of its log-loss among all tokens.
     """
+    coefficients = _coefficients(lm, examples, rows, scorer, batch_size, between_choices)
+    by_matrix: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        by_matrix.setdefault(candidate.matrix.id, []).append(candidate)
+    matrices = list({c.matrix.id: c.matrix for c in candidates}.values())
     found: dict[str, Prediction] = {}
+    for matrix, total in _contributed(
+        lm, rows, coefficients, len(examples), matrices, lambda m: cache.get(read(lm.model, m)), batch_size
+    ):
+        if bool(total.isfinite().all()):
+            for candidate in by_matrix[matrix.id]:
+                found[str(candidate.intervention)] = _predict(candidate, total, len(examples))
+    return found
+
+
+def sensitivities(
+    lm: LanguageModel, rows: Sequence[Row], matrices: Sequence[Matrix], decomposed: Decomposed, *, batch_size: int = 4
+) -> dict[str, Tensor]:
+    """Return what dropping each component of each matrix costs, (k,), by the matrix's id: half the Fisher information.
+
+    Of a component, that is half the sum over tokens of the squared contribution to the gradient, as if tokens were
+    independent; with the gradient of the mean loss of a row. It is never negative, and the costs of several components
+    add up, cross terms aside.
+
+    Args:
+        lm: the unchanged model.
+        rows: texts, one example each.
+        matrices: weights of linear layers.
+        decomposed: returns the decomposition of a matrix.
+        batch_size: rows in one pass.
+
+    Raises:
+        WeightError: if a gradient overflows.
+    """
+    coefficients: list[tuple[float, list[float]]] = [(-1 / len(row.targets), []) for row in rows]
+    found: dict[str, Tensor] = {}
+    for matrix, total in _contributed(lm, rows, coefficients, len(rows), matrices, decomposed, batch_size, squared=True):
+        if not bool(total.isfinite().all()):
+            raise WeightError(f"the gradient of {matrix.id} overflows {lm.dtype}; load the model in bfloat16 or float32")
+        found[matrix.id] = total.mean(0) / 2
+    return found
+
+
+def _contributed(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    coefficients: Sequence[tuple[float, list[float]]],
+    examples: int,
+    matrices: Sequence[Matrix],
+    decomposed: Decomposed,
+    batch_size: int,
+    *,
+    squared: bool = False,
+) -> Iterator[tuple[Matrix, Tensor]]:
+    """Yield each matrix with the contributions of its components, (E, k), from the last block to the first."""
     sums: dict[str, Tensor] = {}  # of matrices whose block is called again further down
     with _frozen(lm.model):
-        passes = _passes(lm, rows, _coefficients(lm, examples, rows, scorer, batch_size, between_choices), batch_size)
+        passes = _passes(lm, rows, coefficients, batch_size)
         places = [call.place for call in passes[0].calls]
         # The blocks as they were called, the last first; every batch calls them in the same order.
         for call in reversed(range(len(places))):
-            wanted = [c for c in candidates if (c.matrix.stack, c.matrix.layer) == places[call]]
-            matrices = [c.matrix for c in wanted]
-            for matrix, contributions in _contributions(lm, passes, call, matrices, cache, rows, len(examples)):
+            wanted = [m for m in matrices if (m.stack, m.layer) == places[call]]
+            for matrix, contributions in _contributions(lm, passes, call, wanted, decomposed, rows, examples, squared):
                 earlier = sums.pop(matrix.id, None)
                 total = contributions if earlier is None else earlier + contributions
                 if places[call] in places[:call]:
                     sums[matrix.id] = total
-                    continue
-                for candidate in wanted:
-                    if candidate.matrix == matrix and bool(total.isfinite().all()):
-                        found[str(candidate.intervention)] = _predict(candidate, total, len(examples))
-    return found
+                else:
+                    yield matrix, total
 
 
 def _predict(candidate: Candidate, contributions: Tensor, examples: int) -> Prediction:
     """Return what dropping a candidate's components does; contributions are (E, k), or (1, k) where only the mean is known."""
     (reduction,) = candidate.intervention.reductions
     k = contributions.shape[1]
-    rank = rank_of(reduction.size, candidate.matrix.max_rank)
+    edit = Edit.of(candidate.matrix, reduction)
+    rank = edit.rank * k // edit.max_rank
     dropped = contributions[:, rank:] if reduction.keep == "top" else contributions[:, : k - rank]
     changes = -dropped.sum(1)  # (E,)
     deviation = None if len(changes) == 1 else float(changes.std())
@@ -211,15 +264,16 @@ def _contributions(
     passes: Sequence[_Pass],
     call: int,
     matrices: Sequence[Matrix],
-    cache: DecompositionCache,
+    decomposed: Decomposed,
     rows: Sequence[Row],
     examples: int,
+    squared: bool,
 ) -> Iterator[tuple[Matrix, Tensor]]:
     """Take the gradient through one call of a block for every batch; yield each matrix with its (E, k) contributions.
 
     Where the tokens of an example cannot be told, as with experts stacked in one tensor, they are (1, k): the mean.
     """
-    watched = [w for m in dict.fromkeys(matrices) if (w := _watched(lm, m, cache, examples)) is not None]
+    watched = [w for m in dict.fromkeys(matrices) if (w := _watched(lm, m, decomposed, examples, squared)) is not None]
     by_module: dict[str, list[_Watched]] = {}
     stacked: list[_Watched] = []
     for w in watched:
@@ -246,7 +300,7 @@ def _contributions(
                 G = (G.flatten(0, 1) if w.matrix.rows is not None else G).to(w.sums)  # (m, n)
                 w.sums[0] = ((G @ w.decomposition.right.T) * w.decomposition.left).sum(0)
     for w in watched:
-        found = w.sums / _scale(lm)
+        found = w.sums / (_scale(lm) ** 2 if squared else _scale(lm))
         yield w.matrix, found if w.attributed else found.sum(0, keepdim=True) / examples
 
 
@@ -257,15 +311,16 @@ class _Watched:
     matrix: Matrix
     decomposition: Decomposition
     sums: Tensor
+    squared: bool
     attributed: bool = True
 
 
-def _watched(lm: LanguageModel, matrix: Matrix, cache: DecompositionCache, examples: int) -> _Watched | None:
+def _watched(lm: LanguageModel, matrix: Matrix, decomposed: Decomposed, examples: int, squared: bool) -> _Watched | None:
     try:
-        d = cache.get(read(lm.model, matrix))
+        d = decomposed(matrix)
     except WeightError:
         return None
-    return _Watched(matrix, d, d.left.new_zeros(examples, d.max_rank))
+    return _Watched(matrix, d, d.left.new_zeros(examples, d.max_rank), squared)
 
 
 @contextmanager
@@ -343,7 +398,10 @@ def _components(w: _Watched, x: Tensor, d: Tensor) -> Tensor:
         r = w.matrix.rows
         d = d.unflatten(-1, (r.groups, r.stride))[..., r.start : r.start + r.length].flatten(-2)
     left, right = w.decomposition.left, w.decomposition.right
-    contributions: Tensor = torch.linalg.vecdot(d.to(left) @ left, x.to(left) @ right.T, dim=1)  # over T
+    a, b = d.to(left) @ left, x.to(left) @ right.T  # (B, T, k)
+    contributions: Tensor = (
+        torch.linalg.vecdot(a.square(), b.square(), dim=1) if w.squared else torch.linalg.vecdot(a, b, dim=1)
+    )
     return contributions
 
 

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from laserlm.models import LanguageModel
+
+Make = Callable[..., LanguageModel]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    answers = ["Paris", "Rome", "true", "false"] * 5
+    rows = [{"id": str(i), "prompt": f"The capital number {i} is", "answer": a} for i, a in enumerate(answers)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The capital of France is Paris and the capital of Italy is Rome in Italy or Oslo. " * 120)
+    return file
+
+
+def test_a_reduction_is_saved_checked_and_made_again(run: Run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, _ = run("save", folder, "--reduce", "all.mlp@0.2", "--form", "factored", "--out", out, "--json")
+    assert code == 0
+    told = json.loads(printed)
+    assert told["form"] == "factored"
+    assert told["parameters"] < told["base_parameters"]
+    assert len(told["matrices"]) == 9
+    code, printed, err = run("save", folder, "--reduce", "all.mlp@0.2", "--out", out)
+    assert (code, printed) == (1, "")
+    assert "exists already" in err
+    code, printed, _ = run("reproduce", out)
+    assert code == 0
+    assert "equal, bit by bit" in printed
+    code, printed, _ = run("load-check", out, "--json")
+    assert code == 0
+    assert json.loads(printed)["imported_laserlm"] is True
+    (out / "model.safetensors").write_bytes(b"")
+    code, _, err = run("load-check", out)
+    assert code == 1
+    assert "does not load" in err
+
+
+def test_matrices_that_stay_whole_are_named(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, printed, _ = run("save", folder, "--reduce", "1.mlp@0.9", "--form", "factored", "--out", tmp_path / "out")
+    assert code == 0
+    assert "1.fc_in stays one matrix: rank 28 would take 2240 parameters as factors, 1536 as a matrix" in printed
+
+
+def test_what_a_search_found_is_saved_with_its_gain_and_scored_again(
+    run: Run, folder: Path, questions: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "runs.db"
+    task = ("--task", f"jsonl:{questions}")
+    code, printed, _ = run("search", folder, *task, "--grid", "2.mlp@0.1,0.5", "--metric", "loss", "--store", store, "--json")
+    assert code == 0
+    best = json.loads(printed)["best"]
+    code, _, _ = run("save", folder, "--run", "last", "--store", store, "--out", tmp_path / "out")
+    assert code == 0
+    record = json.loads((tmp_path / "out" / "laser.json").read_text())
+    assert record["intervention"] == best
+    assert record["found"]["test"]["n"] == 16
+    assert "of 6 candidates by loss" in (tmp_path / "out" / "README.md").read_text()
+    code, printed, err = run("reproduce", tmp_path / "out", *task)
+    assert code == 0, err
+    assert "recorded:" in printed
+    assert "again:" in printed
+    questions.write_text(questions.read_text().replace("Rome", "Oslo"))
+    code, printed, err = run("reproduce", tmp_path / "out", *task)
+    assert code == 0
+    assert "not the examples" in err
+    questions.unlink()
+    code, printed, err = run("reproduce", tmp_path / "out", *task, "--json")
+    assert code == 0
+    assert json.loads(printed)["test"] is None
+    assert "not compared" in err
+
+
+def test_nothing_or_two_things_to_save_is_an_error(run: Run, folder: Path, tmp_path: Path) -> None:
+    for given in ((), ("--reduce", "1.mlp@0.5", "--run", "last")):
+        code, _, err = run("save", folder, *given, "--out", tmp_path / "out")
+        assert code == 1
+        assert "give --reduce SPEC, or --run ID" in err
+    code, _, err = run("save", folder, "--run", "last", "--store", tmp_path / "none.db", "--out", tmp_path / "out")
+    assert code == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, err = run("compress", folder, "--ratio", 0.5, "--calibration", text, "--out", out, "--json")
+    assert code == 0, err
+    told = json.loads(printed)
+    assert told["parameters"] < 0.8 * told["base_parameters"]
+    assert told["perplexity"] != told["base_perplexity"]
+    code, printed, _ = run("reproduce", out)
+    assert code == 0
+    code, _, err = run("compress", folder, "--out", tmp_path / "other")
+    assert code == 1
+    assert "--calibration FILE" in err
+
+
+def test_the_last_blocks_are_swept_with_ratios_in_any_way_of_writing_them(run: Run, folder: Path, questions: Path) -> None:
+    task = ("--task", f"jsonl:{questions}", "--limit", 3)
+    code, printed, _ = run("sweep-layers", folder, "--ratios", ".1", ".25", ".5", "--from-top", 2, *task, "--json")
+    assert code == 0
+    rows = json.loads(printed)
+    assert [(r["top"], r["rho"]) for r in rows] == [(0, None), *((t, r) for t in (1, 2) for r in ("0.1", "0.25", "0.5"))]
+    assert [r["intervention"] for r in rows][1] == "top1.all@0.1"
+    assert rows[-1]["parameters"] < 1
+    code, again, _ = run("sweep-layers", folder, "--ratios", ".1,.25,.5", "--from-top", 2, *task, "--json")
+    assert again == printed
+    code, _, err = run("sweep-layers", folder, "--ratios", "much", *task)
+    assert code == 1
+    assert "much" in err
