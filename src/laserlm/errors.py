@@ -10,6 +10,7 @@
     ├── ScoringError           scores that cannot be computed or compared
     ├── StoreError             a results database that cannot be opened or written
     │   └── RunBusyError       a run that another live process is working on
+    ├── AnalysisError          a study that cannot be made of what is there
     ├── ExportError            a model that cannot be saved, checked or made again
     └── MissingExtraError      an optional package that is not installed
 
@@ -17,6 +18,7 @@ Every message says what failed, the value received, what is allowed and the next
 """
 
 __all__ = [
+    "AnalysisError",
     "ExportError",
     "LaserError",
     "MatrixError",
@@ -78,3 +80,7 @@ class MissingExtraError(LaserError, ImportError):
 
 class ExportError(LaserError):
     """Report a model that cannot be saved, or a saved one that is not what its record says."""
+
+
+class AnalysisError(LaserError):
+    """Report a study that cannot be made of what is there."""

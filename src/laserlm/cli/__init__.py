@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from laserlm import __version__
-from laserlm.cli import evaluate, export, harness, models, runs, search, tasks
+from laserlm.cli import analyze, evaluate, export, harness, models, runs, search, tasks
 from laserlm.cli.progress import say
 from laserlm.errors import LaserError
 
@@ -31,6 +31,7 @@ app.command()(tasks.verify)
 app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     harness.lm_eval
 )
+app.add_typer(analyze.app, name="analyze")
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(runs.app, name="runs")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -121,20 +121,21 @@ def applied(
     """
     intervention = Intervention.parse(intervention)
     edits = resolve(lm.matrices, intervention)
-    with written(lm, edits, cache or kept_under(lm.cache), seed), active(lm, intervention):
+    kept = cache or kept_under(lm.cache)
+    with written(lm, edits, lambda edit: truncation(lm, edit, kept, seed)), active(lm, intervention):
         yield lm
 
 
 @contextmanager
-def written(lm: LanguageModel, edits: Sequence[Edit], cache: DecompositionCache, seed: int = 0) -> Iterator[None]:
-    """Put what edits make of their matrices in the place of the weights until the end of the block."""
+def written(lm: LanguageModel, edits: Sequence[Edit], make: Callable[[Edit], Tensor]) -> Iterator[None]:
+    """Put what ``make`` returns for each edit, (out, in), in the place of its matrix until the end of the block."""
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for path, group in _by_parameter(edits):
             parameter = lm.model.get_parameter(path)
             new = parameter.data.clone()
             for edit in group:
-                _write(new, edit.matrix, truncation(lm, edit, cache, seed))
+                _write(new, edit.matrix, make(edit))
             originals.append((parameter, parameter.data))
             parameter.data = new
         yield

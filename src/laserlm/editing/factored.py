@@ -87,7 +87,7 @@ def factored(
         if edit.matrix.id in factors:
             by_module.setdefault(edit.matrix.path.rpartition(".")[0], []).append(edit)
     dense = [e for e in edits if reasons[e.matrix.id]]
-    with written(lm, dense, cache, seed), active(lm, intervention):
+    with written(lm, dense, lambda edit: truncation(lm, edit, cache, seed)), active(lm, intervention):
         layers = {
             path: low_rank_layer(lm.model.get_submodule(path), [(e.matrix, factors[e.matrix.id]) for e in group])
             for path, group in by_module.items()

@@ -31,7 +31,7 @@ from laserlm.models import bundled
 from laserlm.models.language_model import Kind, LanguageModel
 from laserlm.paths import atomic_folder, cache_folder
 
-__all__ = ["CLASSES", "dtype_named", "load", "quiet", "set_up_bundled"]
+__all__ = ["CLASSES", "dtype_named", "kinds_of", "load", "quiet", "set_up_bundled"]
 
 CLASSES: dict[Kind, type[_BaseAutoModelClass]] = {
     "causal": AutoModelForCausalLM,
@@ -94,7 +94,7 @@ def load(
         weights["use_safetensors"] = True
     with _explained(str(name), source):
         config = AutoConfig.from_pretrained(source, **common)
-        kind = kind or _kinds_of(config)[0]
+        kind = kind or kinds_of(config)[0]
         _check_head(str(name), config, kind)
         commit = getattr(config, "_commit_hash", None)
         # By its commit, because of "main" transformers may load somebody's open pull request with converted weights.
@@ -166,7 +166,7 @@ def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _kinds_of(config: Any) -> list[Kind]:
+def kinds_of(config: Any) -> list[Kind]:
     """Tell the head from the class the checkpoint was saved as, or else all heads that its family offers."""
     for architecture in config.architectures or ():
         if config.is_encoder_decoder and architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
@@ -182,7 +182,7 @@ def _kinds_of(config: Any) -> list[Kind]:
 
 
 def _check_head(name: str, config: Any, kind: Kind) -> None:
-    saved = _kinds_of(config)
+    saved = kinds_of(config)
     if kind not in saved and kind != "headless":
         raise ModelError(
             f"{name!r} was saved as {', '.join(config.architectures or [config.model_type])}, which is {saved[0]}, not {kind}; "

@@ -19,8 +19,9 @@ from laserlm.results.database import Database
 from laserlm.results.export import export_run
 from laserlm.results.run import Run, working
 from laserlm.results.schema import ExampleRow, RunRow, ScoreRow, TrialRow
-from laserlm.results.trials import load_evaluation
+from laserlm.results.trials import load_evaluation, load_examples, load_trials
 from laserlm.scoring.records import Evaluation
+from laserlm.tasks.example import Example
 
 __all__ = ["RunInfo", "Store", "TrialInfo"]
 
@@ -178,6 +179,18 @@ class Store:
                 TrialInfo(t.split, t.intervention, t.status, t.reason, t.n, t.accuracy, t.loss, t.seconds, t.scorer)
                 for t in rows
             ]
+
+    def evaluations(self, run_id: str, split: str) -> dict[str, Evaluation]:
+        """Return the scores of every trial of a split that has some, by intervention."""
+        with self._database.read() as session:
+            _row(session, run_id)
+            return load_trials(session, run_id, split)[0]
+
+    def examples(self, run_id: str, split: str) -> tuple[Example, ...]:
+        """Return the examples that the unchanged model was scored on in a run, in the order of its scores."""
+        with self._database.read() as session:
+            _row(session, run_id)
+            return load_examples(session, run_id, split)
 
     def export(self, run_id: str) -> dict[str, Any]:
         """Return everything of a run as plain JSON values; a score names its example by the place in ``examples``."""

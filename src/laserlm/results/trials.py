@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
@@ -17,7 +18,7 @@ from laserlm.results.schema import ExampleRow, ScoreRow, TrialRow
 from laserlm.scoring.records import Evaluation, Score
 from laserlm.tasks.example import Example
 
-__all__ = ["check", "find_trial", "load_evaluation", "load_trials", "save_evaluation", "save_failure"]
+__all__ = ["check", "find_trial", "load_evaluation", "load_examples", "load_trials", "save_evaluation", "save_failure"]
 
 COLUMNS = ("id", "prompt", "answer", "choices", "group", "fact", "popularity")
 MORE = [f for f in fields(Example) if f.name not in COLUMNS]
@@ -107,6 +108,26 @@ def load_trials(session: Session, run_id: str, split: str) -> tuple[dict[str, Ev
     ).all()
     found = {e.intervention: e for e in _loaded(session, [t for t in trials if t.n])}
     return found, {t.intervention: t.reason or "" for t in trials if t.status == "failed"}
+
+
+def load_examples(session: Session, run_id: str, split: str) -> tuple[Example, ...]:
+    """Return the examples that the unchanged model was scored on, in the order of its scores; none where it was not."""
+    trial = find_trial(session, run_id, split, "")
+    if trial is None:
+        return ()
+    query = select(ExampleRow).join(ScoreRow, ScoreRow.example_id == ExampleRow.id).where(ScoreRow.trial_id == trial.id)
+    rows = session.scalars(query.order_by(ScoreRow.position))
+    return tuple(map(_example, rows))
+
+
+def _example(row: ExampleRow) -> Example:
+    more = {name: _tupled(value) for name, value in (row.more or {}).items()}
+    return Example(row.name, row.prompt, row.answer, tuple(row.choices), row.group, row.fact, row.popularity, **more)
+
+
+def _tupled(value: Any) -> Any:
+    """Return a JSON value with tuples for its lists, as an example has them."""
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 def _loaded(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:

@@ -33,6 +33,7 @@ class Row:
         decoder: the decoder's input tokens, empty for other kinds.
         options: tokens whose log-probabilities are read at the first place: all choices, where each is one token.
         ranked: whether the ranks of the targets are read too.
+        top: number of likeliest tokens that are read at the first place.
     """
 
     example: int
@@ -42,6 +43,7 @@ class Row:
     decoder: tuple[int, ...] = ()
     options: tuple[int, ...] = ()
     ranked: bool = False
+    top: int = 0
 
 
 def encode(lm: LanguageModel, examples: Sequence[Example], scorer: Scorer) -> list[Row]:

@@ -40,12 +40,14 @@ class Outcome:
         argmax: most likely token at each place.
         options: log-probabilities of the options at the first place, in nats.
         ranks: how many tokens are more likely than the target, at each place; empty unless the row asks for it.
+        top: the likeliest tokens at the first place, the likeliest first; as many as the row asks for.
     """
 
     logprobs: list[float]
     argmax: list[int]
     options: list[float]
     ranks: list[int]
+    top: list[int]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Batch:
         options: (B, O) choice tokens, 0 where a row has none.
         counts: numbers of targets and of options of each row.
         ranked: whether the ranks of the targets are wanted.
+        top: number of likeliest tokens that are wanted, by row.
     """
 
     rows: tuple[int, ...]
@@ -73,6 +76,7 @@ class Batch:
     options: Tensor
     counts: tuple[tuple[int, int], ...]
     ranked: bool
+    top: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,14 @@ class Reading:
         argmax: (N,) most likely token at each place.
         options: (B, O) log-probabilities of the options at each row's first place, in nats.
         ranks: (N,) how many tokens are more likely than the target; None where no row asks for it.
+        top: (B, K) likeliest tokens at each row's first place, K the most that a row asks for.
     """
 
     logprobs: Tensor
     argmax: Tensor
     options: Tensor
     ranks: Tensor | None
+    top: Tensor
 
 
 @torch.no_grad()
@@ -214,12 +220,14 @@ def outcomes(batch: Batch, reading: Reading) -> list[Outcome]:
     """Return what was read off a batch row by row, as plain numbers."""
     logprobs, argmax, options = (x.cpu().tolist() for x in (reading.logprobs, reading.argmax, reading.options))
     ranks = [] if reading.ranks is None else reading.ranks.cpu().tolist()
+    top = reading.top.cpu().tolist()
     return [
         Outcome(
             logprobs[start : start + targets],
             argmax[start : start + targets],
             options[b][:chosen],
             ranks[start : start + targets],
+            top[b][: batch.top[b]],
         )
         for b, (start, (targets, chosen)) in enumerate(zip(batch.first.tolist(), batch.counts, strict=True))
     ]
@@ -252,6 +260,7 @@ def read(lm: LanguageModel, batch: Batch, *, placed: bool) -> Reading:
         argmax=logits.argmax(-1),
         options=logits[batch.first].gather(-1, batch.options) - total[batch.first][:, None],
         ranks=(logits > wanted).sum(-1) if batch.ranked else None,
+        top=logits[batch.first].topk(max(batch.top)).indices,
     )
 
 
@@ -289,6 +298,7 @@ def _batch(lm: LanguageModel, rows: Sequence[Row], indices: Sequence[int], *, pa
         options=options.to(lm.device),
         counts=tuple((len(r.targets), len(r.options)) for r in chosen),
         ranked=any(r.ranked for r in chosen),
+        top=tuple(r.top for r in chosen),
     )
 
 

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from laserlm.analysis import scored
+from laserlm.analysis.controls import CONTROLS, changed, controls
+from laserlm.editing import applied, complement
+from laserlm.models import LanguageModel, read
+from laserlm.results import Store
+from laserlm.scoring.evaluate import compare, evaluate
+from laserlm.tasks import Example, Split, Task
+
+Make = Callable[..., LanguageModel]
+TEXT = "1.fc_in@0.25"
+
+
+@pytest.fixture
+def split() -> Split:
+    pairs = zip("abcdefgh", ["Paris", "Rome"] * 4, strict=True)
+    return Task.of("t", [Example(c, f"The capital of {c} is", a) for c, a in pairs]).every
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_each_control_changes_the_matrix_by_as_much_and_nothing_else(family: str, make: Make) -> None:
+    lm = make(family)
+    before = {name: p.detach().clone() for name, p in lm.model.named_parameters()}
+    matrix = next(m for m in lm.matrices if m.id == "1.fc_in")
+    W = read(lm.model, matrix).clone()
+    with applied(lm, TEXT):
+        kept = read(lm.model, matrix).clone()
+    with applied(lm, complement(lm.matrices, TEXT)):
+        removed = read(lm.model, matrix).clone()
+    size = float((W - kept).norm())
+    found = {}
+    for name in CONTROLS:
+        sizes: list[float] = []
+        with changed(lm, TEXT, name, 0, sizes):
+            found[name] = read(lm.model, matrix).clone()
+            others = [n for n, p in lm.model.named_parameters() if not torch.equal(p, before[n])]
+        assert others == [matrix.path]
+        assert sizes[0] == pytest.approx(float((W - found[name]).norm() / W.norm()), rel=1e-5)
+    assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters())
+    torch.testing.assert_close(found["low rank"], kept)
+    torch.testing.assert_close(found["removed part alone"], removed, atol=1e-5, rtol=1e-4)
+    largest = float(W.abs().max())
+    for name in ("smallest entries zero", "random entries zero", "Gaussian noise"):
+        assert float((W - found[name]).norm()) == pytest.approx(size, abs=largest), name
+    for name in ("smallest entries zero", "random entries zero"):
+        changed_entries = found[name] != W
+        assert (found[name][changed_entries] == 0).all()
+    gone = found["smallest entries zero"] == 0
+    assert W[gone].abs().max() <= W[~gone].abs().min()
+    assert int(torch.linalg.matrix_rank(found["random subspace"])) == int(0.25 * matrix.max_rank)
+    assert not found["all zero"].any()
+    with changed(lm, TEXT, "Gaussian noise", 1):
+        assert not torch.equal(read(lm.model, matrix), found["Gaussian noise"])
+
+
+def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "runs.db") as store, scored(llama, split, store) as score:
+        found = {c.control: c for c in controls(llama, TEXT, score, seeds=2)}
+        again = controls(llama, TEXT, score, seeds=2)
+    assert again == list(found.values())
+    assert {name: c.seeds for name, c in found.items()} == {name: 2 if random else 1 for name, (random, _) in CONTROLS.items()}
+    base = evaluate(llama, split)
+    with applied(llama, TEXT):
+        c = compare(base, evaluate(llama, split))
+    one = found["low rank"]
+    assert (one.gain, one.accuracy) == (c.gain, c.edited)
+    assert one.loss == pytest.approx(c.edited_loss)
+    assert one.loss_interval == pytest.approx(c.loss_interval)
+    noisy = []
+    for seed in range(2):
+        with changed(llama, TEXT, "Gaussian noise", seed):
+            noisy.append(evaluate(llama, split))
+    two = found["Gaussian noise"]
+    assert two.accuracy == pytest.approx(sum(e.accuracy for e in noisy) / 2)
+    assert two.loss_change == pytest.approx(sum(e.loss for e in noisy) / 2 - base.loss)
+    assert two.least <= two.gain <= two.most

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from laserlm.analysis import flips, likeliest, scored
+from laserlm.editing import applied
+from laserlm.errors import AnalysisError
+from laserlm.models import LanguageModel
+from laserlm.results import Store
+from laserlm.scoring.evaluate import evaluate
+from laserlm.scoring.records import Evaluation, Score
+from laserlm.tasks import Example, Split, Task
+
+Make = Callable[..., LanguageModel]
+
+
+def evaluation(rows: list[tuple[str, str, str, str]]) -> Evaluation:
+    scores = tuple(Score(i, said == right, -1.0, 1, said, right, group) for i, said, right, group in rows)
+    return Evaluation("m", "t", "test", "next_token", "", scores, 0.0)
+
+
+BEFORE = [("1", "Rome", "Paris", "a"), ("2", "Rome", "Rome", "a"), ("3", "the", "Rome", "a"), ("4", "the", "Oslo", "b")]
+AFTER = [("1", "Paris", "Paris", "a"), ("2", "Paris", "Rome", "a"), ("3", "Rome", "Rome", "a"), ("4", "the", "Oslo", "b")]
+EXAMPLES = [Example(i, f"prompt {i}", right) for i, _, right, _ in BEFORE]
+
+
+def test_what_was_corrected_broken_and_said_instead_worked_out_by_hand() -> None:
+    found = flips(evaluation(BEFORE), replace(evaluation(AFTER), intervention="1.fc_in@0.1"), EXAMPLES)
+    assert [f.id for f in found.of("corrected")] == ["1", "3"]
+    assert [f.id for f in found.of("broken")] == ["2"]
+    assert [f.id for f in found.of("wrong")] == ["4"]
+    assert found.of("right") == []
+    assert found.flips[0].prompt == "prompt 1"
+    assert (found.comparison.corrected, found.comparison.broken) == (2, 1)
+    assert (found.outside_before, found.outside_after) == (0.5, 0.25)  # "the" is nobody's answer
+    assert found.same == 0.25
+    assert found.majority == 0.5
+    assert [(x.label, x.answers, x.before, x.after) for x in found.labels] == [
+        ("rome", 2, 2, 1),
+        ("paris", 1, 0, 2),
+        ("oslo", 1, 0, 0),
+    ]
+    assert [(g.group, g.comparison.n, g.comparison.corrected, g.few) for g in found.groups] == [
+        ("a", 3, 2, True),
+        ("b", 1, 0, True),
+    ]
+    assert found.as_dict()["counts"] == {"corrected": 2, "broken": 1, "right": 0, "wrong": 1}
+
+
+def test_an_example_that_is_not_there_is_told() -> None:
+    with pytest.raises(AnalysisError, match="no example '4'"):
+        flips(evaluation(BEFORE), evaluation(AFTER), EXAMPLES[:3])
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta", "t5"])
+def test_the_likeliest_tokens_are_those_of_a_plain_pass(family: str, make: Make) -> None:
+    lm = make(family)
+    text = "decoder.1.mlp@0.1" if family == "t5" else "1.mlp@0.1"
+    examples = [Example(c, f"The capital of {c} is", "Paris") for c in ("France", "Italy and Spain")]
+    found = likeliest(lm, examples, text, k=3, batch_size=1)
+    assert found == likeliest(lm, examples, text, k=3, batch_size=2)
+    assert [len(side) for pair in found for side in pair] == [3] * 4
+    if family != "llama":
+        return
+    tokenizer = lm.need_tokenizer()
+    for e, sides in zip(examples, found, strict=True):
+        for intervention, side in zip(("", text), sides, strict=True):
+            with applied(lm, intervention), torch.no_grad():
+                logits = lm.model(**tokenizer(e.prompt, return_tensors="pt")).logits[0, -1]
+            assert side == [tokenizer.decode([t]) for t in logits.topk(3).indices.tolist()]
+
+
+@pytest.fixture
+def split() -> Split:
+    return Task.of("t", [Example(c, f"The capital of {c} is", "Paris") for c in "abcdef"]).every
+
+
+def test_scores_are_made_once_and_kept(
+    llama: LanguageModel, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with applied(llama, "1.fc_in@0.1"):
+        expected = evaluate(llama, split)
+    calls = []
+
+    def counted(*given: object, **more: object) -> Evaluation:
+        calls.append(llama.intervention)
+        return evaluate(*given, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("laserlm.analysis.scorebook.evaluate", counted)
+    for _ in range(2):
+        with Store.open(tmp_path / "runs.db") as store, scored(llama, split, store) as score:
+            assert score("1.fc_in@0.10").scores == expected.scores
+            assert score("").intervention == ""
+            assert score("named", applied(llama, "1.fc_in@0.1")).scores == expected.scores
+    assert calls == ["1.fc_in@0.1", "", "1.fc_in@0.1"]
+    with Store.open(tmp_path / "runs.db") as store:
+        assert store.examples(store.runs()[0].id, "all") == split.examples
+        with scored(llama, split.limit(3), store) as score:
+            score("")
+    assert len(calls) == 4  # other examples are other scores
+
+
+def test_examples_come_back_whole_from_the_store(llama: LanguageModel, tmp_path: Path) -> None:
+    examples = [Example("1", "The capital is", "Paris", ("Paris", "Rome"), aliases=("x", "y"), masked="{mask}", popularity=2.0)]
+    split = Task.of("t", examples).every
+    with Store.open(tmp_path / "runs.db") as store, scored(llama, split, store) as score:
+        score("")
+        assert store.examples(store.runs()[0].id, "all") == split.examples
+        assert store.examples(store.runs()[0].id, "test") == ()
