@@ -9,6 +9,7 @@ import torch
 from laserlm.analysis import scored
 from laserlm.analysis.controls import CONTROLS, changed, controls
 from laserlm.editing import applied, complement
+from laserlm.errors import AnalysisError
 from laserlm.models import LanguageModel, read
 from laserlm.results import Store
 from laserlm.scoring.evaluate import compare, evaluate
@@ -62,17 +63,26 @@ def test_each_control_changes_the_matrix_by_as_much_and_nothing_else(family: str
 
 def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
     with Store.open(tmp_path / "runs.db") as store, scored(llama, split, store) as score:
-        found = {c.control: c for c in controls(llama, TEXT, score, seeds=2)}
-        again = controls(llama, TEXT, score, seeds=2)
+        found = {c.control: c for c in controls(llama, TEXT, score, draws=2)}
+        calls = []
+
+        def counted(name: str, change: object = None) -> object:
+            calls.append(name)
+            return score(name, change) if change else score(name)
+
+        again = controls(llama, TEXT, counted, draws=2)  # type: ignore[arg-type]
     assert again == list(found.values())
-    assert {name: c.seeds for name, c in found.items()} == {name: 2 if random else 1 for name, (random, _) in CONTROLS.items()}
+    assert len(calls) == 1 + 4 + 3 * 2
+    assert {name: c.draws for name, c in found.items()} == {name: 2 if random else 1 for name, (random, _) in CONTROLS.items()}
     base = evaluate(llama, split)
     with applied(llama, TEXT):
-        c = compare(base, evaluate(llama, split))
+        edited = evaluate(llama, split)
+    c = compare(base, edited)
     one = found["low rank"]
     assert (one.gain, one.accuracy) == (c.gain, c.edited)
     assert one.loss == pytest.approx(c.edited_loss)
     assert one.loss_interval == pytest.approx(c.loss_interval)
+    assert (one.interval, one.behind, one.draws) == (c.interval, 0, 1)
     noisy = []
     for seed in range(2):
         with changed(llama, TEXT, "Gaussian noise", seed):
@@ -81,3 +91,26 @@ def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split
     assert two.accuracy == pytest.approx(sum(e.accuracy for e in noisy) / 2)
     assert two.loss_change == pytest.approx(sum(e.loss for e in noisy) / 2 - base.loss)
     assert two.least <= two.gain <= two.most
+    pairs = [compare(e, edited) for e in noisy]
+    assert two.behind == pytest.approx(sum(p.gain for p in pairs) / 2)
+    assert two.behind_interval.low == pytest.approx(sum(p.interval.low for p in pairs) / 2)
+
+
+def test_a_reduction_that_changes_nothing_has_no_controls(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
+    with (
+        Store.open(tmp_path / "runs.db") as store,
+        scored(llama, split, store) as score,
+        pytest.raises(AnalysisError, match="changes nothing"),
+    ):
+        controls(llama, "1.fc_in@1", score)
+
+
+def test_a_random_subspace_is_of_the_shorter_side_and_of_all_ranks_kept(llama: LanguageModel) -> None:
+    for text, rank in (("1.k_proj@0.25", 4), ("1.fc_in@0.25:split4", 12)):  # 16 x 32, and 4 blocks of 12 x 32
+        matrix = next(m for m in llama.matrices if text.startswith(m.id + "@"))
+        W = read(llama.model, matrix).clone()
+        with changed(llama, text, "random subspace", 0):
+            found = read(llama.model, matrix).clone()
+        assert int(torch.linalg.matrix_rank(found)) == rank
+        # A projection changes nothing of what it keeps: the change is orthogonal to what is left.
+        assert float(((W - found) * found).sum().abs()) < 1e-4 * float(W.square().sum())

@@ -14,6 +14,7 @@ from laserlm.models import LanguageModel
 from laserlm.results import Store
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.records import Evaluation, Score
+from laserlm.scoring.statistics import wilson
 from laserlm.tasks import Example, Split, Task
 
 Make = Callable[..., LanguageModel]
@@ -37,13 +38,15 @@ def test_what_was_corrected_broken_and_said_instead_worked_out_by_hand() -> None
     assert found.of("right") == []
     assert found.flips[0].prompt == "prompt 1"
     assert (found.comparison.corrected, found.comparison.broken) == (2, 1)
-    assert (found.outside_before, found.outside_after) == (0.5, 0.25)  # "the" is nobody's answer
-    assert found.same == 0.25
-    assert found.majority == 0.5
+    assert (found.outside_before.count, found.outside_after.count) == (2, 1)  # "the" is nobody's answer
+    assert found.outside_before.interval == wilson(2, 4)
+    assert found.same.value == 0.25
+    assert found.majority.value == 0.5
     assert [(x.label, x.answers, x.before, x.after) for x in found.labels] == [
         ("rome", 2, 2, 1),
         ("paris", 1, 0, 2),
         ("oslo", 1, 0, 0),
+        ("the", 0, 2, 1),
     ]
     assert [(g.group, g.comparison.n, g.comparison.corrected, g.few) for g in found.groups] == [
         ("a", 3, 2, True),
@@ -112,3 +115,21 @@ def test_examples_come_back_whole_from_the_store(llama: LanguageModel, tmp_path:
         score("")
         assert store.examples(store.runs()[0].id, "all") == split.examples
         assert store.examples(store.runs()[0].id, "test") == ()
+
+
+def of(scorer: str, rows: list[tuple[str, bool, str]], examples: list[Example]) -> tuple[int, list[tuple[str, int, int]]]:
+    scores = tuple(Score(e.id, right, -1.0, 1, said, answer) for e, (said, right, answer) in zip(examples, rows, strict=True))
+    one = Evaluation("m", "t", "test", scorer, "", scores, 0.0)
+    found = flips(one, one, examples)
+    return found.outside_before.count, [(x.label, x.answers, x.before) for x in found.labels]
+
+
+def test_what_is_outside_of_all_answers_goes_by_what_the_scorer_reads() -> None:
+    examples = [Example("1", "p", "Ouagadougou", aliases=("Ouaga",)), Example("2", "p", "Lima", ("Lima", "Cusco"))]
+    token = [("Ou", True, "Ouagadougou"), ("the", False, "Lima")]
+    assert of("first_token", token, examples) == (1, [("ouagadougou", 1, 1), ("lima", 1, 0), ("the", 0, 1)])
+    assert of("answer", [("Ou", False, "Ouagadougou"), ("Li", False, "Lima")], examples)[0] == 0
+    assert of("next_token", [("Ou", False, "Ouagadougou"), ("Li", False, "Lima")], examples)[0] == 2
+    assert of("choice", [("Cusco", False, "Ouagadougou"), ("Cusco", False, "Lima")], examples)[0] == 0
+    text = [(" It is Ouaga, of course", True, "Ouagadougou"), (" nowhere", False, "Lima")]
+    assert of("contains", text, examples)[0] == 1

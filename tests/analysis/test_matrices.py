@@ -11,10 +11,10 @@ import torch
 from scipy import stats
 
 from laserlm.analysis import MatrixMetrics, best_of_each, correlations, gains, matrix_metrics
-from laserlm.analysis.figures import matrices_figure, write_figure
+from laserlm.analysis.figures import check_figure, matrices_figure, write_figure
 from laserlm.editing import applied
-from laserlm.errors import AnalysisError
-from laserlm.models import LanguageModel, read
+from laserlm.errors import AnalysisError, WeightError
+from laserlm.models import LanguageModel, Matrix, read
 from laserlm.models.stored import StoredModel, open_stored
 from laserlm.scoring.evaluate import evaluate
 from laserlm.tasks import Example, Task
@@ -58,6 +58,16 @@ def test_what_layers_share_is_compared_with_the_layer_before(stored: StoredModel
     )
     # Keys have 16 outputs and 32 inputs: two bases of 16 span all 16 outputs once, and 32 inputs between them.
     assert (right.shared["0"], left.shared["0"]) == (1, 1)
+    for side, axis in (("right", 2), ("left", 0)):
+        one = next(m for m in matrix_metrics(stored, types=["k_proj"], thresholds=[0.25], side=side) if m.layer == 2)
+        bases = []
+        for layer in (1, 2):
+            matrix = next(m for m in stored.matrices if m.id == f"{layer}.k_proj")
+            factor = np.linalg.svd(stored.read(matrix).double().numpy(), full_matrices=False)[axis]
+            V = factor.T if axis == 2 else factor
+            bases.append(np.where(np.abs(V) < 0.25, 0, V))
+        together = np.concatenate(bases, 1)
+        assert one.shared["0.25"] == pytest.approx(np.linalg.matrix_rank(together) / min(together.shape), abs=0.04)
 
 
 def test_what_cannot_be_looked_at_is_told(stored: StoredModel) -> None:
@@ -69,7 +79,7 @@ def test_what_cannot_be_looked_at_is_told(stored: StoredModel) -> None:
 
 def made(**given: float) -> MatrixMetrics:
     shares = dict.fromkeys(("0.01", "0.05", "0.1", "0.25", "0.5"), 0.5)
-    base = MatrixMetrics("0.fc_in", 0, "fc_in", (4, 4), 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, shares, shares, {})
+    base = MatrixMetrics("0.fc_in", "", 0, "fc_in", "fc_in", (4, 4), 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, shares, shares, {})
     return replace(base, **given)  # type: ignore[arg-type]
 
 
@@ -119,8 +129,43 @@ def test_the_figure_is_one_file_that_needs_nothing_else(stored: StoredModel, tmp
     assert "<script src=" not in text
     with pytest.raises(AnalysisError, match=r"end its name in \.html"):
         write_figure(figure, tmp_path / "f.gif")
-    with pytest.raises(AnalysisError, match="no metric"):
-        matrices_figure(metrics, "shape")
+    with pytest.raises(AnalysisError, match="no folder"):
+        check_figure(tmp_path / "none" / "f.html")
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [("t5", {"encoder.q_proj", "decoder.q_proj", "decoder.cross_q_proj"}), ("mixtral", {"experts.0.fc_in", "experts.2.fc_in"})],
+)
+def test_two_stacks_and_experts_are_columns_of_their_own(family: str, wanted: set[str], make: Make) -> None:
+    figure = matrices_figure(list(matrix_metrics(Loaded(make(family)))), "norm")
+    assert wanted <= set(figure.data[0].x)
+
+
+class Loaded:
+    """A loaded model as a source of matrices."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return self.lm.matrices
+
+    def read(self, matrix: Matrix) -> torch.Tensor:
+        return read(self.lm.model, matrix)
+
+
+def test_a_matrix_that_cannot_be_read_is_left_out_and_told(make: Make, tmp_path: Path) -> None:
+    make("mixtral").model.save_pretrained(tmp_path)
+    source = open_stored(tmp_path)
+    told: list[str] = []
+    found = list(matrix_metrics(source, on_skip=lambda m, why: told.append(f"{m.id}: {why}")))
+    assert {m.type for m in found} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert all("another layout" in line for line in told)
+    assert len(told) == 27  # three layers, three experts, three matrices
+    with pytest.raises(WeightError, match="another layout"):
+        list(matrix_metrics(source))
 
 
 @pytest.mark.bundled

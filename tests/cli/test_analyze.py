@@ -90,11 +90,16 @@ def test_flips_of_a_run_and_of_a_reduction(run: Run, folder: Path, tmp_path: Pat
     code, _, err = run("analyze", "flips", "nothing", "--store", store)
     assert code == 1
     assert "nothing" in err
-    code, out, _ = run("analyze", "controls", folder, *task, "--reduce", best, "--limit", 8, "--seeds", 2, "--json")
+    code, out, _ = run("analyze", "controls", folder, *task, "--reduce", best, "--limit", 8, "--draws", 2, "--json")
     assert code == 0
     rows = json.loads(out)
     assert [r["control"] for r in rows][:2] == ["low rank", "removed part alone"]
     assert {r["n"] for r in rows} == {8}
-    code, out, err = run("analyze", "controls", "last", "--store", store, "--seeds", 1)
+    # "last" is the last search, not the scores that were made since.
+    code, out, err = run("analyze", "controls", "last", "--store", store, "--draws", 1, "--json")
+    assert code == 0, err
+    low_rank = json.loads(out)[0]
+    assert (low_rank["n"], low_rank["gain"]) == (of_run["comparison"]["n"], of_run["comparison"]["gain"])
+    code, out, err = run("analyze", "matrices", "bundled", "--run", "last", "--store", store)
     assert code == 1
-    assert "not a finished search" in err  # the newest run holds scores
+    assert "study that model" in err

@@ -138,9 +138,10 @@ def subspace_share(first: Tensor, second: Tensor, threshold: float) -> float:
         threshold: magnitude below which an entry is zero.
     """
     kept = [torch.where(V.abs() < threshold, 0.0, V.double()) for V in (first, second)]
-    n, columns = first.shape[0], first.shape[1] + second.shape[1]
-    gram = sum(V @ V.T for V in kept)  # (n, n), of the same rank as both side by side
-    return int(torch.linalg.matrix_rank(gram, hermitian=True)) / min(n, columns)
+    together = torch.cat(kept, 1)  # (n, 2 k)
+    # The Gram matrix of the shorter side has the same rank.
+    gram = together @ together.T if together.shape[0] <= together.shape[1] else together.T @ together
+    return int(torch.linalg.matrix_rank(gram, hermitian=True)) / min(together.shape)
 
 
 @lru_cache(maxsize=256)

@@ -10,9 +10,23 @@ from typing import Any
 from laserlm.analysis.matrices import MatrixMetrics
 from laserlm.errors import AnalysisError, MissingExtraError
 
-__all__ = ["matrices_figure", "write_figure"]
+__all__ = ["check_figure", "matrices_figure", "write_figure"]
 
 STILL = (".png", ".svg", ".pdf")
+
+
+def check_figure(file: Path) -> None:
+    """Raise an error where a figure could not be written to a file, before what it shows is computed.
+
+    Raises:
+        AnalysisError: if the file's ending is unknown, or its folder is not there.
+        MissingExtraError: if plotly is not installed.
+    """
+    if file.suffix not in (".html", *STILL):
+        raise AnalysisError(f"cannot write a figure to {file}; end its name in .html, {', '.join(STILL)}")
+    if not file.absolute().parent.is_dir():
+        raise AnalysisError(f"no folder {file.absolute().parent} to write the figure in; make it first")
+    _plotly()
 
 
 def write_figure(figure: Any, file: Path) -> None:
@@ -21,11 +35,10 @@ def write_figure(figure: Any, file: Path) -> None:
     Raises:
         AnalysisError: if the file has another ending, or a still image cannot be made here.
     """
+    check_figure(file)
     if file.suffix == ".html":
         figure.write_html(file, include_plotlyjs=True)
         return
-    if file.suffix not in STILL:
-        raise AnalysisError(f"cannot write a figure to {file}; end its name in .html, {', '.join(STILL)}")
     try:
         figure.write_image(file)
     except (ValueError, RuntimeError, ImportError) as error:
@@ -33,20 +46,14 @@ def write_figure(figure: Any, file: Path) -> None:
 
 
 def matrices_figure(metrics: Sequence[MatrixMetrics], metric: str) -> Any:
-    """Return a heat map of one metric, layers by matrix types.
-
-    Raises:
-        AnalysisError: if there is no such metric.
-    """
-    if metric not in MatrixMetrics.__dataclass_fields__ or not isinstance(getattr(metrics[0], metric), int | float):
-        known = [name for name in MatrixMetrics.__dataclass_fields__ if isinstance(getattr(metrics[0], name), int | float)]
-        raise AnalysisError(f"no metric {metric!r} to draw; there are {', '.join(known[1:])}")
-    types = list(dict.fromkeys(m.matrix.rpartition(f"{m.layer}.")[2] for m in metrics))
+    """Return a heat map of one metric that is a number: layers by matrices, those of each stack side by side."""
+    columns = list(dict.fromkeys((m.stack, m.name) for m in metrics))
     layers = sorted({m.layer for m in metrics})
-    values = {(m.layer, m.matrix.rpartition(f"{m.layer}.")[2]): getattr(m, metric) for m in metrics}
-    z = [[values.get((layer, t)) for t in types] for layer in layers]
+    values = {(m.layer, m.stack, m.name): getattr(m, metric) for m in metrics}
+    z = [[values.get((layer, *column)) for column in columns] for layer in layers]
     go = _plotly()
-    figure = go.Figure(go.Heatmap(x=types, y=layers, z=z, colorbar={"title": metric.replace("_", " ")}))
+    x = [f"{stack}.{name}" if stack else name for stack, name in columns]
+    figure = go.Figure(go.Heatmap(x=x, y=layers, z=z, colorbar={"title": metric.replace("_", " ")}))
     figure.update_layout(title=f"{metric.replace('_', ' ')} of every matrix", xaxis_title="matrix", yaxis_title="layer")
     return figure
 

@@ -14,7 +14,8 @@ from laserlm.scoring.encoding import encode
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.records import Evaluation
-from laserlm.tasks import Example
+from laserlm.scoring.statistics import Interval, wilson
+from laserlm.tasks import GENERATING, Example
 
 __all__ = ["Flip", "Flips", "Group", "Label", "flips", "likeliest"]
 
@@ -25,6 +26,8 @@ CHANGES: dict[tuple[bool, bool], Change] = {
     (True, True): "right",
     (False, False): "wrong",
 }
+OTHERS = 5
+"""Texts that are given most often without being an answer, which are counted beside the answers."""
 FEW = 5
 """Examples below which a group's figures say nothing by themselves."""
 
@@ -89,6 +92,36 @@ class Label:
 
 
 @dataclass(frozen=True)
+class Share:
+    """How many of the examples are so.
+
+    Args:
+        count: number of them.
+        n: number of all.
+    """
+
+    count: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return self.count / self.n
+
+    @property
+    def interval(self) -> Interval:
+        """Its 95 % Wilson interval."""
+        return wilson(self.count, self.n)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {"share": self.value, "interval": list(self.interval), "count": self.count, "n": self.n}
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.interval.low:.1%}, {self.interval.high:.1%}]"
+
+
+@dataclass(frozen=True)
 class Flips:
     """What a reduction changed on the examples of one split.
 
@@ -96,21 +129,22 @@ class Flips:
         comparison: over all examples.
         flips: every example.
         groups: by group, the largest first; empty where the task has none.
-        labels: answers and what is given, the most frequent answers first.
+        labels: answers and what is given, the most frequent answers first, then what is given and nobody's answer.
         majority: share of the most frequent answer.
-        outside_before: share of what the unchanged model gives that is no answer of any example.
+        outside_before: examples for which the unchanged model gives what is no answer, choice or alias of any example, nor
+            the beginning of one where only tokens are read, nor holds one where the model writes.
         outside_after: likewise of the reduced model.
-        same: share of examples for which both give the same.
+        same: examples for which both give the same.
     """
 
     comparison: Comparison
     flips: tuple[Flip, ...]
     groups: tuple[Group, ...]
     labels: tuple[Label, ...]
-    majority: float
-    outside_before: float
-    outside_after: float
-    same: float
+    majority: Share
+    outside_before: Share
+    outside_after: Share
+    same: Share
 
     def of(self, change: Change) -> list[Flip]:
         """Return the examples with one change."""
@@ -121,10 +155,10 @@ class Flips:
         return {
             "comparison": self.comparison.as_dict(),
             "counts": {change: len(self.of(change)) for change in CHANGES.values()},
-            "majority": self.majority,
-            "outside_before": self.outside_before,
-            "outside_after": self.outside_after,
-            "same": self.same,
+            "majority": self.majority.as_dict(),
+            "outside_before": self.outside_before.as_dict(),
+            "outside_after": self.outside_after.as_dict(),
+            "same": self.same.as_dict(),
             "groups": [{"group": g.group, "few": g.few, **g.comparison.as_dict()} for g in self.groups],
             "labels": [asdict(label) for label in self.labels],
             "flips": [asdict(flip) for flip in self.flips],
@@ -160,23 +194,31 @@ def flips(base: Evaluation, edited: Evaluation, examples: Sequence[Example]) -> 
     for name, n in sizes.most_common():
         part = [replace(x, scores=tuple(s for s in x.scores if s.group == name)) for x in (base, edited)]
         groups.append(Group(name, compare(*part), n < FEW))
-    answers, before, after = (Counter(x.lower() for x in column) for column in _columns(found))
-    labels = [Label(label, n, before[label], after[label]) for label, n in answers.most_common()]
-    outside = [sum(n for text, n in x.items() if text not in answers) / len(found) for x in (before, after)]
+    n = len(found)
+    answers = Counter(f.answer.lower() for f in found)
+    # What is right counts as the answer, whatever share of it is read.
+    said = [[f.answer.lower() if right else text.lower() for f, right, text in side] for side in _sides(found)]
+    before, after = (Counter(side) for side in said)
+    others = [text for text, _ in (before + after).most_common() if text not in answers][:OTHERS]
+    labels = [Label(label, k, before[label], after[label]) for label, k in answers.most_common()]
+    labels += [Label(text, 0, before[text], after[text]) for text in others]
+    used = [by_id[f.id] for f in found]
+    known = {*answers, *(text.lower() for e in used for text in (*e.choices, *e.aliases))}
+    outside = [Share(sum(not _inside(text, known, base.scorer) for text in side), n) for side in said]
     return Flips(
         comparison=comparison,
         flips=found,
         groups=tuple(groups) if len(groups) > 1 else (),
         labels=tuple(labels),
-        majority=labels[0].answers / len(found),
+        majority=Share(labels[0].answers, n),
         outside_before=outside[0],
         outside_after=outside[1],
-        same=sum(f.before.lower() == f.after.lower() for f in found) / len(found),
+        same=Share(sum(f.before.lower() == f.after.lower() for f in found), n),
     )
 
 
 def likeliest(
-    lm: LanguageModel, examples: Sequence[Example], intervention: str, *, k: int = 5, batch_size: int = 32
+    lm: LanguageModel, examples: Sequence[Example], intervention: str, *, k: int = 5, batch_size: int = 32, seed: int = 0
 ) -> list[tuple[list[str], list[str]]]:
     """Return for each example the k likeliest first tokens of its answer before and after a reduction.
 
@@ -186,15 +228,27 @@ def likeliest(
         intervention: text of the reduction.
         k: number of tokens.
         batch_size: sequences in one forward pass.
+        seed: of ``:reference`` decompositions.
     """
     tokenizer = lm.need_tokenizer()
     rows = [replace(row, top=k) for row in encode(lm, examples, "first_token")]
     sides = []
     for text in ("", intervention):
-        with applied(lm, text):
+        with applied(lm, text, seed=seed):
             sides.append([[str(tokenizer.decode([t])) for t in o.top] for o in run_rows(lm, rows, batch_size)])
     return list(zip(*sides, strict=True))
 
 
-def _columns(found: Sequence[Flip]) -> tuple[list[str], list[str], list[str]]:
-    return [f.answer for f in found], [f.before for f in found], [f.after for f in found]
+def _sides(found: Sequence[Flip]) -> tuple[list[tuple[Flip, bool, str]], list[tuple[Flip, bool, str]]]:
+    """Return each example with whether it is right and what is given, before and after."""
+    before = [(f, f.change in ("right", "broken"), f.before) for f in found]
+    return before, [(f, f.change in ("right", "corrected"), f.after) for f in found]
+
+
+def _inside(text: str, known: set[str], scorer: str) -> bool:
+    """Return whether what a model gives is one of the known answers, as far as its scorer reads it."""
+    if scorer in GENERATING:
+        return any(answer in text for answer in known)
+    if text in known:
+        return True
+    return scorer in ("answer", "first_token", "top5", "top10") and bool(text) and any(a.startswith(text) for a in known)

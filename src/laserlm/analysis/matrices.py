@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol
 
@@ -28,7 +28,7 @@ from laserlm.algebra.spectra import (
     stable_rank,
     subspace_share,
 )
-from laserlm.errors import AnalysisError
+from laserlm.errors import AnalysisError, WeightError
 from laserlm.models.matrices import Matrix
 from laserlm.scoring.records import Evaluation
 from laserlm.spec import Intervention, Size
@@ -57,7 +57,9 @@ class MatrixMetrics:
 
     Args:
         matrix: its id.
+        stack: its stack of blocks, empty where the model has one.
         layer: 0-based block.
+        name: its name within the block.
         type: its type, such as ``fc_in``.
         shape: (m, n).
         effective_rank: exponential of the entropy of the singular values.
@@ -77,7 +79,9 @@ class MatrixMetrics:
     """
 
     matrix: str
+    stack: str
     layer: int
+    name: str
     type: str
     shape: tuple[int, int]
     effective_rank: float
@@ -106,18 +110,20 @@ def matrix_metrics(
     types: Sequence[str] = (),
     thresholds: Sequence[float] = (0.06,),
     side: Literal["left", "right"] = "right",
+    on_skip: Callable[[Matrix, str], None] | None = None,
 ) -> Iterator[MatrixMetrics]:
-    """Yield the metrics of every matrix, one type after another; two matrices at most are in memory.
+    """Yield the metrics of every matrix, one type after another; one is decomposed at a time.
 
     Args:
-        source: a stored checkpoint or a loaded model.
+        source: a stored checkpoint, or anything else that reads its matrices.
         types: types or names of matrices to look at; empty takes all but fused ones whose parts are looked at.
         thresholds: magnitudes below which an entry of a singular vector counts as zero in ``shared``.
         side: singular vectors compared between layers: ``right`` (of the inputs) or ``left`` (of the outputs).
+        on_skip: called with a matrix that cannot be read or decomposed, and why; None lets that be an error.
 
     Raises:
         AnalysisError: if there is no matrix of these types.
-        WeightError: if a matrix cannot be read or decomposed.
+        WeightError: if a matrix cannot be read or decomposed, and ``on_skip`` is not given.
     """
     if side not in ("left", "right"):
         raise AnalysisError(f"no side {side!r} of a matrix; there are left (outputs) and right (inputs)")
@@ -128,12 +134,19 @@ def matrix_metrics(
     for key in dict.fromkeys((m.stack, m.name) for m in wanted):
         previous: tuple[int, Tensor] | None = None
         for m in sorted((m for m in wanted if (m.stack, m.name) == key), key=lambda m: m.layer):
-            d = decompose(source.read(m))
-            vectors = _vectors(d, side)
+            try:
+                d = decompose(source.read(m))
+            except WeightError as error:
+                if on_skip is None:
+                    raise
+                on_skip(m, str(error))
+                continue
+            vectors, S = _vectors(d, side), d.S
+            del d
             follows = previous is not None and previous[0] == m.layer - 1 and previous[1].shape == vectors.shape
             shared = {f"{t:g}": subspace_share(previous[1], vectors, t) for t in thresholds} if follows and previous else {}
             previous = (m.layer, vectors)
-            yield _metrics(m, d.S, shared)
+            yield _metrics(m, S, shared)
 
 
 def gains(base: Evaluation, trials: Mapping[str, Evaluation]) -> dict[str, float]:
@@ -204,6 +217,8 @@ def correlations(
     }
     columns |= {f"nuclear@{rho}": [m.nuclear[rho] for m in both] for rho in SHARES}
     columns |= {f"energy@{rho}": [m.energy[rho] for m in both] for rho in SHARES}
+    for t in dict.fromkeys(t for m in both for t in m.shared):
+        columns[f"shared@{t}"] = [m.shared.get(t, math.nan) for m in both]
     if screen:
         columns["screen"] = [screen.get(m.matrix, math.nan) for m in both]
     draws = np.random.default_rng(seed).integers(len(both), size=(RESAMPLES, len(both)))
@@ -235,7 +250,9 @@ def _metrics(m: Matrix, S: Tensor, shared: dict[str, float]) -> MatrixMetrics:
     s = noise(S, m.shape)
     return MatrixMetrics(
         matrix=m.id,
+        stack=m.stack,
         layer=m.layer,
+        name=m.name,
         type=m.type,
         shape=m.shape,
         effective_rank=effective_rank(S),

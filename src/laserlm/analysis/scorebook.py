@@ -22,6 +22,7 @@ from laserlm.tasks import GENERATING, Scorer, Split
 
 __all__ = ["Scored", "scored"]
 
+NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 METHOD = 1
 """Goes up when a change moves scores."""
 
@@ -51,6 +52,7 @@ def scored(
     settings: dict[str, Any] = {
         "model": lm.name,
         "model_hash": lm.hash,
+        "config": _digest({k: v for k, v in lm.model.config.to_dict().items() if k not in NOT_OF_THE_MODEL}),
         "dtype": str(lm.dtype),
         "task": split.task,
         "examples": split.hash,

@@ -179,9 +179,9 @@ def _found(run: str, store: str) -> Found:
     from laserlm.searching import Found
 
     with Results.open(store) as results:
-        info = results.find(run)
-    if info.kind != "search" or info.outcome is None:
-        raise StoreError(f"run {info.id} is {info.status}, not a finished search; finish it with the same 'laser search' first")
+        info = results.find(run, kind="search")
+    if info.outcome is None:
+        raise StoreError(f"run {info.id} is {info.status}, not finished; finish it with the same 'laser search' first")
     found = Found.from_dict(info.outcome)
     return replace(found, settings=found.settings or info.settings)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -52,12 +52,15 @@ class StoredModel:
             )
         try:
             with safe_open(self._files[name], framework="pt") as opened:
-                parameter: Tensor = opened.get_tensor(name)
+                if matrix.expert is None:
+                    parameter: Tensor = opened.get_tensor(name)
+                else:  # one expert of the stack, not all of them
+                    parameter = opened.get_slice(name)[matrix.expert]
         except (OSError, SafetensorError) as error:
             raise WeightError(f"{self._files[name]} cannot be read ({error}); copy or download it again") from None
         if parameter.dtype not in FLOATS:
             raise WeightError(f"{matrix.id} is quantised ({parameter.dtype}); give an unquantised checkpoint")
-        seen = view(parameter, matrix)
+        seen = view(parameter, replace(matrix, expert=None))
         seen = seen.flatten(0, 1) if matrix.rows is not None else seen
         if tuple(seen.shape) != matrix.shape:
             raise WeightError(
@@ -92,9 +95,15 @@ def open_stored(
     files = _files_of(folder)
     if not files:
         raise ModelError(f"{str(name)!r} has no safetensors in {folder}; save it again with save_pretrained, or load the model")
-    with quiet(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=allow_remote_code)
-        model = CLASSES[kinds_of(config)[0]].from_config(config, trust_remote_code=allow_remote_code)
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=allow_remote_code)
+            model = CLASSES[kinds_of(config)[0]].from_config(config, trust_remote_code=allow_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot read the config of {str(name)!r}: {reason}; give a folder that save_pretrained wrote"
+        ) from error
     return StoredModel(str(name), str(config.model_type), find_matrices(model), model.base_model_prefix, files)
 
 

@@ -142,13 +142,13 @@ class Store:
             rows = session.execute(select(RunRow, _trial_count()).order_by(RunRow.number.desc()))
             return [_run_info(row, trials) for row, trials in rows]
 
-    def find(self, id_or_prefix: str) -> RunInfo:
-        """Return the run whose id begins so, or the newest for ``last``.
+    def find(self, id_or_prefix: str, kind: str | None = None) -> RunInfo:
+        """Return the run whose id begins so, or the newest, of one kind where that is given, for ``last``.
 
         Raises:
             StoreError: if there is no such run, or more than one.
         """
-        runs = self.runs()
+        runs = [run for run in self.runs() if kind is None or run.kind == kind]
         if id_or_prefix == "last" and runs:
             return runs[0]
         prefix = id_or_prefix.lower()

@@ -88,14 +88,14 @@ class Reading:
         argmax: (N,) most likely token at each place.
         options: (B, O) log-probabilities of the options at each row's first place, in nats.
         ranks: (N,) how many tokens are more likely than the target; None where no row asks for it.
-        top: (B, K) likeliest tokens at each row's first place, K the most that a row asks for.
+        top: (B, K) likeliest tokens at each row's first place, K the most that a row asks for; None where none asks.
     """
 
     logprobs: Tensor
     argmax: Tensor
     options: Tensor
     ranks: Tensor | None
-    top: Tensor
+    top: Tensor | None
 
 
 @torch.no_grad()
@@ -220,7 +220,7 @@ def outcomes(batch: Batch, reading: Reading) -> list[Outcome]:
     """Return what was read off a batch row by row, as plain numbers."""
     logprobs, argmax, options = (x.cpu().tolist() for x in (reading.logprobs, reading.argmax, reading.options))
     ranks = [] if reading.ranks is None else reading.ranks.cpu().tolist()
-    top = reading.top.cpu().tolist()
+    top = [[]] * len(batch.rows) if reading.top is None else reading.top.cpu().tolist()
     return [
         Outcome(
             logprobs[start : start + targets],
@@ -255,12 +255,14 @@ def read(lm: LanguageModel, batch: Batch, *, placed: bool) -> Reading:
         logits = (logits[0] if placed else logits[row, place]).float()  # (N, V)
     total = logits.logsumexp(-1)  # (N,)
     wanted = logits.gather(-1, batch.targets[:, None])  # (N, 1)
+    at_first = logits[batch.first]  # (B, V)
+    k = min(max(batch.top), logits.shape[-1])
     return Reading(
         logprobs=wanted[:, 0] - total,
         argmax=logits.argmax(-1),
-        options=logits[batch.first].gather(-1, batch.options) - total[batch.first][:, None],
+        options=at_first.gather(-1, batch.options) - total[batch.first][:, None],
         ranks=(logits > wanted).sum(-1) if batch.ranked else None,
-        top=logits[batch.first].topk(max(batch.top)).indices,
+        top=at_first.topk(k).indices if k else None,
     )
 
 
