@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-from laserlm.algebra.decomposition import ALGORITHM
 from laserlm.editing import applied
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
 from laserlm.results import Store
 from laserlm.scoring.encoding import encode
 from laserlm.scoring.evaluate import evaluate
+from laserlm.scoring.identity import digest, identity
 from laserlm.scoring.records import Evaluation
 from laserlm.spec import Intervention
-from laserlm.tasks import GENERATING, Scorer, Split
+from laserlm.tasks import Scorer, Split
 
 __all__ = ["Scored", "scored"]
 
-NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 METHOD = 1
 """Goes up when a change moves scores."""
 
@@ -49,23 +46,9 @@ def scored(
     """
     scorer = scorer or split.scorer
     rows = encode(lm, split.examples, scorer)
-    settings: dict[str, Any] = {
-        "model": lm.name,
-        "model_hash": lm.hash,
-        "config": _digest({k: v for k, v in lm.model.config.to_dict().items() if k not in NOT_OF_THE_MODEL}),
-        "dtype": str(lm.dtype),
-        "task": split.task,
-        "examples": split.hash,
-        "tokens": _digest([(r.ids, r.decoder, r.targets, r.places, r.options) for r in rows]),
-        "scorer": scorer,
-        "algorithm": ALGORITHM,
-        "method": METHOD,
-        "seed": seed,
-    }
-    if scorer in GENERATING:
-        settings["decoding"] = asdict(split.decoding)
+    settings = identity(lm, scorer, (split,), rows, seed) | {"method": METHOD}
     made_by = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
-    with store.run(kind="scores", key=_digest(settings), settings=settings, provenance=made_by) as run:
+    with store.run(kind="scores", key=digest(settings), settings=settings, provenance=made_by) as run:
 
         def get(name: str, change: AbstractContextManager[Any] | None = None) -> Evaluation:
             name = name if change is not None else str(Intervention.parse(name))
@@ -78,7 +61,3 @@ def scored(
             return found
 
         yield get
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -11,15 +10,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from laserlm.algebra.decomposition import ALGORITHM
 from laserlm.editing.cache import DecompositionCache
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
 from laserlm.results import Store
 from laserlm.scoring.encoding import encode
+from laserlm.scoring.identity import digest, identity
 from laserlm.searching.candidates import expand
 from laserlm.searching.course import Course
 from laserlm.searching.found import Found, Metric, Mode, Step, Strategy
@@ -32,7 +31,6 @@ __all__ = ["search"]
 
 METHOD = 4
 """Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
-NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 BASE = Intervention()
 
 
@@ -103,37 +101,24 @@ def search(
     validation = replace(task.validation, examples=tuple(task.validation.examples[i] for i in order))
     rows, test_rows = (encode(lm, split.examples, scorer) for split in (validation, task.test))
     # All that the result depends on; a run with the same goes on where an earlier one stopped.
-    settings = {
-        "model": lm.name,
-        "model_hash": lm.hash,
-        "config": _digest({k: v for k, v in lm.model.config.to_dict().items() if k not in NOT_OF_THE_MODEL}),
-        "dtype": str(lm.dtype),
-        "task": task.name,
-        "validation": task.validation.hash,
-        "test": task.test.hash,
-        "tokens": _digest([(r.ids, r.decoder, r.targets, r.places, r.options) for r in (*rows, *test_rows)]),
-        "scorer": scorer,
+    settings = identity(lm, scorer, (validation, task.test), (*rows, *test_rows), seed) | {
         "grid": str(Grid.parse(grid)),
         "metric": metric,
         "strategy": strategy,
-        "algorithm": ALGORITHM,
         "method": METHOD,
-        "seed": seed,
         "budget": budget,
     }
     if strategy != "exhaustive":
         settings["options"] = asdict(options)
     if strategy == "compose":
         settings["mode"] = mode
-    if writes:
-        settings["decoding"] = asdict(task.validation.decoding)
     start = time.monotonic()
     with ExitStack() as stack:
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.db"
         results = stack.enter_context(Store.open(store))
         made_by = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
-        key = _digest(settings)
+        key = digest(settings)
         run = stack.enter_context(results.run(kind="search", key=key, settings=settings, provenance=made_by, restart=restart))
         if run.outcome is not None:
             return Found.from_dict(run.outcome)
@@ -201,7 +186,3 @@ def _check(lm: LanguageModel, task: Task) -> None:
             f"the splits {task.validation.name} and {task.test.name} of {task.name} share {len(both)} examples; what is "
             "chosen on an example cannot be measured on it: give two splits that share none"
         )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
