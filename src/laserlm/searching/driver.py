@@ -101,7 +101,7 @@ def search(
     validation = replace(task.validation, examples=tuple(task.validation.examples[i] for i in order))
     rows, test_rows = (encode(lm, split.examples, scorer) for split in (validation, task.test))
     # All that the result depends on; a run with the same goes on where an earlier one stopped.
-    settings = identity(lm, scorer, (validation, task.test), (*rows, *test_rows), seed) | {
+    settings = identity(lm, scorer, (task.validation, task.test), (*rows, *test_rows), seed) | {
         "grid": str(Grid.parse(grid)),
         "metric": metric,
         "strategy": strategy,
