@@ -38,7 +38,7 @@ def test_what_was_corrected_broken_and_said_instead_worked_out_by_hand() -> None
     assert found.of("right") == []
     assert found.flips[0].prompt == "prompt 1"
     assert (found.comparison.corrected, found.comparison.broken) == (2, 1)
-    assert (found.outside_before.count, found.outside_after.count) == (2, 1)  # "the" is nobody's answer
+    assert (found.outside_before.value, found.outside_after.value) == (0.5, 0.25)  # "the" is nobody's answer
     assert found.outside_before.interval == wilson(2, 4)
     assert found.same.value == 0.25
     assert found.majority.value == 0.5
@@ -121,7 +121,7 @@ def of(scorer: str, rows: list[tuple[str, bool, str]], examples: list[Example]) 
     scores = tuple(Score(e.id, right, -1.0, 1, said, answer) for e, (said, right, answer) in zip(examples, rows, strict=True))
     one = Evaluation("m", "t", "test", scorer, "", scores, 0.0)
     found = flips(one, one, examples)
-    return found.outside_before.count, [(x.label, x.answers, x.before) for x in found.labels]
+    return round(found.outside_before.value * found.outside_before.n), [(x.label, x.answers, x.before) for x in found.labels]
 
 
 def test_what_is_outside_of_all_answers_goes_by_what_the_scorer_reads() -> None:

@@ -92,13 +92,13 @@ def test_flips_of_a_run_and_of_a_reduction(run: Run, folder: Path, tmp_path: Pat
     assert "nothing" in err
     code, out, _ = run("analyze", "controls", folder, *task, "--reduce", best, "--limit", 8, "--draws", 2, "--json")
     assert code == 0
-    rows = json.loads(out)
+    rows = json.loads(out)["controls"]
     assert [r["control"] for r in rows][:2] == ["low rank", "removed part alone"]
     assert {r["n"] for r in rows} == {8}
     # "last" is the last search, not the scores that were made since.
     code, out, err = run("analyze", "controls", "last", "--store", store, "--draws", 1, "--json")
     assert code == 0, err
-    low_rank = json.loads(out)[0]
+    low_rank = json.loads(out)["controls"][0]
     assert (low_rank["n"], low_rank["gain"]) == (of_run["comparison"]["n"], of_run["comparison"]["gain"])
     code, out, err = run("analyze", "matrices", "bundled", "--run", "last", "--store", store)
     assert code == 1

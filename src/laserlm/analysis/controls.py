@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laserlm.algebra.decomposition import working
-from laserlm.analysis.scorebook import Scored
+from laserlm.analysis.scorebook import Scorebook
 from laserlm.editing.applied import Edit, active, kept_under, resolve, truncation, written
 from laserlm.errors import AnalysisError
 from laserlm.models.language_model import LanguageModel
@@ -166,7 +166,7 @@ def key_of(control: str, draw: int, intervention: str) -> str:
 def controls(
     lm: LanguageModel,
     intervention: str,
-    score: Scored,
+    score: Scorebook,
     *,
     draws: int = 3,
     seed: int = 0,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from laserlm.analysis.controls import Control
+from laserlm.analysis.estimates import Estimate
+from laserlm.analysis.flipping import Flips
 from laserlm.analysis.matrices import MatrixMetrics
 from laserlm.errors import AnalysisError, MissingExtraError
 
-__all__ = ["check_figure", "matrices_figure", "write_figure"]
+__all__ = ["bars", "check_figure", "controls_figure", "curves", "flips_figure", "heat", "matrices_figure", "write_figure"]
 
 STILL = (".png", ".svg", ".pdf")
 
@@ -45,17 +49,118 @@ def write_figure(figure: Any, file: Path) -> None:
         raise AnalysisError(f"cannot write {file}: {str(error).splitlines()[0]}; write an .html file instead") from error
 
 
+def curves(series: Mapping[str, Sequence[tuple[Any, Estimate]]], title: str, x: str, y: str) -> Any:
+    """Return lines with their intervals as error bars; points over too few examples are hollow.
+
+    Args:
+        series: by name, what is on the x axis and the estimate at it.
+        title: of the figure.
+        x: what is on its axis.
+        y: likewise.
+    """
+    go = _plotly()
+    figure = go.Figure()
+    for name, points in series.items():
+        drawn = [(at, e) for at, e in points if e.n]
+        figure.add_scatter(
+            name=name,
+            x=[at for at, _ in drawn],
+            y=[e.value for _, e in drawn],
+            error_y=_errors([e for _, e in drawn]),
+            mode="lines+markers",
+            marker={"symbol": ["circle-open" if e.few else "circle" for _, e in drawn]},
+            customdata=[e.n for _, e in drawn],
+            hovertemplate="%{x}: %{y:.4g}, n %{customdata}",
+        )
+    figure.update_layout(
+        title=_title(title, [e for points in series.values() for _, e in points]), xaxis_title=x, yaxis_title=y
+    )
+    return figure
+
+
+def bars(series: Mapping[str, Sequence[tuple[str, Estimate]]], title: str, y: str) -> Any:
+    """Return groups of bars with their intervals; those over too few examples are named so.
+
+    Args:
+        series: by name, the label of each bar and its estimate.
+        title: of the figure.
+        y: what is on its axis.
+    """
+    go = _plotly()
+    figure = go.Figure()
+    for name, of in series.items():
+        drawn = [(label, e) for label, e in of if e.n]
+        figure.add_bar(
+            name=name,
+            x=[f"{label} (few)" if e.few else label for label, e in drawn],
+            y=[e.value for _, e in drawn],
+            error_y=_errors([e for _, e in drawn]),
+            customdata=[e.n for _, e in drawn],
+            hovertemplate="%{x}: %{y:.4g}, n %{customdata}",
+        )
+    figure.update_layout(title=_title(title, [e for of in series.values() for _, e in of]), barmode="group", yaxis_title=y)
+    return figure
+
+
+def heat(
+    rows: Sequence[Any], columns: Sequence[Any], z: Sequence[Sequence[float | None]], title: str, names: Sequence[str]
+) -> Any:
+    """Return a heat map.
+
+    Args:
+        rows: labels of the y axis.
+        columns: labels of the x axis.
+        z: a value for each row and column, None where there is none.
+        title: of the figure.
+        names: of the y axis, the x axis and the values.
+    """
+    go = _plotly()
+    signed = any(v is not None and v < 0 for row in z for v in row)
+    colours = {"colorscale": "RdBu", "zmid": 0} if signed else {}
+    figure = go.Figure(go.Heatmap(x=list(columns), y=list(rows), z=z, colorbar={"title": names[2]}, **colours))
+    figure.update_layout(title=title, yaxis_title=names[0], xaxis_title=names[1])
+    return figure
+
+
+def flips_figure(found: Flips, title: str) -> Any:
+    """Return the gain of every group, and of all examples."""
+    c = found.comparison
+    of = [("all", Estimate(c.gain, c.interval, c.n))]
+    of += [(g.group, Estimate(g.comparison.gain, g.comparison.interval, g.comparison.n)) for g in found.groups]
+    return bars({"gain": of}, title, "gain in accuracy")
+
+
+def controls_figure(found: Sequence[Control], title: str) -> Any:
+    """Return the gain of every control, and its change of loss."""
+    gain = [(c.control, Estimate(c.gain, c.interval, c.n)) for c in found]
+    loss = [(c.control, Estimate(c.loss_change, c.loss_interval, c.n)) for c in found]
+    return bars({"gain in accuracy": gain, "change of loss, nats per token": loss}, title, "against the unchanged model")
+
+
 def matrices_figure(metrics: Sequence[MatrixMetrics], metric: str) -> Any:
     """Return a heat map of one metric that is a number: layers by matrices, those of each stack side by side."""
     columns = list(dict.fromkeys((m.stack, m.name) for m in metrics))
     layers = sorted({m.layer for m in metrics})
     values = {(m.layer, m.stack, m.name): getattr(m, metric) for m in metrics}
     z = [[values.get((layer, *column)) for column in columns] for layer in layers]
-    go = _plotly()
+    name = metric.replace("_", " ")
     x = [f"{stack}.{name}" if stack else name for stack, name in columns]
-    figure = go.Figure(go.Heatmap(x=x, y=layers, z=z, colorbar={"title": metric.replace("_", " ")}))
-    figure.update_layout(title=f"{metric.replace('_', ' ')} of every matrix", xaxis_title="matrix", yaxis_title="layer")
-    return figure
+    return heat(layers, x, z, f"{name} of every matrix", ("layer", "matrix", name))
+
+
+def _errors(of: Sequence[Estimate]) -> dict[str, Any]:
+    def length(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    above = [length(e.interval.high - e.value) for e in of]
+    return {"type": "data", "array": above, "arrayminus": [length(e.value - e.interval.low) for e in of]}
+
+
+def _title(title: str, of: Sequence[Estimate]) -> str:
+    """Return a title that says over how many examples the estimates are."""
+    counts = sorted({e.n for e in of})
+    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
+    return f"{title} (n {n}, 95 % intervals)"
 
 
 def _plotly() -> Any:

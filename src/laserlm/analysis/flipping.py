@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from laserlm.analysis.estimates import FEW, Estimate
 from laserlm.editing import applied
 from laserlm.errors import AnalysisError
 from laserlm.models.language_model import LanguageModel
@@ -14,7 +15,6 @@ from laserlm.scoring.encoding import encode
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.records import Evaluation
-from laserlm.scoring.statistics import Interval, wilson
 from laserlm.tasks import GENERATING, Example
 
 __all__ = ["Flip", "Flips", "Group", "Label", "flips", "likeliest"]
@@ -28,8 +28,6 @@ CHANGES: dict[tuple[bool, bool], Change] = {
 }
 OTHERS = 5
 """Texts that are given most often without being an answer, which are counted beside the answers."""
-FEW = 5
-"""Examples below which a group's figures say nothing by themselves."""
 
 
 @dataclass(frozen=True)
@@ -92,36 +90,6 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Share:
-    """How many of the examples are so.
-
-    Args:
-        count: number of them.
-        n: number of all.
-    """
-
-    count: int
-    n: int
-
-    @property
-    def value(self) -> float:
-        """The share."""
-        return self.count / self.n
-
-    @property
-    def interval(self) -> Interval:
-        """Its 95 % Wilson interval."""
-        return wilson(self.count, self.n)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return {"share": self.value, "interval": list(self.interval), "count": self.count, "n": self.n}
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} [{self.interval.low:.1%}, {self.interval.high:.1%}]"
-
-
-@dataclass(frozen=True)
 class Flips:
     """What a reduction changed on the examples of one split.
 
@@ -141,10 +109,10 @@ class Flips:
     flips: tuple[Flip, ...]
     groups: tuple[Group, ...]
     labels: tuple[Label, ...]
-    majority: Share
-    outside_before: Share
-    outside_after: Share
-    same: Share
+    majority: Estimate
+    outside_before: Estimate
+    outside_after: Estimate
+    same: Estimate
 
     def of(self, change: Change) -> list[Flip]:
         """Return the examples with one change."""
@@ -204,16 +172,16 @@ def flips(base: Evaluation, edited: Evaluation, examples: Sequence[Example]) -> 
     labels += [Label(text, 0, before[text], after[text]) for text in others]
     used = [by_id[f.id] for f in found]
     known = {*answers, *(text.lower() for e in used for text in (*e.choices, *e.aliases))}
-    outside = [Share(sum(not _inside(text, known, base.scorer) for text in side), n) for side in said]
+    outside = [Estimate.share(sum(not _inside(text, known, base.scorer) for text in side), n) for side in said]
     return Flips(
         comparison=comparison,
         flips=found,
         groups=tuple(groups) if len(groups) > 1 else (),
         labels=tuple(labels),
-        majority=Share(labels[0].answers, n),
+        majority=Estimate.share(labels[0].answers, n),
         outside_before=outside[0],
         outside_after=outside[1],
-        same=Share(sum(f.before.lower() == f.after.lower() for f in found), n),
+        same=Estimate.share(sum(f.before.lower() == f.after.lower() for f in found), n),
     )
 
 

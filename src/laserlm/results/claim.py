@@ -41,8 +41,12 @@ def alive(run: RunRow) -> bool:
 
 
 def shown_status(run: RunRow) -> str:
-    """Return the run's status; that of a killed process still says running, but the run is interrupted."""
-    return "interrupted" if run.status == "running" and not alive(run) else run.status
+    """Return the run's status; that of a killed process still says running, but the run is interrupted.
+
+    The scores of a model on some examples are never done: studies add to them. They are open.
+    """
+    status = "interrupted" if run.status == "running" and not alive(run) else run.status
+    return "open" if run.kind == "scores" and status == "interrupted" else status
 
 
 def busy(run: RunRow) -> RunBusyError:

@@ -33,7 +33,8 @@ class RunInfo:
     Args:
         id: 12 hex characters.
         kind: what was done, such as ``search``.
-        status: ``running``, ``interrupted``, ``done`` or ``failed``; all but ``done`` are resumed under the same key.
+        status: ``running``, ``interrupted``, ``done`` or ``failed``; all but ``done`` are resumed under the same key. Scores
+            that studies add to are ``open``.
         key: what identifies the work.
         model: the model's name.
         task: the task's name.

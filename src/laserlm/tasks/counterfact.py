@@ -29,7 +29,8 @@ def examples(records: Sequence[Record]) -> list[Example]:
             raise TaskError(
                 f"{where}: the field 'requested_rewrite.prompt' must hold {{}} for the subject, got {template!r:.60}"
             )
-        prompts = [template.replace("{}", field(record, "requested_rewrite.subject", str, where))]
+        subject = field(record, "requested_rewrite.subject", str, where)
+        prompts = [template.replace("{}", subject)]
         paraphrases = field(record, "paraphrase_prompts", list, where)
         if not all(isinstance(p, str) and p.strip() for p in paraphrases):
             raise TaskError(f"{where}: the field 'paraphrase_prompts' must be a list of texts, got {paraphrases!r:.80}")
@@ -44,6 +45,7 @@ def examples(records: Sequence[Record]) -> list[Example]:
                     answer=answer,
                     group=field(record, "requested_rewrite.relation_id", str, where),
                     fact=case,
+                    subject=subject,
                 )
             )
     return rows

@@ -45,6 +45,7 @@ class Example:
         program: for a programming problem, what tests the function that prompt and answer make.
         pairs: contexts and continuations that are scored in place of prompt and answer, or of the choices.
         right: which of the pairs is the answer's.
+        subject: what the fact is about, as the prompt names it, or empty.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Example:
     program: str = ""
     pairs: tuple[tuple[str, str], ...] = ()
     right: int = 0
+    subject: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Fields: ``prompt`` and ``answer``; optionally ``choices`` (a list that holds the answer), ``aliases`` (other right answers,
 for what the model writes itself), ``joint`` (what joins prompt and answer, a space unless told otherwise), ``id``,
-``group``, ``fact`` (rows that phrase one fact share it) and ``popularity``.
+``group``, ``fact`` (rows that phrase one fact share it), ``subject`` (what it is about) and ``popularity``.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def examples(file: Path) -> list[Example]:
                 popularity=None if popularity is None else float(popularity),
                 aliases=aliases,
                 joint=joint,
+                subject=str(row.get("subject", "")),
             )
         )
     if not rows:

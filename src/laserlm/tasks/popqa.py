@@ -44,6 +44,7 @@ def examples(records: Sequence[Record]) -> list[Example]:
                 aliases=tuple(answers[1:]),
                 group=field(about, "prop", str, where),
                 popularity=popularity,
+                subject=about["subj"] if isinstance(about.get("subj"), str) else "",
             )
         )
     return rows

@@ -28,6 +28,7 @@ def examples() -> list[Example]:
             # "The capital of France is" and "Paris is the capital of" are one fact, which no split may separate.
             fact=" | ".join(sorted((row["subject"].lower(), row["answer"].lower()))),
             popularity=float(row["popularity"]) if row["popularity"] else None,
+            subject=row["subject"],
         )
         for row in rows
         for i, template in enumerate(relations[row["relation"]]["templates"], start=1)
