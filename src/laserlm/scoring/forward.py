@@ -38,6 +38,7 @@ class Outcome:
     Args:
         logprobs: of each target, in nats.
         argmax: most likely token at each place.
+        best: its log-probability, in nats.
         options: log-probabilities of the options at the first place, in nats.
         ranks: how many tokens are more likely than the target, at each place; empty unless the row asks for it.
         top: the likeliest tokens at the first place, the likeliest first; as many as the row asks for.
@@ -45,6 +46,7 @@ class Outcome:
 
     logprobs: list[float]
     argmax: list[int]
+    best: list[float]
     options: list[float]
     ranks: list[int]
     top: list[int]
@@ -86,6 +88,7 @@ class Reading:
     Args:
         logprobs: (N,) of each target, in nats.
         argmax: (N,) most likely token at each place.
+        best: (N,) its log-probability, in nats.
         options: (B, O) log-probabilities of the options at each row's first place, in nats.
         ranks: (N,) how many tokens are more likely than the target; None where no row asks for it.
         top: (B, K) likeliest tokens at each row's first place, K the most that a row asks for; None where none asks.
@@ -93,6 +96,7 @@ class Reading:
 
     logprobs: Tensor
     argmax: Tensor
+    best: Tensor
     options: Tensor
     ranks: Tensor | None
     top: Tensor | None
@@ -218,13 +222,16 @@ def run_batch(lm: LanguageModel, batch: Batch) -> list[Outcome]:
 
 def outcomes(batch: Batch, reading: Reading) -> list[Outcome]:
     """Return what was read off a batch row by row, as plain numbers."""
-    logprobs, argmax, options = (x.cpu().tolist() for x in (reading.logprobs, reading.argmax, reading.options))
+    logprobs, argmax, best, options = (
+        x.cpu().tolist() for x in (reading.logprobs, reading.argmax, reading.best, reading.options)
+    )
     ranks = [] if reading.ranks is None else reading.ranks.cpu().tolist()
     top = [[]] * len(batch.rows) if reading.top is None else reading.top.cpu().tolist()
     return [
         Outcome(
             logprobs[start : start + targets],
             argmax[start : start + targets],
+            best[start : start + targets],
             options[b][:chosen],
             ranks[start : start + targets],
             top[b][: batch.top[b]],
@@ -255,11 +262,13 @@ def read(lm: LanguageModel, batch: Batch, *, placed: bool) -> Reading:
         logits = (logits[0] if placed else logits[row, place]).float()  # (N, V)
     total = logits.logsumexp(-1)  # (N,)
     wanted = logits.gather(-1, batch.targets[:, None])  # (N, 1)
+    best, argmax = logits.max(-1)  # (N,) both
     at_first = logits[batch.first]  # (B, V)
     k = min(max(batch.top), logits.shape[-1])
     return Reading(
         logprobs=wanted[:, 0] - total,
-        argmax=logits.argmax(-1),
+        argmax=argmax,
+        best=best - total,
         options=at_first.gather(-1, batch.options) - total[batch.first][:, None],
         ranks=(logits > wanted).sum(-1) if batch.ranked else None,
         top=at_first.topk(k).indices if k else None,
