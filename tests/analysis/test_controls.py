@@ -66,9 +66,9 @@ def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split
         found = {c.control: c for c in controls(llama, TEXT, score, draws=2)}
         calls = []
 
-        def counted(name: str, change: object = None) -> object:
+        def counted(name: str, change: object = None, at: str = "") -> object:
             calls.append(name)
-            return score(name, change) if change else score(name)
+            return score(name, change, at=at) if change else score(name)
 
         again = controls(llama, TEXT, counted, draws=2)  # type: ignore[arg-type]
     assert again == list(found.values())

@@ -3,11 +3,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from laserlm.analysis import flips, likeliest, scored
+from laserlm.analysis import Scorebook, flips, likeliest, scored
 from laserlm.editing import applied
 from laserlm.errors import AnalysisError
 from laserlm.models import LanguageModel
@@ -90,22 +91,26 @@ def test_scores_are_made_once_and_kept(
         expected = evaluate(llama, split)
     calls = []
 
-    def counted(*given: object, **more: object) -> Evaluation:
-        calls.append(llama.intervention)
-        return evaluate(*given, **more)  # type: ignore[arg-type]
+    evaluated = Scorebook._evaluated
 
-    monkeypatch.setattr("laserlm.analysis.scorebook.evaluate", counted)
+    def counted(self: Scorebook, *given: Any) -> Evaluation:
+        calls.append(llama.intervention)
+        return evaluated(self, *given)
+
+    monkeypatch.setattr(Scorebook, "_evaluated", counted)
     for _ in range(2):
         with Store.open(tmp_path / "runs.db") as store, scored(llama, split, store) as score:
             assert score("1.fc_in@0.10").scores == expected.scores
             assert score("").intervention == ""
             assert score("named", applied(llama, "1.fc_in@0.1")).scores == expected.scores
-    assert calls == ["1.fc_in@0.1", "", "1.fc_in@0.1"]
+            assert score("another", applied(llama, "1.fc_in@0.1"), at="1.fc_in@0.5").scores == expected.scores
+            assert score.remember("a text", lambda: calls.append("made") or ["kept"]) == ["kept"]
+    assert calls == ["1.fc_in@0.1", "", "1.fc_in@0.1", "1.fc_in@0.1", "made"]
     with Store.open(tmp_path / "runs.db") as store:
         assert store.examples(store.runs()[0].id, "all") == split.examples
         with scored(llama, split.limit(3), store) as score:
             score("")
-    assert len(calls) == 4  # other examples are other scores
+    assert len(calls) == 6  # other examples are other scores
 
 
 def test_examples_come_back_whole_from_the_store(llama: LanguageModel, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def controls(
         found = (
             score(intervention)
             if name == LOW_RANK
-            else score(key_of(name, draw, intervention), changed(lm, intervention, name, draw, seed=seed))
+            else score(key_of(name, draw, intervention), changed(lm, intervention, name, draw, seed=seed), at=intervention)
         )
         evaluations.setdefault(name, []).append(found)
     reduced = evaluations[LOW_RANK][0]

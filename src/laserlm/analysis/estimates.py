@@ -70,6 +70,14 @@ class Estimate:
 
     def __str__(self) -> str:
         if not self.n:
+            return ""
+        if math.isinf(self.interval.low):
+            return f"{self.value:.3g} (few)"
+        return f"{self.value:.3g} [{self.interval.low:.3g}, {self.interval.high:.3g}]" + (" (few)" if self.few else "")
+
+    def percent(self) -> str:
+        """Return the share and its interval as text, in per cent."""
+        if not self.n:
             return "unknown (no examples)"
         few = ", few" if self.few else ""
         return f"{self.value:.1%} [{self.interval.low:.1%}, {self.interval.high:.1%}] (n {self.n}{few})"

@@ -8,10 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from laserlm.analysis.components import Bottom, Chunk
 from laserlm.analysis.controls import Control
+from laserlm.analysis.entities import Entities
 from laserlm.analysis.estimates import Estimate
 from laserlm.analysis.flipping import Flips
 from laserlm.analysis.matrices import MatrixMetrics
+from laserlm.analysis.rank_curve import Measured, Point
+from laserlm.analysis.side_effects import Transfer
+from laserlm.analysis.terms import GroupTerms
 from laserlm.errors import AnalysisError, MissingExtraError
 
 __all__ = ["bars", "check_figure", "controls_figure", "curves", "flips_figure", "heat", "matrices_figure", "write_figure"]
@@ -135,6 +140,70 @@ def controls_figure(found: Sequence[Control], title: str) -> Any:
     gain = [(c.control, Estimate(c.gain, c.interval, c.n)) for c in found]
     loss = [(c.control, Estimate(c.loss_change, c.loss_interval, c.n)) for c in found]
     return bars({"gain in accuracy": gain, "change of loss, nats per token": loss}, title, "against the unchanged model")
+
+
+def components_figure(bottom: Sequence[Bottom], chunks: Sequence[Chunk], title: str) -> Any:
+    """Return what wins by the kept fraction of the smallest singular values, above the change of loss without each run."""
+    subplots = importlib.import_module("plotly.subplots").make_subplots(rows=2, cols=1, vertical_spacing=0.15)
+    shares = {name: [(b.fraction, b.classes[name]) for b in bottom] for name in (bottom[0].classes if bottom else ())}
+    shares |= {"cosine": [(b.fraction, b.cosine) for b in bottom], "probability": [(b.fraction, b.probability) for b in bottom]}
+    without = {c: [(f"{m.first}-{m.last}", m.loss_change) for m in chunks if m.matrix == c] for c in {m.matrix for m in chunks}}
+    for row, series in ((1, shares), (2, without)):
+        for trace in curves(series, "", "", "").data:
+            subplots.add_trace(trace, row=row, col=1)
+    n = [str(of[0].n) for of in (bottom, chunks) if of]
+    subplots.update_layout(title=f"{title} (n {' and '.join(n)}, 95 % intervals)", height=900)
+    subplots.update_xaxes(title="fraction kept of the smallest singular values, corrected examples", row=1, col=1)
+    subplots.update_xaxes(title="singular values taken out, all examples", row=2, col=1)
+    subplots.update_yaxes(title="share or value", row=1, col=1)
+    subplots.update_yaxes(title="change of loss, nats per token", row=2, col=1)
+    return subplots
+
+
+def rank_curve_figure(points: Sequence[Point], title: str) -> Any:
+    """Return accuracy and change of loss by the size that is kept."""
+    series = {
+        "accuracy": [(p.size, p.accuracy) for p in points],
+        "change of loss, nats per token": [(p.size, p.loss_change) for p in points],
+    }
+    return curves(series, title, "size kept", "score")
+
+
+def map_figure(found: Sequence[Measured], title: str) -> Any:
+    """Return a heat map of the change of loss: layers by matrices and sizes (arXiv 2312.13558, figure 2)."""
+    rows = sorted({(m.stack, m.name, m.size) for m in found})
+    layers = sorted({m.layer for m in found})
+    values = {(m.stack, m.name, m.size, m.layer): m.loss_change.value for m in found}
+    z = [[values.get((*row, layer)) for layer in layers] for row in rows]
+    names = [f"{stack}.{name}@{size}" if stack else f"{name}@{size}" for stack, name, size in rows]
+    return heat(names, layers, z, title, ("matrix and size", "layer", "change of loss"))
+
+
+def entities_figure(found: Sequence[Entities], title: str) -> Any:
+    """Return the mean number of entities, and the shares of texts, by set and model."""
+    series = {
+        "entities": [(f"{e.set}, {e.model}", e.entities) for e in found],
+        "share with the answer's": [(f"{e.set}, {e.model}", e.with_answer) for e in found],
+        "share with none": [(f"{e.set}, {e.model}", e.without) for e in found],
+    }
+    return bars(series, title, "entities in a text, or share of texts")
+
+
+def terms_figure(found: Mapping[str, Sequence[GroupTerms]], title: str) -> Any:
+    """Return a heat map of how far ahead the marking words of each group are; groups that are too small are not in it."""
+    rows = [(of, g) for of, groups in found.items() for g in groups if not g.few and g.terms]
+    words = list(dict.fromkeys(t.term for _, g in rows for t in g.terms))
+    z = [[{t.term: t.ahead.value for t in g.terms}.get(word) for word in words] for _, g in rows]
+    names = [f"{g.group} (n {g.n}), {of}" for of, g in rows]
+    return heat(names, words, z, f"{title}: words that mark a group", ("group", "word", "TF-IDF ahead by"))
+
+
+def transfer_figure(cells: Sequence[Transfer], title: str) -> Any:
+    """Return the gain of each intervention on each task."""
+    series: dict[str, list[tuple[str, Estimate]]] = {}
+    for c in cells:
+        series.setdefault(f"{c.intervention}, chosen on {c.chosen_on}", []).append((c.scored_on, c.gain))
+    return bars(series, title, "gain in accuracy")
 
 
 def matrices_figure(metrics: Sequence[MatrixMetrics], metric: str) -> Any:

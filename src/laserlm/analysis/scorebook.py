@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from laserlm.editing import applied
+import torch
+
+from laserlm.editing import applied, resolve
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
 from laserlm.results import Run, Store
-from laserlm.scoring.encoding import encode
-from laserlm.scoring.evaluate import evaluate
+from laserlm.scoring.encoding import Row, encode
+from laserlm.scoring.evaluate import evaluate, evaluate_rows
 from laserlm.scoring.identity import digest, identity
 from laserlm.scoring.records import Evaluation
+from laserlm.searching.frontier import Frontier
 from laserlm.spec import Intervention
 from laserlm.tasks import Scorer, Split
 
@@ -22,37 +25,60 @@ __all__ = ["Scorebook", "scored"]
 
 METHOD = 1
 """Goes up when a change moves scores."""
+MEMORY = 2**30
+"""Bytes that a boundary may take; more examples than fit are scored in whole passes."""
 
 
 class Scorebook:
     """The scores of one model on one set of examples, under whatever changes it; made by ``scored``.
+
+    Blocks below the first one that is changed are run once, as in a search.
 
     Args:
         lm: the unchanged model.
         split: the examples.
         batch_size: sequences in one forward pass.
         seed: of ``:reference`` decompositions.
+        run: where they are kept.
+        rows: what ``encode`` made of the examples.
         known: scores that are at hand already, by the text of the intervention.
     """
 
     def __init__(
-        self, lm: LanguageModel, split: Split, run: Run, batch_size: int, seed: int, known: Mapping[str, Evaluation]
+        self,
+        lm: LanguageModel,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        run: Run,
+        rows: Sequence[Row],
+        known: Mapping[str, Evaluation],
     ) -> None:
         self.lm = lm
         self.split = split
         self.batch_size = batch_size
         self.seed = seed
         self._run = run
+        self._rows = rows
         self._known = dict(known)
+        self._frontier: Frontier | None = None
 
-    def __call__(self, name: str, change: AbstractContextManager[Any] | None = None) -> Evaluation:
-        """Return scores under an intervention, given by its text, or under a context that changes the model, by any name."""
+    def __call__(self, name: str, change: AbstractContextManager[Any] | None = None, *, at: str = "") -> Evaluation:
+        """Return scores under an intervention, or under a context that changes the model.
+
+        Args:
+            name: the intervention's text; or what the scores under a context are kept under.
+            change: the context.
+            at: text of an intervention with the matrices that the context changes, and no other; empty where that is not
+                known, which takes longer.
+        """
         name = name if change is not None else str(Intervention.parse(name))
         known = self._known.get(name) or self._run.evaluation(self.split.name, name)
         if known is not None:
             return known
+        frontier = self._advanced(at if change is not None else name, at_all=change is None or bool(at))
         with change if change is not None else applied(self.lm, name, seed=self.seed):
-            made = evaluate(self.lm, self.split, batch_size=self.batch_size)
+            made = self._evaluated(frontier)
         found = replace(made, intervention=name)
         self._run.record(found, self.split.examples)
         return found
@@ -62,6 +88,31 @@ class Scorebook:
         if name not in self._run.notes:
             self._run.note(name, make())
         return self._run.notes[name]
+
+    def _advanced(self, intervention: str, *, at_all: bool) -> Frontier | None:
+        """Return the frontier just below the first block that an intervention changes, or None where there can be none."""
+        embeddings: Any = self.lm.model.get_input_embeddings()
+        width = embeddings.weight.shape[-1] * self.lm.dtype.itemsize
+        # While the boundary moves, the old and the new one are there.
+        if not at_all or 2 * width * sum(len(row.ids) + len(row.decoder) for row in self._rows) > MEMORY:
+            return None
+        self._frontier = self._frontier or Frontier(self.lm, self._rows, self.batch_size)
+        order = self._frontier.checks.order
+        places = [(e.matrix.stack, e.matrix.layer) for e in resolve(self.lm.matrices, intervention)]
+        if order and places:
+            self._frontier.advance(*order[min(order.index(place) for place in places)])
+            self._frontier.forget()
+        return self._frontier
+
+    def _evaluated(self, frontier: Frontier | None) -> Evaluation:
+        if frontier is not None:
+            try:
+                return evaluate_rows(self.lm, self.split, self.split.scorer, self._rows, frontier.run, self.batch_size)
+            except torch.OutOfMemoryError:
+                self._frontier = None
+        if torch.cuda.is_available():  # outside the handler, whose traceback holds the failed pass's tensors
+            torch.cuda.empty_cache()
+        return evaluate(self.lm, self.split, batch_size=self.batch_size)
 
 
 @contextmanager
@@ -94,4 +145,4 @@ def scored(
     settings = identity(lm, split.scorer, (split,), rows, seed) | {"method": METHOD}
     made_by = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
     with store.run(kind="scores", key=digest(settings), settings=settings, provenance=made_by) as run:
-        yield Scorebook(lm, split, run, batch_size, seed, known or {})
+        yield Scorebook(lm, split, batch_size, seed, run, rows, known or {})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from laserlm.cli.analyze.study import Output, StudyOptions
 from laserlm.cli.options import with_options
 from laserlm.cli.progress import bar
+
+if TYPE_CHECKING:
+    from laserlm.analysis.controls import Control
 
 
 @with_options(study=StudyOptions, output=Output)
@@ -27,17 +30,24 @@ def controls(
     output.check()
     with study.pair() as pair, pair.book() as score, bar("scoring controls", unit="models") as advance:
         found = controls_(pair.lm, pair.intervention, score, draws=draws, seed=pair.seed, on_model=advance)
-    rows = [c.as_dict() for c in found]
-    flat = []
-    for row in rows:
-        ends: dict[str, float | None] = {}
-        for name in ("interval", "behind_interval", "loss_interval"):
-            low, high = row[name] or (None, None)
-            short = name.removesuffix("interval")
-            ends |= {f"{short}low": low, f"{short}high": high}
-        flat.append({key: value for key, value in row.items() if not key.endswith("interval")} | ends)
     output.show(
-        {**pair.about, "controls": rows},
-        {f"{pair.title}: its controls": flat},
+        {**pair.about, "controls": [c.as_dict() for c in found]},
+        {f"{pair.title}: its controls, n {pair.base.n}": [_row(c) for c in found]},
         figure=lambda: controls_figure(found, pair.title),
     )
+
+
+def _row(c: Control) -> dict[str, Any]:
+    from laserlm.analysis.estimates import Estimate
+
+    return {
+        "control": c.control,
+        "draws": c.draws,
+        "size": c.size,
+        "accuracy": c.accuracy,
+        "gain": Estimate(c.gain, c.interval, c.n),
+        "worst draw": c.least,
+        "best draw": c.most,
+        "behind": Estimate(c.behind, c.behind_interval, c.n),
+        "change of loss": Estimate(c.loss_change, c.loss_interval, c.n),
+    }

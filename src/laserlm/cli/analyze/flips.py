@@ -69,9 +69,9 @@ def flips(
         },
         lines=[
             str(found.comparison),
-            f"{counts}; the same answer before and after for {found.same}",
-            f"outside of all answers: {found.outside_before} before, {found.outside_after} after; "
-            f"always giving the most frequent answer scores {found.majority}",
+            f"{counts}; the same answer before and after for {found.same.percent()}",
+            f"outside of all answers: {found.outside_before.percent()} before, {found.outside_after.percent()} after; "
+            f"always giving the most frequent answer scores {found.majority.percent()}",
         ],
         figure=lambda: flips_figure(found, pair.title),
     )

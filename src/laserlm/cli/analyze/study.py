@@ -46,7 +46,7 @@ class Output(Listing):
 
         Args:
             values: everything, as plain JSON values.
-            tables: the first is what CSV holds.
+            tables: the first is what CSV holds. Cells may be estimates, which have a column for each of their ends there.
             lines: sentences that stand above the tables.
             figure: makes the plotly figure; None where there is nothing to draw.
         """
@@ -56,16 +56,29 @@ class Output(Listing):
         if self.json:
             print_json(values)
         elif self.csv:
-            self.print(next(iter(tables.values()), []))
+            self.print([_flat(row) for row in next(iter(tables.values()), [])])
         else:
             for line in lines:
                 print(line)
             for title, rows in tables.items():
-                self.print(rows, title)
+                self.print([{k: str(v) if _estimated(v) else v for k, v in row.items()} for row in rows], title)
         if self.figure is not None:
             if figure is None:
                 raise AnalysisError(f"there is nothing to draw in {self.figure}; leave --figure out")
             write_figure(figure(), self.figure)
+
+
+def _estimated(value: Any) -> bool:
+    from laserlm.analysis.estimates import Estimate
+
+    return isinstance(value, Estimate)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        found |= value.as_row(name) if _estimated(value) else {name: value}
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""How scores go with the rank that is kept, and what a search measured of every matrix and size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+from laserlm.analysis.estimates import Estimate
+from laserlm.analysis.scorebook import Scorebook
+from laserlm.editing.applied import resolve
+from laserlm.errors import AnalysisError
+from laserlm.scoring.records import Evaluation
+from laserlm.spec import Intervention, Size
+
+__all__ = ["RANKS", "RHOS", "Measured", "Point", "loss_map", "rank_curve", "sizes_of"]
+
+RANKS = (40, 30, 20, 10, 5, 1, 0)
+"""Ranks of the published curve (arXiv 2312.13558)."""
+RHOS = ("1", "0.9", "0.8", "0.6", "0.4", "0.2", "0.1", "0.05", "0.01", "0")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The chosen matrices at one size.
+
+    Args:
+        size: as text, ``r40`` or ``0.1``.
+        ranks: singular values kept, by matrix; of each block of rows where a matrix is split.
+        chosen: whether the reduction itself has this size.
+        accuracy: with its interval.
+        loss: mean log-loss in nats per answer token.
+        gain: in accuracy over the unchanged model, paired.
+        loss_change: of the loss, paired.
+    """
+
+    size: str
+    ranks: dict[str, int]
+    chosen: bool
+    accuracy: Estimate
+    loss: float
+    gain: Estimate
+    loss_change: Estimate
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return asdict(self) | {name: getattr(self, name).as_dict() for name in ("accuracy", "gain", "loss_change")}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a search measured of one reduction of one matrix.
+
+    Args:
+        matrix: its id.
+        stack: its stack of blocks, empty where the model has one.
+        layer: 0-based block.
+        name: name of the matrix within the block.
+        size: as text.
+        gain: in accuracy over the unchanged model on the examples that this one was scored on.
+        loss_change: of the loss, likewise.
+    """
+
+    matrix: str
+    stack: str
+    layer: int
+    name: str
+    size: str
+    gain: Estimate
+    loss_change: Estimate
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return asdict(self) | {name: getattr(self, name).as_dict() for name in ("gain", "loss_change")}
+
+
+def rank_curve(
+    intervention: str,
+    score: Scorebook,
+    *,
+    ranks: Sequence[int] = RANKS,
+    rhos: Sequence[str] = RHOS,
+    on_point: Callable[[int, int, str], None] | None = None,
+) -> list[Point]:
+    """Score the matrices of a reduction at other sizes: first ranks, then kept fractions, each set falling.
+
+    Ranks that a matrix does not have are left out.
+
+    Args:
+        intervention: text of the reduction whose matrices are taken.
+        score: of the model.
+        ranks: singular values kept.
+        rhos: kept fractions, as text.
+        on_point: called with the number of sizes done, their total and the next.
+
+    Raises:
+        AnalysisError: if the reduction is empty, or a fraction is a rank.
+        SpecError: if a size cannot be read.
+    """
+    reductions = Intervention.parse(intervention).reductions
+    if not reductions:
+        raise AnalysisError("the unchanged model has no matrix whose rank could be changed; give a reduction")
+    least = min(edit.max_rank for edit in resolve(score.lm.matrices, intervention))
+    sizes = [Size(rank=r) for r in sorted(set(ranks), reverse=True) if r <= least]
+    sizes += sizes_of(rhos)[::-1]
+    base = score("")
+    points = []
+    for done, size in enumerate(sizes):
+        if on_point is not None:
+            on_point(done, len(sizes), str(size))
+        text = str(Intervention(tuple(replace(r, size=size) for r in reductions)))
+        edits = resolve(score.lm.matrices, text)
+        found = base if all(edit.is_identity for edit in edits) else score(text)
+        points.append(
+            Point(
+                size=str(size),
+                ranks={edit.matrix.id: edit.rank for edit in edits},
+                chosen=text == str(Intervention.parse(intervention)),
+                accuracy=Estimate.share(sum(s.correct for s in found.scores), found.n),
+                loss=found.loss,
+                **_against(base, found),
+            )
+        )
+    return points
+
+
+def sizes_of(fractions: Sequence[str]) -> list[Size]:
+    """Return kept fractions, given as text, each once and rising.
+
+    Raises:
+        AnalysisError: if one is a rank.
+        SpecError: if one cannot be read.
+    """
+    found: dict[Decimal, Size] = {}
+    for size in map(Size.parse, fractions):
+        if size.rho is None:
+            raise AnalysisError(f"{size} is a rank; write the fraction of the singular values that is kept, such as 0.9")
+        found[size.rho] = size
+    return [found[rho] for rho in sorted(found)]
+
+
+def loss_map(base: Evaluation, trials: Mapping[str, Evaluation]) -> list[Measured]:
+    """Return what a search measured of each matrix and size, each against the unchanged model on the same examples.
+
+    Reductions of several matrices, or of several blocks, are left out. A race scores what it drops on few examples.
+
+    Args:
+        base: the unchanged model on the validation split.
+        trials: by canonical text; each has the first so many of those examples.
+
+    Raises:
+        AnalysisError: if no trial is of a single matrix.
+    """
+    found = []
+    for text, trial in trials.items():
+        reductions = Intervention.parse(text).reductions
+        if (
+            len(reductions) != 1
+            or reductions[0].layers.first is None
+            or reductions[0].layers.first != reductions[0].layers.last
+        ):
+            continue
+        (r,) = reductions
+        layer = r.layers.first
+        name = f"{r.stack}.{layer}.{r.matrix}" if r.stack else f"{layer}.{r.matrix}"
+        pair = replace(base, scores=base.scores[: trial.n])
+        found.append(Measured(name, r.stack, layer or 0, r.matrix, str(r).partition("@")[2], **_against(pair, trial)))
+    if not found:
+        raise AnalysisError("the search scored no reduction of a single matrix; there is nothing to map")
+    return sorted(found, key=lambda m: (m.stack, m.layer, m.name, m.size))
+
+
+def _against(base: Evaluation, found: Evaluation) -> dict[str, Estimate]:
+    pairs = list(zip(base.scores, found.scores, strict=True))
+    return {
+        "gain": Estimate.gain([b.correct for b, _ in pairs], [a.correct for _, a in pairs]),
+        "loss_change": Estimate.mean([a.loss - b.loss for b, a in pairs]),
+    }

@@ -1,0 +1,107 @@
+"""The command that tells what the small singular values hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laserlm.cli.analyze.study import Output, StudyOptions
+from laserlm.cli.options import with_options
+from laserlm.cli.progress import bar
+
+if TYPE_CHECKING:
+    from laserlm.analysis.components import Bottom, Chunk
+    from laserlm.tasks import Example
+
+
+@with_options(study=StudyOptions, output=Output)
+def components(
+    study: StudyOptions,
+    output: Output,
+    fractions: Annotated[
+        str | None,
+        typer.Option(help="Fractions kept of the smallest singular values, by commas; default: fifteen from 0 to 1."),
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text whose most frequent words count as generic; default: English stop words.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(min=0, help="Singular values of a run of the chunk map; 0 leaves it out.")] = 32,
+) -> None:
+    """Tell what the smallest singular values answer by themselves, and which runs of the spectrum are signal or noise.
+
+    The first part is over the examples that the reduction corrects, the second over all.
+
+    Example: laser analyze components bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
+    """
+    from laserlm.analysis.components import FRACTIONS, bottom_components, chunk_map
+    from laserlm.analysis.figures import components_figure
+    from laserlm.analysis.rank_curve import sizes_of
+    from laserlm.analysis.words import Words
+    from laserlm.tasks.files import local_file, text_of
+
+    output.check()
+    words = Words.english() if corpus is None else Words.of_text(text_of(local_file(corpus)), corpus.name)
+    wanted = FRACTIONS if fractions is None else tuple(map(str, sizes_of(fractions.split(","))))  # before anything is scored
+    bottom: list[Bottom] = []
+    chunks: list[Chunk] = []
+    with study.pair() as pair, pair.book() as book:
+        corrected = _corrected(pair.base.scores, pair.edited.scores, pair.examples)
+        if corrected:
+            with bar("keeping the smallest", unit="fractions") as advance:
+                bottom = bottom_components(book, corrected, pair.intervention, words, fractions=wanted, on_fraction=advance)
+        if chunk:
+            with bar("taking runs out", unit="runs") as advance:
+                chunks = chunk_map(pair.intervention, book, chunk=chunk, on_chunk=advance)
+    few = ": too few to say anything" if len(corrected) < 5 else ""
+    lines = [
+        f"{pair.intervention} corrects {len(corrected)} of {pair.base.n} examples{few}.",
+        f"Generic words are {words.source}, and what holds no letter or digit.",
+    ]
+    if chunks:
+        signal, noise = (sum(c.verdict == verdict for c in chunks) for verdict in ("signal", "noise"))
+        lines.append(
+            f"Of {len(chunks)} runs {signal} are signal and {noise} noise; by chance alone one in forty would be each."
+        )
+    output.show(
+        {
+            **pair.about,
+            "corrected": len(corrected),
+            "words": words.source,
+            "bottom": [b.as_dict() for b in bottom],
+            "chunks": [c.as_dict() for c in chunks],
+        },
+        {
+            **({f"{pair.title}: only the smallest singular values": [_bottom_row(b) for b in bottom]} if bottom else {}),
+            **({f"{pair.title}: without a run of singular values": [_chunk_row(c) for c in chunks]} if chunks else {}),
+        },
+        lines=lines,
+        figure=(lambda: components_figure(bottom, chunks, pair.title)) if bottom or chunks else None,
+    )
+
+
+def _corrected(before: Any, after: Any, examples: tuple[Example, ...]) -> list[Example]:
+    changed = {b.id for b, a in zip(before, after, strict=True) if a.correct and not b.correct}
+    return [e for e in examples if e.id in changed]
+
+
+def _bottom_row(b: Bottom) -> dict[str, Any]:
+    return {
+        "fraction": b.fraction,
+        **{name: share.value for name, share in b.classes.items()},
+        "cosine": b.cosine,
+        "probability": b.probability,
+        "winners": ", ".join(f"{token!r} {count}" for token, count in b.winners[:3]),
+    }
+
+
+def _chunk_row(c: Chunk) -> dict[str, Any]:
+    return {
+        "matrix": c.matrix,
+        "values": f"{c.first}-{c.last}",
+        "energy": c.energy,
+        "gain": c.gain,
+        "change of loss": c.loss_change,
+        "verdict": c.verdict,
+    }

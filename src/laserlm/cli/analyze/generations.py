@@ -1,0 +1,79 @@
+"""The command that counts named entities in what the models write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laserlm.cli.analyze.study import Output, StudyOptions
+from laserlm.cli.options import with_options
+from laserlm.cli.progress import bar
+
+if TYPE_CHECKING:
+    from laserlm.analysis.entities import Entities
+
+SETS = {
+    "A": "set A: the unchanged model wrong, the reduced one right",
+    "B": "set B: the removed part alone wrong, the reduced model right",
+}
+FIGURES = {"entities": "entities", "with_answer": "with the answer's", "without": "with none"}
+"""The figures, and the names of the published ones."""
+
+
+@with_options(study=StudyOptions, output=Output)
+def generations(
+    study: StudyOptions,
+    output: Output,
+    pipeline: Annotated[
+        str | None, typer.Option(help="spaCy pipeline that finds entities: a package or folder; default: en_core_web_sm.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a text; default: as the task is written, or 10.")] = None,
+    shown: Annotated[int, typer.Option(min=0, help="Examples shown with all three texts.")] = 5,
+) -> None:
+    """Count named entities in what the model writes: unchanged, reduced, and with the removed part alone.
+
+    Beside them stand the figures published for GPT-J on Wikidata QA.
+
+    Example: laser analyze generations bundled --task worldfacts --reduce 29.v_proj@0.75 --limit 500
+    """
+    from laserlm.analysis.entities import MODELS, PUBLISHED, entities, sets_of
+    from laserlm.analysis.entities import pipeline as pipeline_
+    from laserlm.analysis.figures import entities_figure
+    from laserlm.analysis.writing import written
+    from laserlm.editing import complement
+
+    output.check()
+    find = pipeline_(pipeline)
+    with study.pair() as pair, pair.book() as book, bar("writing", unit="models") as advance:
+        alone = str(complement(pair.lm.matrices, pair.intervention))
+        sets = sets_of(pair.base, pair.edited, book(alone))
+        chosen = [e for e in pair.examples if e.id in sets]
+        wanted = dict(zip(MODELS, ("", pair.intervention, alone), strict=True))
+        texts = written(book, pair.results, chosen, wanted, new_tokens=tokens, on_model=advance)
+    found, said = entities(texts, chosen, sets, find)
+    published = [
+        {"set": name, "figure": figure, **values} for name, figures in PUBLISHED.items() for figure, values in figures.items()
+    ]
+    output.show(
+        {
+            **pair.about,
+            "removed_part_alone": alone,
+            "entities": [e.as_dict() for e in found],
+            "published": published,
+            "texts": [s.as_dict() for s in said],
+        },
+        {
+            **{title: [_row(e) for e in found if e.set == name] for name, title in SETS.items()},
+            "published for GPT-J on Wikidata QA (arXiv 2312.13558)": published,
+            f"some of {len(said)} examples": [
+                {"set": "".join(s.sets), "prompt": s.prompt, "answer": s.answer, **s.texts} for s in said[:shown]
+            ],
+        },
+        lines=[pair.title],
+        figure=lambda: entities_figure(found, pair.title),
+    )
+
+
+def _row(e: Entities) -> dict[str, Any]:
+    return {"model": e.model, "n": e.entities.n, **{title: getattr(e, name) for name, title in FIGURES.items()}}

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+REDUCTION = "1.fc_in@0.25"
+STUDIES = ("flips", "generations", "terms", "controls", "components", "low-rank", "side-effects", "frequency")
+FAST = {"terms": ("--tokens", 2), "generations": ("--tokens", 2), "controls": ("--draws", 1), "components": ("--chunk", 20)}
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    file = tmp_path / "questions.jsonl"
+    facts = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Norway", "Oslo"), ("Portugal", "Lisbon")] * 5
+    file.write_text(
+        "".join(
+            json.dumps({"prompt": f"The capital {i} of {of} is", "answer": city, "group": of[0], "popularity": i}) + "\n"
+            for i, (of, city) in enumerate(facts)
+        )
+    )
+    return file
+
+
+@pytest.fixture
+def asked(folder: Path, questions: Path, tmp_path: Path) -> tuple[object, ...]:
+    return (folder, "--task", f"jsonl:{questions}", "--store", tmp_path / "runs.db", "--reduce", REDUCTION)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_study_is_a_command_with_table_json_csv_and_figure(
+    study: str, run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A model without knowledge corrects nothing; what is done with corrected examples is done with all.
+    monkeypatch.setattr("laserlm.analysis.entities.sets_of", lambda base, *_: {s.id: ("A", "B") for s in base.scores})
+    monkeypatch.setattr("laserlm.cli.analyze.components._corrected", lambda before, after, examples: list(examples)[:6])
+    given = ("analyze", study, *asked, *FAST.get(study, ()))
+    code, out, err = run(*given, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["model"] == str(asked[0])
+    assert "NaN" not in out
+    assert "Infinity" not in out
+    code, out, err = run(*given, "--csv", "--figure", tmp_path / "f.html")
+    assert code == 0, err
+    assert list(csv.DictReader(io.StringIO(out)))
+    assert (tmp_path / "f.html").stat().st_size > 1_000_000
+    code, out, err = run(*given)
+    assert code == 0, err
+    assert out.strip()
+
+
+def test_generations_of_a_reduction_that_corrects_nothing_say_so(run: Run, asked: tuple[object, ...]) -> None:
+    code, _, err = run("analyze", "generations", *asked, "--tokens", 2)
+    assert code == 1
+    assert "corrects nothing" in err
+
+
+def test_what_a_study_scored_is_not_scored_again(run: Run, asked: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, first, err = run("analyze", "low-rank", *asked, "--json", "--ranks", "10,1")
+    assert code == 0, err
+    monkeypatch.setattr("laserlm.analysis.scorebook.evaluate_rows", None)  # would fail if it was called
+    monkeypatch.setattr("laserlm.analysis.scorebook.evaluate", None)
+    code, again, err = run("analyze", "low-rank", *asked, "--json", "--ranks", "10,1")
+    assert code == 0, err
+    assert again == first
+
+
+def test_a_run_stands_for_model_task_and_reduction(
+    run: Run, folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ("--store", tmp_path / "runs.db")
+    search = ("search", folder, "--task", f"jsonl:{questions}", *store, "--grid", "all.mlp@0.2,0.5", "--metric", "loss")
+    code, out, err = run(*search, "--strategy", "exhaustive", "--json")
+    assert code == 0, err
+    of_run = json.loads(out)
+    assert of_run["best"]
+    questions.unlink()
+    code, out, err = run("analyze", "low-rank", "last", *store, "--json", "--ranks", "5")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["intervention"], found["n"]) == (of_run["best"], of_run["test"]["n"])
+    chosen = next(p for p in found["points"] if p["chosen"]) if any(p["chosen"] for p in found["points"]) else None
+    if chosen is not None:
+        assert chosen["loss"] == pytest.approx(of_run["test"]["best_loss"])
+    code, out, err = run("analyze", "low-rank", "last", *store, "--json", "--limit", 5, "--ranks", "5", "--rhos", "")
+    assert code == 0, err
+    assert json.loads(out)["n"] == 5
+    # The map needs neither the model nor its data.
+    monkeypatch.setattr("laserlm.models.load", None)
+    code, out, err = run("analyze", "low-rank", "last", "--map", *store, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found["measured"]) == 18  # three matrices of three blocks at two sizes
+    assert {m["loss_change"]["n"] for m in found["measured"]} == {of_run["validation"]["n"]}
+    code, out, _ = run("analyze", "low-rank", "last", "--map", *store, "--figure", tmp_path / "map.html")
+    assert code == 0
+    assert "fc_out" in out
+    code, _, err = run("analyze", "flips", "last", *store, "--split", "validation")
+    assert code == 1
+    assert "no part in the choice" in err
+    code, out, _ = run("runs", "list", *store, "--json")
+    assert {r["status"] for r in json.loads(out) if r["kind"] == "scores"} == {"open"}
+
+
+def test_side_effects_are_a_matrix_of_runs_and_tasks(run: Run, folder: Path, questions: Path, tmp_path: Path) -> None:
+    store = ("--store", tmp_path / "runs.db")
+    other = tmp_path / "other.jsonl"
+    other.write_text(questions.read_text().replace("capital", "seat"))
+    runs = []
+    for file, grid in ((questions, "all.mlp@0.2,0.5"), (other, "all.attn@0.5,0.2")):
+        search = ("search", folder, "--task", f"jsonl:{file}", *store, "--grid", grid, "--metric", "loss", "--json")
+        code, out, err = run(*search, "--strategy", "exhaustive")
+        assert code == 0, err
+        runs.append(json.loads(out))
+    assert all(r["best"] for r in runs)
+    text = tmp_path / "text.txt"
+    text.write_text("It rained all night, so the grass was wet in the morning.\n" * 200)
+    more = ("--on", "worldfacts", "--examples", 6, "--text", text, "--passages", 3)
+    code, out, err = run("analyze", "side-effects", runs[0]["run"], "--with", runs[1]["run"], *more, *store, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [e["intervention"] for e in found["effects"]] == [r["best"] for r in runs]
+    assert all(e["divergence"]["n"] == 40 and e["divergence"]["value"] > 0 for e in found["effects"])
+    assert all(e["text"]["ratio"]["n"] == 3 for e in found["effects"])
+    tasks = [r["settings"]["task"] for r in runs]
+    cells = {(c["chosen_on"], c["scored_on"]): c for c in found["transfer"]}
+    assert set(cells) == {(i, j) for i in tasks for j in [*tasks, "worldfacts"]}
+    for r, name in zip(runs, tasks, strict=True):
+        assert cells[name, name]["gain"]["value"] == pytest.approx(r["test"]["gain"])
+    assert cells[tasks[0], "worldfacts"]["gain"]["n"] == 6
+
+
+def test_still_images_where_a_browser_is_and_an_error_where_not(
+    run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("analyze", "flips", *asked, "--top", 0)
+    if any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
+        for name in ("f.png", "f.svg"):
+            code, _, err = run(*given, "--figure", tmp_path / name)
+            assert code == 0, err
+        assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "f.svg").read_text()
+    monkeypatch.setattr("plotly.graph_objects.Figure.write_image", _no_browser)
+    code, _, err = run(*given, "--figure", tmp_path / "g.png")
+    assert code == 1
+    assert "write an .html file instead" in err
+    code, _, err = run(*given, "--figure", tmp_path / "f.gif")
+    assert code == 1
+    assert ".html" in err
+
+
+def _no_browser(*_: object, **__: object) -> None:
+    raise RuntimeError("no browser\nmore about it")
+
+
+@pytest.mark.parametrize(
+    ("study", "options", "named"),
+    [
+        ("low-rank", ("--ranks", "ten"), "ten"),
+        ("low-rank", ("--rhos", "2"), "2"),
+        ("components", ("--fractions", "r3"), "r3"),
+        ("generations", ("--pipeline", "no_such_pipeline"), "no_such_pipeline"),
+        ("side-effects", ("--on", "no-such-task"), "no-such-task"),
+        ("side-effects", ("--with", "no-such-run"), "no-such-run"),
+        ("flips", ("--figure", "no/such/folder/f.html"), "no/such/folder"),
+    ],
+)
+def test_what_cannot_be_done_names_what_was_given(
+    study: str, options: tuple[str, str], named: str, run: Run, asked: tuple[object, ...]
+) -> None:
+    code, _, err = run("analyze", study, *asked, *options)
+    assert code == 1
+    assert named in err
