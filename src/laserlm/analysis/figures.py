@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from laserlm.analysis.components import Bottom, Chunk
 from laserlm.analysis.controls import Control
@@ -17,7 +19,7 @@ from laserlm.analysis.matrices import MatrixMetrics
 from laserlm.analysis.rank_curve import Measured, Point
 from laserlm.analysis.side_effects import Transfer
 from laserlm.analysis.terms import GroupTerms
-from laserlm.errors import AnalysisError, MissingExtraError
+from laserlm.errors import AnalysisError
 
 __all__ = ["bars", "check_figure", "controls_figure", "curves", "flips_figure", "heat", "matrices_figure", "write_figure"]
 
@@ -29,13 +31,11 @@ def check_figure(file: Path) -> None:
 
     Raises:
         AnalysisError: if the file's ending is unknown, or its folder is not there.
-        MissingExtraError: if plotly is not installed.
     """
     if file.suffix not in (".html", *STILL):
         raise AnalysisError(f"cannot write a figure to {file}; end its name in .html, {', '.join(STILL)}")
     if not file.absolute().parent.is_dir():
         raise AnalysisError(f"no folder {file.absolute().parent} to write the figure in; make it first")
-    _plotly()
 
 
 def write_figure(figure: Any, file: Path) -> None:
@@ -63,7 +63,6 @@ def curves(series: Mapping[str, Sequence[tuple[Any, Estimate]]], title: str, x: 
         x: what is on its axis.
         y: likewise.
     """
-    go = _plotly()
     figure = go.Figure()
     for name, points in series.items():
         drawn = [(at, e) for at, e in points if e.n]
@@ -91,7 +90,6 @@ def bars(series: Mapping[str, Sequence[tuple[str, Estimate]]], title: str, y: st
         title: of the figure.
         y: what is on its axis.
     """
-    go = _plotly()
     figure = go.Figure()
     for name, of in series.items():
         drawn = [(label, e) for label, e in of if e.n]
@@ -119,7 +117,6 @@ def heat(
         title: of the figure.
         names: of the y axis, the x axis and the values.
     """
-    go = _plotly()
     signed = any(v is not None and v < 0 for row in z for v in row)
     colours = {"colorscale": "RdBu", "zmid": 0} if signed else {}
     figure = go.Figure(go.Heatmap(x=list(columns), y=list(rows), z=z, colorbar={"title": names[2]}, **colours))
@@ -144,7 +141,7 @@ def controls_figure(found: Sequence[Control], title: str) -> Any:
 
 def components_figure(bottom: Sequence[Bottom], chunks: Sequence[Chunk], title: str) -> Any:
     """Return what wins by the kept fraction of the smallest singular values, above the change of loss without each run."""
-    subplots = importlib.import_module("plotly.subplots").make_subplots(rows=2, cols=1, vertical_spacing=0.15)
+    subplots = make_subplots(rows=2, cols=1, vertical_spacing=0.15)
     shares = {name: [(b.fraction, b.classes[name]) for b in bottom] for name in (bottom[0].classes if bottom else ())}
     shares |= {"cosine": [(b.fraction, b.cosine) for b in bottom], "probability": [(b.fraction, b.probability) for b in bottom]}
     without = {c: [(f"{m.first}-{m.last}", m.loss_change) for m in chunks if m.matrix == c] for c in {m.matrix for m in chunks}}
@@ -230,10 +227,3 @@ def _title(title: str, of: Sequence[Estimate]) -> str:
     counts = sorted({e.n for e in of})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
     return f"{title} (n {n}, 95 % intervals)"
-
-
-def _plotly() -> Any:
-    try:
-        return importlib.import_module("plotly.graph_objects")
-    except ImportError:
-        raise MissingExtraError("figures need plotly; pip install 'laserlm[analysis]'") from None
