@@ -11,6 +11,7 @@
     ├── StoreError             a results database that cannot be opened or written
     │   └── RunBusyError       a run that another live process is working on
     ├── AnalysisError          a study that cannot be made of what is there
+    ├── ReportError            a report, leaderboard or submission that cannot be made of what is there
     ├── ExportError            a model that cannot be saved, checked or made again
     └── MissingExtraError      an optional package that is not installed
 
@@ -24,6 +25,7 @@ __all__ = [
     "MatrixError",
     "MissingExtraError",
     "ModelError",
+    "ReportError",
     "RunBusyError",
     "ScoringError",
     "SpecError",
@@ -84,3 +86,7 @@ class ExportError(LaserError):
 
 class AnalysisError(LaserError):
     """Report a study that cannot be made of what is there."""
+
+
+class ReportError(LaserError):
+    """Report a page, a leaderboard or a submission that cannot be made of what is there."""
