@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from laserlm.analysis import scored
 from laserlm.analysis.components import bottom_components, chunk_map
 from laserlm.analysis.words import Words
 from laserlm.editing import applied
-from laserlm.errors import AnalysisError
+from laserlm.errors import AnalysisError, ScoringError
 from laserlm.models import LanguageModel, read
 from laserlm.results import Store
 from laserlm.scoring.evaluate import evaluate
@@ -113,7 +114,8 @@ def test_runs_of_the_spectrum_are_taken_out_one_by_one(make: Make, split: Split,
         assert c.loss_change.value == pytest.approx(without.loss - base.loss, abs=1e-5)
         assert c.energy == pytest.approx(float(S[c.first : c.last + 1].square().sum() / S.square().sum()), rel=1e-4)
         low, high = c.loss_change.interval
-        assert c.verdict == ("noise" if high < 0 else "signal" if low > 0 else "neither")
+        assert (c.verdict == "noise") == (high < 0)
+        assert (c.verdict == "signal") == (low > 0)
 
 
 def test_a_fused_matrix_and_a_split_one_are_cut_too(make: Make, split: Split, tmp_path: Path) -> None:
@@ -129,6 +131,27 @@ def test_a_fused_matrix_and_a_split_one_are_cut_too(make: Make, split: Split, tm
     assert whole[0].loss_change.value == pytest.approx(zero.loss - base.loss, abs=1e-5)
     assert parts[0].loss_change.value == pytest.approx(none.loss - base.loss, abs=1e-5)
     assert parts[0].energy == pytest.approx(1)
+
+
+def test_other_examples_are_other_tokens_and_a_reference_reduction_has_a_bottom(
+    llama: LanguageModel, split: Split, tmp_path: Path
+) -> None:
+    with Store.open(tmp_path / "runs.db") as store, scored(llama, split, store) as book:
+        given: dict[str, Any] = {"intervention": "1.fc_in@0.25:reference", "words": NOTHING, "fractions": ("0.5",)}
+        first = bottom_components(book, split.examples[:5], **given)
+        other = bottom_components(book, split.examples[3:8], **given)
+        fresh = bottom_components(book, split.examples[:5], "1.fc_in@0.25", NOTHING, fractions=("0.5",))
+    assert other[0].probability != first[0].probability
+    assert fresh == first  # the bottom is of the exact decomposition
+
+
+def test_scores_that_overflow_are_an_error(make: Make, split: Split, tmp_path: Path) -> None:
+    lm = make("llama")
+    with Store.open(tmp_path / "runs.db") as store, scored(lm, split, store) as book:
+        with torch.no_grad():
+            lm.model.get_parameter("model.norm.weight").fill_(torch.inf)
+        with pytest.raises(ScoringError, match="overflows"):
+            bottom_components(book, split.examples, "1.fc_in@0.25", NOTHING, fractions=("0.5",))
 
 
 def test_what_cannot_be_studied_is_an_error(llama: LanguageModel, split: Split, tmp_path: Path) -> None:

@@ -88,6 +88,15 @@ def test_texts_are_those_that_the_model_writes_and_are_kept(llama: LanguageModel
         assert found[name] == expected
 
 
+def test_texts_that_the_book_itself_holds_are_not_written_twice(llama: LanguageModel, tmp_path: Path) -> None:
+    how = Decoding(new_tokens=3, stops=("\n",))
+    split = Task.of("t", [Example(c, f"The capital of {c} is", "Paris") for c in "ab"], scorer="contains", decoding=how).every
+    with Store.open(tmp_path / "runs.db") as store, scored(llama, split, store) as book:
+        found = written(book, store, split.examples, {"base": ""}, new_tokens=3)
+        assert found["base"] == [s.predicted for s in book("").scores]
+        assert len(store.runs()) == 1
+
+
 def test_where_the_task_judges_what_is_written_its_own_texts_are_taken(llama: LanguageModel, tmp_path: Path) -> None:
     examples = [Example(c, f"The capital of {c} is", "Paris") for c in "abcdef"]
     split = Task.of("t", examples, scorer="contains", decoding=Decoding(new_tokens=4)).every

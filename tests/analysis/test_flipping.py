@@ -113,6 +113,18 @@ def test_scores_are_made_once_and_kept(
     assert len(calls) == 6  # other examples are other scores
 
 
+def test_scores_under_edits_of_tied_weights_start_below_the_first_of_them(make: Make, split: Split, tmp_path: Path) -> None:
+    lm = make("llama")
+    layers = lm.model.model.layers
+    layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    lm = LanguageModel(lm.model, lm.tokenizer, "tied", "causal")
+    with applied(lm, "2.fc_up@0.1"):
+        expected = evaluate(lm, split)
+    with Store.open(tmp_path / "runs.db") as store, scored(lm, split, store) as score:
+        score("2.fc_in@0.1")  # puts the boundary below block 2
+        assert score("2.fc_up@0.1").loss == pytest.approx(expected.loss, abs=1e-5)
+
+
 def test_examples_come_back_whole_from_the_store(llama: LanguageModel, tmp_path: Path) -> None:
     examples = [Example("1", "The capital is", "Paris", ("Paris", "Rome"), aliases=("x", "y"), masked="{mask}", popularity=2.0)]
     split = Task.of("t", examples).every

@@ -23,15 +23,21 @@ def log_probabilities(lm: LanguageModel, text: str) -> torch.Tensor:
     """Return (T, V) of one text by a plain pass, in double precision."""
     inputs = lm.need_tokenizer()(text, return_tensors="pt")
     if lm.kind == "encoder-decoder":
-        inputs["decoder_input_ids"] = torch.tensor([[lm.model.config.decoder_start_token_id]])
+        forced = lm.model.generation_config.forced_bos_token_id
+        starts = [lm.model.config.decoder_start_token_id, *([] if forced is None else [forced])]
+        inputs["decoder_input_ids"] = torch.tensor([starts])
     with torch.no_grad():
         logits: torch.Tensor = lm.model(**inputs).logits[0]
+    if lm.kind == "encoder-decoder":
+        logits = logits[-1:]
     return logits.double().log_softmax(-1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
-def test_the_divergence_is_that_of_texts_passed_one_by_one(family: str, make: Make) -> None:
+@pytest.mark.parametrize(("family", "forced"), [("llama", None), ("gpt2", None), ("bert", None), ("t5", None), ("t5", 7)])
+def test_the_divergence_is_that_of_texts_passed_one_by_one(family: str, forced: int | None, make: Make) -> None:
     lm = make(family)
+    if forced is not None:  # as BART has it
+        lm.model.generation_config.forced_bos_token_id = forced
     reduction = next(f"{m.id}@0.1" for m in lm.matrices if m.layer == 1 and m.type == "fc_out")
     found = divergence(lm, TEXTS, reduction, batch_size=2)
     for text, value in zip(TEXTS, found, strict=True):
@@ -44,6 +50,8 @@ def test_the_divergence_is_that_of_texts_passed_one_by_one(family: str, make: Ma
     assert divergence(lm, TEXTS, "") == pytest.approx([0, 0, 0], abs=1e-6)
     with pytest.raises(AnalysisError, match="no prompts"):
         divergence(lm, [], reduction)
+    with pytest.raises(AnalysisError, match="shorten it"):
+        divergence(lm, ["word " * 2000], reduction)
 
 
 def test_neutral_prompts_are_forty_sentences() -> None:
@@ -64,6 +72,9 @@ def test_a_text_is_compared_passage_by_passage(llama: LanguageModel, tmp_path: P
     c = compare(base, reduced)
     assert found.ratio.value == pytest.approx(math.exp(c.edited_loss - c.base_loss))
     assert found.ratio.interval == pytest.approx([math.exp(end) for end in c.loss_interval])
+    cell = transfer(base, reduced, "t")
+    assert (cell.before, cell.after, cell.gain.n) == (None, None, 0)  # nothing is right or wrong in a text
+    assert cell.loss_change.value == pytest.approx(c.edited_loss - c.base_loss)
     single = on_text(replace(base, scores=base.scores[:1]), replace(reduced, scores=reduced.scores[:1]))
     assert single.as_dict()["ratio"]["interval"] is None
     with pytest.raises(ScoringError):

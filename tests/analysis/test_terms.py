@@ -35,6 +35,11 @@ def test_the_word_that_marks_a_group_comes_first_with_welch_s_interval() -> None
     assert (found.texts, found.ahead.n) == (6, 6)
 
 
+def test_a_word_in_all_texts_of_a_group_and_no_other_has_no_error() -> None:
+    (found,) = terms(["red"] * 5 + ["blue"] * 6, {"red": range(5)})
+    assert [(t.term, t.ahead.value, t.ahead.interval) for t in found.terms] == [("red", 1.0, (1.0, 1.0))]
+
+
 def test_groups_too_small_to_say_anything_have_no_words() -> None:
     small, large = terms(TEXTS, {"small": range(4), "all but four": range(8)})
     assert (small.few, small.terms) == (True, ())

@@ -86,9 +86,8 @@ def test_a_run_stands_for_model_task_and_reduction(
     assert code == 0, err
     found = json.loads(out)
     assert (found["intervention"], found["n"]) == (of_run["best"], of_run["test"]["n"])
-    chosen = next(p for p in found["points"] if p["chosen"]) if any(p["chosen"] for p in found["points"]) else None
-    if chosen is not None:
-        assert chosen["loss"] == pytest.approx(of_run["test"]["best_loss"])
+    assert found["points"][0]["chosen"]
+    assert found["points"][0]["loss"] == pytest.approx(of_run["test"]["best_loss"])
     code, out, err = run("analyze", "low-rank", "last", *store, "--json", "--limit", 5, "--ranks", "5", "--rhos", "")
     assert code == 0, err
     assert json.loads(out)["n"] == 5
@@ -104,7 +103,13 @@ def test_a_run_stands_for_model_task_and_reduction(
     assert "fc_out" in out
     code, _, err = run("analyze", "flips", "last", *store, "--split", "validation")
     assert code == 1
-    assert "no part in the choice" in err
+    assert "leave out --split" in err
+    code, _, err = run("analyze", "flips", "last", *store, "--scorer", "first_token", "--phrasings", "rewrite")
+    assert code == 1
+    assert "leave out --phrasings, --scorer" in err
+    code, _, err = run("analyze", "low-rank", "last", "--map", *store, "--limit", 3)
+    assert code == 1
+    assert "leave out --reduce, --limit" in err
     code, out, _ = run("runs", "list", *store, "--json")
     assert {r["status"] for r in json.loads(out) if r["kind"] == "scores"} == {"open"}
 
@@ -169,6 +174,7 @@ def _no_browser(*_: object, **__: object) -> None:
         ("generations", ("--pipeline", "no_such_pipeline"), "no_such_pipeline"),
         ("side-effects", ("--on", "no-such-task"), "no-such-task"),
         ("side-effects", ("--with", "no-such-run"), "no-such-run"),
+        ("flips", ("--json", "--csv"), "exclude each other"),
         ("flips", ("--figure", "no/such/folder/f.html"), "no/such/folder"),
     ],
 )
@@ -176,5 +182,41 @@ def test_what_cannot_be_done_names_what_was_given(
     study: str, options: tuple[str, str], named: str, run: Run, asked: tuple[object, ...]
 ) -> None:
     code, _, err = run("analyze", study, *asked, *options)
-    assert code == 1
+    assert code in (1, 2)
     assert named in err
+
+
+def test_a_model_without_a_reduction_is_told_what_is_missing(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, _, err = run("analyze", "flips", folder, "--task", "worldfacts", "--store", tmp_path / "runs.db")
+    assert code == 1
+    assert "--reduce SPEC" in err
+
+
+def test_a_search_whose_scorer_judges_what_is_written_can_be_studied(
+    run: Run, folder: Path, questions: Path, tmp_path: Path
+) -> None:
+    store = ("--store", tmp_path / "runs.db")
+    task = ("--task", f"jsonl:{questions}", "--scorer", "contains", "--new-tokens", 3)
+    search = ("search", folder, *task, *store, "--grid", "all.mlp@0.2,0.5", "--metric", "loss", "--json")
+    code, out, err = run(*search, "--strategy", "exhaustive")
+    assert code == 0, err
+    best = json.loads(out)["best"]
+    assert best
+    for study in ("components", "calibration", "low-rank", "terms", "side-effects"):
+        code, out, err = run("analyze", study, "last", *store, "--json")
+        assert code == 0, err
+        assert "NaN" not in out
+
+
+def test_text_beside_a_task_is_scored_as_text_whatever_the_task_s_scorer(
+    run: Run, asked: tuple[object, ...], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It rained all night, so the grass was wet in the morning.\n" * 200)
+    found = []
+    for scorer in ("answer", "first_token"):
+        given = ("analyze", "side-effects", *asked, "--text", text, "--passages", 2, "--json", "--scorer", scorer)
+        code, out, err = run(*given)
+        assert code == 0, err
+        found.append(json.loads(out)["effects"][0]["text"])
+    assert found[0] == found[1]

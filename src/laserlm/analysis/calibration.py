@@ -109,8 +109,8 @@ def check_scorer(scorer: str) -> None:
     """
     if scorer in ("perplexity", "lm_eval", "lm_eval_text", "program"):
         raise AnalysisError(
-            f"calibration is of a choice or of an answer's first token, and {scorer} reads neither; give --scorer choice or "
-            "first_token, and a task with choices or short answers, such as worldfacts"
+            f"calibration is of a choice or of an answer's first token, and {scorer} reads neither; give a model, "
+            "--reduce SPEC and --scorer choice or first_token, on a task with choices or short answers such as worldfacts"
         )
 
 

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from laserlm.analysis.estimates import Estimate
+from laserlm.analysis.estimates import Estimate, against
 from laserlm.analysis.rank_curve import sizes_of
 from laserlm.analysis.scorebook import Scorebook
 from laserlm.analysis.words import Words
 from laserlm.editing import applied
 from laserlm.editing.applied import Edit, active, kept_under, resolve, written
-from laserlm.errors import AnalysisError
+from laserlm.errors import AnalysisError, ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import read
 from laserlm.scoring.encoding import encode
 from laserlm.scoring.forward import run_rows
+from laserlm.scoring.identity import digest
 from laserlm.spec import Intervention
 from laserlm.tasks import Example
 
@@ -88,7 +89,8 @@ def bottom_components(
         on_fraction: called with the number of fractions done, their total and the next.
 
     Raises:
-        AnalysisError: if there are no examples or no reduction.
+        AnalysisError: if there are no examples or no reduction, or a fraction is a rank.
+        ScoringError: if the model overflows its dtype.
         SpecError: if a fraction cannot be read.
     """
     lm = book.lm
@@ -103,18 +105,21 @@ def bottom_components(
     for e, row in zip(book.split.examples, encode(lm, book.split.examples, "first_token"), strict=True):
         of_group.setdefault(e.group, set()).add(row.targets[0])
     embeddings = _embeddings(lm)
+    same = digest([e.id for e in examples])
     found = []
     for done, size in enumerate(sizes):
         if on_fraction is not None:
             on_fraction(done, len(sizes), str(size))
-        text = str(Intervention(tuple(replace(r, size=size, keep="bottom") for r in reductions)))
+        text = str(Intervention(tuple(replace(r, size=size, keep="bottom", method="exact") for r in reductions)))
 
         def read_off(text: str = text) -> list[tuple[int, float]]:
             with applied(lm, text, seed=book.seed):
                 outcomes = run_rows(lm, rows, book.batch_size)
+            if not all(math.isfinite(o.logprobs[0]) for o in outcomes):
+                raise ScoringError(f"{text} overflows {lm.dtype}; load the model with dtype float32 or bfloat16")
             return [(o.argmax[0], o.logprobs[0]) for o in outcomes]
 
-        kept = book.remember(f"first tokens of {len(examples)} examples that {intervention} corrects: {text}", read_off)
+        kept = book.remember(f"first tokens of {same} under {text}", read_off)
         winners = [int(token) for token, _ in kept]
         cosines = cosine_similarity(embeddings(winners), embeddings(first), dim=-1).tolist()
         classes = [_class(lm, w, own[e.id], e, of_group, words) for w, e in zip(winners, examples, strict=True)]
@@ -211,8 +216,7 @@ def chunk_map(
         if on_chunk is not None:
             on_chunk(done, len(cuts), text)
         without = score(text, _without(lm, edit, start, end, text), at=intervention)
-        pairs = list(zip(base.scores, without.scores, strict=True))
-        change = Estimate.mean([a.loss - b.loss for b, a in pairs])
+        gain, change = against(base, without)
         found.append(
             Chunk(
                 matrix=name,
@@ -220,7 +224,7 @@ def chunk_map(
                 last=end - 1,
                 energy=_energy(lm, edit, start, end),
                 n=base.n,
-                gain=Estimate.gain([b.correct for b, _ in pairs], [a.correct for _, a in pairs]),
+                gain=gain,
                 loss_change=change,
                 verdict="noise" if change.interval.high < 0 else "signal" if change.interval.low > 0 else "neither",
             )

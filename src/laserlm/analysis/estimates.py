@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from laserlm.scoring.evaluate import compare
+from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import Interval, paired_difference, paired_mean, wilson
 
-__all__ = ["FEW", "Estimate"]
+__all__ = ["FEW", "Estimate", "against"]
 
 FEW = 5
 """Examples below which an estimate says nothing by itself."""
@@ -59,14 +61,14 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values; what is not a number is None."""
-        ends = None if math.isinf(self.interval.low) else list(self.interval)
-        return {"value": None if math.isnan(self.value) else self.value, "interval": ends, "n": self.n}
+        ends = list(self.interval) if all(map(math.isfinite, self.interval)) else None
+        return {"value": self.value if math.isfinite(self.value) else None, "interval": ends, "n": self.n}
 
     def as_row(self, name: str) -> dict[str, Any]:
-        """Return the columns of a table: the value under a name, and the ends of its interval beside it."""
+        """Return the columns of a table: the value under a name, the ends of its interval and n beside it."""
         values = self.as_dict()
         low, high = values["interval"] or (None, None)
-        return {name: values["value"], f"{name} low": low, f"{name} high": high}
+        return {name: values["value"], f"{name} low": low, f"{name} high": high, f"{name} n": self.n}
 
     def __str__(self) -> str:
         if not self.n:
@@ -81,3 +83,13 @@ class Estimate:
             return "unknown (no examples)"
         few = ", few" if self.few else ""
         return f"{self.value:.1%} [{self.interval.low:.1%}, {self.interval.high:.1%}] (n {self.n}{few})"
+
+
+def against(base: Evaluation, found: Evaluation) -> tuple[Estimate, Estimate]:
+    """Return the gain in accuracy and the change of loss (nats per answer token) from one evaluation to another, paired.
+
+    Raises:
+        ScoringError: if the two cannot be compared.
+    """
+    c = compare(base, found)
+    return Estimate(c.gain, c.interval, c.n), Estimate(c.edited_loss - c.base_loss, c.loss_interval, c.n)

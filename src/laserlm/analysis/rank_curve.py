@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from laserlm.analysis.estimates import Estimate
+from laserlm.analysis.estimates import Estimate, against
 from laserlm.analysis.scorebook import Scorebook
 from laserlm.editing.applied import resolve
 from laserlm.errors import AnalysisError
@@ -83,9 +83,9 @@ def rank_curve(
     rhos: Sequence[str] = RHOS,
     on_point: Callable[[int, int, str], None] | None = None,
 ) -> list[Point]:
-    """Score the matrices of a reduction at other sizes: first ranks, then kept fractions, each set falling.
+    """Score a reduction, and its matrices at other sizes: first ranks, then kept fractions, each set falling.
 
-    Ranks that a matrix does not have are left out.
+    Ranks that a matrix does not have are left out. The reduction itself comes first; its matrices may have several sizes.
 
     Args:
         intervention: text of the reduction whose matrices are taken.
@@ -104,22 +104,27 @@ def rank_curve(
     least = min(edit.max_rank for edit in resolve(score.lm.matrices, intervention))
     sizes = [Size(rank=r) for r in sorted(set(ranks), reverse=True) if r <= least]
     sizes += sizes_of(rhos)[::-1]
+    chosen = str(Intervention.parse(intervention))
+    wanted = {chosen: ", ".join(dict.fromkeys(str(r.size) for r in reductions))}
+    for size in sizes:
+        wanted.setdefault(str(Intervention(tuple(replace(r, size=size) for r in reductions))), str(size))
     base = score("")
     points = []
-    for done, size in enumerate(sizes):
+    for done, (text, size_text) in enumerate(wanted.items()):
         if on_point is not None:
-            on_point(done, len(sizes), str(size))
-        text = str(Intervention(tuple(replace(r, size=size) for r in reductions)))
+            on_point(done, len(wanted), size_text)
         edits = resolve(score.lm.matrices, text)
         found = base if all(edit.is_identity for edit in edits) else score(text)
+        gain, loss_change = against(base, found)
         points.append(
             Point(
-                size=str(size),
+                size=size_text,
                 ranks={edit.matrix.id: edit.rank for edit in edits},
-                chosen=text == str(Intervention.parse(intervention)),
+                chosen=text == chosen,
                 accuracy=Estimate.share(sum(s.correct for s in found.scores), found.n),
                 loss=found.loss,
-                **_against(base, found),
+                gain=gain,
+                loss_change=loss_change,
             )
         )
     return points
@@ -164,16 +169,8 @@ def loss_map(base: Evaluation, trials: Mapping[str, Evaluation]) -> list[Measure
         (r,) = reductions
         layer = r.layers.first
         name = f"{r.stack}.{layer}.{r.matrix}" if r.stack else f"{layer}.{r.matrix}"
-        pair = replace(base, scores=base.scores[: trial.n])
-        found.append(Measured(name, r.stack, layer or 0, r.matrix, str(r).partition("@")[2], **_against(pair, trial)))
+        changes = against(replace(base, scores=base.scores[: trial.n]), trial)
+        found.append(Measured(name, r.stack, layer or 0, r.matrix, str(r).partition("@")[2], *changes))
     if not found:
         raise AnalysisError("the search scored no reduction of a single matrix; there is nothing to map")
     return sorted(found, key=lambda m: (m.stack, m.layer, m.name, m.size))
-
-
-def _against(base: Evaluation, found: Evaluation) -> dict[str, Estimate]:
-    pairs = list(zip(base.scores, found.scores, strict=True))
-    return {
-        "gain": Estimate.gain([b.correct for b, _ in pairs], [a.correct for _, a in pairs]),
-        "loss_change": Estimate.mean([a.loss - b.loss for b, a in pairs]),
-    }

@@ -76,9 +76,9 @@ class Scorebook:
         known = self._known.get(name) or self._run.evaluation(self.split.name, name)
         if known is not None:
             return known
-        frontier = self._advanced(at if change is not None else name, at_all=change is None or bool(at))
+        advanced = (change is None or bool(at)) and self._advance(name if change is None else at)
         with change if change is not None else applied(self.lm, name, seed=self.seed):
-            made = self._evaluated(frontier)
+            made = self._evaluated(advanced)
         found = replace(made, intervention=name)
         self._run.record(found, self.split.examples)
         return found
@@ -89,28 +89,34 @@ class Scorebook:
             self._run.note(name, make())
         return self._run.notes[name]
 
-    def _advanced(self, intervention: str, *, at_all: bool) -> Frontier | None:
-        """Return the frontier just below the first block that an intervention changes, or None where there can be none."""
+    def _advance(self, intervention: str) -> bool:
+        """Move the frontier just below the first block that an intervention changes; return whether it could."""
         embeddings: Any = self.lm.model.get_input_embeddings()
         width = embeddings.weight.shape[-1] * self.lm.dtype.itemsize
         # While the boundary moves, the old and the new one are there.
-        if not at_all or 2 * width * sum(len(row.ids) + len(row.decoder) for row in self._rows) > MEMORY:
-            return None
-        self._frontier = self._frontier or Frontier(self.lm, self._rows, self.batch_size)
-        order = self._frontier.checks.order
-        places = [(e.matrix.stack, e.matrix.layer) for e in resolve(self.lm.matrices, intervention)]
-        if order and places:
-            self._frontier.advance(*order[min(order.index(place) for place in places)])
-            self._frontier.forget()
-        return self._frontier
+        if 2 * width * sum(len(row.ids) + len(row.decoder) for row in self._rows) > MEMORY:
+            return False
+        paths = {e.matrix.tied_to or e.matrix.path for e in resolve(self.lm.matrices, intervention)}
+        places = {(m.stack, m.layer) for m in self.lm.matrices if (m.tied_to or m.path) in paths}
+        try:
+            self._frontier = self._frontier or Frontier(self.lm, self._rows, self.batch_size)
+            order = self._frontier.checks.order
+            if order and places:
+                self._frontier.advance(*order[min(map(order.index, places))])
+                self._frontier.forget()
+        except torch.OutOfMemoryError:
+            self._frontier = None
+        return self._frontier is not None
 
-    def _evaluated(self, frontier: Frontier | None) -> Evaluation:
-        if frontier is not None:
+    def _evaluated(self, advanced: bool) -> Evaluation:
+        if advanced and self._frontier is not None:
+            run = self._frontier.run
             try:
-                return evaluate_rows(self.lm, self.split, self.split.scorer, self._rows, frontier.run, self.batch_size)
+                return evaluate_rows(self.lm, self.split, self.split.scorer, self._rows, run, self.batch_size)
             except torch.OutOfMemoryError:
+                del run
                 self._frontier = None
-        if torch.cuda.is_available():  # outside the handler, whose traceback holds the failed pass's tensors
+        if self.lm.device.type == "cuda":  # outside the handler, whose traceback holds the failed pass's tensors
             torch.cuda.empty_cache()
         return evaluate(self.lm, self.split, batch_size=self.batch_size)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from laserlm.analysis.estimates import Estimate
+from laserlm.analysis.estimates import Estimate, against
 from laserlm.editing import applied
 from laserlm.errors import AnalysisError
 from laserlm.models.language_model import LanguageModel
-from laserlm.scoring.evaluate import compare
+from laserlm.scoring.encoding import decoder_start, longest
 from laserlm.scoring.kernels import quick
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import Interval
@@ -52,17 +52,17 @@ class Transfer:
         intervention: its text.
         chosen_on: the task that it was chosen on.
         scored_on: the task of these scores.
-        before: accuracy of the unchanged model.
-        after: accuracy under the intervention.
-        gain: in accuracy, paired.
+        before: accuracy of the unchanged model; None of a text, where nothing is right or wrong.
+        after: accuracy under the intervention, likewise.
+        gain: in accuracy, paired; over no examples of a text.
         loss_change: of the loss in nats per answer token, paired.
     """
 
     intervention: str
     chosen_on: str
     scored_on: str
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     gain: Estimate
     loss_change: Estimate
 
@@ -84,8 +84,7 @@ def on_text(base: Evaluation, reduced: Evaluation) -> OnText:
     Raises:
         ScoringError: if the two are not of the same passages.
     """
-    compare(base, reduced)
-    change = Estimate.mean([r.loss - b.loss for b, r in zip(base.scores, reduced.scores, strict=True)])
+    _, change = against(base, reduced)
     single = math.isinf(change.interval.low)
     ends = change.interval if single else Interval(*map(math.exp, change.interval))
     return OnText(base.perplexity, reduced.perplexity, Estimate(math.exp(change.value), ends, change.n))
@@ -97,10 +96,10 @@ def transfer(base: Evaluation, reduced: Evaluation, chosen_on: str) -> Transfer:
     Raises:
         ScoringError: if the two are not of the same examples.
     """
-    c = compare(base, reduced)
-    change = Estimate(c.edited_loss - c.base_loss, c.loss_interval, c.n)
-    gain = Estimate(c.gain, c.interval, c.n)
-    return Transfer(reduced.intervention, chosen_on, base.task, c.base, c.edited, gain, change)
+    gain, change = against(base, reduced)
+    if base.scorer == "perplexity":  # where nothing is right or wrong
+        return Transfer(reduced.intervention, chosen_on, base.task, None, None, Estimate.none(), change)
+    return Transfer(reduced.intervention, chosen_on, base.task, base.accuracy, reduced.accuracy, gain, change)
 
 
 @torch.no_grad()
@@ -109,7 +108,7 @@ def divergence(
     texts: Sequence[str],
     intervention: str,
     *,
-    batch_size: int = 8,
+    batch_size: int = 32,
     seed: int = 0,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[float]:
@@ -128,20 +127,24 @@ def divergence(
         on_batch: called with the number of texts done and their total.
 
     Raises:
-        AnalysisError: if there are no texts, or a divergence is not finite.
+        AnalysisError: if there are no texts, one is too long, or a divergence is not finite.
         ModelError: if the model has no tokenizer or no head.
     """
     tokenizer = lm.need_tokenizer()
     if not texts:
         raise AnalysisError("there are no prompts to compare the models on; give a file with one on each line")
+    for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
+        if len(ids) > longest(lm):
+            raise AnalysisError(f"the prompt {text[:40]!r}... has {len(ids)} tokens; {lm.name} takes {longest(lm)}: shorten it")
     found: list[float] = []
     for start in range(0, len(texts), batch_size):
         part = list(texts[start : start + batch_size])
         inputs = tokenizer(part, return_tensors="pt", padding=True, padding_side="right").to(lm.device)
         mask = inputs["attention_mask"].bool()
         if lm.kind == "encoder-decoder":
-            first = torch.full((len(part), 1), int(lm.model.config.decoder_start_token_id), device=lm.device)
-            inputs["decoder_input_ids"], mask = first, torch.ones_like(first, dtype=torch.bool)
+            starts = torch.tensor([decoder_start(lm)] * len(part), device=lm.device)
+            inputs["decoder_input_ids"], mask = starts, torch.zeros_like(starts, dtype=torch.bool)
+            mask[:, -1] = True
         p, q = (_predictions(lm, inputs, text, seed) for text in ("", intervention))
         each = torch.where(mask, kl_div(q, p, reduction="none", log_target=True).sum(-1), 0.0)  # (B, T)
         found += (each.sum(1) / mask.sum(1)).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,16 +100,15 @@ def _ahead(own: Any, rest: Any, names: Any, top: int) -> list[Term]:
     difference = mean - mean_rest
     with np.errstate(divide="ignore", invalid="ignore"):
         freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))  # Welch and Satterthwaite
-        statistic = np.where(error > 0, difference / error, 0.0)
+        statistic = np.where(error > 0, difference / error, np.where(difference > 0, np.inf, 0.0))
     order = np.argsort(-statistic, kind="stable")
     holds = np.asarray((own > 0).sum(axis=0)).ravel()
     found = []
     for i in order[:top]:
-        if error[i] == 0:
-            break
-        half = float(stats.t.ppf(0.975, freedom[i]) * error[i])
+        # A word of one weight in all texts of the group and in none of the others has no error.
+        half = float(stats.t.ppf(0.975, freedom[i]) * error[i]) if error[i] > 0 else 0.0
         low, high = float(difference[i]) - half, float(difference[i]) + half
-        if low <= 0 or math.isnan(half):
+        if not low > 0:
             break
         found.append(Term(str(names[i]), float(mean[i]), Estimate(float(difference[i]), Interval(low, high), n), int(holds[i])))
     return found

@@ -188,21 +188,8 @@ def _print_found(found: Found, *, of_text: bool = False) -> None:
     table.add_row("LASER loss", *(f"{c.edited_loss:.3f}" for c in both))
     table.add_row("95 % interval of its change", *(f"{c.loss_interval.low:+.3f} to {c.loss_interval.high:+.3f}" for c in both))
     Console().print(table)
-    low, high = found.test.interval
-    if not found.best:
-        print("No candidate beat the unchanged model on validation.")
-    elif of_text:
-        pass
-    elif low > 0:
-        print("The gain in accuracy holds on questions that had no part in the choice.")
-    elif high < 0:
-        print("The choice does not hold: it loses on the held-out questions.")
-    else:
-        print("The held-out questions show no clear change of accuracy: the interval of the gain includes zero.")
-    if found.best and found.test.loss_interval.high < 0:
-        print("Their loss falls: the interval of its change lies below zero.")
-    elif found.best and found.test.loss_interval.low > 0:
-        print("Their loss rises: the interval of its change lies above zero.")
+    for sentence in found.verdict():
+        print(sentence)
     if found.failed:
         print(f"{len(found.failed)} candidates could not be scored; see 'laser runs show {found.run} --json'")
 

@@ -64,7 +64,7 @@ class RunRow(Base):
     task: Mapped[str]
     settings: Mapped[dict[str, Any]]
     provenance: Mapped[dict[str, Any]]
-    notes: Mapped[dict[str, Any] | None]
+    notes: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)  # may be large; listings do without
     outcome: Mapped[dict[str, Any] | None]
     created: Mapped[datetime]
     updated: Mapped[datetime]

@@ -193,6 +193,11 @@ class Store:
             _row(session, run_id)
             return load_examples(session, run_id, split)
 
+    def notes(self, run_id: str) -> dict[str, Any]:
+        """Return what a run keeps beside its trials, by name."""
+        with self._database.read() as session:
+            return dict(_row(session, run_id).notes or {})
+
     def export(self, run_id: str) -> dict[str, Any]:
         """Return everything of a run as plain JSON values; a score names its example by the place in ``examples``."""
         with self._database.read() as session:

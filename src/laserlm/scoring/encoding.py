@@ -11,7 +11,7 @@ from laserlm.errors import ScoringError, TokenizationError
 from laserlm.models.language_model import LanguageModel
 from laserlm.tasks.example import Example, Scorer
 
-__all__ = ["Row", "answer_row", "encode", "longest", "masked_text", "prefix_tokens", "start_token"]
+__all__ = ["Row", "answer_row", "decoder_start", "encode", "longest", "masked_text", "prefix_tokens", "start_token"]
 
 WINDOW = 1024
 """Tokens of a window of a text whose perplexity is measured."""
@@ -216,15 +216,24 @@ def _masked(lm: LanguageModel, tokenizer: Any, i: int, e: Example, before: list[
     return Row(i, ids, targets, tuple(range(at, at + len(targets))), options=options)
 
 
-def _encoder_decoder(
-    lm: LanguageModel, tokenizer: Any, i: int, e: Example, before: list[int], targets: Tokens, options: Tokens
-) -> Row:
+def decoder_start(lm: LanguageModel) -> Tokens:
+    """Return the tokens that an encoder-decoder's decoder begins with.
+
+    Raises:
+        ScoringError: if its config names none.
+    """
     start = lm.model.config.decoder_start_token_id
     if start is None:
         raise ScoringError(f"{lm.name} has no decoder_start_token_id in its config; set it to score an encoder-decoder")
     generation = lm.model.generation_config
     forced = generation.forced_bos_token_id if generation is not None else None  # BART's decoder begins with two tokens
-    starts = (int(start),) if forced is None else (int(start), int(forced))
+    return (int(start),) if forced is None else (int(start), int(forced))
+
+
+def _encoder_decoder(
+    lm: LanguageModel, tokenizer: Any, i: int, e: Example, before: list[int], targets: Tokens, options: Tokens
+) -> Row:
+    starts = decoder_start(lm)
     decoder = (*starts, *targets[:-1])
     places = tuple(range(len(starts) - 1, len(decoder)))
     return Row(i, tuple(tokenizer(e.prompt).input_ids), targets, places, decoder, options)

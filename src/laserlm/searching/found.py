@@ -162,6 +162,25 @@ class Found:
     finalists: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    def verdict(self) -> list[str]:
+        """Return in sentences whether the gain holds on the test examples."""
+        of_text = self.settings.get("scorer") == "perplexity"
+        low, high = self.test.interval
+        if not self.best:
+            return ["No candidate beat the unchanged model on validation."]
+        found = []
+        if not of_text and low > 0:
+            found.append("The gain in accuracy holds on questions that had no part in the choice.")
+        elif not of_text and high < 0:
+            found.append("The choice does not hold: it loses on the held-out questions.")
+        elif not of_text:
+            found.append("The held-out questions show no clear change of accuracy: the interval of the gain includes zero.")
+        if self.test.loss_interval.high < 0:
+            found.append("Their loss falls: the interval of its change lies below zero.")
+        elif self.test.loss_interval.low > 0:
+            found.append("Their loss rises: the interval of its change lies above zero.")
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
         return {

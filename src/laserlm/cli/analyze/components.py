@@ -64,6 +64,12 @@ def components(
         lines.append(
             f"Of {len(chunks)} runs {signal} are signal and {noise} noise; by chance alone one in forty would be each."
         )
+    tables = {}
+    if bottom:
+        title = f"{pair.title}: only the smallest singular values, n {len(corrected)}"
+        tables[title] = [_bottom_row(b, output.csv) for b in bottom]
+    if chunks:
+        tables[f"{pair.title}: without a run of singular values, n {pair.base.n}"] = [_chunk_row(c) for c in chunks]
     output.show(
         {
             **pair.about,
@@ -72,10 +78,7 @@ def components(
             "bottom": [b.as_dict() for b in bottom],
             "chunks": [c.as_dict() for c in chunks],
         },
-        {
-            **({f"{pair.title}: only the smallest singular values": [_bottom_row(b) for b in bottom]} if bottom else {}),
-            **({f"{pair.title}: without a run of singular values": [_chunk_row(c) for c in chunks]} if chunks else {}),
-        },
+        tables,
         lines=lines,
         figure=(lambda: components_figure(bottom, chunks, pair.title)) if bottom or chunks else None,
     )
@@ -86,10 +89,11 @@ def _corrected(before: Any, after: Any, examples: tuple[Example, ...]) -> list[E
     return [e for e in examples if e.id in changed]
 
 
-def _bottom_row(b: Bottom) -> dict[str, Any]:
+def _bottom_row(b: Bottom, wide: bool) -> dict[str, Any]:
+    """Return a row of the table, which has no room for the intervals of all shares."""
     return {
         "fraction": b.fraction,
-        **{name: share.value for name, share in b.classes.items()},
+        **{name: share if wide else share.value for name, share in b.classes.items()},
         "cosine": b.cosine,
         "probability": b.probability,
         "winners": ", ".join(f"{token!r} {count}" for token, count in b.winners[:3]),

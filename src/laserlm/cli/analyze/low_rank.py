@@ -31,10 +31,12 @@ def low_rank(
     Example: laser analyze low-rank bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
     from laserlm.analysis.figures import rank_curve_figure
-    from laserlm.analysis.rank_curve import RHOS, rank_curve
+    from laserlm.analysis.rank_curve import RHOS, rank_curve, sizes_of
     from laserlm.errors import AnalysisError
 
     output.check()
+    if map_ and (study.reduce or study.limit or rhos):
+        raise AnalysisError("a map is of all that a search measured; leave out --reduce, --limit and --rhos")
     if map_:
         _show_map(study, output)
         return
@@ -42,7 +44,7 @@ def low_rank(
         wanted = [int(r) for r in ranks.split(",") if r.strip()]
     except ValueError:
         raise AnalysisError(f"cannot read the ranks {ranks!r}; write whole numbers by commas, such as 40,20,1") from None
-    fractions = RHOS if rhos is None else tuple(r for r in rhos.split(",") if r.strip())
+    fractions = RHOS if rhos is None else tuple(map(str, sizes_of([r for r in rhos.split(",") if r.strip()])))
     with study.pair() as pair, pair.book() as book, bar("scoring ranks", unit="ranks") as advance:
         points = rank_curve(pair.intervention, book, ranks=wanted, rhos=fractions, on_point=advance)
     output.show(
@@ -71,7 +73,7 @@ def _show_map(study: StudyOptions, output: Output) -> None:
     from laserlm.results import Store as Results
 
     with Results.open(study.store) as results:
-        info = results.find(study.what, kind="search")
+        info = study.find(results)
         trials = results.evaluations(info.id, "validation")
     if "" not in trials:
         raise AnalysisError(f"run {info.id} has not scored the unchanged model; finish it with the same 'laser search'")
@@ -82,9 +84,8 @@ def _show_map(study: StudyOptions, output: Output) -> None:
         {"run": info.id, "model": info.model, "task": info.task, "measured": [m.as_dict() for m in found]},
         {title: [_flat(m) for m in found] if output.csv else _lowest(found)},
         lines=[
-            f"{len(found)} reductions of one matrix; the lowest change of loss of each layer and matrix over its sizes, and "
-            "the number of sizes.",
-            "Validation examples, on which a search chooses: the lowest of many is lower than it would be on others.",
+            f"{len(found)} reductions of one matrix: the lowest change of loss of each layer and matrix, its size, the number",
+            "of examples. They are validation examples, on which a search chooses: the lowest of many is higher on others.",
         ],
         figure=lambda: map_figure(found, title),
     )
@@ -102,7 +103,9 @@ def _lowest(found: list[Measured]) -> list[dict[str, Any]]:
     for stack, layer in dict.fromkeys((m.stack, m.layer) for m in found):
         row: dict[str, Any] = {"layer": f"{stack}.{layer}" if stack else str(layer)}
         for of_stack, name in names:
-            sizes = [m.loss_change.value for m in found if (m.stack, m.layer, m.name) == (stack, layer, name)]
-            row[f"{of_stack}.{name}" if of_stack else name] = f"{min(sizes):+.3f} ({len(sizes)})" if sizes else None
+            sizes = [m for m in found if (m.stack, m.layer, m.name) == (stack, layer, name) and of_stack == stack]
+            best = min(sizes, key=lambda m: m.loss_change.value, default=None)
+            text = None if best is None else f"{best.loss_change.value:+.3f} @{best.size} ({best.gain.n})"
+            row[f"{of_stack}.{name}" if of_stack else name] = text
         rows.append(row)
     return rows

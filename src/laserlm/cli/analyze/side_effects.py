@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,23 +40,22 @@ def side_effects(
     from laserlm.analysis.estimates import Estimate
     from laserlm.analysis.figures import transfer_figure
     from laserlm.analysis.side_effects import neutral_prompts
-    from laserlm.errors import AnalysisError
     from laserlm.tasks.files import text_of
 
     output.check()
     lines = neutral_prompts() if prompts is None else [x for x in text_of(prompts).splitlines() if x.strip()]
-    other = [_other(study, name, examples) for name in on or ()]
-    passage = None if text is None else replace(study, data=None).read(f"perplexity:{text}").every.limit(passages)
+    reader = study.of_other_tasks()
+    other = [reader.read(name).test.limit(examples) for name in on or ()]
+    passage = None if text is None else reader.read(f"perplexity:{text}").every.limit(passages)
     with ExitStack() as stack:
         first = stack.enter_context(study.pair())
         pairs = [first]
         for run in also or ():
-            pairs.append(stack.enter_context(replace(study, what=run, reduce=None).pair()))
-            if pairs[-1].model != first.model:
-                raise AnalysisError(f"run {run} is of {pairs[-1].model}, not of {first.model}; compare runs of one model")
-        divergences = {p.intervention: Estimate.mean(_divergence(first, p, lines)) for p in pairs}
-        texts = {} if passage is None else _on_text(first, pairs, passage)
-        cells = _cells(first, pairs, other)
+            bare = StudyOptions(what=run, store=study.store, limit=study.limit, batch_size=study.batch_size)
+            pairs.append(stack.enter_context(bare.pair()).on(first.lm))
+        divergences = {p.intervention: Estimate.mean(_divergence(p, lines)) for p in pairs}
+        texts = {} if passage is None else {p.intervention: _on_text(p, passage) for p in pairs}
+        cells = _cells(pairs, other)
     effects = [
         {
             "intervention": p.intervention,
@@ -92,28 +90,24 @@ def side_effects(
     )
 
 
-def _other(study: StudyOptions, name: str, examples: int) -> Split:
-    return replace(study, data=None, scorer=None, new_tokens=None).read(name).test.limit(examples)
-
-
-def _divergence(first: Pair, pair: Pair, lines: list[str]) -> list[float]:
+def _divergence(pair: Pair, lines: list[str]) -> list[float]:
     from laserlm.analysis.side_effects import divergence
     from laserlm.scoring.identity import digest
 
+    given: Any = {"batch_size": pair.batch_size, "seed": pair.seed}
     with pair.book() as book, bar("comparing predictions", unit="prompts") as advance:
         kept: list[float] = book.remember(
             f"divergence under {pair.intervention} on {digest(lines)}",
-            lambda: divergence(first.lm, lines, pair.intervention, seed=pair.seed, on_batch=advance),
+            lambda: divergence(pair.lm, lines, pair.intervention, on_batch=advance, **given),
         )
     return kept
 
 
-def _on_text(first: Pair, pairs: list[Pair], passage: Split) -> dict[str, OnText]:
+def _on_text(pair: Pair, passage: Split) -> OnText:
     from laserlm.analysis.side_effects import on_text
 
-    with first.book(passage) as book:
-        base = book("")
-        return {p.intervention: on_text(base, book(p.intervention)) for p in pairs}
+    with pair.book(passage) as book:
+        return on_text(book(""), book(pair.intervention))
 
 
 def _of_text(found: OnText | None) -> dict[str, Any]:
@@ -122,18 +116,20 @@ def _of_text(found: OnText | None) -> dict[str, Any]:
     return {"perplexity before": found.before, "after": found.after, "ratio": found.ratio, "passages": found.ratio.n}
 
 
-def _cells(first: Pair, pairs: list[Pair], other: list[Split]) -> list[Transfer]:
-    """Return every intervention on every task: their own, and the others."""
+def _cells(pairs: list[Pair], other: list[Split]) -> list[Transfer]:
+    """Return every intervention on every task, their own and the others, each once."""
     from laserlm.analysis.side_effects import transfer
 
+    columns: dict[tuple[str, str, str], Split] = {}
+    for split in [*(p.split for p in pairs), *other]:
+        columns.setdefault((split.task, split.hash, split.scorer), split)
     cells = []
-    columns = [(p, None) for p in pairs] + [(first, split) for split in other]
     with bar("scoring", unit="tasks") as advance:
-        for done, (owner, split) in enumerate(columns):
-            advance(done, len(columns), split.task if split else owner.base.task)
-            with owner.book(split) as book:
-                base = book("")
-                cells += [transfer(base, book(p.intervention), p.base.task) for p in pairs]
+        for done, split in enumerate(columns.values()):
+            advance(done, len(columns), split.task)
+            for pair in pairs:
+                with pair.book(None if split.hash == pair.split.hash else split) as book:
+                    cells.append(transfer(book(""), book(pair.intervention), pair.base.task))
     return cells
 
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Listing, LoadOptions, Store, TaskOptions, print_json
+from laserlm.cli.options import STORE_DEFAULT, DataOptions, Listing, LoadOptions, Store, TaskOptions, print_json
 
 if TYPE_CHECKING:
     from laserlm.analysis.scorebook import Scorebook
     from laserlm.models import LanguageModel
+    from laserlm.results import RunInfo
     from laserlm.results import Store as Results
     from laserlm.scoring.records import Evaluation
     from laserlm.tasks import Example, Scorer, Split
 
 __all__ = ["Output", "Pair", "StudyOptions"]
 
+OF_ANY_TASK = ("data_folder", "batch_size", "allow_code_execution")
+"""Options of a task that mean the same for any."""
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 """Rows by the title of their table."""
 
@@ -35,9 +38,11 @@ class Output(Listing):
     ] = None
 
     def check(self) -> None:
-        """Raise an error where a figure could not be written, before what it shows is computed."""
+        """Raise an error where what is found could not be shown so, before it is computed."""
         from laserlm.analysis.figures import check_figure
 
+        if self.table + self.json + self.csv > 1:
+            raise typer.BadParameter("--table, --json and --csv exclude each other")
         if self.figure is not None:
             check_figure(self.figure)
 
@@ -93,6 +98,7 @@ class Pair:
         examples: those that were scored.
         results: the results database.
         batch_size: sequences in one forward pass.
+        model_hash: sha256 of the model's weights.
         load: returns the model.
         made: returns the examples as a split of their task.
         seed: of ``:reference`` decompositions.
@@ -105,6 +111,7 @@ class Pair:
     examples: tuple[Example, ...]
     results: Results
     batch_size: int
+    model_hash: str
     load: Callable[[], LanguageModel] = field(repr=False)
     made: Callable[[], Split] = field(repr=False)
     seed: int = 0
@@ -145,6 +152,21 @@ class Pair:
             known={"": self.base, self.intervention: self.edited} if same else {},
         )
 
+    def on(self, lm: LanguageModel) -> Pair:
+        """Return the same scores, with a model that is loaded already for those to come.
+
+        Raises:
+            AnalysisError: if they are of another one.
+        """
+        from laserlm.errors import AnalysisError
+
+        if lm.hash != self.model_hash:
+            raise AnalysisError(
+                f"{self.intervention} was scored on {self.model} with other weights or another dtype than {lm.name} has here; "
+                "compare runs of one model"
+            )
+        return replace(self, load=lambda: lm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(LoadOptions, TaskOptions):
@@ -160,6 +182,10 @@ class StudyOptions(LoadOptions, TaskOptions):
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the split.")] = None
     store: Store = STORE_DEFAULT
 
+    def of_other_tasks(self) -> DataOptions:
+        """Return the options for reading tasks beside the one that is studied."""
+        return DataOptions(**{name: getattr(self, name) for name in OF_ANY_TASK})
+
     @contextmanager
     def pair(self) -> Iterator[Pair]:
         """Yield the scores that a search recorded on its test split, or those of a model, made only where they are missing."""
@@ -170,7 +196,7 @@ class StudyOptions(LoadOptions, TaskOptions):
 
         with Results.open(self.store) as results:
             if not self.reduce:
-                yield self._of_run(results)
+                yield self._of_run(results, self.find(results))
                 return
             text = str(Intervention.parse(self.reduce))
             if not text:
@@ -179,14 +205,35 @@ class StudyOptions(LoadOptions, TaskOptions):
             lm = self.load_named(self.what)
             with scored(lm, examples, results, batch_size=self.batch_size) as score:
                 base, edited = score(""), score(text)
-            yield Pair(lm.name, text, base, edited, examples.examples, results, self.batch_size, lambda: lm, lambda: examples)
+            of = (base, edited, examples.examples, results, self.batch_size, lm.hash)
+            yield Pair(lm.name, text, *of, lambda: lm, lambda: examples)
 
-    def _of_run(self, results: Results) -> Pair:
+    def find(self, results: Results) -> RunInfo:
+        """Return the run that is to be studied.
+
+        Raises:
+            AnalysisError: if there is none, or options are given that a run decides for itself.
+        """
+        from laserlm.errors import AnalysisError, StoreError
+
+        own = [f.name for f in fields(TaskOptions) if f.name not in OF_ANY_TASK and getattr(self, f.name) != f.default]
+        if self.split_name != "test":
+            own.append("split")
+        try:
+            info = results.find(self.what, kind="search")
+        except StoreError as error:
+            raise AnalysisError(f"{error}; or give --reduce SPEC, if {self.what!r} is a model") from None
+        if own:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in own)
+            raise AnalysisError(
+                f"run {info.id} is studied on its own test examples, which had no part in the choice; leave out {given}, or "
+                "give a model and --reduce SPEC"
+            )
+        return info
+
+    def _of_run(self, results: Results, info: RunInfo) -> Pair:
         from laserlm.errors import AnalysisError
 
-        if self.split_name != "test":
-            raise AnalysisError("a run is studied on its test split, which had no part in the choice; leave --split out")
-        info = results.find(self.what, kind="search")
         best = (info.outcome or {}).get("best")
         if best is None:
             raise AnalysisError(f"run {info.id} is not finished; finish it with the same 'laser search'")
@@ -203,7 +250,8 @@ class StudyOptions(LoadOptions, TaskOptions):
             lm = replace(self, dtype=dtype).load_named(info.model)
             if lm.hash != info.settings["model_hash"]:
                 raise AnalysisError(
-                    f"{info.model} has other weights than run {info.id} searched; give its --revision or --kind"
+                    f"{info.model} in {dtype} has other weights than run {info.id} searched in {info.settings['dtype']}; leave "
+                    "--dtype out, and give its --revision or --kind"
                 )
             return lm
 
@@ -218,5 +266,5 @@ class StudyOptions(LoadOptions, TaskOptions):
             how |= {"stops": tuple(how.get("stops", ())), "run_programs": self.allow_code_execution}
             return Split(base.task, base.split, examples, scorer, Decoding(**how))
 
-        seed = int(info.settings.get("seed", 0))
-        return Pair(info.model, best, base, edited, examples, results, self.batch_size, load, made, seed)
+        seed, model_hash = int(info.settings.get("seed", 0)), str(info.settings["model_hash"])
+        return Pair(info.model, best, base, edited, examples, results, self.batch_size, model_hash, load, made, seed)

@@ -42,7 +42,8 @@ def terms(
             with pair.book() as book, bar("writing", unit="models") as advance:
                 texts |= written(book, pair.results, pair.examples, wanted, new_tokens=tokens, on_model=advance)
     groups = _groups(pair, labels)
-    found = {name: terms_(of, groups, top=top) for name, of in texts.items() if any(t.strip() for t in of)}
+    wordless = [name for name, of in texts.items() if not any(c.isalnum() for t in of for c in t)]
+    found = {name: terms_(of, groups, top=top) for name, of in texts.items() if name not in wordless}
     small = sorted({f"{g.group} ({g.n})" for of in found.values() for g in of if g.few})
     rows = [_row(name, g) for name, of in found.items() for g in of if not g.few]
     output.show(
@@ -54,6 +55,7 @@ def terms(
         else {f"{pair.title}: words whose TF-IDF is ahead of that in all other examples": rows},
         lines=[
             f"Too small to say anything, and left out: {', '.join(small) or 'no group'}.",
+            *(f"No word at all is in {name}." for name in wordless),
             "Of many words some are ahead by chance; the intervals are for each by itself.",
         ],
         figure=(lambda: terms_figure(found, pair.title)) if rows else None,
