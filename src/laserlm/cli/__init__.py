@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from laserlm import __version__
-from laserlm.cli import analyze, evaluate, export, harness, models, runs, search, tasks
+from laserlm.cli import analyze, evaluate, export, harness, models, report, runs, search, tasks
 from laserlm.cli.progress import say
 from laserlm.errors import LaserError
 
@@ -22,6 +22,7 @@ app.command()(models.matrices)
 app.command()(evaluate.evaluate)
 app.command()(search.search)
 app.command()(models.generate)
+app.command()(report.report)
 app.command()(export.save)
 app.command()(export.compress)
 app.command()(export.sweep_layers)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from laserlm.cli.options import STORE_DEFAULT, Json, Listing, Store, print_json, with_options
+
+if TYPE_CHECKING:
+    from laserlm.analysis.rank_curve import Measured
+    from laserlm.results import RunInfo
+    from laserlm.results import Store as Results
 
 app = typer.Typer(no_args_is_help=True, help="List, show, export and delete runs of the results database.")
 RunId = Annotated[str, typer.Argument(help="The run's id, the start of it, or 'last'.")]
@@ -59,6 +65,7 @@ def show(
     with Results.open(store) as results:
         info = results.find(run)
         trials = results.trials(info.id)
+        measured = _measured(results, info) if not (listing.json or listing.csv) else []
     if listing.json:
         shown: dict[str, Any] = asdict(info) | {
             "created": info.created.isoformat(),
@@ -75,6 +82,8 @@ def show(
             print(f"  best: {info.outcome['best'] or 'the unchanged model'}")
         if info.reason:
             print(f"  failed: {info.reason}")
+    if measured:
+        _print_map(measured)
     by_loss = info.settings.get("metric") == "loss"
     done = sorted(
         (t for t in trials if t.status == "done"),
@@ -89,6 +98,62 @@ def show(
             | {"low": low, "high": high, "loss": t.loss, "seconds": t.seconds}
         )
     listing.print(rows, "trials")
+
+
+def _measured(results: Results, info: RunInfo) -> list[Measured]:
+    """Return what a search measured of single matrices; nothing of a run of another kind."""
+    from laserlm.analysis.rank_curve import loss_map
+    from laserlm.errors import AnalysisError
+
+    trials = results.evaluations(info.id, "validation") if info.kind == "search" else {}
+    base = trials.pop("", None)
+    try:
+        return [] if base is None else loss_map(base, trials)
+    except AnalysisError:  # a composition tries sets of matrices, which have no place on a map
+        return []
+
+
+SHADES = "░▒▓█"
+
+
+def _print_map(measured: Sequence[Measured]) -> None:
+    """Print the lowest change of loss of each block and matrix as a shade: a row for each matrix, a column for each block."""
+    from rich.console import Console
+    from rich.text import Text
+
+    best: dict[tuple[str, str, int], Measured] = {}
+    for m in measured:
+        key = (m.stack, m.name, m.layer)
+        if key not in best or m.loss_change.value < best[key].loss_change.value:
+            best[key] = m
+    most = max(-m.loss_change.value for m in best.values())
+    console = Console()
+    for stack in dict.fromkeys(m.stack for m in measured):
+        last = max(m.layer for m in measured if m.stack == stack)
+        names = list(dict.fromkeys(m.name for m in measured if m.stack == stack))
+        width = max(map(len, names)) + 1
+        console.print(f"change of loss by matrix and block{f' of {stack}' if stack else ''}, the lowest of the sizes")
+        console.print(" " * width + "".join(f"{layer:<5}" for layer in range(0, last + 1, 5)), highlight=False)
+        for name in names:
+            line = Text(f"{name:<{width}}")
+            for layer in range(last + 1):
+                line.append(*_shade(best.get((stack, name, layer)), most))
+            console.print(line)
+    console.print(
+        Text(f"{SHADES} lower by up to {max(most, 0):.3f} nats per token; + higher; . not scored; unsure ones are dim"),
+        highlight=False,
+    )
+
+
+def _shade(m: Measured | None, most: float) -> tuple[str, str]:
+    """Return the character of a cell and its style; dim where the interval holds zero."""
+    if m is None:
+        return ".", "dim"
+    low, high = m.loss_change.interval
+    style = "dim" if low <= 0 <= high else "bold blue" if high < 0 else "yellow"
+    if m.loss_change.value >= 0:
+        return "+", style
+    return SHADES[min(len(SHADES) - 1, int(len(SHADES) * -m.loss_change.value / most))], style
 
 
 @app.command()

@@ -103,13 +103,14 @@ def demo(
     restart: Restart = False,
     json: Json = False,
 ) -> None:
-    """Run the whole job on the bundled model and facts: search, prove on held-out facts, show.
+    """Run the whole job on the bundled model and facts: search, prove on held-out facts, show; and write a report.
 
     Example: laser demo
     """
     from dataclasses import replace
 
     from laserlm.models import load
+    from laserlm.report.report import write_report
     from laserlm.results import Store as Results
     from laserlm.searching import search as search_
     from laserlm.tasks import task
@@ -130,15 +131,19 @@ def demo(
     with Results.open(store) as results:
         base = results.evaluation(found.run, "test", "")
         best = results.evaluation(found.run, "test", str(found.best))
+        beside = Path() if "://" in store else Path(store).expanduser().parent
+        report = write_report(results, found.run, beside / f"report-{found.run}.html")
     if base is None or best is None:
         raise AssertionError("a finished search has scored both on test")
     questions = _questions(lm, made, base, best)
     if json:
-        print_json(found.as_dict() | {"questions": questions, "seconds": time.monotonic() - start})
+        seconds = time.monotonic() - start
+        print_json(found.as_dict() | {"questions": questions, "report": str(report), "seconds": seconds})
         return
     _print_found(found)
     _print_questions(questions)
     print(f"\nDone in {time.monotonic() - start:.0f} s; run {found.run} in {masked(store)}.")
+    print(f"All of it to look at: {report}")
     reduction = f" --reduce {found.best}" if found.best else ""
     print(f'Go on with:\n  laser generate bundled "The capital of France is"{reduction}\n  laser runs show {found.run}')
     print("  laser search MODEL --task jsonl:FILE    (your own model and questions)")
