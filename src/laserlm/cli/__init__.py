@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from laserlm import __version__
-from laserlm.cli import analyze, evaluate, export, harness, models, report, runs, search, tasks
+from laserlm.cli import analyze, evaluate, export, harness, leaderboard, models, report, runs, search, tasks
+from laserlm.cli import app as web
 from laserlm.cli.progress import say
 from laserlm.errors import LaserError
 
@@ -23,6 +24,7 @@ app.command()(evaluate.evaluate)
 app.command()(search.search)
 app.command()(models.generate)
 app.command()(report.report)
+app.command("app")(web.serve)
 app.command()(export.save)
 app.command()(export.compress)
 app.command()(export.sweep_layers)
@@ -35,6 +37,7 @@ app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_arg
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(runs.app, name="runs")
+app.add_typer(leaderboard.app, name="leaderboard")
 
 
 def print_version(asked: bool) -> None:
