@@ -1,0 +1,149 @@
+"""Serve an app to this machine's browsers alone: nothing of it leaves, and nothing but the app is given out."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import gradio
+import uvicorn
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from laserlm.errors import ReportError
+
+__all__ = ["HOST", "listen", "server"]
+
+HOST = "127.0.0.1"
+NAMES = [HOST, "localhost"]
+API = "/gradio_api/"
+USED = ("queue/", "heartbeat/", "cancel", "reset")
+"""What a page asks Gradio's interface for; the rest of it reads files and addresses, takes uploads, edits the app."""
+UNUSED = ("/monitoring", "/login", "/logout", "/pwa_icon", "/svelte", "/file")
+POLICY = "; ".join(
+    [
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio's page begins with a script, and it compiles templates
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+)
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "DejaVu Sans", "sans-serif"]
+MONO_FONTS = ["ui-monospace", "DejaVu Sans Mono", "monospace"]
+PATIENCE_SECONDS = 1
+"""Time that open pages have to let go of the server when it ends."""
+
+
+def listen(port: int) -> socket.socket:
+    """Return a socket that listens on this machine alone.
+
+    Args:
+        port: its number, 0 for any that is free.
+
+    Raises:
+        ReportError: if it is taken or not allowed.
+    """
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        raise ReportError(f"cannot listen on {HOST}:{port}: {error.strerror}; give another with --port") from error
+
+
+def server(blocks: gradio.Blocks, css: str = "") -> uvicorn.Server:
+    """Return a server of an app; it is run with a socket of ``listen``.
+
+    Pages are kept from asking any other machine for anything, requests that another site's pages make are refused, and so
+    is all that Gradio could do beside showing the app, such as giving out files.
+
+    Args:
+        blocks: the app, with its queue.
+        css: style of its own.
+    """
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES), Middleware(_Guard)]
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=guards)
+    gradio.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        server_name=HOST,
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        blocked_paths=["/"],
+        show_error=False,
+        max_file_size=0,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=_theme(),
+        css=css,
+    )
+    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=PATIENCE_SECONDS)
+    return uvicorn.Server(config)
+
+
+def _theme() -> Any:
+    """Return Gradio's plain theme with this machine's own fonts, and its hints dark enough to be read."""
+    theme = gradio.themes.Base(font=FONTS, font_mono=MONO_FONTS)
+    return theme.set(block_info_text_color="*neutral_600", input_placeholder_color="*neutral_500")
+
+
+class _Guard:
+    """Refuse what the app does not need, and tell browsers to load from nowhere else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if not _is_ours(Headers(scope=scope)):
+            await PlainTextResponse("another site asks\n", 403)(scope, receive, send)
+            return
+        if not _is_used(scope["path"]):
+            await PlainTextResponse("not found\n", 404)(scope, receive, send)
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *_encoded(HEADERS)]
+            await send(message)
+
+        await self.app(scope, receive, guarded)
+
+
+HEADERS = {
+    "content-security-policy": POLICY,
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+def _encoded(headers: MutableMapping[str, str]) -> Iterable[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+def _is_ours(headers: Headers) -> bool:
+    """Return whether a request comes from a page of this app, or from no page."""
+    origin: Any = headers.get("origin")
+    return origin is None or origin == f"http://{headers.get('host')}"
+
+
+def _is_used(path: str) -> bool:
+    if path.startswith(API):
+        return path.removeprefix(API).startswith(USED)
+    return ".." not in path.split("/") and not path.startswith(UNUSED)
