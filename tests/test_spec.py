@@ -380,3 +380,10 @@ def test_a_converted_reduction_can_be_read_back(lname: str, lnum: int) -> None:
 def test_reading_text_imports_no_torch() -> None:
     code = "import sys, laserlm.spec as s; s.Grid.parse('paper'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_fraction_that_would_take_gigabytes_to_print_is_refused() -> None:
+    with pytest.raises(SpecError, match="too small"):
+        Size.parse("1e-999999999")
+    assert str(Size.parse("1e-18")) == "0.000000000000000001"
+    assert str(Size.parse("0e-999999999")) == "0"

@@ -42,6 +42,8 @@ RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 LAST = re.compile(r"top(\d{1,9})", re.ASCII)
 RANK = re.compile(r"r(\d{1,9})", re.ASCII)
 SPLIT = re.compile(r"split([1-9]\d{0,5})", re.ASCII)
+FINEST = 18
+"""Decimal places of the smallest fraction; what is far smaller would take gigabytes to print."""
 TARGET = re.compile(r"(?:(?P<stack>[A-Za-z_][\w.]*?)\.)??(?P<layers>\d+-\d+|\d+|all|top\d+)\.(?P<matrix>\w+(?:\.\w+)*)")
 
 
@@ -116,6 +118,10 @@ class Size:
             raise SpecError(f"a size is either a fraction or a rank; got rho={self.rho}, rank={self.rank}")
         if self.rho is not None and not (self.rho.is_finite() and 0 <= self.rho <= 1):
             raise SpecError(f"rho {self.rho} is out of range; it is the kept fraction, from 0 to 1")
+        if self.rho is not None and self.rho != 0 and self.rho.adjusted() < -FINEST:
+            raise SpecError(
+                f"the size {self.rho!s:.20} is too small for a fraction of a matrix; write 0, or 1e-{FINEST} and more"
+            )
         if self.rho == 0:
             object.__setattr__(self, "rho", Decimal(0))  # there is a minus zero too
         if self.rank is not None and self.rank < 0:

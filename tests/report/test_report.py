@@ -144,6 +144,10 @@ def test_what_cannot_be_reported_is_an_error(llama: LanguageModel, tmp_path: Pat
             pass
         with pytest.raises(ReportError, match="interrupted"):
             write_report(store, run.id, tmp_path / "r.html")
+        with store.run(kind="search", key="old", settings=settings, provenance={}) as run:
+            run.finish({"best": "", "test": {}})
+        with pytest.raises(ReportError, match="older laserlm"):
+            write_report(store, run.id, tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 

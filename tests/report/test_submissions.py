@@ -318,11 +318,11 @@ def test_the_same_result_by_another_name_is_a_duplicate_and_another_result_is_no
     other["result"]["n"] = 1000.0
     third = copy.deepcopy(good)
     third["model"]["sha256"] = "e" * 64
-    files = [write(tmp_path, d, f"{i}.json") for i, d in enumerate((good, other, third))]
-    first, second, last = add(files, tmp_path / "to")
-    assert second.target is None
-    assert None not in (first.target, last.target)
-    assert len(list((tmp_path / "to").iterdir())) == 2
+    fourth = copy.deepcopy(good)
+    fourth["result"]["edited"]["loss"] += 0.001
+    files = [write(tmp_path, d, f"{i}.json") for i, d in enumerate((good, other, third, fourth))]
+    assert [a.target is None for a in add(files, tmp_path / "to")] == [False, True, False, False]
+    assert len(list((tmp_path / "to").iterdir())) == 3
 
 
 @pytest.mark.parametrize("name", ["../../../evil", 'a/b\\c:d*e?"<>|', "..", "CON", "Ü李", "x" * 120, "-rf"])

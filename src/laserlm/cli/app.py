@@ -33,7 +33,8 @@ def serve(
 
     with listen(port) as sock, Results.open(store) as results:  # before the model is loaded
         say(f"loading {model}")
-        served = server(build(results, load.load_named(model)), style())
+        lm = load.load_named(model)
+        served = server(lambda: build(results, lm), style())
         print(f"http://{HOST}:{sock.getsockname()[1]}", flush=True)
         say("Ctrl-C ends it")
         with suppress(KeyboardInterrupt):

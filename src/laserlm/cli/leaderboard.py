@@ -13,6 +13,7 @@ from laserlm.errors import ReportError
 
 if TYPE_CHECKING:
     from laserlm.report.leaderboard import Write
+    from laserlm.results import Store as Results
 
 app = typer.Typer(no_args_is_help=True, help="Build a leaderboard as a static site; write and collect submissions to one.")
 
@@ -40,9 +41,7 @@ def build(
 
     write: Write | None = None
     if reports:
-        from laserlm.report.report import write_report
-
-        write = write_report
+        write = _write
     with Results.open(store) as results:
         built = build_site(out, results, submissions=submissions, report=write)
     if json:
@@ -51,6 +50,17 @@ def build(
         print(f"{built.folder / 'index.html'}: {built.rows} rows, {built.verified} verified, in {built.tables} tables")
         if built.reports:
             print(f"{built.reports} reports in {built.folder / 'reports'}")
+
+
+def _write(store: Results, run: str, out: Path) -> Path | None:
+    """Write the report of a run; where there can be none, as of one that an older laserlm wrote, say so and go on."""
+    from laserlm.report.report import write_report
+
+    try:
+        return write_report(store, run, out)
+    except ReportError as error:
+        say(f"no report: {error}")
+        return None
 
 
 @app.command()

@@ -250,9 +250,8 @@ def _write_report(run: str, store: Store | None, out: Path, part: Path, write: W
         return False
     (part / REPORTS).mkdir(exist_ok=True)
     if store is not None and write is not None:
-        write(store, run, part / name)
-    else:
-        shutil.copyfile(out / name, part / name)
+        return write(store, run, part / name) is not None
+    shutil.copyfile(out / name, part / name)
     return True
 
 

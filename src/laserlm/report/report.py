@@ -87,7 +87,13 @@ def write_report(store: Store, run: str, out: Path) -> Path:
         )
     if not out.absolute().parent.is_dir():
         raise ReportError(f"no folder {out.absolute().parent} to write the report in; make it first")
-    text = _page(store, info, Found.from_dict(info.outcome))
+    try:
+        found = Found.from_dict(info.outcome)
+    except (KeyError, TypeError) as error:
+        raise ReportError(
+            f"run {info.id} was written by an older laserlm and lacks {error}; search again with --restart"
+        ) from None
+    text = _page(store, info, found)
     with atomic_file(out) as part:
         part.write_text(text, encoding="utf-8")
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import gradio
@@ -60,20 +60,26 @@ def listen(port: int) -> socket.socket:
         raise ReportError(f"cannot listen on {HOST}:{port}: {error.strerror}; give another with --port") from error
 
 
-def server(blocks: gradio.Blocks, css: str = "") -> uvicorn.Server:
+def server(make: Callable[[], gradio.Blocks], css: str = "") -> uvicorn.Server:
     """Return a server of an app; it is run with a socket of ``listen``.
 
     Pages are kept from asking any other machine for anything, requests that another site's pages make are refused, and so
     is all that Gradio could do beside showing the app, such as giving out files.
 
     Args:
-        blocks: the app, with its queue.
+        make: returns the app, with its queue; called as the server starts, for Gradio wants the event loop it is to run in.
         css: style of its own.
     """
+    config = uvicorn.Config(
+        lambda: _mounted(make(), css), factory=True, log_level="error", timeout_graceful_shutdown=PATIENCE_SECONDS
+    )
+    return uvicorn.Server(config)
+
+
+def _mounted(blocks: gradio.Blocks, css: str) -> FastAPI:
     guards = [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES), Middleware(_Guard)]
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=guards)
-    gradio.mount_gradio_app(
-        app,
+    app: FastAPI = gradio.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=guards),
         blocks,
         path="/",
         server_name=HOST,
@@ -90,8 +96,7 @@ def server(blocks: gradio.Blocks, css: str = "") -> uvicorn.Server:
         theme=_theme(),
         css=css,
     )
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=PATIENCE_SECONDS)
-    return uvicorn.Server(config)
+    return app
 
 
 def _theme() -> Any:

@@ -83,6 +83,8 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in row.items():
         found |= value.as_row(name) if _estimated(value) else {name: value}
+    if "n" in found:  # one for all
+        found = {name: value for name, value in found.items() if not name.endswith(" n")}
     return found
 
 
