@@ -69,13 +69,13 @@ def test_a_map_has_of_every_matrix_the_size_of_the_lowest_loss(results: Store, r
     assert sorted(map(explorer.text_of, found)) == sorted(t.intervention for t in TRIALS[:4])
     assert explorer.sizes(found) == ["0.1", "0.5", "0.5:bottom", "r3"]
     shown = explorer.grid(found)
-    assert shown.columns == ("fc_in", "v_proj")
+    assert shown.columns == ("v_proj", "fc_in")
     cells = {
         block: [m and (explorer.text_of(m), m.loss_change.value, m.loss_change.n) for m in row] for block, row in shown.rows
     }
     assert cells == {
-        "0": [("0.fc_in@0.5", -1.0, 6), None],
-        "2": [("2.fc_in@r3", 0.25, 2), ("2.v_proj@0.5:bottom", 4.0, 6)],
+        "0": [None, ("0.fc_in@0.5", -1.0, 6)],
+        "2": [("2.v_proj@0.5:bottom", 4.0, 6), ("2.fc_in@r3", 0.25, 2)],
     }
     assert shown.end == 4  # the larger of the fall, 1, and the median rise
     assert shown.colour(4) == shown.colour(40) == "hsl(28 80% 60%)"
@@ -106,7 +106,7 @@ def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
     assert (dropped.comparison.n, dropped.comparison.base, dropped.comparison.edited) == (2, 1.0, 0.5)
     assert [f.id for f in dropped.of("broken")] == ["e0"]
     told = explorer.summary(dropped)
-    assert told["examples"] == "2, validation"
+    assert told["examples"] == "2 of validation, which the search chose by"
     assert told["gain"].startswith("-50.0 points, 95 % interval -")
     assert told["change of loss"].startswith("+0.2500 nats per token")
     single = explorer.changes(results, record(BASE, evaluation("1.v_proj@0.5", [3])).id, "1.v_proj@0.5")

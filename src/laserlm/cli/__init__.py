@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from laserlm import __version__
-from laserlm.cli import analyze, evaluate, export, harness, leaderboard, models, report, runs, search, tasks
-from laserlm.cli import app as web
+from laserlm.cli import analyze, evaluate, export, harness, leaderboard, models, report, runs, search, serve, tasks
 from laserlm.cli.progress import say
 from laserlm.errors import LaserError
 
@@ -24,7 +23,7 @@ app.command()(evaluate.evaluate)
 app.command()(search.search)
 app.command()(models.generate)
 app.command()(report.report)
-app.command("app")(web.serve)
+app.command("app")(serve.serve)
 app.command()(export.save)
 app.command()(export.compress)
 app.command()(export.sweep_layers)

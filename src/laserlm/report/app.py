@@ -144,9 +144,9 @@ def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:
     def measured(run: str) -> tuple[Measured, ...]:
         return remembered(run, store.find(run).updated)
 
-    def opened(run: str | None) -> tuple[Any, Any, str]:
+    def opened(run: str | None) -> tuple[Any, Any, Any]:
         if not run:
-            return gr.skip(), gr.skip(), ""
+            return gr.skip(), gr.skip(), gr.skip()
         try:
             choices = explorer.candidates(store, run)
         except LaserError as error:
@@ -210,7 +210,7 @@ def _playground(playground: Playground) -> _Asked:
     lm = playground.lm
     stacks = list(dict.fromkeys(m.stack for m in lm.matrices))
     names = list(dict.fromkeys(m.name for m in lm.matrices))
-    last = max(m.layer for m in lm.matrices)
+    last = lm.matrices[-1]
 
     def ask(
         prompt: str, tokens: float, stack: str | None, layer: float, matrix: str, rho: float, text: str | None
@@ -227,9 +227,9 @@ def _playground(playground: Playground) -> _Asked:
         prompt = gr.Textbox(label="Prompt", value=PROMPTS[0], lines=2, max_length=LONGEST_PROMPT, scale=3, min_width=300)
         tokens = gr.Slider(1, MOST_TOKENS, value=8, step=1, label="New tokens")
     with gr.Row():
-        stack = gr.Dropdown(stacks, value=stacks[0], label="Stack", visible=len(stacks) > 1)
-        layer = gr.Slider(0, last, value=last, step=1, label="Block")
-        matrix = gr.Dropdown(names, value=names[-1], label="Matrix")
+        stack = gr.Dropdown(stacks, value=last.stack, label="Stack", visible=len(stacks) > 1)
+        layer = gr.Slider(0, max(m.layer for m in lm.matrices), value=last.layer, step=1, label="Block")
+        matrix = gr.Dropdown(names, value=last.name, label="Matrix")
         rho = gr.Slider(0, 1, value=0.1, step=0.005, label="Kept fraction of the singular values")
     with gr.Row():
         text = gr.Textbox(

@@ -29,6 +29,9 @@ __all__ = [
     "text_of",
 ]
 
+ORDER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_up", "fc_out")
+"""Matrices as a block runs them; others come after these."""
+
 
 @dataclass(frozen=True)
 class LossMap:
@@ -121,7 +124,7 @@ def grid(found: Sequence[Measured], size: str = "") -> LossMap:
             best[key] = m
     if not best:
         raise ReportError(f"the search measured nothing at size {size!r}; it has {', '.join(sizes(found))}")
-    columns = list(dict.fromkeys((m.stack, m.name) for m in found))
+    columns = sorted({(m.stack, m.name) for m in found}, key=_place)
     blocks = list(dict.fromkeys((m.stack, m.layer) for m in found))
     rises = sorted(m.loss_change.value for m in best.values() if m.loss_change.value > 0)
     falls = [-m.loss_change.value for m in best.values() if m.loss_change.value < 0]
@@ -182,9 +185,14 @@ def summary(found: Flips) -> Mapping[str, str]:
     low, high = c.loss_interval
     interval = f", 95 % interval {low:+.4f} to {high:+.4f}" if math.isfinite(low) else " (a single example)"
     return {
-        "examples": f"{c.n}, {c.split}",
+        "examples": f"{c.n} of {c.split}" + (", which the search chose by" if c.split == "validation" else ""),
         "accuracy": f"{c.base:.1%} before, {c.edited:.1%} after",
         "gain": f"{100 * c.gain:+.1f} points, 95 % interval {100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f}",
         "change of loss": f"{c.edited_loss - c.base_loss:+.4f} nats per token{interval}",
         "corrected and broken": f"{c.corrected} and {c.broken}, McNemar p {c.mcnemar_p:.2g}",
     }
+
+
+def _place(column: tuple[str, str]) -> tuple[str, int, str]:
+    stack, name = column
+    return stack, ORDER.index(name) if name in ORDER else len(ORDER), name
