@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -114,3 +116,26 @@ def test_a_model_that_works_on_its_logits_by_place_gets_all_places(make: Make, m
     monkeypatch.setattr(forward.inspect, "signature", lambda _: type("S", (), {"parameters": {"use_cache": 1}}))
     batches(lm, encode(lm, EXAMPLES, "answer"), 5)
     assert lm.reads_places is False
+
+
+def test_threads_take_turns_and_the_setting_is_put_back() -> None:
+    inside, seen = threading.Event(), []
+
+    def first() -> None:
+        with quick(CPU, 20):
+            inside.set()
+            time.sleep(0.2)
+
+    def second() -> None:
+        inside.wait()
+        with quick(CPU, 20):
+            seen.append(precision())
+            time.sleep(0.2)  # would leave last what it found, if it had come in between
+
+    threads = [threading.Thread(target=of) for of in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 1
+    assert precision() == "none"

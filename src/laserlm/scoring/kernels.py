@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,6 +15,8 @@ __all__ = ["quick"]
 
 SHORT = 128
 """Tokens up to which attention by plain matrix products is quicker on a CPU than its tiled form."""
+TURNS = threading.RLock()
+"""The settings are the whole process's: threads that would each put back what they found take turns."""
 EXACT = 2e-6
 """Relative error of a float32 product in norm; one of bfloat16 operands has a thousand times as much."""
 
@@ -33,17 +36,18 @@ def quick(device: torch.device, length: int) -> Iterator[None]:
         yield
         return
     settings = _products()
-    before = settings.fp32_precision
-    try:
-        if before == "none" and _onednn_is_exact():
-            settings.fp32_precision = "bf16"
-        if length <= SHORT:
-            with sdpa_kernel(SDPBackend.MATH):
+    with TURNS:
+        before = settings.fp32_precision
+        try:
+            if before == "none" and _onednn_is_exact():
+                settings.fp32_precision = "bf16"
+            if length <= SHORT:
+                with sdpa_kernel(SDPBackend.MATH):
+                    yield
+            else:
                 yield
-        else:
-            yield
-    finally:
-        settings.fp32_precision = before
+        finally:
+            settings.fp32_precision = before
 
 
 def _products() -> Any:

@@ -9,6 +9,7 @@ import http.client
 import io
 import json
 import shutil
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ def local_file(data: str | Path, cache: Path | None = None) -> Path:
                     if announced is not None and part.stat().st_size != int(announced):
                         raise OSError(f"the connection ended after {part.stat().st_size} of {announced} bytes")
             except (OSError, ValueError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()  # it holds the connection
                 raise TaskError(
                     f"cannot download {url}: {error}; fetch it yourself and give it with --data (data=...)"
                 ) from error
