@@ -11,10 +11,11 @@ from laserlm.analysis.estimates import Estimate, against
 from laserlm.analysis.scorebook import Scorebook
 from laserlm.editing.applied import resolve
 from laserlm.errors import AnalysisError
+from laserlm.results import RunInfo, Store
 from laserlm.scoring.records import Evaluation
 from laserlm.spec import Intervention, Size
 
-__all__ = ["RANKS", "RHOS", "Measured", "Point", "loss_map", "rank_curve", "sizes_of"]
+__all__ = ["RANKS", "RHOS", "Measured", "Point", "loss_map", "measured_of", "rank_curve", "sizes_of"]
 
 RANKS = (40, 30, 20, 10, 5, 1, 0)
 """Ranks of the published curve (arXiv 2312.13558)."""
@@ -143,6 +144,16 @@ def sizes_of(fractions: Sequence[str]) -> list[Size]:
             raise AnalysisError(f"{size} is a rank; write the fraction of the singular values that is kept, such as 0.9")
         found[size.rho] = size
     return [found[rho] for rho in sorted(found)]
+
+
+def measured_of(store: Store, run: RunInfo) -> list[Measured]:
+    """Return what a search measured of single matrices; nothing where it measured none, or of a run of another kind."""
+    trials = store.evaluations(run.id, "validation") if run.kind == "search" else {}
+    base = trials.pop("", None)
+    try:
+        return [] if base is None else loss_map(base, trials)
+    except AnalysisError:  # a composition tries sets of matrices, which have no place on a map
+        return []
 
 
 def loss_map(base: Evaluation, trials: Mapping[str, Evaluation]) -> list[Measured]:

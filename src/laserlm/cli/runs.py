@@ -13,8 +13,6 @@ from laserlm.cli.options import STORE_DEFAULT, Json, Listing, Store, print_json,
 
 if TYPE_CHECKING:
     from laserlm.analysis.rank_curve import Measured
-    from laserlm.results import RunInfo
-    from laserlm.results import Store as Results
 
 app = typer.Typer(no_args_is_help=True, help="List, show, export and delete runs of the results database.")
 RunId = Annotated[str, typer.Argument(help="The run's id, the start of it, or 'last'.")]
@@ -59,13 +57,14 @@ def show(
 
     Example: laser runs show last
     """
+    from laserlm.analysis.rank_curve import measured_of
     from laserlm.results import Store as Results
     from laserlm.scoring.statistics import wilson
 
     with Results.open(store) as results:
         info = results.find(run)
         trials = results.trials(info.id)
-        measured = _measured(results, info) if not (listing.json or listing.csv) else []
+        measured = measured_of(results, info) if not (listing.json or listing.csv) else []
     if listing.json:
         shown: dict[str, Any] = asdict(info) | {
             "created": info.created.isoformat(),
@@ -98,19 +97,6 @@ def show(
             | {"low": low, "high": high, "loss": t.loss, "seconds": t.seconds}
         )
     listing.print(rows, "trials")
-
-
-def _measured(results: Results, info: RunInfo) -> list[Measured]:
-    """Return what a search measured of single matrices; nothing of a run of another kind."""
-    from laserlm.analysis.rank_curve import loss_map
-    from laserlm.errors import AnalysisError
-
-    trials = results.evaluations(info.id, "validation") if info.kind == "search" else {}
-    base = trials.pop("", None)
-    try:
-        return [] if base is None else loss_map(base, trials)
-    except AnalysisError:  # a composition tries sets of matrices, which have no place on a map
-        return []
 
 
 SHADES = "░▒▓█"

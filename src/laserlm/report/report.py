@@ -9,9 +9,9 @@ from pathlib import Path
 
 from laserlm.analysis.estimates import Estimate
 from laserlm.analysis.flipping import Flips, flips
-from laserlm.analysis.rank_curve import Measured, loss_map
+from laserlm.analysis.rank_curve import Measured, measured_of
 from laserlm.analysis.side_effects import OnText, Transfer, on_text, transfer
-from laserlm.errors import AnalysisError, ReportError
+from laserlm.errors import ReportError
 from laserlm.paths import atomic_file
 from laserlm.report.pages import page, plot, plot_library
 from laserlm.report.plots import map_plot, screen_plot
@@ -101,7 +101,7 @@ def write_report(store: Store, run: str, out: Path) -> Path:
 
 def _page(store: Store, info: RunInfo, found: Found) -> str:
     best = str(found.best)
-    measured = _measured(store, info)
+    measured = measured_of(store, info)
     flipped = _flipped(store, info, best)
     screened = found.screened
     figures = {}
@@ -127,15 +127,6 @@ def _page(store: Store, info: RunInfo, found: Found) -> str:
         commands=_commands(info, best),
         versions=info.provenance.get("versions", {}),
     )
-
-
-def _measured(store: Store, info: RunInfo) -> list[Measured]:
-    trials = store.evaluations(info.id, "validation")
-    base = trials.pop("", None)
-    try:
-        return [] if base is None else loss_map(base, trials)
-    except AnalysisError:  # a composition tries sets of matrices, which have no place on a map
-        return []
 
 
 def _flipped(store: Store, info: RunInfo, best: str) -> Flips | None:
