@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from laserlm.models import LanguageModel, load
     from laserlm.scoring.evaluate import Comparison, compare, evaluate
     from laserlm.scoring.records import Evaluation
-    from laserlm.searching import Found, search
+    from laserlm.searching import Found, Ray, search
     from laserlm.spec import Grid, Intervention, Reduction
     from laserlm.tasks import Example, Split, Task, task
 
@@ -30,6 +30,7 @@ __all__ = [
     "Intervention",
     "LanguageModel",
     "LaserError",
+    "Ray",
     "Reduction",
     "Split",
     "Task",
@@ -52,7 +53,7 @@ _HOMES = {
     "laserlm.models": ("LanguageModel", "load"),
     "laserlm.scoring.evaluate": ("Comparison", "compare", "evaluate"),
     "laserlm.scoring.records": ("Evaluation",),
-    "laserlm.searching": ("Found", "search"),
+    "laserlm.searching": ("Found", "Ray", "search"),
     "laserlm.spec": ("Grid", "Intervention", "Reduction"),
     "laserlm.tasks": ("Example", "Split", "Task", "task"),
 }

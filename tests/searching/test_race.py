@@ -4,18 +4,20 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 
-from laserlm.editing.cache import DecompositionCache
 from laserlm.errors import ScoringError
 from laserlm.models import LanguageModel
 from laserlm.results import Store
 from laserlm.scoring.encoding import encode
 from laserlm.scoring.records import Evaluation, Score
 from laserlm.searching import Candidate, RaceOptions, expand, search
+from laserlm.searching.desk import Desk, Material
+from laserlm.searching.executors import Local
 from laserlm.searching.found import Metric, Rung
 from laserlm.searching.race import beaten, choose, race, rungs_of, shuffled
 from laserlm.searching.screen import Prediction
@@ -132,7 +134,7 @@ class Table:
         found = self.scores[str(intervention)]
         return replace(found, scores=found.scores[:n])
 
-    def extend(self, interventions: list[Intervention], stop: int) -> None:
+    def extend(self, interventions: list[Intervention], stop: int, **_: Any) -> None:
         self.asked.append(([str(i) for i in interventions], stop))
         for text in (str(i) for i in interventions if self.n(i) < stop):
             if stop > self.failing.get(text, 10**9):
@@ -253,7 +255,9 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
         work = {"kind": "search", "key": "k", "settings": {"model": "m", "task": "t"}, "provenance": {}}
         with store.run(**work) as run_:  # type: ignore[arg-type]
             rows = encode(llama, split.examples, "answer")
-            trials = Trials(llama, run_, split, rows, "answer", DecompositionCache())
+            material = Material(split, rows, "answer")
+            local = Local(Desk(llama, {"made": material}))
+            trials = Trials(llama, run_, "made", material, local)
             trials.extend(parts, 2)
             trials.extend(parts[:2], 5)
             assert [trials.n(i) for i in parts] == [5, 5, 2]
@@ -262,7 +266,7 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
             # Of three blocks: all for the unchanged model, two above block 0, one above block 1.
             assert trials.work == pytest.approx(6 * (1 + 1 / 3 + 2 / 3))
         with store.run(**{**work, "key": "other"}) as run_:  # type: ignore[arg-type]
-            at_once = Trials(llama, run_, split, rows, "answer", DecompositionCache())
+            at_once = Trials(llama, run_, "made", material, local)
             at_once.extend(parts[::-1], 6)
             for text, found in at_once.scores.items():
                 assert [s.logprob for s in stepwise[text].scores] == pytest.approx([s.logprob for s in found.scores], abs=1e-5)

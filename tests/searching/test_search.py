@@ -11,7 +11,8 @@ import pytest
 import torch
 from families import SCORED, TOKENIZERS
 
-import laserlm.searching.trials as module
+import laserlm.searching.desk as module
+import laserlm.searching.executors as executors
 from laserlm.editing import applied
 from laserlm.errors import MatrixError, ScoringError
 from laserlm.models import LanguageModel
@@ -369,7 +370,7 @@ def test_a_search_out_of_time_measures_the_best_so_far(
     strategy: str, llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(executors.time, "monotonic", lambda: clock[0])
     scored: list[str] = []
 
     def timed(lm: LanguageModel, split: Split, *rest: Any) -> Any:
@@ -418,11 +419,11 @@ def test_a_leader_that_fails_later_is_not_what_is_found_when_time_is_up(
                 raise ScoringError("a log-probability of nan")
         return evaluate_rows(lm, split, *rest)
 
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(executors.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(module, "evaluate_rows", broken)
-    place = Trials._place
+    share = Trials.share
     # The leader is scored first in the second rung, and fails; then time is up.
-    monkeypatch.setattr(Trials, "_place", lambda self, i: -1 if str(i) == leader else place(self, i))
+    monkeypatch.setattr(Trials, "share", lambda self, i: 2.0 if str(i) == leader else share(self, i))
     found = search(llama, task, budget=1, **given)
     assert not found.complete
     assert leader in found.failed

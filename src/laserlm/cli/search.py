@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEMO_VALIDATION = 300
 DEMO_TEST = 1000
+CLUSTER_PANEL = "Cluster options"
 
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew even where the database has this search already.")]
 
@@ -54,6 +55,24 @@ def search(
     memory: Annotated[float, typer.Option(min=0, help="GiB for the frontier's boundary, and for decompositions.")] = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of each split.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of examples and of ':reference' decompositions.")] = 0,
+    executor: Annotated[
+        str, typer.Option(help="local (this process) or ray (workers on a Ray cluster).", rich_help_panel=CLUSTER_PANEL)
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="auto for the cluster of this machine, or HOST:PORT; default: one is started.",
+            rich_help_panel=CLUSTER_PANEL,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that have the model; default: all there is room for.", rich_help_panel=CLUSTER_PANEL
+        ),
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(min=0, help="Cores of each.", rich_help_panel=CLUSTER_PANEL)] = 1.0,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each.", rich_help_panel=CLUSTER_PANEL)] = 0.0,
     store: Store = STORE_DEFAULT,
     restart: Restart = False,
     json: Json = False,
@@ -66,10 +85,16 @@ def search(
     """
     from dataclasses import replace
 
-    from laserlm.searching import RaceOptions
+    from laserlm.errors import ScoringError
+    from laserlm.searching import RaceOptions, Ray
     from laserlm.searching import search as search_
     from laserlm.spec import Grid
 
+    if executor not in ("local", "ray"):
+        raise ScoringError(f"no executor {executor!r}; there are local and ray")
+    if executor == "local" and (address is not None or workers is not None or gpus_per_worker):
+        raise ScoringError("--address, --workers and --gpus-per-worker are for a cluster; add --executor ray")
+    cluster = Ray(address, workers, cpus_per_worker, gpus_per_worker) if executor == "ray" else None
     wanted = Grid.parse(grid)  # before the model is loaded
     whole = task.make()
     made = replace(whole, validation=whole.validation.limit(limit), test=whole.test.limit(limit))
@@ -89,6 +114,7 @@ def search(
             options=RaceOptions(width=width, keep=keep, delta=delta),
             **given,
             restart=restart,
+            executor=cluster,
             on_step=on_step,
         )
     if json:

@@ -35,6 +35,8 @@ class LanguageModel:
         pads_exactly: whether left-padded batches score as single sequences do; None until the first scoring found out.
         reads_places: whether the output layer can be given the scored places alone; None until the first scoring found out.
         active: interventions applied at the moment, outermost first.
+        loaded: arguments of ``load`` with which another process gets the same model, device and place aside; None where it
+            was made otherwise.
     """
 
     model: PreTrainedModel
@@ -46,6 +48,7 @@ class LanguageModel:
     pads_exactly: bool | None = None
     reads_places: bool | None = None
     active: list[str] = field(default_factory=list)
+    loaded: dict[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

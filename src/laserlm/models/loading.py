@@ -79,7 +79,8 @@ def load(
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
     placed = _device(device)
-    cache = Path(cache) if cache is not None else cache_folder()
+    given = None if cache is None else Path(cache).absolute()
+    cache = given or cache_folder()
     source = set_up_bundled(cache) if str(name) == "bundled" else name
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": allow_remote_code}
     weights: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype_named(dtype), "device_map": device_map}
@@ -110,7 +111,17 @@ def load(
         )
     if device_map is None:
         model = model.to(placed)
-    return LanguageModel(model=model, tokenizer=tokenizer, name=str(name), kind=kind, revision=commit, cache=cache)
+    found = LanguageModel(model=model, tokenizer=tokenizer, name=str(name), kind=kind, revision=commit, cache=cache)
+    found.loaded = {
+        "name": str(Path(name).absolute()) if Path(name).exists() else str(name),
+        "kind": kind,
+        "revision": commit or revision,
+        "dtype": found.dtype,
+        "allow_pickle": allow_pickle,
+        "allow_remote_code": allow_remote_code,
+        "cache": given,
+    }
+    return found
 
 
 def set_up_bundled(cache: Path) -> Path | str:

@@ -7,21 +7,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from scipy import stats
 
 from laserlm.errors import ScoringError
-from laserlm.models.language_model import LanguageModel
 from laserlm.results import Run
 from laserlm.scoring.evaluate import Comparison, compare
-from laserlm.scoring.forward import too_large
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.compose import compose, in_order
+from laserlm.searching.desk import Screening
+from laserlm.searching.executors import OutOfTimeError
 from laserlm.searching.found import Accepted, Metric, Mode, Rung, Screened, Step, Strategy, merit
 from laserlm.searching.race import RaceOptions, choose, race, rungs_of
-from laserlm.searching.screen import Prediction, screen
-from laserlm.searching.trials import OutOfTimeError, Trials
+from laserlm.searching.screen import Prediction
+from laserlm.searching.trials import Trials
 from laserlm.spec import Intervention
 
 __all__ = ["Course"]
@@ -29,6 +28,8 @@ __all__ = ["Course"]
 BASE = Intervention()
 FINALISTS = 4
 """Those that the loss ranks best, under which the model then writes."""
+SCREEN_PASSES = 4
+"""A pass through the model, and another with its gradient, which takes twice as long again."""
 
 
 @dataclass
@@ -36,7 +37,6 @@ class Course:
     """One search: how it goes on by each strategy, and what it shows on the way.
 
     Args:
-        lm: the unchanged model.
         run: where all is kept.
         trials: scores on the validation split.
         tests: scores on the test split.
@@ -49,7 +49,6 @@ class Course:
         on_step: called after each piece of work.
     """
 
-    lm: LanguageModel
     run: Run
     trials: Trials
     tests: Trials
@@ -92,7 +91,8 @@ class Course:
         Where the time is used up, it writes under the best and under none.
         """
         n = len(self.trials.split)
-        whole = [Intervention.parse(text) for text, e in self.trials.scores.items() if e.n == n and text]
+        # By name, so that of equals it does not matter which was scored first.
+        whole = [Intervention.parse(text) for text, e in sorted(self.trials.scores.items()) if e.n == n and text]
         ranked = sorted(whole, key=lambda i: merit(self.trials.first(i, n), "loss"), reverse=True)
         few = [self.best] if self.metric == "loss" or not complete else ranked[:FINALISTS]
         finalists = list(dict.fromkeys([BASE, *few, self.best]))
@@ -192,41 +192,36 @@ class Course:
         if "screen" in self.run.notes:
             noted = self.run.notes["screen"]
             return {text: Prediction(*values) for text, values in noted["predictions"].items()}, noted["seconds"]
-        if time.monotonic() > self.trials.deadline:
-            raise OutOfTimeError
         self._begin("screen", [], 0)
         self._tell(BASE)
         start = time.perf_counter()
-        # The last examples of the order: those of the first rungs then tell something new.
-        split = self.trials.split
-        first = len(split) - self._to_screen()
-        rows = [replace(r, example=r.example - first) for r in self.trials.rows if r.example >= first]
-        predictions: dict[str, Prediction] | None = None
-        batch_size = self.trials.batch
-        while predictions is None:
-            try:
-                predictions = screen(
-                    self.lm,
-                    split.examples[first:],
-                    rows,
-                    self.trials.scorer,
-                    self.candidates,
-                    cache=self.trials.cache,
-                    batch_size=batch_size,
-                    between_choices=self._ranked == "accuracy" and self.trials.scorer == "choice",
-                )
-            except torch.OutOfMemoryError as error:
-                full = too_large(self.lm, error)
-            if predictions is None:  # outside the handler, whose traceback holds the failed pass's tensors
-                if batch_size == 1:
-                    raise full
-                batch_size //= 2
-                self.trials.cache.clear()
-                torch.cuda.empty_cache()
+        predictions: dict[str, Prediction] = {}
+        for _, found in self.trials.executor.run(self._screenings(), deadline=self.trials.deadline, needless=lambda _: False):
+            if isinstance(found, str):
+                raise ScoringError(f"the screen could not be made: {found}")
+            predictions |= found
         seconds = time.perf_counter() - start
         noted = {text: [p.change, p.deviation, p.examples] for text, p in predictions.items()}
         self.run.note("screen", {"predictions": noted, "seconds": seconds})
         return predictions, seconds
+
+    def _screenings(self) -> list[Screening]:
+        """Return the screen as a piece for each process: all pass the gradient, each decomposes its share of the matrices."""
+        matrices = {m: number for number, m in enumerate(dict.fromkeys(c.matrix for c in self.candidates))}
+        shares = min(self.trials.executor.workers, len(matrices))
+        between_choices = self._ranked == "accuracy" and self.trials.material.scorer == "choice"
+        # The last examples of the order: those of the first rungs then tell something new.
+        first = len(self.trials.split) - self._to_screen()
+        return [
+            Screening(
+                self.trials.name,
+                first,
+                tuple(c for c in self.candidates if matrices[c.matrix] % shares == share),
+                between_choices,
+                SCREEN_PASSES * self._to_screen(),
+            )
+            for share in range(shares)
+        ]
 
     def _to_screen(self) -> int:
         """Return the number of examples to screen: those beyond the first rung, or half of them all where that is more."""

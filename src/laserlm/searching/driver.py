@@ -10,9 +10,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from laserlm.editing.cache import DecompositionCache
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
@@ -20,10 +19,13 @@ from laserlm.results import Store
 from laserlm.scoring.encoding import encode
 from laserlm.scoring.identity import digest, identity
 from laserlm.searching.candidates import expand
+from laserlm.searching.cluster import Ray, on_ray
 from laserlm.searching.course import Course
+from laserlm.searching.desk import Desk, Material
+from laserlm.searching.executors import Executor, Local, OutOfTimeError
 from laserlm.searching.found import Found, Metric, Mode, Step, Strategy
 from laserlm.searching.race import RaceOptions, shuffled
-from laserlm.searching.trials import OutOfTimeError, Trials
+from laserlm.searching.trials import Trials
 from laserlm.spec import Grid, Intervention
 from laserlm.tasks import GENERATING, Scorer, Task
 
@@ -50,6 +52,7 @@ def search(
     mode: Mode = "joint",
     options: RaceOptions | None = None,
     restart: bool = False,
+    executor: Ray | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Found:
     """Choose the best intervention on the validation split, and score that one on the test split.
@@ -80,6 +83,7 @@ def search(
             the first.
         options: of the race, and the screen's of a joint composition.
         restart: begin anew even where the store has this search already.
+        executor: the Ray cluster to search on, with the same result; None takes this process alone.
         on_step: called after each piece of work.
 
     Raises:
@@ -118,21 +122,33 @@ def search(
             store = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.db"
         results = stack.enter_context(Store.open(store))
         made_by = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
+        if executor is not None:
+            made_by["ray"] = executor.as_dict()
         key = digest(settings)
         run = stack.enter_context(results.run(kind="search", key=key, settings=settings, provenance=made_by, restart=restart))
         if run.outcome is not None:
             return Found.from_dict(run.outcome)
-        cache = DecompositionCache(lm.cache / "decompositions", memory=memory)
         deadline = math.inf if budget is None else start + 60 * budget
         reading: Scorer = "answer" if writes else scorer
-        trials = Trials(lm, run, validation, rows, reading, cache, batch_size, memory, deadline, seed)
         last = replace(validation, name="finalists")
+        materials = {
+            "validation": Material(validation, rows, reading),
+            "test": Material(task.test, test_rows, scorer),
+            "finalists": Material(last, rows, scorer),
+        }
+        batch = int(run.notes.get("batch_size", batch_size))
+        given: dict[str, Any] = {"batch": batch, "memory": memory, "seed": seed}
+        do: Executor = (
+            Local(Desk(lm, materials, **given))
+            if executor is None
+            else stack.enter_context(on_ray(executor, lm, materials, **given))
+        )
+        trials = Trials(lm, run, "validation", materials["validation"], do, memory, deadline)
         work = Course(
-            lm=lm,
             run=run,
             trials=trials,
-            tests=Trials(lm, run, task.test, test_rows, scorer, cache, batch_size, memory, math.inf, seed),
-            finals=Trials(lm, run, last, rows, scorer, cache, batch_size, memory, math.inf, seed) if writes else trials,
+            tests=Trials(lm, run, "test", materials["test"], do, memory),
+            finals=Trials(lm, run, "finalists", materials["finalists"], do, memory) if writes else trials,
             candidates=candidates,
             metric=metric,
             options=options,
@@ -161,8 +177,8 @@ def search(
             test=tested,
             seconds=time.monotonic() - start,
             complete=complete,
-            boundary_bytes=max(work.trials.boundary, work.tests.boundary, work.finals.boundary),
-            decomposition_bytes=cache.peak,
+            boundary_bytes=do.boundary,
+            decomposition_bytes=do.decompositions,
             rungs=tuple(work.rungs),
             screened=work.screened,
             steps=tuple(work.steps),

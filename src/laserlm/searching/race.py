@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 from scipy import stats
@@ -137,15 +138,21 @@ def race(
     bound = options.delta / ((len(every) + 1) * len(stops))  # any of them, or the unchanged model, may lead
     for number, stop in enumerate(stops, start=1):
         on_rung(number, len(stops), [BASE, *alive], stop)
-        trials.extend([BASE, *alive], stop)
+        last = number == len(stops)
+        most = max(1, math.floor(options.keep * len(alive)))
+        trials.extend(
+            [BASE, *alive],
+            stop,
+            then=None if last else stops[number],
+            promising=partial(_ahead, trials, alive, metric, stop, most),
+        )
         here = [i for i in alive if not trials.fails(i, stop)]
         order = _best_first(trials, [BASE, *here], metric, stop)
         leader, best = order[0], trials.first(order[0], stop)
         lost = {i for i in here if i != leader and beaten(best, trials.first(i, stop), metric, bound)}
         out |= lost
         left = [i for i in order if i in here and i not in lost]
-        last = number == len(stops)
-        kept = left if last else _promising(trials, left, metric, stop, max(1, math.floor(options.keep * len(alive))))
+        kept = left if last else _promising(trials, left, metric, stop, most)
         new = [] if last else [i for i in _neighbours(leader, every) if i not in seen]
         seen |= set(new)
         yield Rung(stop, len(alive), len(lost), len(left) - len(kept), len(alive) - len(here), len(new), str(leader))
@@ -176,6 +183,13 @@ def _promising(trials: Trials, ranked: Sequence[Intervention], metric: Metric, n
         return list(ranked[:most])
     by_loss = _best_first(trials, ranked, "loss", n)
     return list(dict.fromkeys(chain.from_iterable(zip(ranked, by_loss, strict=True))))[:most]
+
+
+def _ahead(trials: Trials, alive: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
+    """Return what the next rung will hold, as far as can be told while this one runs: the unchanged model, and the best."""
+    done = [i for i in [BASE, *alive] if trials.n(i) >= n]
+    best = _promising(trials, [i for i in _best_first(trials, done, metric, n) if i], metric, n, most)
+    return [i for i in done if not i] + best
 
 
 def _neighbours(intervention: Intervention, every: Sequence[Candidate]) -> list[Intervention]:
