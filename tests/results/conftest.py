@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import runpy
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,17 +12,49 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import NullPool, create_engine, make_url, text
 
 from laserlm.results import Store
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
-@pytest.fixture(params=["sqlite"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """URL of a new database; a further backend is a further parameter."""
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """URL of a new SQLite database."""
     return f"sqlite:///{tmp_path / 'runs.db'}"
+
+
+@pytest.fixture
+def make_database() -> Iterator[Callable[..., str]]:
+    """Make PostgreSQL databases, dropped afterwards, and return their URLs."""
+    if "LASER_TEST_POSTGRESQL" not in os.environ:
+        pytest.skip("needs a PostgreSQL server: scripts/with_postgresql.sh COMMAND, or its URL in LASER_TEST_POSTGRESQL")
+    url = make_url(os.environ["LASER_TEST_POSTGRESQL"])
+    names = []
+
+    def run(options: str = "ENCODING UTF8") -> str:
+        names.append(f"laser_test_{secrets.token_hex(6)}")
+        server.exec_driver_sql(f"CREATE DATABASE {names[-1]} TEMPLATE template0 {options}")
+        return url.set(database=names[-1]).render_as_string(hide_password=False)
+
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as server:
+        yield run
+        for name in names:
+            server.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def postgresql_url(make_database: Callable[..., str]) -> str:
+    """URL of a new PostgreSQL database."""
+    return make_database()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest) -> str:
+    """URL of a new database of every kind."""
+    return str(request.getfixturevalue(f"{request.param}_url"))
 
 
 @pytest.fixture

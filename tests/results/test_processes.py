@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from laserlm.errors import RunBusyError
 from laserlm.results import Store
@@ -102,3 +107,82 @@ def test_of_processes_that_claim_a_run_together_one_gets_it(store_url, start, go
         process.communicate("\n")
     with Store.open(store_url) as store:
         assert [r.status for r in store.runs()] == ["done"]
+
+
+def one_after_the_other(*writes: Callable[[], Any]) -> None:
+    """Begin a write in a thread, and another one before the first is over, which waits for it."""
+    written, end = threading.Event(), threading.Event()
+
+    def pause(session: Session) -> None:
+        if threading.current_thread() is first:
+            written.set()
+            assert end.wait(30)
+
+    first, second = (threading.Thread(target=write) for write in writes)
+    event.listen(Session, "before_commit", pause)
+    try:
+        first.start()
+        assert written.wait(30)
+        second.start()
+        second.join(0.3)
+        assert second.is_alive()
+    finally:
+        end.set()
+        first.join()
+        second.join()
+        event.remove(Session, "before_commit", pause)
+
+
+def test_two_that_add_the_same_examples_add_them_once(store, sql, sample):
+    with store.run(**sample.work("one")) as one, store.run(**sample.work("two")) as two:
+        one_after_the_other(
+            lambda: one.record(sample.evaluation("a"), sample.EXAMPLES),
+            lambda: two.record(sample.evaluation("b"), sample.EXAMPLES),
+        )
+        assert one.evaluation("validation", "a") == sample.evaluation("a")
+        assert two.evaluation("validation", "b") == sample.evaluation("b")
+    assert sql("select count(*) from examples") == [(10,)]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_deletion_leaves_examples_that_another_run_scores_at_this_moment(store, sample, order):
+    with store.run(**sample.work("old")) as old:
+        old.record(sample.evaluation("a"), sample.EXAMPLES)
+    with store.run(**sample.work("new")) as new:
+        writes = (lambda: store.delete(old.id), lambda: new.record(sample.evaluation("a"), sample.EXAMPLES))
+        one_after_the_other(*writes[::order])
+        assert new.evaluation("validation", "a") == sample.evaluation("a")
+    assert [r.id for r in store.runs()] == [new.id]
+
+
+def test_a_run_that_is_deleted_when_it_is_taken_up_is_a_new_one(store, sample):
+    with store.run(**sample.work()) as old:
+        pass
+    taken = []
+
+    def take():
+        with store.run(**sample.work()) as run:
+            taken.append(run)
+
+    one_after_the_other(lambda: store.delete(old.id), take)
+    (new,) = taken
+    assert not new.resumed
+    assert [r.id for r in store.runs()] == [new.id]
+
+
+def test_a_run_that_is_taken_up_when_it_is_deleted_is_kept(store, sample):
+    with store.run(**sample.work()) as old:
+        pass
+    refused = threading.Event()
+
+    def take():
+        with store.run(**sample.work()):
+            assert refused.wait(30)
+
+    def delete():
+        with pytest.raises(RunBusyError, match=old.id):
+            store.delete(old.id)
+        refused.set()
+
+    one_after_the_other(take, delete)
+    assert [r.id for r in store.runs()] == [old.id]

@@ -121,20 +121,18 @@ def test_a_left_run_takes_nothing_more(store, sample):
     assert store.trials(run.id) == []
 
 
-def age(sql, seconds):
-    sql(
-        "update runs set heartbeat = :then",
-        then=(datetime.now(UTC) - timedelta(seconds=seconds)).replace(tzinfo=None).isoformat(" "),
-    )
+def age(store, seconds):
+    with store._database.write() as session:
+        session.execute(update(RunRow).values(heartbeat=datetime.now(UTC) - timedelta(seconds=seconds)))
 
 
-def test_a_run_without_heartbeat_is_taken_over_and_its_old_owner_stopped(store, sql, sample):
+def test_a_run_without_heartbeat_is_taken_over_and_its_old_owner_stopped(store, sample):
     with store.run(**sample.work()) as old:
         old.record(sample.evaluation("a"), sample.EXAMPLES)
-        age(sql, 50)
+        age(store, 50)
         with pytest.raises(RunBusyError), store.run(**sample.work()):
             pass
-        age(sql, 61)
+        age(store, 61)
         assert store.runs()[0].status == "interrupted"
         with store.run(**sample.work()) as new:
             assert (new.id, new.resumed) == (old.id, True)
@@ -174,15 +172,15 @@ def test_a_process_of_another_host_counts_as_alive_while_it_beats(store, sql, sa
         assert store.runs()[0].status == "running"
         with pytest.raises(RunBusyError, match="on elsewhere"), store.run(**sample.work()):
             pass
-        age(sql, 61)
+        age(store, 61)
         with store.run(**sample.work()) as new:
             assert new.id == run.id
 
 
-def test_a_thread_renews_the_heartbeat(store, sql, sample, monkeypatch):
+def test_a_thread_renews_the_heartbeat(store, sample, monkeypatch):
     monkeypatch.setattr(claim, "BEAT_SECONDS", 0.01)
     with store.run(**sample.work()):
-        age(sql, 61)
+        age(store, 61)
         stop = datetime.now(UTC) + timedelta(seconds=30)
         while store.runs()[0].status != "running" and datetime.now(UTC) < stop:
             pass

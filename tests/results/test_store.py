@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from laserlm.errors import RunBusyError, StoreError
 from laserlm.results import Store
@@ -173,6 +175,39 @@ def test_what_cannot_be_stored_is_said(store, sample):
         with pytest.raises(StoreError, match="surrogates"):
             run.record(half, sample.EXAMPLES)
         assert store.trials(run.id) == []
+
+
+def test_text_and_figures_that_databases_refuse_come_back(store, sample):
+    odd = "a\0b\x1a0\x1a1\x1a\0\\u0000 \u2028"
+    figures = {"inf": math.inf, "low": -math.inf, odd: 1.5}
+    example = Example(odd, odd, odd, (odd, "\ud800"), odd, odd, math.inf, aliases=(odd,))
+    made = sample.evaluation(odd, examples=[example], classes=(odd, "\ud800"))
+    made = dataclasses.replace(made, scores=(dataclasses.replace(made.scores[0], predicted=odd, figures=figures),))
+    base = dataclasses.replace(made, intervention="")
+    with store.run(**sample.work(odd)) as run:
+        run.record(made, [example])
+        run.record(base, [example])
+        run.fail("test", odd, odd)
+        run.note(odd, [odd, math.inf])
+    with store.run(**sample.work(odd)) as run:
+        assert run.resumed
+        assert run.notes == {odd: [odd, math.inf]}
+        assert run.trials("validation") == ({odd: made, "": base}, {})
+        assert run.trials("test")[1] == {odd: odd}
+        run.note("nan", math.nan)
+    assert math.isnan(store.notes(run.id)["nan"])
+    assert store.examples(run.id, "validation") == (example,)
+
+
+def test_an_intervention_may_be_long(store, sql, sample):
+    # As text it hardly gets shorter, so that it fits into no page of an index.
+    long = "+".join(f"{i}.fc_in@0.{hashlib.sha256(bytes([i])).hexdigest()}" for i in range(256))
+    with store.run(**sample.work()) as run:
+        run.record(sample.evaluation(long), sample.EXAMPLES)
+        assert run.evaluation("validation", long) == sample.evaluation(long)
+    columns = "run_id, split, intervention, status, created"
+    with pytest.raises(IntegrityError):
+        sql(f"insert into trials ({columns}) select {columns} from trials")
 
 
 def test_runs_are_listed_newest_first(store, sample):

@@ -42,7 +42,7 @@ Store = Annotated[
     str,
     typer.Option(
         envvar="LASER_STORE",
-        help="Results database: a file or a SQLAlchemy URL.",
+        help="Results database: a file, or a URL such as postgresql://USER@HOST/DATABASE.",
         show_default="in the user's data folder",
     ),
 ]

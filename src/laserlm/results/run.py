@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from laserlm.errors import RunBusyError, StoreError
 from laserlm.results.claim import RELEASED, beating, claim, hold
-from laserlm.results.database import Database
+from laserlm.results.database import Database, lock
 from laserlm.results.schema import RunRow
 from laserlm.results.trials import check, load_evaluation, load_trials, save_evaluation, save_failure
 from laserlm.scoring.records import Evaluation
@@ -146,7 +146,8 @@ def _claimed(
     if missing := {"model", "task"} - settings.keys():
         raise StoreError(f"the settings of a run lack {', '.join(sorted(missing))}; they have {', '.join(settings)}")
     with database.write() as session:
-        newest = select(RunRow).where(RunRow.key == key).order_by(RunRow.number.desc()).limit(1)
+        lock(session.connection(), f"run {key}")
+        newest = select(RunRow).where(RunRow.key == key).order_by(RunRow.number.desc()).limit(1).with_for_update()
         row = None if restart else session.scalars(newest).first()
         if row is not None and row.status == "done":
             return Run(database, row, "", resumed=False)

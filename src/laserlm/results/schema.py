@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -29,6 +30,39 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class AnyText(TypeDecorator[str]):
+    """Keep text also with the character NUL, which PostgreSQL refuses: it is written as two others."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Write NUL, and the character that marks it."""
+        return None if value is None else value.replace("\x1a", "\x1a1").replace("\0", "\x1a0")
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
+        """Return the text as it was."""
+        return None if value is None else value.replace("\x1a0", "\0").replace("\x1a1", "\x1a")
+
+
+class AnyJson(TypeDecorator[Any]):
+    """Keep JSON as Python writes it, also with NaN and infinity, which PostgreSQL's own type refuses."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        """Write it as text."""
+        return None if value is None else json.dumps(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        """Read the text."""
+        return None if value is None else json.loads(value)
+
+
+PLAIN = JSON(none_as_null=True).with_variant(AnyJson(), "postgresql")
+
+
 class Base(DeclarativeBase):
     """Root of the tables; constraints are named, so that a later migration can address them."""
 
@@ -41,11 +75,11 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map: ClassVar = {
-        str: Text(),
+        str: Text().with_variant(AnyText(), "postgresql"),
         float: Double(),
         datetime: UtcDateTime(),
-        dict[str, Any]: JSON(none_as_null=True),
-        list[str]: JSON(none_as_null=True),
+        dict[str, Any]: PLAIN,
+        list[str]: PLAIN,
     }
 
 
@@ -79,7 +113,7 @@ class TrialRow(Base):
     """One evaluation, or the reason why there is none; the figures repeat what follows from the scores."""
 
     __tablename__ = "trials"
-    __table_args__ = (UniqueConstraint("run_id", "split", "intervention"),)
+    __table_args__ = (UniqueConstraint("run_id", "split", "intervention"),)  # on PostgreSQL an index, with a digest
 
     id: Mapped[int] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(String(12), ForeignKey("runs.id", ondelete="CASCADE"))

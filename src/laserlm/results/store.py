@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from laserlm.errors import StoreError
 from laserlm.results.claim import alive, busy, shown_status
-from laserlm.results.database import Database
+from laserlm.results.database import Database, lock
 from laserlm.results.export import export_run
 from laserlm.results.run import Run, working
 from laserlm.results.schema import ExampleRow, RunRow, ScoreRow, TrialRow
@@ -100,7 +100,7 @@ class Store:
         """Open a results database, and create or migrate it where needed.
 
         Args:
-            where: path of an SQLite file, or a SQLAlchemy URL if it contains ``://``.
+            where: path of an SQLite file, or a SQLAlchemy URL of SQLite or PostgreSQL if it contains ``://``.
 
         Raises:
             StoreError: if it cannot be opened, or was written by a newer laserlm.
@@ -210,10 +210,11 @@ class Store:
             RunBusyError: if a live process works on the run.
         """
         with self._database.write() as session:
-            row = _row(session, run_id)
+            row = _row(session, run_id, update=True)
             if alive(row):
                 raise busy(row)
             session.execute(delete(RunRow).where(RunRow.id == run_id))
+            lock(session.connection(), "examples")
             session.execute(
                 delete(ExampleRow)
                 .where(~exists().where(ScoreRow.example_id == ExampleRow.id))
@@ -221,8 +222,9 @@ class Store:
             )
 
 
-def _row(session: Session, run_id: str) -> RunRow:
-    row = session.scalars(select(RunRow).where(RunRow.id == run_id)).one_or_none()
+def _row(session: Session, run_id: str, *, update: bool = False) -> RunRow:
+    query = select(RunRow).where(RunRow.id == run_id)
+    row = session.scalars(query.with_for_update() if update else query).one_or_none()
     if row is None:
         raise StoreError(f"no run {run_id!r}; see 'laser runs list'")
     return row

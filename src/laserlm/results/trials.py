@@ -14,6 +14,7 @@ from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
 from laserlm.errors import StoreError
+from laserlm.results.database import lock
 from laserlm.results.schema import ExampleRow, ScoreRow, TrialRow
 from laserlm.scoring.records import Evaluation, Score
 from laserlm.tasks.example import Example
@@ -189,12 +190,13 @@ def _open_trial(session: Session, run_id: str, split: str, intervention: str, st
 
 
 def _example_ids(session: Session, examples: Iterable[Example]) -> dict[Example, int]:
+    connection = session.connection()
+    lock(connection, "examples", shared=True)  # nobody deletes, as scored by none, what we are about to score
     digests = {example: _digest(example) for example in examples}
-    ids: dict[str, int] = {}
-    wanted = list(digests.values())
-    for start in range(0, len(wanted), CHUNK):
-        query = select(ExampleRow.digest, ExampleRow.id).where(ExampleRow.digest.in_(wanted[start : start + CHUNK]))
-        ids.update((digest, id) for digest, id in session.execute(query))
+    ids = _known(session, digests.values())
+    if missing := set(digests.values()) - ids.keys():
+        lock(connection, "new examples")
+        ids |= _known(session, missing)  # what others added until then
     new = [
         {
             "digest": digest,
@@ -214,6 +216,15 @@ def _example_ids(session: Session, examples: Iterable[Example]) -> dict[Example,
         added = session.execute(insert(ExampleRow).returning(ExampleRow.digest, ExampleRow.id), new)
         ids.update((digest, id) for digest, id in added)
     return {example: ids[digest] for example, digest in digests.items()}
+
+
+def _known(session: Session, digests: Iterable[str]) -> dict[str, int]:
+    wanted = list(digests)
+    ids: dict[str, int] = {}
+    for start in range(0, len(wanted), CHUNK):
+        query = select(ExampleRow.digest, ExampleRow.id).where(ExampleRow.digest.in_(wanted[start : start + CHUNK]))
+        ids.update((digest, id) for digest, id in session.execute(query))
+    return ids
 
 
 def _digest(example: Example) -> str:

@@ -8,6 +8,9 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+JSON = sa.JSON().with_variant(sa.Text, "postgresql")
+UNIQUE = "uq_trials_run_id_split_intervention"
+
 
 def upgrade() -> None:
     """Create the tables."""
@@ -21,9 +24,9 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text),
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("task", sa.Text, nullable=False),
-        sa.Column("settings", sa.JSON, nullable=False),
-        sa.Column("provenance", sa.JSON, nullable=False),
-        sa.Column("outcome", sa.JSON),
+        sa.Column("settings", JSON, nullable=False),
+        sa.Column("provenance", JSON, nullable=False),
+        sa.Column("outcome", JSON),
         sa.Column("created", sa.DateTime(timezone=True), nullable=False),
         sa.Column("updated", sa.DateTime(timezone=True), nullable=False),
         sa.Column("owner_token", sa.Text),
@@ -50,12 +53,14 @@ def upgrade() -> None:
         sa.Column("accuracy", sa.Double),
         sa.Column("loss", sa.Double),
         sa.Column("seconds", sa.Double),
-        sa.Column("classes", sa.JSON),
+        sa.Column("classes", JSON),
         sa.Column("created", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_trials")),
-        sa.UniqueConstraint("run_id", "split", "intervention", name=op.f("uq_trials_run_id_split_intervention")),
+        sa.UniqueConstraint("run_id", "split", "intervention", name=op.f(UNIQUE)).ddl_if(dialect="sqlite"),
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_trials_run_id"), ondelete="CASCADE"),
     )
+    if op.get_bind().dialect.name == "postgresql":  # its indexes take no text that is some kB long
+        op.create_index(op.f(UNIQUE), "trials", ["run_id", "split", sa.text("md5(intervention)")], unique=True)
     op.create_table(
         "examples",
         sa.Column("id", sa.Integer, nullable=False),
@@ -63,7 +68,7 @@ def upgrade() -> None:
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("prompt", sa.Text, nullable=False),
         sa.Column("answer", sa.Text, nullable=False),
-        sa.Column("choices", sa.JSON, nullable=False),
+        sa.Column("choices", JSON, nullable=False),
         sa.Column("group", sa.Text, nullable=False),
         sa.Column("fact", sa.Text, nullable=False),
         sa.Column("popularity", sa.Double),

@@ -8,10 +8,12 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
+JSON = sa.JSON().with_variant(sa.Text, "postgresql")
+
 
 def upgrade() -> None:
     """Add the column."""
-    op.add_column("runs", sa.Column("notes", sa.JSON))
+    op.add_column("runs", sa.Column("notes", JSON))
 
 
 def downgrade() -> None:

@@ -8,11 +8,13 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
+JSON = sa.JSON().with_variant(sa.Text, "postgresql")
+
 
 def upgrade() -> None:
     """Add the columns."""
-    op.add_column("scores", sa.Column("figures", sa.JSON))
-    op.add_column("examples", sa.Column("more", sa.JSON))
+    op.add_column("scores", sa.Column("figures", JSON))
+    op.add_column("examples", sa.Column("more", JSON))
 
 
 def downgrade() -> None:
