@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from laserlm.errors import LaserError, MissingExtraError, ModelError, ScoringError
@@ -149,7 +151,8 @@ class RayExecutor:
         self._starting: dict[Any, Any] = {}  # by the reference that tells that a worker is ready
         self._ready: list[Any] = []
         self._streams: dict[Any, Any] = {}  # of the workers that have a unit
-        self._units: dict[Any, list[Piece]] = {}
+        self._units: dict[Any, tuple[int, list[Piece]]] = {}
+        self._numbers = count()
         self._ended_before = 0  # workers in a row that ended before they were ready
         self._reminder = time.monotonic() + REMINDER
         needs: dict[str, Any] = {"num_cpus": how.cpus, "num_gpus": how.gpus, "max_restarts": 0, "max_task_retries": 0}
@@ -197,9 +200,6 @@ class RayExecutor:
         """
         schedule = self._schedule
         yield from schedule.want(pieces)
-        for worker in self._ready:
-            if schedule.useless(worker):
-                worker.stop.options(concurrency_group="beside").remote()
         answers: list[tuple[Any, Any]] = []
         while schedule.open or answers:
             if time.monotonic() > deadline:
@@ -215,8 +215,11 @@ class RayExecutor:
             if self._schedule.idle(worker):
                 unit = self._schedule.take(worker, time.monotonic(), needless, ahead)
                 if unit:
-                    self._units[worker] = unit
-                    self._streams[worker] = worker.run.options(num_returns="streaming").remote(unit)
+                    number = next(self._numbers)
+                    self._units[worker] = number, unit
+                    self._streams[worker] = worker.run.options(num_returns="streaming").remote(number, unit)
+            elif self._schedule.useless(worker):
+                worker.stop.options(concurrency_group="beside").remote(self._units[worker][0])
 
     def _listen(self) -> list[tuple[Any, Any]]:
         """Wait for something to come, and return the answers in it that are wanted."""
@@ -257,7 +260,7 @@ class RayExecutor:
     def _read(self, worker: Any, stream: Any) -> list[tuple[Any, Any]]:
         """Take the next answer of a worker, or that it has ended its unit or itself."""
         try:
-            number, result, usage = self._ray.get(next(stream))
+            place, result, usage = self._ray.get(next(stream))
         except StopIteration:
             del self._streams[worker]
             self._schedule.finish(worker)
@@ -272,7 +275,7 @@ class RayExecutor:
         self.batch = min(self.batch, usage.batch)
         self.boundary = max(self.boundary, usage.boundary)
         self.decompositions = max(self.decompositions, usage.decompositions)
-        piece = self._units[worker][number]
+        piece = self._units[worker][1][place]
         wanted = self._schedule.answer(worker, piece, result, time.monotonic())
         return [(piece, result)] if wanted else []
 
@@ -305,7 +308,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._desk: Desk | None = None
-        self._stopped = False
+        self._stopped = -1
 
     def set_up(
         self, loaded: dict[str, Any], expected: str, materials: dict[str, Material], given: dict[str, Any], threads: int
@@ -319,18 +322,16 @@ class _Worker:
         lm = load(**loaded)
         if lm.hash != expected:
             raise ModelError(
-                f"{loaded['name']} on {os.uname().nodename} has other weights than where the search was started; "
-                "copy these there"
+                f"{loaded['name']} on {platform.node()} has other weights than where the search was started; copy these there"
             )
         self._desk = Desk(lm, materials, **given)
 
-    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, Any, _Usage]]:
-        """Yield the number and the result of each piece, and what was needed for it."""
+    def run(self, unit: int, pieces: Sequence[Piece]) -> Iterator[tuple[int, Any, _Usage]]:
+        """Yield the place and the result of each piece of a unit, and what was needed for it."""
         if self._desk is None:
             raise AssertionError("a worker is set up first")
-        self._stopped = False
-        for number, piece in enumerate(pieces):
-            if self._stopped:
+        for place, piece in enumerate(pieces):
+            if self._stopped >= unit:
                 return
             try:
                 result = piece.do(self._desk)
@@ -338,11 +339,11 @@ class _Worker:
                 if any(sign in str(error).lower() for sign in FULL):
                     raise MemoryError(str(error)) from error
                 raise
-            yield number, result, _Usage(self._desk.batch, self._desk.boundary, self._desk.cache.peak)
+            yield place, result, _Usage(self._desk.batch, self._desk.boundary, self._desk.cache.peak)
 
-    def stop(self) -> None:
-        """Begin no other piece of the unit at hand."""
-        self._stopped = True
+    def stop(self, unit: int) -> None:
+        """Begin no other piece of a unit, nor of earlier ones."""
+        self._stopped = unit
 
     def release(self, material: str) -> None:
         """Free the boundaries of a material."""

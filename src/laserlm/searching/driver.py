@@ -72,7 +72,7 @@ def search(
         strategy: ``race``, ``exhaustive`` or ``compose``.
         grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``.
         metric: ``accuracy`` or ``loss``; None takes ``accuracy``, but for perplexity, which knows the loss alone.
-        store: file or SQLAlchemy URL of the results database; None keeps nothing.
+        store: file, or SQLAlchemy URL of an SQLite or PostgreSQL database, for the results; None keeps nothing.
         scorer: None takes the task's own.
         batch_size: sequences in one forward pass.
         seed: of the order of the examples, of the controls and of ``:reference`` decompositions.

@@ -33,7 +33,8 @@ class _Unit:
 
     pieces: deque[Piece]
     heard: float  # when it last answered, or began
-    doubled: bool = False
+    guessed: bool = False  # begun before it was wanted
+    doubled: bool = False  # given to another worker too
 
 
 class Schedule:
@@ -71,6 +72,8 @@ class Schedule:
         self._answered = {piece for piece, _ in here}
         self._wanted = {piece: None for piece in pieces if piece not in self._answered}
         begun = self._begun()
+        for unit in self._units.values():
+            unit.guessed = False  # it was right or wrong by now
         self._waiting, self._load = {}, 0.0
         for piece in self._wanted:
             if piece not in begun:
@@ -82,9 +85,9 @@ class Schedule:
         return worker not in self._units
 
     def useless(self, worker: Hashable) -> bool:
-        """Return whether nothing of what a worker has in hand is wanted."""
+        """Return whether nothing of what a worker has in hand is wanted, or will be for all that is known."""
         unit = self._units.get(worker)
-        return unit is not None and bool(unit.pieces) and not any(piece in self._wanted for piece in unit.pieces)
+        return unit is not None and not unit.guessed and not any(piece in self._wanted for piece in unit.pieces)
 
     def take(
         self,
@@ -101,11 +104,12 @@ class Schedule:
             needless: asked before a piece is begun; it is left out where this is true.
             ahead: what may be asked for next, the likeliest first.
         """
-        pieces = self._begin(worker, needless) or self._double(now) or self._guess(ahead)
-        if pieces:
-            self._units[worker] = _Unit(deque(pieces), now)
-            self._homes[worker] = pieces[0].home
-        return pieces
+        pieces = self._begin(worker, needless) or self._double(now)
+        guessed = [] if pieces else self._guess(ahead)
+        if pieces or guessed:
+            self._units[worker] = _Unit(deque(pieces or guessed), now, guessed=bool(guessed))
+            self._homes[worker] = self._units[worker].pieces[0].home
+        return pieces or guessed
 
     def answer(self, worker: Hashable, piece: Piece, result: Any, now: float) -> bool:
         """Note an answer; return whether it is the first to a piece that is wanted."""

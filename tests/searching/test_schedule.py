@@ -1,0 +1,196 @@
+"""The schedule by itself: workers are names, time is a number."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from laserlm.searching.desk import Desk
+from laserlm.searching.schedule import PATIENCE, TRIES, Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work that is nothing but its name."""
+
+    name: str
+    home: str = "home"
+    group: str = "group"
+    work: float = 1.0
+
+    def do(self, desk: Desk) -> Any:
+        raise AssertionError
+
+
+def jobs(n: int, **given: Any) -> list[Job]:
+    return [Job(str(i), **given) for i in range(n)]
+
+
+def names(pieces: list[Any]) -> list[str]:
+    return [piece.name for piece in pieces]
+
+
+def test_units_grow_small_towards_the_end() -> None:
+    schedule = Schedule(2)
+    schedule.want(jobs(16))
+    sizes = []
+    while unit := schedule.take("a", 0):
+        sizes.append(len(unit))
+        for piece in unit:
+            assert schedule.answer("a", piece, None, 0)
+        schedule.finish("a")
+    assert sizes == [4, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert not schedule.open
+
+
+def test_a_unit_is_of_one_home_and_one_group() -> None:
+    schedule = Schedule(1)
+    schedule.want([Job("0"), Job("1"), Job("2", group="other"), Job("3", home="far"), Job("4", home="far")])
+    assert names(schedule.take("a", 0)) == ["0", "1"]
+    assert names(schedule.take("b", 0)) == ["3"]
+
+
+def test_a_worker_stays_where_it_is_and_others_go_where_nobody_is() -> None:
+    schedule = Schedule(9)
+    schedule.want([Job(f"{home}{i}", home=home, group=str(i)) for home in "xyz" for i in range(4)])
+    taken = {worker: schedule.take(worker, 0)[0].name for worker in "abcd"}
+    assert taken == {"a": "x0", "b": "y0", "c": "z0", "d": "x1"}
+    for worker in "ab":
+        schedule.finish(worker)  # nothing was answered: it waits again, before the others
+    assert names(schedule.take("b", 0)) == ["y0"]
+    assert names(schedule.take("a", 0)) == ["x0"]
+
+
+def test_what_a_lost_worker_had_goes_to_others_and_what_it_was_at_goes_alone() -> None:
+    schedule = Schedule(1)
+    schedule.want(jobs(8))
+    unit = schedule.take("a", 0)
+    assert names(unit) == ["0", "1", "2", "3"]
+    schedule.answer("a", unit[0], None, 1)
+    assert schedule.lose("a") is None
+    assert names(schedule.take("b", 1)) == ["1"]
+    assert names(schedule.take("c", 1)) == ["2", "3", "4"]
+
+
+def test_a_piece_that_ends_every_worker_is_given_up_and_the_rest_goes_on() -> None:
+    schedule = Schedule(1)
+    schedule.want(jobs(5))
+    lost: list[str] = []
+    answered: list[str] = []
+    workers = iter(range(100))
+    while schedule.open:
+        worker = next(workers)
+        for piece in schedule.take(worker, 0):
+            if piece.name == "2":  # type: ignore[attr-defined]
+                given_up = schedule.lose(worker)
+                lost.append(given_up.name if given_up else "")  # type: ignore[attr-defined]
+                break
+            schedule.answer(worker, piece, None, 0)
+            answered.append(piece.name)  # type: ignore[attr-defined]
+        else:
+            schedule.finish(worker)
+    assert lost == [""] * (TRIES - 1) + ["2"]
+    assert sorted(answered) == ["0", "1", "3", "4"]
+
+
+def test_a_slow_workers_pieces_are_doubled_once_and_the_first_answer_counts() -> None:
+    schedule = Schedule(4)
+    schedule.want(jobs(8, group="same"))
+    slow = schedule.take("slow", 0)
+    now = 0.0
+    while unit := schedule.take("quick", now):
+        for piece in unit:
+            now += 1
+            schedule.answer("quick", piece, None, now)
+        schedule.finish("quick")
+        if unit == slow:
+            break
+    assert 3 * 1.0 < now <= 9
+    assert not schedule.open
+    assert schedule.useless("slow")
+    assert schedule.take("third", now + 100) == []
+    assert not schedule.answer("slow", slow[0], "late", now + 100)
+    schedule.finish("slow")
+    assert schedule.want(jobs(0)) == []
+
+
+def test_no_worker_is_slow_within_a_second() -> None:
+    schedule = Schedule(1)
+    schedule.want(jobs(2, group="same"))
+    for piece in schedule.take("a", 0):
+        schedule.answer("a", piece, None, 0.001)
+    schedule.finish("a")
+    assert len(schedule.take("b", 0)) == 1
+    assert schedule.take("c", PATIENCE / 2) == []
+    assert len(schedule.take("c", PATIENCE * 2)) == 1
+
+
+def test_idle_workers_begin_what_may_come_and_it_is_not_done_twice() -> None:
+    schedule = Schedule(2)
+    now, later = jobs(1), [Job("next"), Job("never"), Job("soon")]
+    schedule.want(now)
+    schedule.take("a", 0)
+    for worker, expected in (("b", "next"), ("c", "never"), ("d", "soon")):
+        assert names(schedule.take(worker, 0, ahead=lambda: later)) == [expected]
+        assert not schedule.useless(worker)
+    assert schedule.take("e", 0, ahead=lambda: later) == []
+    assert not schedule.answer("b", later[0], "early", 1)
+    schedule.finish("b")
+    assert schedule.answer("a", now[0], "now", 1)
+    schedule.finish("a")
+    assert schedule.want([later[0], later[2], Job("more")]) == [(later[0], "early")]
+    assert schedule.useless("c")
+    assert not schedule.useless("d")
+    assert names(schedule.take("a", 1)) == ["more"]
+    assert schedule.take("b", 1) == []
+    assert schedule.answer("d", later[2], "in time", 2)
+    assert not schedule.answer("c", later[1], "for nothing", 2)
+
+
+def test_what_is_needless_is_not_begun() -> None:
+    schedule = Schedule(1)
+    schedule.want(jobs(4))
+    assert names(schedule.take("a", 0, needless=lambda piece: piece.name != "2")) == ["2"]
+    assert schedule.take("b", 0, needless=lambda piece: piece.name != "2") == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_every_piece_is_answered_once(seed: int) -> None:
+    draw = random.Random(seed)
+    wanted = [
+        Job(f"{home}-{i}", home=str(home), group=str(i // 3), work=draw.uniform(0.5, 4))
+        for home in range(draw.randint(1, 4))
+        for i in range(draw.randint(1, 30))
+    ]
+    poison = {job for job in wanted if draw.random() < 0.05}
+    schedule = Schedule(draw.randint(1, 8))
+    assert schedule.want(wanted) == []
+    units: dict[int, list[Any]] = {i: [] for i in range(schedule.workers)}
+    answered: list[Any] = []
+    given_up: list[Any] = []
+    numbers = iter(range(100, 10**6))
+    now = 0.0
+    while schedule.open:
+        now += 0.3
+        worker = draw.choice(list(units))
+        if schedule.idle(worker):
+            units[worker] = list(schedule.take(worker, now))
+        elif not units[worker]:
+            schedule.finish(worker)
+        elif units[worker][0] in poison or draw.random() < 0.1:
+            found = schedule.lose(worker)
+            if found is not None:
+                given_up.append(found)
+            del units[worker]
+            units[next(numbers)] = []
+        elif draw.random() < 0.8:  # the others are slow
+            piece = units[worker].pop(0)
+            if schedule.answer(worker, piece, None, now):
+                answered.append(piece)
+    assert len(answered) == len(set(answered))
+    assert sorted(j.name for j in {*answered, *given_up}) == sorted(j.name for j in wanted)
+    assert not set(answered) & set(given_up)
+    assert poison.isdisjoint(answered)
