@@ -73,6 +73,9 @@ def search(
     ] = None,
     cpus_per_worker: Annotated[float, typer.Option(min=0, help="Cores of each.", rich_help_panel=CLUSTER_PANEL)] = 1.0,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each.", rich_help_panel=CLUSTER_PANEL)] = 0.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what it will take: pieces, operations, memory, time; search nothing.")
+    ] = False,
     store: Store = STORE_DEFAULT,
     restart: Restart = False,
     json: Json = False,
@@ -83,6 +86,7 @@ def search(
 
     Example: laser search bundled --task worldfacts --limit 300
     """
+    begun = time.monotonic()
     from dataclasses import replace
 
     from laserlm.errors import ScoringError
@@ -98,20 +102,30 @@ def search(
     wanted = Grid.parse(grid)  # before the model is loaded
     whole = task.make()
     made = replace(whole, validation=whole.validation.limit(limit), test=whole.test.limit(limit))
-    lm = model.load()
+    # Where workers run the model, this process only looks at it.
+    lm = (model if cluster is None or model.device or model.device_map else replace(model, device="cpu")).load()
+    given: dict[str, Any] = {
+        "strategy": strategy,
+        "grid": wanted,
+        "batch_size": task.batch_size,
+        "seed": seed,
+        "memory": memory * 2**30,
+        "mode": mode,
+        "options": RaceOptions(width=width, keep=keep, delta=delta),
+    }
+    if dry_run:
+        from laserlm.cli.dry_run import tell
+
+        tell(lm, made, given, cluster, start=time.monotonic() - begun, json=json)
+        return
     say(f"results are kept in {masked(store)}")
     with _shown() as on_step:
-        given: dict[str, Any] = {"strategy": strategy, "metric": metric, "mode": mode}
         found = search_(
             lm,
             made,
-            grid=wanted,
+            metric=metric,  # type: ignore[arg-type]
             store=store,
-            batch_size=task.batch_size,
-            seed=seed,
             budget=budget,
-            memory=memory * 2**30,
-            options=RaceOptions(width=width, keep=keep, delta=delta),
             **given,
             restart=restart,
             executor=cluster,

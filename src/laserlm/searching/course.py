@@ -23,7 +23,7 @@ from laserlm.searching.screen import Prediction
 from laserlm.searching.trials import Trials
 from laserlm.spec import Intervention
 
-__all__ = ["Course"]
+__all__ = ["Course", "screenings", "to_screen"]
 
 BASE = Intervention()
 FINALISTS = 4
@@ -196,7 +196,12 @@ class Course:
         self._tell(BASE)
         start = time.perf_counter()
         predictions: dict[str, Prediction] = {}
-        for _, found in self.trials.executor.run(self._screenings(), deadline=self.trials.deadline, needless=lambda _: False):
+        executor, n = self.trials.executor, self._to_screen
+        # The last examples of the order: those of the first rungs then tell something new.
+        first = len(self.trials.split) - n
+        between_choices = self._ranked == "accuracy" and self.trials.material.scorer == "choice"
+        shares = screenings(self.candidates, self.trials.name, first, SCREEN_PASSES * n, executor.workers, between_choices)
+        for _, found in executor.run(shares, deadline=self.trials.deadline, needless=lambda _: False):
             if isinstance(found, str):
                 raise ScoringError(f"the screen could not be made: {found}")
             predictions |= found
@@ -205,28 +210,9 @@ class Course:
         self.run.note("screen", {"predictions": noted, "seconds": seconds})
         return predictions, seconds
 
-    def _screenings(self) -> list[Screening]:
-        """Return the screen as a piece for each process: all pass the gradient, each decomposes its share of the matrices."""
-        matrices = {m: number for number, m in enumerate(dict.fromkeys(c.matrix for c in self.candidates))}
-        shares = min(self.trials.executor.workers, len(matrices))
-        between_choices = self._ranked == "accuracy" and self.trials.material.scorer == "choice"
-        # The last examples of the order: those of the first rungs then tell something new.
-        first = len(self.trials.split) - self._to_screen()
-        return [
-            Screening(
-                self.trials.name,
-                first,
-                tuple(c for c in self.candidates if matrices[c.matrix] % shares == share),
-                between_choices,
-                SCREEN_PASSES * self._to_screen(),
-            )
-            for share in range(shares)
-        ]
-
+    @property
     def _to_screen(self) -> int:
-        """Return the number of examples to screen: those beyond the first rung, or half of them all where that is more."""
-        n = len(self.trials.split)
-        return min(self.options.screened, max(n - self.options.first, (n + 1) // 2))
+        return to_screen(len(self.trials.split), self.options)
 
     def _judged(
         self,
@@ -247,7 +233,7 @@ class Course:
         drawn = {str(c.intervention) for c in controls}
         pairs = [(measured[a], measured[b]) for a in both if a in drawn for b in both if b not in drawn]
         return Screened(
-            examples=self._to_screen(),
+            examples=self._to_screen,
             candidates=len(predictions),
             chosen=len(chosen),
             controls=len(controls),
@@ -294,3 +280,19 @@ class Course:
                 last=str(last),
             )
         )
+
+
+def to_screen(examples: int, options: RaceOptions) -> int:
+    """Return the number of examples to screen: those beyond the first rung, or half of them all where that is more."""
+    return min(options.screened, max(examples - options.first, (examples + 1) // 2))
+
+
+def screenings(
+    candidates: Sequence[Candidate], material: str, first: int, work: float, workers: int, between_choices: bool = False
+) -> list[Screening]:
+    """Return the screen as a piece for each process: all pass the gradient, each decomposes its share of the matrices."""
+    matrices = {m: number for number, m in enumerate(dict.fromkeys(c.matrix for c in candidates))}
+    shares: list[list[Candidate]] = [[] for _ in range(min(workers, len(matrices)))]
+    for candidate in candidates:
+        shares[matrices[candidate.matrix] % len(shares)].append(candidate)
+    return [Screening(material, first, tuple(share), between_choices, work) for share in shares]

@@ -34,6 +34,8 @@ __all__ = ["search"]
 METHOD = 4
 """Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
 BASE = Intervention()
+VALIDATION, TEST, FINALISTS = "validation", "test", "finalists"
+"""Names of the materials of a search."""
 
 
 def search(
@@ -101,11 +103,11 @@ def search(
     options = options or RaceOptions()
     writes = scorer in GENERATING
     candidates = expand(grid, lm.matrices)
-    order = shuffled([e.id for e in task.validation], seed)
-    validation = replace(task.validation, examples=tuple(task.validation.examples[i] for i in order))
-    rows, test_rows = (encode(lm, split.examples, scorer) for split in (validation, task.test))
+    materials = materials_of(lm, task, scorer, seed)
     # All that the result depends on; a run with the same goes on where an earlier one stopped.
-    settings = identity(lm, scorer, (task.validation, task.test), (*rows, *test_rows), seed) | {
+    settings = identity(
+        lm, scorer, (task.validation, task.test), (*materials[VALIDATION].rows, *materials[TEST].rows), seed
+    ) | {
         "grid": str(Grid.parse(grid)),
         "metric": metric,
         "strategy": strategy,
@@ -129,13 +131,6 @@ def search(
         if run.outcome is not None:
             return Found.from_dict(run.outcome)
         deadline = math.inf if budget is None else start + 60 * budget
-        reading: Scorer = "answer" if writes else scorer
-        last = replace(validation, name="finalists")
-        materials = {
-            "validation": Material(validation, rows, reading),
-            "test": Material(task.test, test_rows, scorer),
-            "finalists": Material(last, rows, scorer),
-        }
         batch = int(run.notes.get("batch_size", batch_size))
         given: dict[str, Any] = {"batch": batch, "memory": memory, "seed": seed}
         do: Executor = (
@@ -143,12 +138,12 @@ def search(
             if executor is None
             else stack.enter_context(on_ray(executor, lm, materials, **given))
         )
-        trials = Trials(lm, run, "validation", materials["validation"], do, memory, deadline)
+        trials = Trials(lm, run, VALIDATION, materials[VALIDATION], do, memory, deadline)
         work = Course(
             run=run,
             trials=trials,
-            tests=Trials(lm, run, "test", materials["test"], do, memory),
-            finals=Trials(lm, run, "finalists", materials["finalists"], do, memory) if writes else trials,
+            tests=Trials(lm, run, TEST, materials[TEST], do, memory),
+            finals=Trials(lm, run, FINALISTS, materials[FINALISTS], do, memory) if writes else trials,
             candidates=candidates,
             metric=metric,
             options=options,
@@ -187,6 +182,28 @@ def search(
         )
         run.finish(found.as_dict())
         return found
+
+
+def materials_of(lm: LanguageModel, task: Task, scorer: Scorer, seed: int) -> dict[str, Material]:
+    """Return what a search scores: the validation split in a random order, as candidates and as finalists are, and the test.
+
+    Args:
+        lm: the model.
+        task: its splits.
+        scorer: how an example is scored; where it judges what the model writes, candidates go by the answers' loss.
+        seed: of the order.
+
+    Raises:
+        LaserError: if the examples cannot be made into rows.
+    """
+    order = shuffled([e.id for e in task.validation], seed)
+    validation = replace(task.validation, examples=tuple(task.validation.examples[i] for i in order))
+    rows = encode(lm, validation.examples, scorer)
+    return {
+        VALIDATION: Material(validation, rows, "answer" if scorer in GENERATING else scorer),
+        TEST: Material(task.test, encode(lm, task.test.examples, scorer), scorer),
+        FINALISTS: Material(replace(validation, name=FINALISTS), rows, scorer),
+    }
 
 
 def _check(lm: LanguageModel, task: Task) -> None:

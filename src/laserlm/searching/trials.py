@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -17,7 +17,7 @@ from laserlm.searching.executors import Executor
 from laserlm.spec import Intervention
 from laserlm.tasks import Split
 
-__all__ = ["Trials"]
+__all__ = ["Trials", "cut", "most_for", "width"]
 
 PIECES = 4
 """Pieces of work that every process gets at least, where examples have to be divided for that."""
@@ -137,41 +137,16 @@ class Trials:
             Score(self.name, a, b, i, shares[i])
             for start, group in groupby(short, key=self.n)
             for same in [list(group)]
-            for a, b in self._chunks(start, stop, len(same))
+            for a, b in cut(
+                self.lm,
+                self.material,
+                (start, stop),
+                memory=self.memory,
+                most=most_for(stop - start, len(same), self.executor.workers, self.executor.batch),
+                stops=self._stops,
+            )
             for i in same
         ]
-
-    def _chunks(self, start: int, stop: int, interventions: int) -> Iterator[tuple[int, int]]:
-        """Cut a range of examples where earlier ones ended, and into parts whose boundary fits into memory.
-
-        Where the interventions are too few for all processes, the examples are divided too.
-        """
-        config = self.lm.model.config
-        embeddings: Any = self.lm.model.get_input_embeddings()
-        width = max(int(embeddings.weight.shape[-1]), int(getattr(config, "hidden_size", 0) or 0)) * self.lm.dtype.itemsize
-        of_example: dict[int, list[Row]] = {}
-        for row in self.material.rows:
-            of_example.setdefault(row.example, []).append(row)
-        most = self._most(stop - start, interventions)
-        a, count, longest, decoded = start, 0, 0, 0
-        for i in range(start, stop):
-            here = (max(len(r.ids) for r in of_example[i]), max(len(r.decoder) for r in of_example[i]))
-            count, longest, decoded = count + len(of_example[i]), max(longest, here[0]), max(decoded, here[1])
-            # No row is padded to more. While the boundary moves, the old and the new one are there.
-            full = 2 * count * (longest + decoded) * width > self.memory or i - a == most
-            if i > a and (full or i in self._stops):
-                yield a, i
-                a, count, (longest, decoded) = i, len(of_example[i]), here
-        yield a, stop
-
-    def _most(self, examples: int, interventions: int) -> int:
-        """Return the number of examples of a chunk at most that gives every process something to do."""
-        processes = self.executor.workers
-        if processes == 1 or interventions >= PIECES * processes:
-            return examples
-        parts = -(-PIECES * processes // interventions)
-        batches = -(-examples // self.executor.batch)
-        return self.executor.batch * max(1, batches // parts)
 
     def _save(self, piece: Score, found: Evaluation | str) -> None:
         text = str(piece.intervention)
@@ -191,3 +166,52 @@ class Trials:
         self.work += piece.work
         self.scored += len(examples)
         self.on_scored(piece.intervention)
+
+
+def cut(
+    lm: LanguageModel,
+    material: Material,
+    where: tuple[int, int],
+    *,
+    memory: float,
+    most: int | None = None,
+    stops: Collection[int] = (),
+) -> Iterator[tuple[int, int]]:
+    """Cut a range of examples into chunks whose boundary fits into memory.
+
+    Args:
+        lm: the model.
+        material: the examples.
+        where: place of the first, and that just past the last.
+        memory: bytes that a boundary may take, the old and the new one while it moves.
+        most: examples of a chunk; None sets no bound.
+        stops: places where a chunk ends in any case.
+    """
+    start, stop = where
+    of_example: dict[int, list[Row]] = {}
+    for row in material.rows:
+        of_example.setdefault(row.example, []).append(row)
+    a, count, longest, decoded = start, 0, 0, 0
+    for i in range(start, stop):
+        here = (max(len(r.ids) for r in of_example[i]), max(len(r.decoder) for r in of_example[i]))
+        count, longest, decoded = count + len(of_example[i]), max(longest, here[0]), max(decoded, here[1])
+        # No row is padded to more.
+        full = 2 * count * (longest + decoded) * width(lm) * lm.dtype.itemsize > memory or i - a == most
+        if i > a and (full or i in stops):
+            yield a, i
+            a, count, (longest, decoded) = i, len(of_example[i]), here
+    yield a, stop
+
+
+def width(lm: LanguageModel) -> int:
+    """Return the number of values that a block passes on for each token."""
+    embeddings: Any = lm.model.get_input_embeddings()
+    return max(int(embeddings.weight.shape[-1]), int(getattr(lm.model.config, "hidden_size", 0) or 0))
+
+
+def most_for(examples: int, interventions: int, workers: int, batch: int) -> int:
+    """Return the examples of a chunk at most that leave every process something to do, also with few interventions."""
+    if workers == 1 or interventions >= PIECES * workers:
+        return examples
+    parts = -(-PIECES * workers // interventions)
+    return batch * max(1, -(-examples // batch) // parts)

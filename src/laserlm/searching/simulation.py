@@ -1,0 +1,175 @@
+"""How long a search would take: the real schedule, with workers that only let time pass."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from laserlm.searching.desk import Piece, Score
+from laserlm.searching.schedule import Schedule
+
+__all__ = ["Pace", "Simulated", "simulate"]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What things take, in seconds.
+
+    Args:
+        work: a pass of one example through all blocks.
+        example: what else an example takes in a pass, such as the output layer.
+        decompose: one floating-point operation of a decomposition.
+        start: until a new worker has the model.
+        unit: from the last answer of a unit to the next one's begin.
+        answer: the driver's work for one answer, its recording above all.
+    """
+
+    work: float
+    example: float = 0.0
+    decompose: float = 0.0
+    start: float = 0.0
+    unit: float = 0.0
+    answer: float = 0.0
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """How a search went.
+
+    Args:
+        seconds: from the start to the last answer.
+        stages: seconds of each stage.
+        busy: share of the workers' time in which they did something, whether it was wanted or not.
+        driver: share of the time in which the driver had answers to record.
+        lost: workers that ended on the way.
+        units: units handed out.
+    """
+
+    seconds: float
+    stages: tuple[float, ...]
+    busy: float
+    driver: float
+    lost: int
+    units: int
+
+
+@dataclass
+class _State:
+    """What a worker has at hand: how far its boundary is in each home, and what of a unit it still has to tell."""
+
+    boundaries: dict[Hashable, float]
+
+
+def simulate(
+    stages: Sequence[Sequence[Piece]],
+    workers: int,
+    pace: Pace,
+    *,
+    decompositions: Callable[[Piece], Mapping[str, float]] = lambda _: {},
+    ahead: bool = False,
+    failures: float = 0.0,
+    seed: int = 0,
+) -> Simulated:
+    """Let the schedule hand out the pieces of one stage after the other, and tell how long it takes.
+
+    A worker that comes to a home runs the blocks below its first piece once. A matrix is decomposed by the first worker that
+    needs it, for all. Answers reach the driver one after the other.
+
+    Args:
+        stages: pieces, all of which are answered before the next stage begins.
+        workers: how many there are.
+        pace: what things take.
+        decompositions: floating-point operations of each matrix, by its id, that a piece needs decomposed.
+        ahead: let idle workers begin the next stage, each with what comes first there.
+        failures: ends of a worker in an hour of its work, on average; another one starts in its place.
+        seed: of the ends.
+    """
+    draw = random.Random(seed)
+    schedule = Schedule(workers)
+    numbers = count()
+    queue: list[tuple[float, int, Hashable, str, Any]] = []
+    idle: list[Hashable] = []
+    states: dict[Hashable, _State] = {}
+    decomposed: set[str] = set()
+    spent, driver, driver_free, lost, units, now = 0.0, 0.0, 0.0, 0, 0, 0.0
+
+    def push(when: float, worker: Hashable, what: str, value: Any = None) -> None:
+        heapq.heappush(queue, (when, next(numbers), worker, what, value))
+
+    def hire(when: float) -> None:
+        worker = next(numbers)
+        states[worker] = _State({})
+        push(when + pace.start, worker, "ready")
+
+    def begin(worker: Hashable, unit: Sequence[Piece], when: float) -> float:
+        """Put the answers of a unit into the queue, or the worker's end; return the time it worked."""
+        end = when + draw.expovariate(failures / 3600) if failures else math.inf
+        at = when + pace.unit
+        for piece in unit:
+            at += _seconds(piece, states[worker], pace, decompositions(piece), decomposed)
+            if at > end:
+                push(end, worker, "lost")
+                return end - when
+            push(at, worker, "answer", piece)
+        push(at, worker, "done")
+        return at - when
+
+    for _ in range(workers):
+        hire(0.0)
+    ends: list[float] = []
+    for stage, pieces in enumerate(stages):
+        schedule.want(pieces)
+        later = stages[stage + 1] if ahead and stage + 1 < len(stages) else ()
+        waits = True
+        while schedule.open:
+            while waits and idle:
+                unit = schedule.take(idle[-1], now, ahead=(lambda later=later: later) if later else None)  # type: ignore[misc]
+                if not unit:
+                    break
+                units += 1
+                spent += begin(idle.pop(), unit, max(now, driver_free))
+            now, _, worker, what, piece = heapq.heappop(queue)
+            waits = what != "answer"  # an answer gives nobody anything new to do
+            if what == "answer":
+                driver_free = max(driver_free, now) + pace.answer
+                driver += pace.answer
+                schedule.answer(worker, piece, None, now)
+            elif what == "lost":
+                lost += 1
+                if (given_up := schedule.lose(worker)) is not None:
+                    raise RuntimeError(f"{given_up} is longer than workers live")
+                hire(now)
+            else:
+                if what == "done":
+                    schedule.finish(worker)
+                idle.append(worker)
+        ends.append(max(now, driver_free))
+    seconds = ends[-1] if ends else 0.0
+    return Simulated(
+        seconds=seconds,
+        stages=tuple(b - a for a, b in zip([0.0, *ends], ends, strict=False)),
+        busy=min(1.0, spent / (workers * seconds)) if seconds else 1.0,
+        driver=driver / seconds if seconds else 0.0,
+        lost=lost,
+        units=units,
+    )
+
+
+def _seconds(piece: Piece, state: _State, pace: Pace, needs: Mapping[str, float], decomposed: set[str]) -> float:
+    """Return how long a worker takes for a piece, and note what it has at hand then."""
+    found = piece.work * pace.work
+    for matrix, operations in needs.items():
+        if matrix not in decomposed:
+            decomposed.add(matrix)
+            found += operations * pace.decompose
+    if isinstance(piece, Score):
+        examples, below = piece.stop - piece.start, 1 - piece.share
+        walked = state.boundaries.get(piece.home, 0.0)
+        found += examples * pace.example + max(0.0, below - walked) * examples * pace.work
+        state.boundaries[piece.home] = max(walked, below)
+    return found
