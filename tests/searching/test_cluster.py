@@ -398,6 +398,38 @@ def test_a_killed_driver_goes_on_where_it_was(cluster: Any, folder: Path, tmp_pa
     same(ours, local[1])
 
 
+def test_idle_workers_that_end_are_not_blamed_on_what_they_are_given_next(
+    cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path, once: Callable[[str], bool]
+) -> None:
+    def end_all_others(text: str) -> None:
+        (tmp_path / f"{os.getpid()}.worker").touch()
+        if "1.fc_up@0.3" in text and once("ended"):
+            for file in tmp_path.glob("*.worker"):
+                if int(file.stem) != os.getpid():
+                    os.kill(int(file.stem), signal.SIGKILL)
+
+    given: dict[str, Any] = {"strategy": "compose", "mode": "greedy", "grid": "1.fc_up@0.3+0-2.fc_in@0.5,0.3"}
+    _, expected = search(lm, task, tmp_path / "local.db", **given)
+    with connected(cluster, end_all_others):
+        found, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=4), **given)
+    assert (tmp_path / "ended").exists()
+    assert found.failed == {}
+    same(ours, expected)
+
+
+def test_an_unchanged_model_that_ends_every_worker_is_told_and_can_go_on(
+    on_cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path, local: Scored
+) -> None:
+    def poison(text: str) -> None:
+        if not text:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ScoringError, match=r"the unchanged model could not be scored on test: 3 workers ended at it.*goes on"):
+        on_cluster(poison)
+    _, ours = search(lm, task, tmp_path / "ray.db", **GIVEN["exhaustive"])
+    same(ours, local[1])
+
+
 def test_out_of_time_the_best_so_far_is_measured(cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path) -> None:
     with connected(cluster, lambda text: time.sleep(0.3)):
         found, _ = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), budget=0.2, **GIVEN["exhaustive"])
@@ -442,8 +474,13 @@ def test_what_cannot_be_done_is_told(
             Ray(**given)
     with pytest.raises(ModelError, match="was made in this process"):
         search(llama, task, tmp_path / "a.db", executor=Ray(), **GIVEN["exhaustive"])
-    with connected(cluster), pytest.raises(ScoringError, match="the whole cluster has 4 CPU, 0 GPU; ask for less"):
+    with connected(cluster), pytest.raises(ScoringError, match="4 CPU, 0 GPU are all there is in the cluster; ask for less"):
         search(lm, task, tmp_path / "a.db", executor=Ray(gpus=1), **GIVEN["exhaustive"])
+    with pytest.raises(ScoringError, match="a worker needs 1 CPU, 2 GPU on one machine"):
+        search(lm, task, tmp_path / "a.db", executor=Ray(workers=1, gpus=2), **GIVEN["exhaustive"])
+    os.environ.pop("RAY_ADDRESS", None)
+    with pytest.raises(ScoringError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        search(lm, task, tmp_path / "a.db", executor=Ray("127.0.0.1:1"), **GIVEN["exhaustive"])
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"laserlm\[cluster\]"):
         search(lm, task, tmp_path / "a.db", executor=Ray(), **GIVEN["exhaustive"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from laserlm.searching.desk import Desk
-from laserlm.searching.schedule import PATIENCE, TRIES, Schedule
+from laserlm.searching.schedule import PATIENCE, TRIES, UNKNOWN, Schedule
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,50 @@ def test_a_slow_workers_pieces_are_doubled_once_and_the_first_answer_counts() ->
     assert schedule.want(jobs(0)) == []
 
 
-def test_no_worker_is_slow_within_a_second() -> None:
+def test_pieces_of_two_workers_that_hang_go_to_a_third() -> None:
+    schedule = Schedule(4)
+    schedule.want(jobs(3))
+    for piece in schedule.take("quick", 0):
+        schedule.answer("quick", piece, None, 0.1)
+    schedule.finish("quick")
+    hung = schedule.take("hung", 0.1)
+    assert schedule.take("other", 0.2) != hung
+    schedule.finish("other")
+    for piece in schedule.take("other", 0.3):
+        schedule.answer("other", piece, None, 0.4)
+    schedule.finish("other")
+    assert schedule.take("doubles", 10) == hung
+    assert schedule.take("third", 10.5) == []
+    schedule.lose("doubles")
+    assert schedule.take("doubles again", 20) == hung
+    assert schedule.take("third", 30) == hung  # both are silent now
+    assert schedule.answer("hung", hung[0], "after all", 31)
+    assert not schedule.open
+
+
+def test_a_first_piece_has_ten_minutes() -> None:
+    schedule = Schedule(1)
+    schedule.want(jobs(1))
+    (piece,) = schedule.take("hung", 0)
+    assert schedule.take("other", UNKNOWN - 1) == []
+    assert schedule.take("other", UNKNOWN + 1) == [piece]
+
+
+def test_who_had_not_begun_is_not_to_blame() -> None:
+    schedule = Schedule(1)
+    schedule.want(jobs(1))
+    for worker in range(2 * TRIES):
+        (piece,) = schedule.take(worker, 0)
+        assert schedule.suspected(piece) == (worker > 0)
+        assert schedule.lose(worker, begun=False) is None
+    for worker in range(10, 10 + TRIES - 1):
+        assert len(schedule.take(worker, 0)) == 1
+        given_up = schedule.lose(worker)
+    assert given_up is not None
+    assert not schedule.open
+
+
+def test_nobody_is_slow_within_seconds() -> None:
     schedule = Schedule(1)
     schedule.want(jobs(2, group="same"))
     for piece in schedule.take("a", 0):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["tell"]
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
-UNIT_SECONDS = 0.01
+UNIT_SECONDS = 0.005
 """Between two units of a worker on a Ray cluster; measured, see docs/benchmarks.md."""
 
 
@@ -40,14 +40,14 @@ def tell(lm: LanguageModel, task: Task, given: Mapping[str, Any], cluster: Ray |
 
     made = plan(lm, task, **given)
     say("timing one unit on this machine")
+    here = worker = calibrate(lm, made, task, batch_size=given["batch_size"])
     if cluster is not None and lm.device.type == "cpu":
         torch.set_num_threads(max(1, int(cluster.cpus)))
-    here = calibrate(lm, made, task, batch_size=given["batch_size"])
-    ahead = made.strategy == "race"
+        worker = calibrate(lm, made, task, batch_size=given["batch_size"])
     alone = made.simulate(1, here)
-    remote = replace(here, start=start, unit=UNIT_SECONDS)
+    remote = replace(worker, start=start, unit=UNIT_SECONDS)
     numbers = (cluster.workers,) if cluster is not None and cluster.workers else WORKERS
-    on_cluster = {n: made.simulate(n, remote, ahead=ahead) for n in numbers}
+    on_cluster = {n: made.simulate(n, remote) for n in numbers}
     if json:
         print_json(_as_dict(made, here, alone, on_cluster))
     else:
@@ -58,7 +58,7 @@ def _as_dict(made: Plan, pace: Pace, alone: Simulated, on_cluster: Mapping[int, 
     times = [
         {"workers": n, "seconds": found.seconds, "busy": found.busy, "driver": found.driver} for n, found in on_cluster.items()
     ]
-    measured = {"seconds_per_pass": pace.work + pace.example, "seconds_to_record": pace.answer}
+    measured = {"seconds_per_pass": pace.work + pace.example, "seconds_to_record_an_example": pace.answer}
     return made.as_dict() | {"measured": measured, "seconds": alone.seconds, "on_ray": times}
 
 
@@ -67,9 +67,9 @@ def _print(made: Plan, pace: Pace, alone: Simulated, on_cluster: Mapping[int, Si
     from rich.table import Table
 
     ways = {"race": "A race among", "exhaustive": "An exhaustive search of", "compose": "A composition of"}
-    most = "at most " if made.at_most else ""
+    about = "about " if made.about else ""
     print(
-        f"{ways[made.strategy]} {made.candidates:,} candidates in {len(made.matrices):,} matrices: {most}{made.pieces:,} "
+        f"{ways[made.strategy]} {made.candidates:,} candidates in {len(made.matrices):,} matrices: {about}{made.pieces:,} "
         f"pieces, {made.passes:,.0f} passes of one example."
     )
     print(
@@ -79,8 +79,8 @@ def _print(made: Plan, pace: Pace, alone: Simulated, on_cluster: Mapping[int, Si
     gib = {name: size / 2**30 for name, size in made.as_dict()["memory"].items()}
     print(
         f"Memory of a process, beside PyTorch's own: {gib['all']:.2f} GiB (weights {gib['weights']:.2f}, which processes "
-        f"a machine share on CPUs;\nboundary {gib['boundary']:.2f}, decompositions {gib['decompositions']:.2f}, a pass "
-        f"{gib['activations']:.2f})."
+        f"of one machine share on CPUs;\nboundaries {gib['boundary']:.2f}, decompositions {gib['decompositions']:.2f}, for a "
+        f"moment {gib['moment']:.2f})."
     )
     stages = Table("stage", "pieces", "passes", "time here", title="What is done", title_justify="left")
     for name, (pieces, passes, seconds) in _by_name(made, alone).items():
@@ -88,12 +88,12 @@ def _print(made: Plan, pace: Pace, alone: Simulated, on_cluster: Mapping[int, Si
     stages.add_row("all", f"{made.pieces:,}", f"{made.passes:,.0f}", _time(alone.seconds))
     Console().print(stages)
     print(
-        f"A pass takes {1000 * (pace.work + pace.example):.1f} ms here, recording {1000 * pace.answer:.1f} ms; nothing is "
-        "decomposed yet, by assumption."
+        f"An example's pass takes {1000 * (pace.work + pace.example):.1f} ms here, recording it {1000 * pace.answer:.2f} ms; "
+        "nothing is decomposed yet, by assumption."
     )
     if made.writes:
         print("What the model writes under the finalists is not counted.")
-    print("On a Ray cluster, with workers as quick as this process:")
+    print("On a Ray cluster, with workers as quick as this process, and one cache of decompositions for all:")
     table = Table("workers", "time", "busy")
     for n, found in on_cluster.items():
         table.add_row(str(n), _time(found.seconds), f"{found.busy:.0%}")

@@ -98,12 +98,15 @@ def search(
         raise ScoringError(f"no executor {executor!r}; there are local and ray")
     if executor == "local" and (address is not None or workers is not None or gpus_per_worker):
         raise ScoringError("--address, --workers and --gpus-per-worker are for a cluster; add --executor ray")
+    if executor == "ray" and not gpus_per_worker and (model.device or "cpu") != "cpu":
+        raise ScoringError(f"--device {model.device} is this process's own; workers get GPUs by --gpus-per-worker")
     cluster = Ray(address, workers, cpus_per_worker, gpus_per_worker) if executor == "ray" else None
     wanted = Grid.parse(grid)  # before the model is loaded
     whole = task.make()
     made = replace(whole, validation=whole.validation.limit(limit), test=whole.test.limit(limit))
     # Where workers run the model, this process only looks at it.
-    lm = (model if cluster is None or model.device or model.device_map else replace(model, device="cpu")).load()
+    looks = cluster is not None and not (dry_run and gpus_per_worker)
+    lm = (replace(model, device="cpu") if looks and not (model.device or model.device_map) else model).load()
     given: dict[str, Any] = {
         "strategy": strategy,
         "grid": wanted,

@@ -113,10 +113,10 @@ def load(
         model = model.to(placed)
     found = LanguageModel(model=model, tokenizer=tokenizer, name=str(name), kind=kind, revision=commit, cache=cache)
     found.loaded = {
-        "name": str(Path(name).absolute()) if Path(name).exists() else str(name),
+        "name": str(Path(name).absolute()) if source is name and Path(name).exists() else str(name),
         "kind": kind,
         "revision": commit or revision,
-        "dtype": found.dtype,
+        "dtype": None if dtype is None else dtype_named(dtype),
         "allow_pickle": allow_pickle,
         "allow_remote_code": allow_remote_code,
         "cache": given,

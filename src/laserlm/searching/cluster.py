@@ -10,17 +10,19 @@ import math
 import os
 import platform
 import re
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any
 
 from laserlm.errors import LaserError, MissingExtraError, ModelError, ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.searching.desk import Desk, Material, Order, Piece
-from laserlm.searching.executors import Ahead, Needless, OutOfTimeError
+from laserlm.searching.executors import Ahead, GivenUp, Needless, OutOfTimeError
 from laserlm.searching.schedule import TRIES, Schedule
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ TICK = 0.2
 """Seconds after which an idle worker is asked again whether there is something to do."""
 REMINDER = 60.0
 """Seconds between two warnings that no worker has a place."""
+SIGN = 0.5
+"""Seconds in which a sign of life reaches the driver."""
+RETRY = 30.0
+"""Seconds until another worker is tried in the place of one that could not start, while others work."""
 FULL = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 """What PyTorch says where the memory of a CPU is used up."""
 
@@ -70,6 +76,25 @@ class Ray:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
         return asdict(self)
+
+
+class OtherWeightsError(ModelError):
+    """Report a model that is not the one that is searched."""
+
+
+class UnfitError(Exception):
+    """Ends a worker whose process cannot go on, though another one may."""
+
+
+@dataclass
+class _Unit:
+    """What a worker has in hand."""
+
+    number: int
+    pieces: list[Piece]
+    stream: Any
+    begun: bool = False
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,8 +140,14 @@ def on_ray(
     if ours:
         _connect(ray, how)
     try:
-        workers = how.workers or _room(ray, how)
-        executor = RayExecutor(ray, how, workers, lm, materials, batch=batch, memory=memory, seed=seed)
+        room = _room(ray, how)
+        # A cluster of others may grow; this one will not.
+        if room < 1 and (how.workers is None or (ours and how.address is None)):
+            raise ScoringError(
+                f"a worker needs {_needs(how)} on one machine, and {_shown(ray.cluster_resources())} are all there is in the "
+                "cluster; ask for less"
+            )
+        executor = RayExecutor(ray, how, how.workers or room, lm, materials, batch=batch, memory=memory, seed=seed)
         try:
             yield executor
         finally:
@@ -146,26 +177,26 @@ class RayExecutor:
         self.boundary = 0
         self.decompositions = 0
         self._ray = ray
+        self._how = how
         self._schedule = Schedule(workers)
         self._orders: dict[str, Order] = {}
         self._starting: dict[Any, Any] = {}  # by the reference that tells that a worker is ready
+        self._later: list[float] = []  # when to try others
         self._ready: list[Any] = []
-        self._streams: dict[Any, Any] = {}  # of the workers that have a unit
-        self._units: dict[Any, tuple[int, list[Piece]]] = {}
+        self._units: dict[Any, _Unit] = {}
         self._numbers = count()
-        self._ended_before = 0  # workers in a row that ended before they were ready
+        self._failures = 0  # workers in a row that were never ready
         self._reminder = time.monotonic() + REMINDER
         needs: dict[str, Any] = {"num_cpus": how.cpus, "num_gpus": how.gpus, "max_restarts": 0, "max_task_retries": 0}
         # The second group lets a worker hear that it may stop while it works.
         self._actor = ray.remote(**needs, concurrency_groups={"beside": 1})(_Worker)
-        self._needs = f"{how.cpus:g} CPU and {how.gpus:g} GPU"
         place = {"device_map": "auto"} if how.gpus > 1 else {"device": "cuda" if how.gpus else "cpu"}
         given = {"batch": batch, "memory": memory, "seed": seed}
         try:
             shared = ray.put(dict(materials))
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, PicklingError) as error:
             raise ScoringError(f"the task cannot be sent to other processes ({error}); search on this machine alone") from error
-        self._given = ((lm.loaded or {}) | place, lm.hash, shared, given, max(1, int(how.cpus)))
+        self._given = ((lm.loaded or {}) | place, lm.name, lm.hash, shared, given, max(1, int(how.cpus)))
         for _ in range(workers):
             self._start()
 
@@ -175,9 +206,18 @@ class RayExecutor:
             self._ray.kill(worker)
 
     def order(self, material: str) -> Order:
-        """See ``Executor``."""
+        """See ``Executor``.
+
+        Raises:
+            ScoringError: if the workers end at the first passes.
+        """
         if material not in self._orders:
-            ((_, self._orders[material]),) = self.run([_OrderOf(material)], needless=lambda _: False)
+            ((_, found),) = self.run([_OrderOf(material)], needless=lambda _: False)
+            if isinstance(found, str):
+                raise ScoringError(
+                    f"the model cannot be run: {found}; give workers more memory, or take a smaller --batch-size"
+                )
+            self._orders[material] = found
         return self._orders[material]
 
     def release(self, material: str) -> None:
@@ -202,105 +242,137 @@ class RayExecutor:
         yield from schedule.want(pieces)
         answers: list[tuple[Any, Any]] = []
         while schedule.open or answers:
-            if time.monotonic() > deadline:
+            late = time.monotonic() > deadline
+            if not late:
+                self._hand_out(needless, ahead)
+            yield from answers  # recorded while the workers are at the next units already
+            if late and schedule.open:
                 schedule.want([])
                 raise OutOfTimeError
-            self._hand_out(needless, ahead)
-            # Recorded while the workers are at the next units already.
-            yield from answers
             answers = self._listen() if schedule.open else []
 
     def _hand_out(self, needless: Needless, ahead: Ahead | None) -> None:
+        now = time.monotonic()
+        while self._later and self._later[0] < now:
+            self._later.pop(0)
+            self._start()
+        likely: list[Sequence[Piece]] = []
+
+        def guess() -> Sequence[Piece]:
+            if not likely:
+                likely.append(ahead() if ahead else ())
+            return likely[0]
+
+        work = True
         for worker in self._ready:
-            if self._schedule.idle(worker):
-                unit = self._schedule.take(worker, time.monotonic(), needless, ahead)
-                if unit:
+            unit = self._units.get(worker)
+            if unit is not None:
+                if not unit.stopped and self._schedule.useless(worker):
+                    unit.stopped = True
+                    worker.stop.options(concurrency_group="beside").remote(unit.number)
+            elif work:
+                pieces = self._schedule.take(worker, now, needless, guess)
+                work = bool(pieces)  # what there is not for one there is not for the next
+                if pieces:
                     number = next(self._numbers)
-                    self._units[worker] = number, unit
-                    self._streams[worker] = worker.run.options(num_returns="streaming").remote(number, unit)
-            elif self._schedule.useless(worker):
-                worker.stop.options(concurrency_group="beside").remote(self._units[worker][0])
+                    pause = SIGN if self._schedule.suspected(pieces[0]) else 0.0
+                    stream = worker.run.options(num_returns="streaming").remote(number, pieces, pause)
+                    self._units[worker] = _Unit(number, pieces, stream)
 
     def _listen(self) -> list[tuple[Any, Any]]:
         """Wait for something to come, and return the answers in it that are wanted."""
-        sources = {**dict.fromkeys(self._starting), **{stream: worker for worker, stream in self._streams.items()}}
-        if not self._ready:
-            self._remind()
+        self._remind()
+        sources = {**dict.fromkeys(self._starting), **{unit.stream: worker for worker, unit in self._units.items()}}
         # One is waited for, all that came are taken.
         self._ray.wait(list(sources), timeout=TICK, fetch_local=False)
         there, _ = self._ray.wait(list(sources), num_returns=len(sources), timeout=0, fetch_local=False)
         found: list[tuple[Any, Any]] = []
         for source in there:
-            if source in self._starting:
+            worker = sources[source]
+            if worker is None:
                 self._welcome(source)
-            else:
-                found += self._read(sources[source], source)
+                continue
+            found += self._read(worker)
+            while worker in self._units and source.next_ready():
+                found += self._read(worker)
         return found
 
     def _welcome(self, ref: Any) -> None:
-        """Take in a worker that is ready, or start another in place of one that ended before."""
+        """Take in a worker that is ready, or have another one tried later in place of one that never was."""
         worker = self._starting.pop(ref)
         try:
             self._ray.get(ref)
-        except self._ray.exceptions.RayTaskError as error:
-            raise _cause(error) from error
         except self._ray.exceptions.RayError as error:
-            self._ended_before += 1
-            if self._ended_before >= TRIES:
+            cause = _cause(error)
+            if isinstance(cause, OtherWeightsError):
+                raise cause from error
+            self._failures += 1
+            if not self._ready and (isinstance(cause, LaserError) or self._failures >= TRIES):
+                if isinstance(cause, LaserError):
+                    raise cause from error
                 raise ScoringError(
-                    f"{TRIES} workers ended before they had the model: {_reason(error)}; see that a node has the memory for "
-                    "it, and fewer workers on it"
+                    f"{self._failures} workers in a row ended before they had the model: {_reason(cause)}; see that a node has "
+                    "the memory for it, and laserlm as it is here"
                 ) from error
-            log.warning("a worker ended before it had the model, another one starts: %s", _reason(error))
-            self._start()
+            log.warning("a worker could not start, another one is tried: %s", _reason(cause))
+            self._ray.kill(worker)
+            self._later.append(time.monotonic() + (RETRY if self._ready else 0))
             return
-        self._ended_before = 0
+        self._failures = 0
         self._ready.append(worker)
 
-    def _read(self, worker: Any, stream: Any) -> list[tuple[Any, Any]]:
+    def _read(self, worker: Any) -> list[tuple[Any, Any]]:
         """Take the next answer of a worker, or that it has ended its unit or itself."""
+        unit = self._units[worker]
         try:
-            place, result, usage = self._ray.get(next(stream))
+            said = self._ray.get(next(unit.stream))
         except StopIteration:
-            del self._streams[worker]
+            del self._units[worker]
             self._schedule.finish(worker)
             return []
-        except self._ray.exceptions.RayTaskError as error:
-            cause = _cause(error)
-            if not isinstance(cause, MemoryError):
-                raise cause from error
-            return self._replace(worker, f"it ran out of memory: {cause}")
         except self._ray.exceptions.RayError as error:
-            return self._replace(worker, _reason(error))
+            cause = _cause(error)
+            if isinstance(cause, UnfitError | self._ray.exceptions.RayError):
+                return self._replace(worker, _reason(cause))
+            raise cause from error
+        if said is None:
+            unit.begun = True
+            return []
+        place, result, usage = said
         self.batch = min(self.batch, usage.batch)
         self.boundary = max(self.boundary, usage.boundary)
         self.decompositions = max(self.decompositions, usage.decompositions)
-        piece = self._units[worker][1][place]
-        wanted = self._schedule.answer(worker, piece, result, time.monotonic())
-        return [(piece, result)] if wanted else []
+        wanted = self._schedule.answer(worker, unit.pieces[place], result, time.monotonic())
+        return [(unit.pieces[place], result)] if wanted else []
 
     def _replace(self, worker: Any, reason: str) -> list[tuple[Any, Any]]:
         """Start a worker in the place of one that ended; return what is given up because of that."""
-        del self._streams[worker]
+        unit = self._units.pop(worker)
         self._ready.remove(worker)
         self._ray.kill(worker)
         self._start()
-        given_up = self._schedule.lose(worker)
+        given_up = self._schedule.lose(worker, begun=unit.begun)
         if given_up is None:
             log.warning("a worker ended, another one starts in its place: %s", reason)
             return []
-        log.warning("%d workers ended at %s, which is given up: %s", TRIES, given_up, reason)
-        return [(given_up, f"{TRIES} workers ended at it; the last because {reason}")]
+        log.warning("%d workers ended at the same piece, which is given up: %s", TRIES, reason)
+        return [(given_up, GivenUp(f"{TRIES} workers ended at it; the last because {reason}"))]
 
     def _start(self) -> None:
         worker = self._actor.remote()
         self._starting[worker.set_up.remote(*self._given)] = worker
 
     def _remind(self) -> None:
-        if time.monotonic() > self._reminder:
+        """Say now and then that workers are waiting for a place."""
+        if self._starting and time.monotonic() > self._reminder:
             self._reminder = time.monotonic() + REMINDER
-            has = {name: count for name, count in self._ray.available_resources().items() if name in ("CPU", "GPU")}
-            log.warning("no worker is ready yet; each needs %s, and the cluster has %s free", self._needs, has or "none")
+            log.warning(
+                "%d of %d workers are not ready; each needs %s, and %s are free in the cluster",
+                len(self._starting),
+                self.workers,
+                _needs(self._how),
+                _shown(self._ray.available_resources()),
+            )
 
 
 class _Worker:
@@ -311,7 +383,13 @@ class _Worker:
         self._stopped = -1
 
     def set_up(
-        self, loaded: dict[str, Any], expected: str, materials: dict[str, Material], given: dict[str, Any], threads: int
+        self,
+        loaded: dict[str, Any],
+        name: str,
+        expected: str,
+        materials: dict[str, Material],
+        given: dict[str, Any],
+        threads: int,
     ) -> None:
         """Load the model, and see that it is the one that is searched."""
         import torch
@@ -326,18 +404,24 @@ class _Worker:
             )
         self._desk = Desk(lm, materials, **given)
 
-    def run(self, unit: int, pieces: Sequence[Piece]) -> Iterator[tuple[int, Any, _Usage]]:
-        """Yield the place and the result of each piece of a unit, and what was needed for it."""
+    def run(self, unit: int, pieces: Sequence[Piece], pause: float) -> Iterator[tuple[int, Any, _Usage] | None]:
+        """Yield None as a sign of life, and after a pause the place and the result of each piece, and what it needed."""
+        import torch
+
         if self._desk is None:
             raise AssertionError("a worker is set up first")
+        yield None
+        time.sleep(pause)
         for place, piece in enumerate(pieces):
             if self._stopped >= unit:
                 return
             try:
                 result = piece.do(self._desk)
-            except RuntimeError as error:
-                if any(sign in str(error).lower() for sign in FULL):
-                    raise MemoryError(str(error)) from error
+            except (MemoryError, RuntimeError) as error:
+                full = isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in FULL)
+                # After an error of its own, a GPU does nothing more for this process.
+                if full or isinstance(error, torch.AcceleratorError):
+                    raise UnfitError(f"{type(error).__name__}: {error}") from error
                 raise
             yield place, result, _Usage(self._desk.batch, self._desk.boundary, self._desk.cache.peak)
 
@@ -354,8 +438,6 @@ class _Worker:
 def _ray() -> ModuleType:
     # Usage reports would leave the machine; those who want to send them say so to Ray.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # So that a worker without GPUs sees none, also in future.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError as error:
@@ -374,8 +456,11 @@ def _connect(ray: ModuleType, how: Ray) -> None:
     else:
         given["address"] = how.address
     try:
+        if how.address not in (None, "auto"):
+            host, _, port = str(how.address).rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray would try again for minutes
         ray.init(**given)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ScoringError(
             f"no Ray cluster at {how.address or 'this machine'}: {error}; start one with 'ray start --head', or leave out "
             "--address"
@@ -383,25 +468,27 @@ def _connect(ray: ModuleType, how: Ray) -> None:
 
 
 def _room(ray: ModuleType, how: Ray) -> int:
-    """Return how many workers have room."""
-    has = ray.cluster_resources()
-    room = min(has.get(name, 0) // each for name, each in (("CPU", how.cpus), ("GPU", how.gpus)) if each)
-    if room < 1:
-        there = ", ".join(f"{has.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
-        raise ScoringError(
-            f"a worker needs {how.cpus:g} CPU and {how.gpus:g} GPU, and the whole cluster has {there}; ask for less"
-        )
-    return int(room)
+    """Return how many workers have room; each has to be on one node."""
+    needs = [(name, each) for name, each in (("CPU", how.cpus), ("GPU", how.gpus)) if each]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(min(node.get(name, 0) // each for name, each in needs)) for node in nodes)
+
+
+def _needs(how: Ray) -> str:
+    return _shown({"CPU": how.cpus, "GPU": how.gpus})
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 
 def _cause(error: Any) -> BaseException:
-    """Return what was raised in a worker, as it was."""
-    cause = error.cause
-    if isinstance(cause, LaserError | MemoryError):
-        return cause
-    return error if not isinstance(cause, BaseException) else cause
+    """Return what was raised in a worker, or the error itself where that is the worker's end."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
 
 
 def _reason(error: BaseException) -> str:
     """Return in one line why a worker ended."""
-    return re.sub(r"\s+", " ", str(error)).strip()[:500]
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return text if len(text) < 500 else f"{text[:200]} ... {text[-300:]}"

@@ -28,8 +28,8 @@ __all__ = ["Course", "screenings", "to_screen"]
 BASE = Intervention()
 FINALISTS = 4
 """Those that the loss ranks best, under which the model then writes."""
-SCREEN_PASSES = 4
-"""A pass through the model, and another with its gradient, which takes twice as long again."""
+SCREEN_PASSES = 3
+"""A pass through the model, another one block by block, and the gradient's way back, which skips that of the weights."""
 
 
 @dataclass

@@ -57,7 +57,7 @@ class Piece(Protocol):
 
     @property
     def group(self) -> Hashable:
-        """What else is used again: pieces of one group go to one process, as long as there is enough for all."""
+        """What else serves again: a unit of work is of one group."""
 
     @property
     def work(self) -> float:
@@ -105,9 +105,9 @@ class Score:
         return desk.bench(self.material).score(self.intervention, self.start, self.stop)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Screening:
-    """Screen candidates.
+    """Screen candidates. Each is a piece of its own, for it is asked for once.
 
     Args:
         material: name of the examples on the desk.
@@ -121,7 +121,7 @@ class Screening:
     first: int
     candidates: tuple[Candidate, ...] = field(repr=False)
     between_choices: bool = False
-    work: float = field(default=0.0, compare=False)
+    work: float = 0.0
 
     @property
     def home(self) -> Hashable:
@@ -131,7 +131,7 @@ class Screening:
     @property
     def group(self) -> Hashable:
         """The piece itself: every one is for another process."""
-        return self.candidates
+        return id(self)
 
     def do(self, desk: Desk) -> dict[str, Prediction]:
         """Return the predictions by the candidates' canonical text.
@@ -216,6 +216,7 @@ class Bench:
         self._spare = desk.memory
         self._frontiers: dict[tuple[int, int], Frontier] = {}
         self._checks: Checks | None = None
+        self._parts: dict[tuple[int, int], tuple[Split, list[Row]]] = {}
 
     @property
     def order(self) -> Order:
@@ -247,10 +248,11 @@ class Bench:
         return self._checks
 
     def _scored(self, intervention: Intervention, start: int, stop: int) -> Evaluation:
-        desk, split = self._desk, self._material.split
-        part = replace(split, examples=split.examples[start:stop])
-        rows = [replace(row, example=row.example - start) for row in self._material.rows if start <= row.example < stop]
-        where = (start, stop)
+        desk, split, where = self._desk, self._material.split, (start, stop)
+        if where not in self._parts:
+            rows = [replace(row, example=row.example - start) for row in self._material.rows if start <= row.example < stop]
+            self._parts[where] = replace(split, examples=split.examples[start:stop]), rows
+        part, rows = self._parts[where]
         if where not in self._frontiers:
             self._frontiers[where] = Frontier(desk.lm, rows, desk.batch, self._boundaries)
         frontier = self._frontiers[where]

@@ -29,7 +29,7 @@ from laserlm.searching.trials import Trials
 from laserlm.spec import Grid, Intervention
 from laserlm.tasks import GENERATING, Scorer, Task
 
-__all__ = ["search"]
+__all__ = ["check", "materials_of", "search"]
 
 METHOD = 4
 """Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
@@ -99,7 +99,7 @@ def search(
             raise ScoringError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
     if scorer == "perplexity" and metric == "accuracy":
         raise ScoringError("a perplexity has no accuracy; choose by the loss: --metric loss (metric='loss')")
-    _check(lm, task)
+    check(lm, task)
     options = options or RaceOptions()
     writes = scorer in GENERATING
     candidates = expand(grid, lm.matrices)
@@ -206,7 +206,7 @@ def materials_of(lm: LanguageModel, task: Task, scorer: Scorer, seed: int) -> di
     }
 
 
-def _check(lm: LanguageModel, task: Task) -> None:
+def check(lm: LanguageModel, task: Task) -> None:
     """Raise a ScoringError unless the model is unchanged and the splits hold examples, none of them in both."""
     if lm.active:
         raise ScoringError(f"the model is changed by {lm.intervention}; a search begins with the unchanged one")

@@ -9,11 +9,15 @@ from typing import Any, Protocol
 
 from laserlm.searching.desk import Desk, Order, Piece
 
-__all__ = ["Ahead", "Executor", "Local", "Needless", "OutOfTimeError"]
+__all__ = ["Ahead", "Executor", "GivenUp", "Local", "Needless", "OutOfTimeError"]
 
 
 class OutOfTimeError(Exception):
     """Ends a search whose time is used up; it is caught within the search."""
+
+
+class GivenUp(str):
+    """Why a piece has no result that may have one elsewhere: it ended the processes that were at it."""
 
 
 Needless = Callable[[Any], bool]
@@ -61,7 +65,7 @@ class Executor(Protocol):
             ahead: what may be asked for next.
 
         Raises:
-            OutOfTimeError: at the deadline.
+            OutOfTimeError: at the deadline; what other processes are at then is not waited for.
         """
 
     def release(self, material: str) -> None:

@@ -17,14 +17,15 @@ from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read
 from laserlm.results import Store
+from laserlm.scoring.forward import PLACES
 from laserlm.searching.candidates import Candidate, expand
 from laserlm.searching.course import SCREEN_PASSES, screenings, to_screen
 from laserlm.searching.desk import Desk, Material, Piece, Score, Screening, place_of
-from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, materials_of
+from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, materials_of
 from laserlm.searching.found import Mode, Strategy
 from laserlm.searching.race import RaceOptions, rungs_of
 from laserlm.searching.simulation import Pace, Simulated, simulate
-from laserlm.searching.trials import cut, most_for, width
+from laserlm.searching.trials import cut, most_for, rows_between, width
 from laserlm.spec import Grid, Intervention
 from laserlm.tasks import GENERATING, Scorer, Task
 
@@ -34,6 +35,9 @@ BASE = Intervention()
 EIGEN = 9
 """Floating-point operations of all eigenvectors of a symmetric matrix, in cubes of its size (Golub and Van Loan,
 Matrix Computations, 4th edition, section 8.3.3)."""
+RUNG = "rung to example"
+LONG = 1e12
+"""Floating-point operations of a decomposition that is not worth timing four times."""
 JOINED = 2
 """Neighbours in rho of the leader that join a race after each rung."""
 
@@ -65,28 +69,28 @@ class Plan:
         candidates: number of candidates.
         matrices: those that have to be decomposed.
         stages_for: returns what is done, one after the other, for a number of workers.
-        at_most: whether it may be less, since what loses leaves early.
+        about: whether more or less may be needed: what loses early leaves early, and neighbours of the leader join.
         writes: whether the model also writes for each finalist, which is not counted.
         pass_flop: floating-point operations of a pass of one example, on average.
         screen_flop: those of the screen's sums, beside its passes.
         weights: bytes of the model.
-        boundary: bytes of the frontier's boundary at most.
-        decompositions: bytes of decompositions held at most.
-        activations: bytes of one pass, about.
+        boundary: bytes of the boundaries that the frontier keeps.
+        decompositions: bytes of decompositions that are held.
+        moment: bytes that are needed for a moment: by a pass, a decomposition or the screen, whichever takes most, about.
     """
 
     strategy: Strategy
     candidates: int
     matrices: tuple[Matrix, ...] = field(repr=False)
     stages_for: Callable[[int], tuple[Stage, ...]] = field(repr=False)
-    at_most: bool
+    about: bool
     writes: bool
     pass_flop: float
     screen_flop: float
     weights: int
     boundary: int
     decompositions: int
-    activations: int
+    moment: int
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -116,7 +120,7 @@ class Plan:
     @property
     def memory(self) -> int:
         """Bytes that a worker needs, beside what PyTorch itself takes."""
-        return self.weights + self.boundary + self.decompositions + self.activations
+        return self.weights + self.boundary + self.decompositions + self.moment
 
     @cached_property
     def of_matrix(self) -> dict[str, float]:
@@ -125,7 +129,8 @@ class Plan:
 
     def simulate(self, workers: int, pace: Pace, **given: Any) -> Simulated:
         """Return how long it takes with so many workers; see ``simulation.simulate``."""
-        stages = [stage.pieces for stage in self.stages_for(workers)]
+        stages = self.stages_for(workers)
+        rungs = [number for number, stage in enumerate(stages) if stage.name.startswith(RUNG)]
         known: dict[Intervention, Mapping[str, float]] = {}
 
         def needs(piece: Piece) -> Mapping[str, float]:
@@ -138,7 +143,8 @@ class Plan:
                 known[piece.intervention] = {id: self.of_matrix[id] for id in ids & self.of_matrix.keys()}
             return known[piece.intervention]
 
-        return simulate(stages, workers, pace, decompositions=needs, **given)
+        pieces = [stage.pieces for stage in stages]
+        return simulate(pieces, workers, pace, decompositions=needs, early=rungs[1:], **given)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain JSON values."""
@@ -149,7 +155,7 @@ class Plan:
             "stages": [{"name": s.name, "pieces": len(s.pieces), "passes": s.passes} for s in self.stages],
             "pieces": self.pieces,
             "passes": self.passes,
-            "at_most": self.at_most,
+            "about": self.about,
             "writes": self.writes,
             "flop": {
                 "passes": self.passes * self.pass_flop,
@@ -161,7 +167,7 @@ class Plan:
                 "weights": self.weights,
                 "boundary": self.boundary,
                 "decompositions": self.decompositions,
-                "activations": self.activations,
+                "moment": self.moment,
                 "all": self.memory,
             },
         }
@@ -199,6 +205,7 @@ def plan(
     """
     scorer = scorer or task.validation.scorer
     options = options or RaceOptions()
+    check(lm, task)
     candidates = expand(grid, lm.matrices)
     materials = materials_of(lm, task, scorer, seed)
     made = _Maker(lm, materials, candidates, strategy, mode, options, memory, batch_size)
@@ -206,20 +213,29 @@ def plan(
     rows = materials[VALIDATION].rows
     tokens = sum(len(r.ids) + len(r.decoder) for r in rows) / len(task.validation)
     examples = made.screened if made.screens else 0
-    held = sum((min(m.shape) * (sum(m.shape) + 1)) * 4 for m in matrices)
+    held = [4 * min(m.shape) * sum(m.shape) for m in matrices]
+    of_block: dict[tuple[str, int], int] = {}
+    for m, size in zip(matrices, held, strict=True):
+        of_block[m.stack, m.layer] = of_block.get((m.stack, m.layer), 0) + size
     return Plan(
         strategy=strategy,
         candidates=len(candidates),
         matrices=matrices,
         stages_for=made.stages,
-        at_most=strategy != "exhaustive",
+        about=strategy != "exhaustive",
         writes=scorer in GENERATING,
         pass_flop=_pass_flop(lm, materials[VALIDATION]),
         screen_flop=sum(2 * examples * tokens * min(m.shape) * sum(m.shape) for m in matrices),
         weights=sum({p.data_ptr() or id(p): p.numel() * p.element_size() for p in lm.model.parameters()}.values()),
         boundary=max(made.boundary(name) for name in (VALIDATION, TEST)),
-        decompositions=int(min(memory, held)),
-        activations=_activations(lm, materials, batch_size),
+        # The screen holds all of a block, whatever the bound.
+        decompositions=int(max(min(memory, sum(held)), max(of_block.values()) if made.screens else max(held))),
+        moment=max(
+            _activations(lm, materials, batch_size),
+            # In float64: the matrix, its Gram matrix and what the eigensolver takes.
+            max(8 * (m.shape[0] * m.shape[1] + 3 * min(m.shape) ** 2) for m in matrices),
+            int(len(made.blocks) * examples * tokens * width(lm) * lm.dtype.itemsize),
+        ),
     )
 
 
@@ -235,7 +251,8 @@ def calibrate(lm: LanguageModel, made: Plan, task: Task, *, scorer: Scorer | Non
     """
     material = materials_of(lm, task, scorer or task.validation.scorer, 0)[VALIDATION]
     desk = Desk(lm, {VALIDATION: material}, batch=batch_size)
-    middle = sorted(made.matrices, key=decomposition_flop)[len(made.matrices) // 2]
+    by_size = sorted(made.matrices, key=decomposition_flop)
+    middle = next((m for m in by_size[len(by_size) // 2 :] if decomposition_flop(m) < LONG), by_size[0])
     weight = working(read(lm.model, middle))
     n = min(len(task.validation), 4 * batch_size)
     top = max((p for stage in made.stages for p in stage.pieces if isinstance(p, Score)), key=lambda p: -p.share)
@@ -245,8 +262,11 @@ def calibrate(lm: LanguageModel, made: Plan, task: Task, *, scorer: Scorer | Non
         settings = {"model": lm.name, "task": task.name}
         with store.run(kind="search", key="calibrate", settings=settings, provenance={}) as run:
             scores = whole.do(desk)
+            for result in (scores, high.do(desk)):
+                if isinstance(result, str):
+                    raise ScoringError(f"no unit could be timed: {result}; leave what cannot be scored out of the grid")
             if isinstance(scores, str):
-                raise ScoringError(f"the unchanged model cannot be scored: {scores}")
+                raise AssertionError("told above")
             answers = [replace(scores, intervention=str(turn)) for turn in range(4)]
             for answer in answers:
                 found = {
@@ -264,7 +284,7 @@ def calibrate(lm: LanguageModel, made: Plan, task: Task, *, scorer: Scorer | Non
         work=work,
         example=max(0.0, usual["whole"] / n - work),
         decompose=usual["decompose"] / decomposition_flop(middle),
-        answer=usual["record"],
+        answer=usual["record"] / n,
     )
 
 
@@ -311,9 +331,12 @@ class _Maker:
         elif self.strategy == "race":
             alive, start = self.options.width + self.options.controls, 0
             for stop in rungs_of(n, self.options.first):
-                here = [BASE, *_spread(every, alive)]
-                stages.append(self.scores(f"rung to example {stop}", VALIDATION, here, (start, stop), workers))
+                stages.append(self.scores(f"{RUNG} {stop}", VALIDATION, [BASE, *_spread(every, alive)], (start, stop), workers))
+                if start:  # those that joined have to catch up
+                    joined = self.scores("", VALIDATION, _spread(every, JOINED), (0, start), workers)
+                    stages[-1] = replace(stages[-1], pieces=joined.pieces + stages[-1].pieces)
                 alive, start = max(1, int(self.options.keep * alive)) + JOINED, stop
+            stages.append(self.scores("the leader's neighbours", VALIDATION, _spread(every, JOINED), (0, n), workers))
         else:
             # Trials come one after the other, each on what was accepted before it.
             number = self.options.width if self.mode == "joint" else len(every)
@@ -326,19 +349,20 @@ class _Maker:
         self, name: str, material: str, interventions: Sequence[Intervention], where: tuple[int, int], workers: int
     ) -> Stage:
         shares = {i: 1 - place_of(i, self.lm.matrices, self.blocks) / len(self.blocks) for i in interventions}
-        most = most_for(where[1] - where[0], len(shares), workers, self.batch)
+        most = most_for(rows_between(self.materials[material], *where), len(shares), workers, self.batch)
         chunks = cut(self.lm, self.materials[material], where, memory=self.memory, most=most)
         ordered = sorted(shares, key=lambda i: -shares[i])
         return Stage(name, tuple(Score(material, a, b, i, shares[i]) for a, b in chunks for i in ordered))
 
     def boundary(self, material: str) -> int:
+        """Return the bytes of what the frontier keeps: a boundary for every block it has come to, as long as there is room."""
         found = self.materials[material]
         sizes = [
-            sum(1 for r in rows) * (max(len(r.ids) for r in rows) + max(len(r.decoder) for r in rows))
+            len(rows) * (max(len(r.ids) for r in rows) + max(len(r.decoder) for r in rows))
             for a, b in cut(self.lm, found, (0, len(found.split)), memory=self.memory)
             for rows in [[r for r in found.rows if a <= r.example < b]]
         ]
-        return int(min(self.memory, 2 * max(sizes) * width(self.lm) * self.lm.dtype.itemsize))
+        return int(min(self.memory, max(2, len(self.blocks)) * sum(sizes) * width(self.lm) * self.lm.dtype.itemsize))
 
 
 def decomposition_flop(matrix: Matrix) -> float:
@@ -380,6 +404,7 @@ def _activations(lm: LanguageModel, materials: Mapping[str, Material], batch: in
     widest = max(max(m.shape) for m in lm.matrices if m.part_of is None)
     heads = int(getattr(lm.model.config, "num_attention_heads", 1) or 1)
     hidden = len(longest) * longest[0] * (4 * width(lm) + 3 * widest) + len(longest) * heads * longest[0] ** 2
-    places = max(len(r.places) for r in rows) * batch
+    most = max(len(r.places) for r in rows)
+    places = most * max(1, min(batch, PLACES // most))
     logits = 2 * places * int(getattr(lm.model.config, "vocab_size", 0) or 0) * 4
     return int(hidden * lm.dtype.itemsize + logits)

@@ -5,7 +5,8 @@ Nothing here knows of processes, networks or clocks: who asks is told what to do
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import math
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -21,8 +22,10 @@ SHARE = 2
 """A unit takes the work that is left, divided among so many units for each worker, at most; so the last ones are small."""
 SLOW = 3.0
 """Times as long as others would have taken that nothing is heard of a worker until its pieces are also given to another."""
-PATIENCE = 1.0
-"""Seconds of silence that are never too long."""
+PATIENCE = 5.0
+"""Seconds of silence that are never too long; in less it is not known yet whether a worker has ended."""
+UNKNOWN = 600.0
+"""Seconds that a first piece of its kind may take, for all that is known."""
 RECENT = 64
 """Answers that the usual pace is taken from."""
 
@@ -34,7 +37,6 @@ class _Unit:
     pieces: deque[Piece]
     heard: float  # when it last answered, or began
     guessed: bool = False  # begun before it was wanted
-    doubled: bool = False  # given to another worker too
 
 
 class Schedule:
@@ -58,7 +60,7 @@ class Schedule:
         self._answered: set[Piece] = set()
         self._held: dict[Piece, Any] = {}  # answers that nobody has asked for yet
         self._ends: Counter[Piece] = Counter()
-        self._pace: deque[float] = deque(maxlen=RECENT)
+        self._paces: dict[type[Piece], deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
 
     @property
     def open(self) -> bool:
@@ -84,10 +86,16 @@ class Schedule:
         """Return whether a worker has nothing to do."""
         return worker not in self._units
 
+    def suspected(self, piece: Piece) -> bool:
+        """Return whether a worker may have ended at this piece."""
+        return self._ends[piece] > 0
+
     def useless(self, worker: Hashable) -> bool:
         """Return whether nothing of what a worker has in hand is wanted, or will be for all that is known."""
         unit = self._units.get(worker)
-        return unit is not None and not unit.guessed and not any(piece in self._wanted for piece in unit.pieces)
+        if unit is None or unit.guessed or not unit.pieces:
+            return False
+        return not any(piece in self._wanted for piece in unit.pieces)
 
     def take(
         self,
@@ -115,8 +123,7 @@ class Schedule:
         """Note an answer; return whether it is the first to a piece that is wanted."""
         unit = self._units[worker]
         unit.pieces.remove(piece)
-        if piece.work:
-            self._pace.append((now - unit.heard) / piece.work)
+        self._paces[type(piece)].append((now - unit.heard) / (piece.work or 1))
         unit.heard = now
         if piece in self._wanted:
             del self._wanted[piece]
@@ -130,17 +137,22 @@ class Schedule:
         """Note that a worker has done its unit, or left out what it had not begun; that is waited for again."""
         self._give_back(self._units.pop(worker))
 
-    def lose(self, worker: Hashable) -> Piece | None:
+    def lose(self, worker: Hashable, *, begun: bool = True) -> Piece | None:
         """Note that a worker has ended; return the piece it was at where that is now given up.
 
         The piece it was at is done by itself from then on; after ``TRIES`` such ends nobody gets it any more.
+
+        Args:
+            worker: who ended.
+            begun: whether it is known to have begun its unit. Where it is not, the piece is suspected at first, and then not
+                blamed again: who gets a suspected piece makes sure that its begin is known.
         """
         self._homes.pop(worker, None)
         unit = self._units.pop(worker, None)
         if unit is None or not unit.pieces:
             return None
         suspect = unit.pieces[0]
-        self._ends[suspect] += 1
+        self._ends[suspect] += begun or not self._ends[suspect]
         given_up = self._ends[suspect] >= TRIES
         if given_up:
             unit.pieces.popleft()
@@ -148,6 +160,7 @@ class Schedule:
         if not given_up or suspect not in self._wanted:
             return None
         del self._wanted[suspect]
+        self._answered.add(suspect)
         return suspect
 
     def _begun(self) -> set[Piece]:
@@ -197,16 +210,24 @@ class Schedule:
         return piece.group == unit[0].group and piece.work <= room and not self._ends[piece] and not self._ends[unit[0]]
 
     def _double(self, now: float) -> list[Piece]:
-        """Return what a worker has in hand of which nothing was heard for far longer than it should take."""
-        if not self._pace:
+        """Return what only workers have in hand of whom nothing was heard for far longer than it should take."""
+        silent = [unit for unit in self._units.values() if now - unit.heard > self._patience(unit)]
+        if not silent:
             return []
-        pace = median(self._pace)
-        for unit in self._units.values():
-            left = [piece for piece in unit.pieces if piece in self._wanted]
-            if left and not unit.doubled and now - unit.heard > max(PATIENCE, SLOW * pace * unit.pieces[0].work):
-                unit.doubled = True
+        heard = {p for unit in self._units.values() if not any(unit is other for other in silent) for p in unit.pieces}
+        for unit in silent:
+            left = [piece for piece in unit.pieces if piece in self._wanted and piece not in heard]
+            if left:
                 return left
         return []
+
+    def _patience(self, unit: _Unit) -> float:
+        """Return the seconds that a worker may be silent."""
+        if not unit.pieces:
+            return math.inf
+        piece = unit.pieces[0]
+        pace = self._paces[type(piece)]
+        return max(PATIENCE, SLOW * median(pace) * (piece.work or 1)) if pace else UNKNOWN
 
     def _guess(self, ahead: Callable[[], Sequence[Piece]] | None) -> list[Piece]:
         begun = self._begun() if ahead else set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -26,7 +26,7 @@ class Pace:
         decompose: one floating-point operation of a decomposition.
         start: until a new worker has the model.
         unit: from the last answer of a unit to the next one's begin.
-        answer: the driver's work for one answer, its recording above all.
+        answer: the driver's work for the scores of one example, its recording above all.
     """
 
     work: float
@@ -47,6 +47,7 @@ class Simulated:
         busy: share of the workers' time in which they did something, whether it was wanted or not.
         driver: share of the time in which the driver had answers to record.
         lost: workers that ended on the way.
+        given_up: pieces at which as many ended as may.
         units: units handed out.
     """
 
@@ -55,14 +56,8 @@ class Simulated:
     busy: float
     driver: float
     lost: int
+    given_up: int
     units: int
-
-
-@dataclass
-class _State:
-    """What a worker has at hand: how far its boundary is in each home, and what of a unit it still has to tell."""
-
-    boundaries: dict[Hashable, float]
 
 
 def simulate(
@@ -71,7 +66,7 @@ def simulate(
     pace: Pace,
     *,
     decompositions: Callable[[Piece], Mapping[str, float]] = lambda _: {},
-    ahead: bool = False,
+    early: Collection[int] = (),
     failures: float = 0.0,
     seed: int = 0,
 ) -> Simulated:
@@ -85,7 +80,7 @@ def simulate(
         workers: how many there are.
         pace: what things take.
         decompositions: floating-point operations of each matrix, by its id, that a piece needs decomposed.
-        ahead: let idle workers begin the next stage, each with what comes first there.
+        early: stages, by number, that idle workers begin while the one before them goes on; they guess right what it holds.
         failures: ends of a worker in an hour of its work, on average; another one starts in its place.
         seed: of the ends.
     """
@@ -94,16 +89,16 @@ def simulate(
     numbers = count()
     queue: list[tuple[float, int, Hashable, str, Any]] = []
     idle: list[Hashable] = []
-    states: dict[Hashable, _State] = {}
+    boundaries: dict[Hashable, dict[Hashable, float]] = {}  # how far up a worker is, in each home
     decomposed: set[str] = set()
-    spent, driver, driver_free, lost, units, now = 0.0, 0.0, 0.0, 0, 0, 0.0
+    spent, driver, driver_free, lost, given_up, units, now = 0.0, 0.0, 0.0, 0, 0, 0, 0.0
 
     def push(when: float, worker: Hashable, what: str, value: Any = None) -> None:
         heapq.heappush(queue, (when, next(numbers), worker, what, value))
 
     def hire(when: float) -> None:
         worker = next(numbers)
-        states[worker] = _State({})
+        boundaries[worker] = {}
         push(when + pace.start, worker, "ready")
 
     def begin(worker: Hashable, unit: Sequence[Piece], when: float) -> float:
@@ -111,7 +106,7 @@ def simulate(
         end = when + draw.expovariate(failures / 3600) if failures else math.inf
         at = when + pace.unit
         for piece in unit:
-            at += _seconds(piece, states[worker], pace, decompositions(piece), decomposed)
+            at += _seconds(piece, boundaries[worker], pace, decompositions(piece), decomposed)
             if at > end:
                 push(end, worker, "lost")
                 return end - when
@@ -124,7 +119,7 @@ def simulate(
     ends: list[float] = []
     for stage, pieces in enumerate(stages):
         schedule.want(pieces)
-        later = stages[stage + 1] if ahead and stage + 1 < len(stages) else ()
+        later = stages[stage + 1] if stage + 1 in early else ()
         waits = True
         while schedule.open:
             while waits and idle:
@@ -136,13 +131,13 @@ def simulate(
             now, _, worker, what, piece = heapq.heappop(queue)
             waits = what != "answer"  # an answer gives nobody anything new to do
             if what == "answer":
-                driver_free = max(driver_free, now) + pace.answer
-                driver += pace.answer
+                records = pace.answer * (piece.stop - piece.start) if isinstance(piece, Score) else 0.0
+                driver_free = max(driver_free, now) + records
+                driver += records
                 schedule.answer(worker, piece, None, now)
             elif what == "lost":
                 lost += 1
-                if (given_up := schedule.lose(worker)) is not None:
-                    raise RuntimeError(f"{given_up} is longer than workers live")
+                given_up += schedule.lose(worker) is not None
                 hire(now)
             else:
                 if what == "done":
@@ -156,11 +151,14 @@ def simulate(
         busy=min(1.0, spent / (workers * seconds)) if seconds else 1.0,
         driver=driver / seconds if seconds else 0.0,
         lost=lost,
+        given_up=given_up,
         units=units,
     )
 
 
-def _seconds(piece: Piece, state: _State, pace: Pace, needs: Mapping[str, float], decomposed: set[str]) -> float:
+def _seconds(
+    piece: Piece, walked: dict[Hashable, float], pace: Pace, needs: Mapping[str, float], decomposed: set[str]
+) -> float:
     """Return how long a worker takes for a piece, and note what it has at hand then."""
     found = piece.work * pace.work
     for matrix, operations in needs.items():
@@ -169,7 +167,7 @@ def _seconds(piece: Piece, state: _State, pace: Pace, needs: Mapping[str, float]
             found += operations * pace.decompose
     if isinstance(piece, Score):
         examples, below = piece.stop - piece.start, 1 - piece.share
-        walked = state.boundaries.get(piece.home, 0.0)
-        found += examples * pace.example + max(0.0, below - walked) * examples * pace.work
-        state.boundaries[piece.home] = max(walked, below)
+        at = walked.get(piece.home, 0.0)
+        found += examples * pace.example + max(0.0, below - at) * examples * pace.work
+        walked[piece.home] = max(at, below)
     return found

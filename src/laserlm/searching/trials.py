@@ -13,12 +13,13 @@ from laserlm.results import Run
 from laserlm.scoring.encoding import Row
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.desk import Material, Score, place_of
-from laserlm.searching.executors import Executor
+from laserlm.searching.executors import Executor, GivenUp
 from laserlm.spec import Intervention
 from laserlm.tasks import Split
 
-__all__ = ["Trials", "cut", "most_for", "width"]
+__all__ = ["Trials", "cut", "most_for", "rows_between", "width"]
 
+AGAIN = "mend that, give workers more memory (or take fewer), and the same command goes on"
 PIECES = 4
 """Pieces of work that every process gets at least, where examples have to be divided for that."""
 
@@ -113,6 +114,8 @@ class Trials:
         wanted = self._pieces(interventions, stop)
         self._early.clear()
         for piece, found in self.executor.run(wanted, deadline=self.deadline, needless=needless, ahead=ahead):
+            if isinstance(found, GivenUp) and not piece.intervention:
+                raise ScoringError(f"the unchanged model could not be scored on {self.split.name}: {found}; {AGAIN}")
             self._early[str(piece.intervention), piece.start] = piece, found
             # Scores are saved in the order of the examples; those of later ones wait until the earlier ones are there.
             while (key := (str(piece.intervention), self.n(piece.intervention))) in self._early:
@@ -142,7 +145,7 @@ class Trials:
                 self.material,
                 (start, stop),
                 memory=self.memory,
-                most=most_for(stop - start, len(same), self.executor.workers, self.executor.batch),
+                most=most_for(rows_between(self.material, start, stop), len(same), self.executor.workers, self.executor.batch),
                 stops=self._stops,
             )
             for i in same
@@ -184,7 +187,7 @@ def cut(
         material: the examples.
         where: place of the first, and that just past the last.
         memory: bytes that a boundary may take, the old and the new one while it moves.
-        most: examples of a chunk; None sets no bound.
+        most: rows of a chunk; None sets no bound.
         stops: places where a chunk ends in any case.
     """
     start, stop = where
@@ -196,7 +199,7 @@ def cut(
         here = (max(len(r.ids) for r in of_example[i]), max(len(r.decoder) for r in of_example[i]))
         count, longest, decoded = count + len(of_example[i]), max(longest, here[0]), max(decoded, here[1])
         # No row is padded to more.
-        full = 2 * count * (longest + decoded) * width(lm) * lm.dtype.itemsize > memory or i - a == most
+        full = 2 * count * (longest + decoded) * width(lm) * lm.dtype.itemsize > memory or (most is not None and count > most)
         if i > a and (full or i in stops):
             yield a, i
             a, count, (longest, decoded) = i, len(of_example[i]), here
@@ -209,9 +212,14 @@ def width(lm: LanguageModel) -> int:
     return max(int(embeddings.weight.shape[-1]), int(getattr(lm.model.config, "hidden_size", 0) or 0))
 
 
-def most_for(examples: int, interventions: int, workers: int, batch: int) -> int:
-    """Return the examples of a chunk at most that leave every process something to do, also with few interventions."""
+def rows_between(material: Material, start: int, stop: int) -> int:
+    """Return the number of rows of a range of examples."""
+    return sum(start <= row.example < stop for row in material.rows)
+
+
+def most_for(rows: int, interventions: int, workers: int, batch: int) -> int:
+    """Return the rows of a chunk at most that leave every process something to do, also with few interventions."""
     if workers == 1 or interventions >= PIECES * workers:
-        return examples
+        return rows
     parts = -(-PIECES * workers // interventions)
-    return batch * max(1, -(-examples // batch) // parts)
+    return batch * max(1, -(-rows // batch) // parts)

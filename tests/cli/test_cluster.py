@@ -1,0 +1,67 @@
+"""A search on a cluster from the command line, and what it will take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from laserlm.results import Store
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_what_a_search_will_take_is_told_and_leaves_no_database(run: Run, folder: Path, tmp_path: Path) -> None:
+    asked = ("search", folder, "--task", "worldfacts", "--limit", 70, "--dry-run", "--store", tmp_path / "runs.db")
+    found = json.loads(run(*asked, "--executor", "ray", "--workers", 3, "--json")[1])
+    assert [row["workers"] for row in found["on_ray"]] == [3]
+    assert found["flop"]["all"] == pytest.approx(sum(v for k, v in found["flop"].items() if k != "all"))
+    assert found["memory"]["all"] == sum(v for k, v in found["memory"].items() if k != "all")
+    assert found["seconds"] > 0
+    text = run(*asked)[1]
+    assert "A race among" in text
+    assert "rung to example 70" in text
+    assert not (tmp_path / "runs.db").exists()
+
+
+def test_options_that_do_not_fit_are_told(run: Run, folder: Path) -> None:
+    for options, message in (
+        (("--executor", "dask"), "no executor 'dask'; there are local and ray"),
+        (("--workers", 2), "add --executor ray"),
+        (("--executor", "ray", "--device", "cuda"), "workers get GPUs by --gpus-per-worker"),
+        (("--executor", "ray", "--address", "ray://here:1"), "run the search on a node of the cluster"),
+    ):
+        code, _, err = run("search", folder, "--task", "worldfacts", *options)
+        assert code == 1
+        assert message in err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_search_on_workers_prints_what_one_here_prints(run: Run, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="a cluster needs Ray: pip install 'laserlm[cluster]'")
+    asked = (
+        "search",
+        folder,
+        "--task",
+        "worldfacts",
+        "--limit",
+        40,
+        "--strategy",
+        "exhaustive",
+        "--grid",
+        "0-1.mlp@0.5",
+        "--json",
+    )
+    here = json.loads(run(*asked, "--store", tmp_path / "here.db")[1])
+    there = json.loads(run(*asked, "--store", tmp_path / "there.db", "--executor", "ray", "--workers", 2)[1])
+    own = ("run", "seconds", "boundary_bytes", "decomposition_bytes", "validation", "test")
+    assert {k: v for k, v in there.items() if k not in own} == {k: v for k, v in here.items() if k not in own}
+    for split in ("validation", "test"):
+        assert there[split]["best_loss"] == pytest.approx(here[split]["best_loss"], rel=1e-5)
+        assert there[split]["corrected"] == here[split]["corrected"]
+    with Store.open(tmp_path / "there.db") as store:
+        assert store.find(there["run"]).provenance["ray"]["workers"] == 2

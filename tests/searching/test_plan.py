@@ -1,0 +1,164 @@
+"""What a search is expected to take, against what it took and against independent counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from families import SCORED
+from torch.utils.flop_counter import FlopCounterMode
+
+from laserlm.models import LanguageModel
+from laserlm.scoring.forward import run_rows
+from laserlm.searching import RaceOptions, Step, search
+from laserlm.searching.desk import Score
+from laserlm.searching.driver import VALIDATION, materials_of
+from laserlm.searching.plan import Plan, calibrate, decomposition_flop, plan
+from laserlm.searching.simulation import Pace, simulate
+from laserlm.spec import Intervention
+from laserlm.tasks import Example, Task
+
+Make = Callable[..., LanguageModel]
+GRID = "0-2.mlp@0.5,0.3,0.1"
+
+
+@pytest.fixture
+def task() -> Task:
+    cities = ["Paris", "Rome", "Oslo", "Lisbon", "Madrid"]
+    pairs = [(x, y) for x in "abcdef" for y in "uvwxyz"]
+    rows = [Example(f"{i}", f"The capital of {a} and {b} is", cities[i * 7 % 5], fact=f"{i}") for i, (a, b) in enumerate(pairs)]
+    return Task.of("made", rows, scorer="first_token")
+
+
+def of(made: Plan, name: str) -> float:
+    return sum(stage.passes for stage in made.stages if stage.name == name)
+
+
+def test_an_exhaustive_search_takes_what_was_planned(llama: LanguageModel, task: Task) -> None:
+    made = plan(llama, task, strategy="exhaustive", grid=GRID)
+    steps: list[Step] = []
+    found = search(llama, task, strategy="exhaustive", grid=GRID, metric="loss", on_step=steps.append)
+    assert (made.candidates, made.about, len(made.matrices)) == (27, False, 9)
+    (best,) = found.best.reductions
+    share = 1 - best.layers.first / 3  # type: ignore[operator]
+    assert steps[-1].done == pytest.approx(made.passes - of(made, "best on test") + share * len(task.test))
+    assert found.boundary_bytes <= made.boundary
+    assert found.decomposition_bytes <= made.decompositions
+    assert made.weights == sum(p.numel() * p.element_size() for p in llama.model.parameters())
+    bound = plan(llama, task, strategy="exhaustive", grid=GRID, memory=4000)
+    assert bound.boundary <= 4000
+    assert bound.pieces > made.pieces
+    assert bound.passes == pytest.approx(made.passes)
+
+
+def test_a_race_takes_about_what_was_planned(llama: LanguageModel, task: Task) -> None:
+    given: dict[str, Any] = {"grid": "all.all@0.5,0.3,0.1", "options": RaceOptions(width=8, first=2, controls=2)}
+    made = plan(llama, task, **given)
+    steps: list[Step] = []
+    search(llama, task, metric="loss", on_step=steps.append, **given)
+    assert made.about
+    assert steps[-1].done == pytest.approx(made.passes - of(made, "screen"), rel=0.3)
+    names = [stage.name for stage in made.stages]
+    assert names == [
+        "unchanged model on test",
+        "screen",
+        "rung to example 2",
+        "rung to example 7",
+        "the leader's neighbours",
+        "best on test",
+    ]
+
+
+def test_a_composition_is_planned_trial_by_trial(llama: LanguageModel, task: Task) -> None:
+    for mode, trials in (("joint", 9), ("greedy", 27)):
+        made = plan(llama, task, strategy="compose", mode=mode, grid=GRID, options=RaceOptions(width=8))  # type: ignore[arg-type]
+        assert [stage.name for stage in made.stages].count("trial") == trials + (mode == "greedy")
+        assert ("screen" in [stage.name for stage in made.stages]) == (mode == "joint")
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_operations_of_a_pass_are_what_pytorch_counts(family: str, make: Make, task: Task) -> None:
+    lm = make(family)
+    task = replace(task, validation=replace(task.validation, scorer="answer"), test=replace(task.test, scorer="answer"))
+    made = plan(lm, task, strategy="exhaustive", grid="all.all@0.5")
+    rows = materials_of(lm, task, "answer", 0)[VALIDATION].rows
+    if family == "mixtral":
+        lm.model.set_experts_implementation("eager")  # the counter does not know the other ways
+    run_rows(lm, rows, 1)  # whatever is found out at the first scoring
+    with FlopCounterMode(display=False) as counter:
+        run_rows(lm, rows, 1)
+    counted = counter.get_total_flops() / len(task.validation)
+    assert made.pass_flop == pytest.approx(counted, rel=0.25)
+
+
+def test_operations_of_a_decomposition_hold_its_products(llama: LanguageModel) -> None:
+    matrix = next(m for m in llama.matrices if m.name == "fc_in")
+    m, n = matrix.shape
+    k = min(m, n)
+    with FlopCounterMode(display=False) as counter:
+        torch.randn(k, max(m, n)) @ torch.randn(max(m, n), k)
+        torch.randn(max(m, n), k) @ torch.randn(k, k)
+    assert decomposition_flop(matrix) == counter.get_total_flops() + 9 * k**3
+
+
+def test_a_unit_is_timed_and_nothing_is_left_behind(llama: LanguageModel, task: Task) -> None:
+    made = plan(llama, task, strategy="exhaustive", grid=GRID)
+    pace = calibrate(llama, made, task)
+    assert pace.work + pace.example > 0
+    assert min(pace.work, pace.example) >= 0
+    assert pace.decompose > 0
+    assert pace.answer > 0
+    assert not llama.active
+    assert made.simulate(1, pace).seconds > 0
+
+
+def scores(n: int, examples: int = 10, share: float = 1.0, chunks: int = 1) -> list[Score]:
+    """Return pieces of different matrices, so that each is a unit."""
+    return [
+        Score("m", c * examples, (c + 1) * examples, Intervention.parse(f"{i}.fc_in@0.5"), share)
+        for c in range(chunks)
+        for i in range(n)
+    ]
+
+
+def test_simulated_time_is_what_is_worked_out_by_hand() -> None:
+    pace = Pace(work=0.1, example=0.02, start=5, unit=1, answer=0.05)
+    # A unit takes one second before it and 10 * 0.12 for its piece; its answer takes 10 * 0.05 to record.
+    assert simulate([scores(4)], 1, pace).seconds == pytest.approx(5 + 4 * (2.2 + 0.5))
+    assert simulate([scores(4)], 4, pace).seconds == pytest.approx(5 + 2.2 + 4 * 0.5)
+    two = simulate([scores(4), scores(2)], 2, pace)
+    assert two.units == 6
+    # From a boundary half way up: the first pays for half a pass below it, each for half a pass above.
+    halves = simulate([scores(3, share=0.5)], 1, Pace(work=0.1))
+    assert halves.seconds == pytest.approx(0.5 + 3 * 0.5)
+    assert halves.busy == pytest.approx(1)
+    needs = {"a": 7.0}
+    assert simulate([scores(3)], 1, Pace(0.1, decompose=2.0), decompositions=lambda _: needs).seconds == pytest.approx(3 + 14)
+
+
+def test_a_simulated_driver_takes_one_answer_after_the_other() -> None:
+    found = simulate([scores(200)], 100, Pace(work=0.001, answer=0.1))
+    assert found.seconds == pytest.approx(200, rel=0.01)
+    assert found.driver == pytest.approx(1, rel=0.01)
+
+
+@pytest.mark.parametrize("workers", [1, 3, 64])
+def test_simulated_workers_that_end_are_replaced_and_all_is_done(workers: int) -> None:
+    pace = Pace(work=1, start=10)
+    calm = simulate([scores(50, chunks=4)], workers, pace)
+    stormy = simulate([scores(50, chunks=4)], workers, pace, failures=60)
+    assert calm.lost == 0
+    assert stormy.lost > 10
+    assert calm.seconds < stormy.seconds < math.inf
+    assert calm.seconds >= (200 * 10) / workers
+
+
+def test_beginning_the_next_stage_early_saves_time() -> None:
+    stages = [scores(5), [replace(p, start=10, stop=20) for p in scores(3)]]
+    pace = Pace(work=1)
+    assert simulate(stages, 4, pace).seconds == pytest.approx(30)
+    assert simulate(stages, 4, pace, early=[1]).seconds == pytest.approx(20)
