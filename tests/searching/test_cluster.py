@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from laserlm.models import LanguageModel, load
 from laserlm.results import Store
 from laserlm.searching import Found, RaceOptions, Ray
 from laserlm.searching import search as search_
-from laserlm.tasks import Example, Task
+from laserlm.tasks import Decoding, Example, Task
 
 ray = pytest.importorskip("ray", reason="a cluster needs Ray: pip install 'laserlm[cluster]'")
 
@@ -178,6 +179,24 @@ def test_the_winner_and_every_score_are_those_of_one_process(
             same(ours, expected)
             assert found.boundary_bytes > 0
             assert found.decomposition_bytes > 0
+
+
+def test_what_the_model_writes_and_choices_of_several_rows_are_the_same(
+    cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path
+) -> None:
+    cities = ("Paris", "Rome", "Oslo", "Lisbon", "Madrid")
+    chosen = Task.of("chosen", [replace(e, choices=cities) for e in task.every], scorer="choice")
+    written = Task.of("written", list(task.every), scorer="contains", decoding=Decoding(new_tokens=3))
+    given: dict[str, Any] = {"grid": "0-2.mlp@0.5", "options": RaceOptions(width=4, first=3)}
+    with connected(cluster):
+        for made in (chosen, written):
+            alone, expected = search(lm, made, tmp_path / f"{made.name}-local.db", **given)
+            found, ours = search(lm, made, tmp_path / f"{made.name}-ray.db", executor=Ray(workers=2), **given)
+            assert (found.best, found.finalists) == (alone.best, alone.finalists)
+            same(ours, expected)
+            assert {k: v.scores[0].predicted for k, v in ours.items()} == {
+                k: v.scores[0].predicted for k, v in expected.items()
+            }
 
 
 def test_a_search_goes_on_with_another_executor(
