@@ -157,6 +157,15 @@ def test_simulated_workers_that_end_are_replaced_and_all_is_done(workers: int) -
     assert calm.seconds >= (200 * 10) / workers
 
 
+def test_what_a_lost_worker_had_not_decomposed_is_decomposed_again() -> None:
+    needs = {"a": 1.0}
+    pace = Pace(work=0.001, decompose=100.0)
+    times = [simulate([scores(1)], 1, pace, decompositions=lambda _: needs, failures=30, seed=s) for s in range(20)]
+    lost = [found.seconds for found in times if found.lost and not found.given_up]
+    assert lost
+    assert min(lost) > 100
+
+
 def test_beginning_the_next_stage_early_saves_time() -> None:
     stages = [scores(5), [replace(p, start=10, stop=20) for p in scores(3)]]
     pace = Pace(work=1)

@@ -106,10 +106,12 @@ def simulate(
         end = when + draw.expovariate(failures / 3600) if failures else math.inf
         at = when + pace.unit
         for piece in unit:
-            at += _seconds(piece, boundaries[worker], pace, decompositions(piece), decomposed)
+            new = {matrix: n for matrix, n in decompositions(piece).items() if matrix not in decomposed}
+            at += _seconds(piece, boundaries[worker], pace) + sum(new.values()) * pace.decompose
             if at > end:
                 push(end, worker, "lost")
                 return end - when
+            decomposed.update(new)
             push(at, worker, "answer", piece)
         push(at, worker, "done")
         return at - when
@@ -156,15 +158,9 @@ def simulate(
     )
 
 
-def _seconds(
-    piece: Piece, walked: dict[Hashable, float], pace: Pace, needs: Mapping[str, float], decomposed: set[str]
-) -> float:
-    """Return how long a worker takes for a piece, and note what it has at hand then."""
+def _seconds(piece: Piece, walked: dict[Hashable, float], pace: Pace) -> float:
+    """Return how long a worker takes for the passes of a piece, and note how far up it is then."""
     found = piece.work * pace.work
-    for matrix, operations in needs.items():
-        if matrix not in decomposed:
-            decomposed.add(matrix)
-            found += operations * pace.decompose
     if isinstance(piece, Score):
         examples, below = piece.stop - piece.start, 1 - piece.share
         at = walked.get(piece.home, 0.0)
