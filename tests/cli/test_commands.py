@@ -295,7 +295,7 @@ def _scores(file: Path) -> int:
 def test_an_interruption_leaves_130_and_says_how_to_go_on(
     run: Run, folder: Path, questions: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import laserlm.searching.trials as trials
+    from laserlm.searching import desk
 
     calls: list[str] = []
 
@@ -305,7 +305,7 @@ def test_an_interruption_leaves_130_and_says_how_to_go_on(
             raise KeyboardInterrupt
         return evaluate_rows(lm, *args, **kwargs)
 
-    monkeypatch.setattr(trials, "evaluate_rows", interrupted)
+    monkeypatch.setattr(desk, "evaluate_rows", interrupted)
     asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--strategy", "exhaustive")
     asked = (*asked, "--store", store, "--json")
     code, out, err = run(*asked)

@@ -450,7 +450,7 @@ def test_an_unchanged_model_that_ends_every_worker_is_told_and_can_go_on(
 
 
 def test_out_of_time_the_best_so_far_is_measured(cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path) -> None:
-    with connected(cluster, lambda text: time.sleep(0.3)):
+    with connected(cluster, lambda text: time.sleep(1)):
         found, _ = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), budget=0.2, **GIVEN["exhaustive"])
     assert not found.complete
     assert found.test.n == len(task.test)
