@@ -1,8 +1,9 @@
-"""Fixtures: tiny models, the bundled model, real data."""
+"""Fixtures: tiny models, the bundled model, real data, and the command line, run in this process."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 # No test reaches for a hub. The hub's library reads this once, when it is first imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+Run = Callable[..., tuple[int, str, str]]
+
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
 
@@ -22,6 +25,21 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what tests cache and store out of the user's folders."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    from laserlm.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["laser", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return run
 
 
 @pytest.fixture

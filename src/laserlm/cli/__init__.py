@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from laserlm import __version__
-from laserlm.cli import analyze, evaluate, export, harness, leaderboard, models, report, runs, search, serve, tasks
+from laserlm.cli import analyze, evaluate, export, harness, lab, leaderboard, models, report, runs, search, serve, tasks
 from laserlm.cli.progress import say
 from laserlm.errors import LaserError
 
@@ -37,6 +37,7 @@ app.add_typer(analyze.app, name="analyze")
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(runs.app, name="runs")
 app.add_typer(leaderboard.app, name="leaderboard")
+app.add_typer(lab.app, name="lab")
 
 
 def print_version(asked: bool) -> None:

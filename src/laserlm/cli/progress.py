@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["bar", "say"]
+if TYPE_CHECKING:
+    from laserlm.searching import Step
+
+__all__ = ["bar", "say", "searching_bar"]
 
 PATIENCE_SECONDS = 2.0
 errors = Console(stderr=True, highlight=False)
@@ -63,3 +67,26 @@ def bar(what: str, unit: str = "examples") -> Iterator[Callable[..., None]]:
         appearance.cancel()
         appearance.join()  # it may be at it just now
         progress.stop()
+
+
+@contextmanager
+def searching_bar() -> Iterator[Callable[[Step], None]]:
+    """Show where a search stands as a progress bar, and the best so far where it is interrupted."""
+    best = "no candidate was scored yet"
+    with bar("searching", "examples") as advance:
+
+        def on_step(step: Step) -> None:
+            nonlocal best
+            if step.best is not None:
+                low, high = step.best.accuracy_interval
+                name = step.best.intervention or "the unchanged model"
+                best = f"{name} {step.best.accuracy:.1%} [{low:.1%}, {high:.1%}], loss {step.best.loss:.3f}, of {step.best.n}"
+            alive = f", {step.alive} alive" if step.stage.startswith("rung") else ""
+            advance(step.done, step.total, f"{step.stage}{alive}; best {best}", step.scored)
+
+        try:
+            yield on_step
+        except KeyboardInterrupt:
+            say(f"interrupted; best so far on validation: {best}")
+            say("the same command (without --restart) goes on where this one stopped")
+            raise

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, TaskOptions, print_json, with_options
-from laserlm.cli.progress import bar, say
+from laserlm.cli.progress import say, searching_bar
 from laserlm.provenance import masked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from laserlm.models import LanguageModel
     from laserlm.scoring.records import Evaluation
-    from laserlm.searching import Found, Step
+    from laserlm.searching import Found
     from laserlm.tasks import Task
 
 DEMO_VALIDATION = 300
@@ -122,7 +118,7 @@ def search(
         tell(lm, made, given, cluster, start=time.monotonic() - begun, json=json)
         return
     say(f"results are kept in {masked(store)}")
-    with _shown() as on_step:
+    with searching_bar() as on_step:
         found = search_(
             lm,
             made,
@@ -169,7 +165,7 @@ def demo(
             f"A race among all {sum(not m.parts for m in lm.matrices)} matrices of all blocks at 15 ranks each; "
             "the lowest loss wins, since so few questions\ntell losses apart better than hit rates."
         )
-    with _shown() as on_step:
+    with searching_bar() as on_step:
         found = search_(lm, made, metric="loss", store=store, restart=restart, on_step=on_step)
     with Results.open(store) as results:
         base = results.evaluation(found.run, "test", "")
@@ -190,29 +186,6 @@ def demo(
     reduction = f" --reduce {found.best}" if found.best else ""
     print(f'Go on with:\n  laser generate bundled "The capital of France is"{reduction}\n  laser runs show {found.run}')
     print("  laser search MODEL --task jsonl:FILE    (your own model and questions)")
-
-
-@contextmanager
-def _shown() -> Iterator[Callable[[Step], None]]:
-    """Show where a search stands as a progress bar, and the best so far where it is interrupted."""
-    best = "no candidate was scored yet"
-    with bar("searching", "examples") as advance:
-
-        def on_step(step: Step) -> None:
-            nonlocal best
-            if step.best is not None:
-                low, high = step.best.accuracy_interval
-                name = step.best.intervention or "the unchanged model"
-                best = f"{name} {step.best.accuracy:.1%} [{low:.1%}, {high:.1%}], loss {step.best.loss:.3f}, of {step.best.n}"
-            alive = f", {step.alive} alive" if step.stage.startswith("rung") else ""
-            advance(step.done, step.total, f"{step.stage}{alive}; best {best}", step.scored)
-
-        try:
-            yield on_step
-        except KeyboardInterrupt:
-            say(f"interrupted; best so far on validation: {best}")
-            say("the same command (without --restart) goes on where this one stopped")
-            raise
 
 
 def _print_found(found: Found, *, of_text: bool = False) -> None:

@@ -1,0 +1,81 @@
+"""The commands of the lab: experiments that train their own small models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laserlm.cli.options import STORE_DEFAULT, Json, Listing, Store, print_json
+from laserlm.cli.progress import bar, say, searching_bar
+from laserlm.provenance import masked
+
+if TYPE_CHECKING:
+    from laserlm.lab.recall.study import Recalled
+
+app = typer.Typer(no_args_is_help=True, help="Experiments that train a small model of their own, on two CPU cores.")
+
+Folder = Annotated[Path, typer.Option(help="Folder for the trained models; those that are there are used again.")]
+
+
+@app.command()
+def noisy_recall(
+    seeds: Annotated[int, typer.Option(min=1, help="Number of models, each with its own language.")] = 3,
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Probability of the noise word in training.")] = 0.65,
+    learnt: Annotated[str, typer.Option(help="outputs (loss on what follows a trigger) or all (on every word).")] = "outputs",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1500,
+    out: Folder = Path("noisy-recall"),
+    store: Store = STORE_DEFAULT,
+    restart: Annotated[bool, typer.Option("--restart", help="Search anew; trained models are kept.")] = False,
+    json: Json = False,
+) -> None:
+    """Train models on sequences with noise, and find the reduction that takes the noise out (arXiv 2406.03068).
+
+    Example: laser lab noisy-recall --seeds 1
+    """
+    from laserlm.lab.recall.language import Recipe, write_questions
+    from laserlm.lab.recall.model import trained
+    from laserlm.lab.recall.study import study, task_of
+
+    say(f"models are kept in {out}, results in {masked(store)}")
+    found = []
+    for seed in range(seeds):
+        recipe = Recipe(alpha=alpha, learnt=learnt, steps=steps, seed=seed)  # type: ignore[arg-type]
+        folder = out / f"seed-{seed}"
+        with bar(f"training seed {seed}", unit="steps") as advance:
+            lm = trained(recipe, folder, on_progress=advance)
+        if recipe.learnt == "outputs":
+            write_questions(task_of(recipe).every.examples, folder / "questions.jsonl")
+        with searching_bar() as on_step:
+            found.append(study(lm, recipe, store, restart=restart, on_step=on_step))
+    if json:
+        print_json([one.as_dict() for one in found])
+    else:
+        _print(found)
+
+
+def _print(found: list[Recalled]) -> None:
+    n = found[0].clean.n
+    rows: list[dict[str, Any]] = [
+        {
+            "seed": one.recipe.seed,
+            "best": str(one.found.best) or "unchanged",
+            "clean": f"{one.clean.base:.1%}",
+            "after": f"{one.clean.edited:.1%}",
+            "95 % interval of the gain": f"{one.clean.interval.low:+.1%} to {one.clean.interval.high:+.1%}",
+            "race": str(one.race.best) or "unchanged",
+            "screen's first": f"{one.first} {one.first_clean.edited:.1%}",
+            "best of attention": f"{one.attention} {one.attention_clean.edited:.1%}",
+            "noisy loss": f"{one.noisy.base_loss:.3f} -> {one.noisy.edited_loss:.3f}",
+            "all words": f"{one.text.base_loss:.3f} -> {one.text.edited_loss:.3f}",
+        }
+        for one in found
+    ]
+    Listing().print(rows, title=f"Noisy recall: share of {n} clean questions that is right, losses in nats per word")
+    first = found[0]
+    print(
+        f"Each is the best of {first.found.candidates} reductions on {first.found.validation.n} validation sequences. Where "
+        "the noisy loss rises, the model has lost the noise that it had learnt to expect."
+    )
+    print(f"Go on with: laser runs show {first.found.run}")

@@ -1,0 +1,1 @@
+"""Self-contained experiments on questions that the paper leaves open."""
