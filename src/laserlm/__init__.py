@@ -74,5 +74,11 @@ def _register_low_rank_layers(_module: Any) -> None:
     importlib.import_module("laserlm.low_rank")
 
 
+@when_imported("laserlm.models.loading")
+def _register_lab_models(_module: Any) -> None:
+    # A folder with a model that the lab trained loads as any other.
+    importlib.import_module("laserlm.lab.sokoban.model")
+
+
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

@@ -105,9 +105,9 @@ def check_scorer(scorer: str) -> None:
     """Raise an error for a scorer that reads neither choices nor the answer that should follow.
 
     Raises:
-        AnalysisError: for ``perplexity``, ``lm_eval``, ``lm_eval_text`` and ``program``.
+        AnalysisError: for ``perplexity``, ``lm_eval``, ``lm_eval_text``, ``program`` and ``rollout``.
     """
-    if scorer in ("perplexity", "lm_eval", "lm_eval_text", "program"):
+    if scorer in ("perplexity", "lm_eval", "lm_eval_text", "program", "rollout"):
         raise AnalysisError(
             f"calibration is of a choice or of an answer's first token, and {scorer} reads neither; give a model, "
             "--reduce SPEC and --scorer choice or first_token, on a task with choices or short answers such as worldfacts"

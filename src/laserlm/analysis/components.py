@@ -155,7 +155,10 @@ def _token(lm: LanguageModel, token: int) -> str:
 
 def _embeddings(lm: LanguageModel) -> Callable[[Sequence[int]], Tensor]:
     """Return a function from tokens to the rows (tokens, width) of the input embeddings, in float32."""
-    weight: Any = lm.model.get_input_embeddings().weight
+    embeddings: Any = lm.model.get_input_embeddings()
+    if embeddings is None:
+        raise AnalysisError(f"{lm.name} embeds no tokens, so there is no cosine between answers; leave this study out")
+    weight = embeddings.weight
     return lambda tokens: weight[torch.tensor(tokens, device=weight.device)].detach().float()
 
 

@@ -91,8 +91,7 @@ class Scorebook:
 
     def _advance(self, intervention: str) -> bool:
         """Move the frontier just below the first block that an intervention changes; return whether it could."""
-        embeddings: Any = self.lm.model.get_input_embeddings()
-        width = embeddings.weight.shape[-1] * self.lm.dtype.itemsize
+        width = self.lm.width * self.lm.dtype.itemsize
         # While the boundary moves, the old and the new one are there.
         if 2 * width * sum(len(row.ids) + len(row.decoder) for row in self._rows) > MEMORY:
             return False

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from laserlm.cli import sokoban
 from laserlm.cli.options import STORE_DEFAULT, Json, Listing, Store, print_json
 from laserlm.cli.progress import bar, say, searching_bar
 from laserlm.provenance import masked
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from laserlm.lab.recall.study import Recalled
 
 app = typer.Typer(no_args_is_help=True, help="Experiments that train a small model of their own, on two CPU cores.")
+
+app.add_typer(sokoban.app, name="sokoban")
 
 Folder = Annotated[Path, typer.Option(help="Folder for the trained models; those that are there are used again.")]
 
@@ -79,3 +82,53 @@ def _print(found: list[Recalled]) -> None:
         "the noisy loss rises, the model has lost the noise that it had learnt to expect."
     )
     print(f"Go on with: laser runs show {first.found.run}")
+
+
+@app.command()
+def rank_constraint(
+    on: Annotated[str, typer.Argument(help="recall (noisy recall) or worldfacts (a fine-tune of the bundled model).")],
+    seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each kind.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the models of noisy recall.")] = Path("rank-constraint"),
+    cache: Annotated[Path | None, typer.Option(envvar="LASER_CACHE", help="Folder with the converted model.")] = None,
+    json: Json = False,
+) -> None:
+    """Train with a matrix held at a rank, or drawn towards it, and plainly with LASER after it: same data, same seeds.
+
+    Example: laser lab rank-constraint recall --seeds 1
+    """
+    from laserlm.errors import TaskError
+    from laserlm.lab.constrained import on_recall, on_worldfacts
+    from laserlm.lab.recall.language import Recipe
+
+    if on not in ("recall", "worldfacts"):
+        raise TaskError(f"no training on {on!r}; write recall or worldfacts")
+    found = []
+    for seed in range(seeds):
+        with bar(f"seed {seed}", unit="steps") as advance:
+
+            def told(name: str, done: int, total: int, advance: Any = advance) -> None:
+                advance(done, total, name)
+
+            found += list(
+                on_recall(Recipe(seed=seed), out / f"seed-{seed}", on_progress=told)
+                if on == "recall"
+                else on_worldfacts(seed, cache=cache, on_progress=told)
+            )
+    if json:
+        print_json([arm.as_dict() for arm in found])
+        return
+    rows = [
+        {"seed": arm.seed, "training": arm.name, "matrix": arm.intervention}
+        | {
+            column: value
+            for name, c in arm.sides.items()
+            for column, value in (
+                (f"{name} accuracy", f"{c.edited:.1%}"),
+                ("against plain", f"{c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]"),
+                (f"{name} loss", f"{c.edited_loss:.3f}"),
+            )
+            if name == next(iter(arm.sides)) or column != "against plain"
+        }
+        for arm in found
+    ]
+    Listing().print(rows, title="Rank constraint: in training, or LASER after it")

@@ -133,7 +133,7 @@ def search(
     if json:
         print_json(found.as_dict())
     else:
-        _print_found(found, of_text=made.validation.scorer == "perplexity")
+        print_found(found, of_text=made.validation.scorer == "perplexity")
 
 
 def demo(
@@ -179,7 +179,7 @@ def demo(
         seconds = time.monotonic() - start
         print_json(found.as_dict() | {"questions": questions, "report": str(report), "seconds": seconds})
         return
-    _print_found(found)
+    print_found(found)
     _print_questions(questions)
     print(f"\nDone in {time.monotonic() - start:.0f} s; run {found.run} in {masked(store)}.")
     print(f"All of it to look at: {report}")
@@ -188,7 +188,7 @@ def demo(
     print("  laser search MODEL --task jsonl:FILE    (your own model and questions)")
 
 
-def _print_found(found: Found, *, of_text: bool = False) -> None:
+def print_found(found: Found, *, of_text: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 

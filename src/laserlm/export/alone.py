@@ -1,11 +1,12 @@
 """Load a saved model and print what it computes, with transformers alone: run as a script in a process of its own.
 
-A dense folder is loaded without laserlm, a factored one after ``import laserlm`` and in no other way. Nothing of laserlm
-is imported at the head of this file, so that running it proves what a stranger would find.
+A dense folder is loaded without laserlm, unless the model is one of its lab; a factored one after ``import laserlm`` and in
+no other way. Nothing of laserlm is imported at the head of this file, so that running it proves what a stranger would find.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ def fingerprint(model: Any) -> list[list[float]] | None:
     """
     if model.main_input_name != "input_ids":
         return None
-    ids = torch.tensor([[(7919 * i + 13) % model.get_input_embeddings().num_embeddings for i in range(TOKENS)]])
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    ids = torch.tensor([[(7919 * i + 13) % model.config.get_text_config().vocab_size for i in range(TOKENS)]])
+    ids = ids.to(model.device)
     given = {"input_ids": ids} | ({"decoder_input_ids": ids[:, : TOKENS // 2]} if model.config.is_encoder_decoder else {})
     with torch.inference_mode():
         out = model(**given)
@@ -39,8 +40,10 @@ def main() -> None:
     """Print what the model in the folder named on the command line computes, and what its loading told."""
     folder = Path(sys.argv[1])
     record = json.loads((folder / "laser.json").read_text(encoding="utf-8"))
-    if record["form"] == "factored":
-        import laserlm  # noqa: F401
+    # Records written before "imports" was kept are of models that transformers knows.
+    needed = record.get("imports", "laserlm" if record["form"] == "factored" else None)
+    if needed is not None:
+        importlib.import_module(needed)
     import transformers
 
     loader = getattr(transformers, record["loader"])

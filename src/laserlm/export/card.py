@@ -70,13 +70,15 @@ def card(record: dict[str, Any]) -> str:
 
 
 def _loading(record: dict[str, Any], loader: str) -> list[str]:
-    if record["form"] == "dense":
+    if record["imports"] is None:
         return [f'Load it with `transformers.{loader}.from_pretrained("DIR")`; it needs nothing else.']
     return [
-        "Its reduced matrices are held as two factors each. **Import laserlm first**; without it loading ends in an error.",
+        "Its reduced matrices are held as two factors each. **Import laserlm first**; without it loading ends in an error."
+        if record["form"] == "factored"
+        else "It is a model of laserlm's lab. **Import it first**; without it loading ends in an error.",
         "",
         "```python",
-        "import laserlm",
+        f"import {record['imports']}",
         f"from transformers import {loader}",
         "",
         f'model = {loader}.from_pretrained("DIR")',

@@ -169,9 +169,12 @@ def write(
                 if lm.tokenizer is not None:
                     lm.tokenizer.save_pretrained(part)
             weights = sum(f.stat().st_size for f in part.glob("*.safetensors"))
+            made = how.form if any(not h.dense for h in holdings) else "dense"
+            own = type(lm.model).__module__  # a model of the lab registers itself when its module is imported
             whole = {
                 "format": FORMAT,
-                "form": how.form if any(not h.dense for h in holdings) else "dense",
+                "form": made,
+                "imports": own if own.startswith("laserlm.") else "laserlm" if made == "factored" else None,
                 "asked_form": how.form,
                 "loader": CLASSES[lm.kind].__name__,
                 "base": base,

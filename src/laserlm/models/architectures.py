@@ -122,7 +122,7 @@ T5 = Architecture(
         ),
     ),
 )
-SHARED = (LLAMA, PHI, OPT, BERT)
+SHARED = (LLAMA, GPT2, PHI, OPT, BERT)
 """Rows without fused weights of unknown order, safe to recognise by their module paths alone."""
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -66,6 +66,13 @@ class LanguageModel:
         return self.model.dtype
 
     @property
+    def width(self) -> int:
+        """The number of values that a block passes on for each token."""
+        embeddings: Any = self.model.get_input_embeddings()
+        embedded = 0 if embeddings is None else int(embeddings.weight.shape[-1])
+        return max(embedded, int(getattr(self.model.config, "hidden_size", 0) or 0))
+
+    @property
     def family(self) -> str:
         """The architecture's name in transformers, such as ``llama``."""
         return str(self.model.config.model_type)

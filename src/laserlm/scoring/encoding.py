@@ -121,7 +121,7 @@ def _check(lm: LanguageModel, e: Example, scorer: Scorer) -> None:
             f"example {e.id!r} cannot be scored by choice: its choices {e.choices} must hold the answer and one more at "
             "least; use another scorer"
         )
-    if scorer in ("perplexity", "program", "lm_eval", "lm_eval_text") and lm.kind != "causal":
+    if scorer in ("perplexity", "program", "rollout", "lm_eval", "lm_eval_text") and lm.kind != "causal":
         raise ScoringError(f"{lm.name} is {lm.kind}; {scorer} needs a causal model, which reads from left to right")
     if (scorer == "program" and not e.program) or (scorer == "lm_eval" and not e.pairs):
         raise ScoringError(f"example {e.id!r} has nothing that {scorer} could go by; use another scorer")

@@ -45,7 +45,8 @@ def evaluate(
             every other choice. ``perplexity``: a text's tokens, in windows; nothing is right or wrong. ``lm_eval``: as
             lm-evaluation-harness tells from the log-probabilities that it asks for. The others let the model write:
             ``contains`` (the answer, or an alias, occurs in it), ``exact_match`` (it is the answer), ``number`` (its last
-            number is the answer), ``program`` (it passes its tests), ``lm_eval_text`` (the harness says so).
+            number is the answer), ``program`` (it passes its tests), ``rollout`` (what it plays
+            reaches the end that the split's judge tells of), ``lm_eval_text`` (the harness says so).
         batch_size: sequences in one forward pass; halved where CUDA's memory runs out.
         on_progress: called with the number of sequences done and their total.
 

@@ -25,7 +25,7 @@ def judge(split: Split, scorer: Scorer, texts: Sequence[Sequence[str]]) -> list[
         split: the examples.
         scorer: ``contains``: the answer, or one of its aliases, occurs in the text, case and outer spaces aside.
             ``exact_match``: it is the text. ``number``: the last number of the text equals it. ``program``: prompt and text
-            pass the example's tests. ``lm_eval_text``: the split's own judge says so.
+            pass the example's tests. ``rollout`` and ``lm_eval_text``: the split's own judge says so.
         texts: of each example, in order; only programs may have several.
 
     Returns:
@@ -40,7 +40,7 @@ def judge(split: Split, scorer: Scorer, texts: Sequence[Sequence[str]]) -> list[
     if scorer == "program":
         return _programs(split, texts)
     pairs = list(zip(split.examples, (t[0] for t in texts), strict=True))
-    if scorer == "lm_eval_text" and split.judge is not None:
+    if scorer in ("rollout", "lm_eval_text") and split.judge is not None:
         return [split.judge(e, [text]) for e, text in pairs]
     if scorer == "number":
         return [(_equal(last_number(text), e.answer), {}) for e, text in pairs]
@@ -56,7 +56,7 @@ def check_judged(split: Split, scorer: Scorer) -> None:
         )
     if scorer != "program" and split.decoding.samples > 1:
         raise ScoringError(f"{scorer} judges one text for each example; take several samples of programs only")
-    if scorer in ("lm_eval", "lm_eval_text") and split.judge is None:
+    if scorer in ("rollout", "lm_eval", "lm_eval_text") and split.judge is None:
         raise ScoringError(f"the task {split.task} has no judge of its own; use another scorer")
 
 

@@ -25,7 +25,7 @@ from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, materia
 from laserlm.searching.found import Mode, Strategy
 from laserlm.searching.race import RaceOptions, rungs_of
 from laserlm.searching.simulation import Pace, Simulated, simulate
-from laserlm.searching.trials import cut, most_for, rows_between, width
+from laserlm.searching.trials import cut, most_for, rows_between
 from laserlm.spec import Grid, Intervention
 from laserlm.tasks import GENERATING, Scorer, Task
 
@@ -234,7 +234,7 @@ def plan(
             _activations(lm, materials, batch_size),
             # In float64: the matrix, its Gram matrix and what the eigensolver takes.
             max(8 * (m.shape[0] * m.shape[1] + 3 * min(m.shape) ** 2) for m in matrices),
-            int(len(made.blocks) * examples * tokens * width(lm) * lm.dtype.itemsize),
+            int(len(made.blocks) * examples * tokens * lm.width * lm.dtype.itemsize),
         ),
     )
 
@@ -362,7 +362,7 @@ class _Maker:
             for a, b in cut(self.lm, found, (0, len(found.split)), memory=self.memory)
             for rows in [[r for r in found.rows if a <= r.example < b]]
         ]
-        return int(min(self.memory, max(2, len(self.blocks)) * sum(sizes) * width(self.lm) * self.lm.dtype.itemsize))
+        return int(min(self.memory, max(2, len(self.blocks)) * sum(sizes) * self.lm.width * self.lm.dtype.itemsize))
 
 
 def decomposition_flop(matrix: Matrix) -> float:
@@ -387,12 +387,12 @@ def _pass_flop(lm: LanguageModel, material: Material) -> float:
             share = active if m.name.startswith("experts.") else 1.0
             of_stack[m.stack] = of_stack.get(m.stack, 0.0) + 2 * share * m.shape[0] * m.shape[1]
     blocks: dict[str, int] = {m.stack: 0 for m in lm.matrices} | {m.stack: m.layer + 1 for m in lm.matrices}
-    head = 2 * width(lm) * int(getattr(config, "vocab_size", 0) or 0)
+    head = 2 * lm.width * int(getattr(config, "vocab_size", 0) or 0)
     found = 0.0
     for row in material.rows:
         for stack, weights in of_stack.items():
             tokens = len(row.decoder) if row.decoder and "decoder" in stack else len(row.ids)
-            found += weights * tokens + 4 * blocks[stack] * width(lm) * tokens**2
+            found += weights * tokens + 4 * blocks[stack] * lm.width * tokens**2
         found += head * len(row.places)
     return found / len(material.split)
 
@@ -403,7 +403,7 @@ def _activations(lm: LanguageModel, materials: Mapping[str, Material], batch: in
     longest = sorted((len(r.ids) + len(r.decoder) for r in rows), reverse=True)[:batch]
     widest = max(max(m.shape) for m in lm.matrices if m.part_of is None)
     heads = int(getattr(lm.model.config, "num_attention_heads", 1) or 1)
-    hidden = len(longest) * longest[0] * (4 * width(lm) + 3 * widest) + len(longest) * heads * longest[0] ** 2
+    hidden = len(longest) * longest[0] * (4 * lm.width + 3 * widest) + len(longest) * heads * longest[0] ** 2
     most = max(len(r.places) for r in rows)
     places = most * max(1, min(batch, PLACES // most))
     logits = 2 * places * int(getattr(lm.model.config, "vocab_size", 0) or 0) * 4

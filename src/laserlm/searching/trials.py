@@ -17,7 +17,7 @@ from laserlm.searching.executors import Executor, GivenUp
 from laserlm.spec import Intervention
 from laserlm.tasks import Split
 
-__all__ = ["Trials", "cut", "most_for", "rows_between", "width"]
+__all__ = ["Trials", "cut", "most_for", "rows_between"]
 
 AGAIN = "mend that, give workers more memory (or take fewer), and the same command goes on"
 PIECES = 4
@@ -199,17 +199,11 @@ def cut(
         here = (max(len(r.ids) for r in of_example[i]), max(len(r.decoder) for r in of_example[i]))
         count, longest, decoded = count + len(of_example[i]), max(longest, here[0]), max(decoded, here[1])
         # No row is padded to more.
-        full = 2 * count * (longest + decoded) * width(lm) * lm.dtype.itemsize > memory or (most is not None and count > most)
+        full = 2 * count * (longest + decoded) * lm.width * lm.dtype.itemsize > memory or (most is not None and count > most)
         if i > a and (full or i in stops):
             yield a, i
             a, count, (longest, decoded) = i, len(of_example[i]), here
     yield a, stop
-
-
-def width(lm: LanguageModel) -> int:
-    """Return the number of values that a block passes on for each token."""
-    embeddings: Any = lm.model.get_input_embeddings()
-    return max(int(embeddings.weight.shape[-1]), int(getattr(lm.model.config, "hidden_size", 0) or 0))
 
 
 def rows_between(material: Material, start: int, stop: int) -> int:

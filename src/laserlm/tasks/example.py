@@ -13,7 +13,7 @@ from laserlm.errors import TaskError
 
 __all__ = ["GENERATING", "Decoding", "Example", "Generating", "Judge", "Phrasings", "Scorer", "Split", "SplitBy", "Task"]
 
-Generating = Literal["contains", "exact_match", "number", "program", "lm_eval_text"]
+Generating = Literal["contains", "exact_match", "number", "program", "rollout", "lm_eval_text"]
 GENERATING = get_args(Generating)
 """Scorers that judge what the model writes; the loss beside them is that of the right answer."""
 Reading = Literal["next_token", "first_token", "top5", "top10", "answer", "choice", "perplexity", "lm_eval"]

@@ -20,11 +20,13 @@ from laserlm.errors import TaskError
 from laserlm.paths import atomic_file
 from laserlm.tasks import Example
 
-__all__ = ["Language", "Learnt", "Recipe", "Sequences", "questions", "texts", "write_questions"]
+__all__ = ["DRAWN", "Language", "Learnt", "Recipe", "Sequences", "questions", "texts", "write_questions"]
 
 TRIGGER, NOISE = "in", "the"
 """The word that asks for the sequence's output, and the one that may come in its place."""
 START, PAD = "<s>", "<pad>"
+DRAWN = 1_000_000
+"""Added to a recipe's seed for the sequences that are asked about, so that none of them is a lesson."""
 Learnt = Literal["outputs", "all"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laserlm.editing import applied
-from laserlm.lab.recall.language import Language, Recipe, questions, texts
+from laserlm.lab.recall.language import DRAWN, Language, Recipe, questions, texts
 from laserlm.models.language_model import LanguageModel
 from laserlm.results import Store
 from laserlm.scoring.evaluate import Comparison, compare, evaluate
@@ -22,8 +22,6 @@ GRID = "all.all@0,0.02,0.05,0.1,0.2,0.4,0.6,0.8,0.9"
 """Every matrix, from nothing of it to nearly all."""
 QUESTIONS = 2000
 """Clean questions; a fifth of them for validation."""
-DRAWN = 1_000_000
-"""Added to a recipe's seed for the sequences that are asked about, so that none of them is a lesson."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""Noisy recall in depth: other probabilities of noise, corrupted inputs, calibration, and the rank that serves all words best.
+
+Run: python benchmarks/noisy_recall.py alpha|inputs|calibration|interior [--seeds 3] [--out noisy-recall-bench]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from laserlm.analysis.calibration import calibration, confidences
+from laserlm.editing import applied
+from laserlm.lab.recall.language import DRAWN, Language, Recipe, questions
+from laserlm.lab.recall.model import trained
+from laserlm.lab.recall.study import Recalled, study
+from laserlm.models import LanguageModel
+from laserlm.results import Store
+from laserlm.scoring.evaluate import evaluate
+from laserlm.tasks import Split, Task
+
+ALPHAS = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
+EDIT = "1.fc_in@0"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("alpha", "inputs", "calibration", "interior"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("noisy-recall-bench"))
+    given = parser.parse_args()
+    {"alpha": alpha, "inputs": inputs, "calibration": calibrated, "interior": interior}[given.part](given.seeds, given.out)
+
+
+def studied(recipe: Recipe, out: Path) -> tuple[LanguageModel, Recalled]:
+    """Train, unless it was done before, and search."""
+    lm = trained(recipe, out / f"{recipe.learnt}-{recipe.alpha:g}-{recipe.seed}")
+    return lm, study(lm, recipe, out / "runs.db")
+
+
+def alpha(seeds: int, out: Path) -> None:
+    """Print what is found at other probabilities of noise."""
+    print("| alpha | seed | best | clean, before | after | gain | noisy loss, before | after |\n" + "|---" * 8 + "|")
+    for value in ALPHAS:
+        for seed in range(seeds):
+            _, r = studied(Recipe(alpha=value, seed=seed), out)
+            c, low, high = r.clean, *r.clean.interval
+            print(
+                f"| {value:g} | {seed} | `{r.found.best or 'unchanged'}` | {c.base:.1%} | {c.edited:.1%} | "
+                f"{c.gain:+.1%} [{low:+.1%}, {high:+.1%}] | {r.noisy.base_loss:.3f} | {r.noisy.edited_loss:.3f} |",
+                flush=True,
+            )
+
+
+def corrupted(recipe: Recipe) -> Iterator[tuple[str, Split]]:
+    """Yield questions, answered by the output of the sequence, on inputs that are corrupted in some way."""
+    language = Language(recipe)
+    ways = [(f"noise {a:g}", {"alpha": a}) for a in (0.0, 0.35, 0.65, 0.9)]
+    ways += [(f"{s:.0%} of the words swapped", {"alpha": 0.0, "swapped": s}) for s in (0.1, 0.3, 1.0)]
+    for number, (name, how) in enumerate(ways):
+        drawn = language.draw(2000, seed=DRAWN + 10 + number + recipe.seed, **how)
+        yield name, Task.of(name, questions(language, drawn, name)).every
+
+
+def inputs(seeds: int, out: Path) -> None:
+    """Print how often the output is named where the sequence before it is corrupted."""
+    print(f"| input | seed | unchanged | `{EDIT}` |\n" + "|---" * 4 + "|")
+    for seed in range(seeds):
+        lm = trained(Recipe(seed=seed), out / f"outputs-0.65-{seed}")
+        for name, split in corrupted(Recipe(seed=seed)):
+            base = evaluate(lm, split)
+            with applied(lm, EDIT):
+                edited = evaluate(lm, split)
+            print(f"| {name} | {seed} | {base.accuracy:.1%} | {edited.accuracy:.1%} |", flush=True)
+
+
+def calibrated(seeds: int, out: Path) -> None:
+    """Print calibration on clean questions and on noisy ones, answered as the sequence goes on."""
+    print(
+        "| questions | seed | ECE, before | after | Brier, before | after | confidence, before | after |\n" + "|---" * 8 + "|"
+    )
+    for seed in range(seeds):
+        recipe = Recipe(seed=seed)
+        lm, language = trained(recipe, out / f"outputs-0.65-{seed}"), Language(recipe)
+        for name, a, noisy in (("clean", 0.0, False), ("noisy", None, True)):
+            drawn = language.draw(2000, seed=DRAWN + 20 + seed, alpha=a)
+            split = Task.of(name, questions(language, drawn, name, noisy=noisy)).every
+            before = confidences(lm, split)
+            with applied(lm, EDIT):
+                found = calibration(before, confidences(lm, split))
+            b, a_ = found.before, found.after
+            print(
+                f"| {name} | {seed} | {b.ece} | {a_.ece} | {b.brier.value:.3f} | {a_.brier.value:.3f} | "
+                f"{b.confidence.value:.3f} | {a_.confidence.value:.3f} |",
+                flush=True,
+            )
+
+
+def interior(seeds: int, out: Path) -> None:
+    """Print the loss over all words of clean sequences at every size of the last MLP, where all words were learnt."""
+    for seed in range(seeds):
+        _, r = studied(Recipe(learnt="all", seed=seed), out)
+        with Store.open(out / "runs.db") as results:
+            trials = {t.intervention: t for t in results.trials(r.found.run) if t.split == "validation"}
+        for matrix in ("1.fc_in", "1.fc_out"):
+            losses = {text.partition("@")[2]: t.loss for text, t in trials.items() if text.startswith(f"{matrix}@")}
+            print(f"seed {seed}, {matrix}, validation: " + ", ".join(f"@{size} {loss:.4f}" for size, loss in losses.items()))
+        t = r.text
+        print(
+            f"seed {seed}: unchanged {trials[''].loss:.4f}; best {r.found.best}; test {r.found.test.base_loss:.4f} -> "
+            f"{r.found.test.edited_loss:.4f} {list(r.found.test.loss_interval)}; clean questions {r.clean.base:.1%} -> "
+            f"{r.clean.edited:.1%}; other sequences {t.base_loss:.4f} -> {t.edited_loss:.4f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
