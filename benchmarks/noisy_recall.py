@@ -1,6 +1,6 @@
 """Noisy recall in depth: other probabilities of noise, corrupted inputs, calibration, and the rank that serves all words best.
 
-Run: python benchmarks/noisy_recall.py alpha|inputs|calibration|interior [--seeds 3] [--out noisy-recall-bench]
+Run: python benchmarks/noisy_recall.py alpha|inputs|calibration|interior [--seeds 3] [--out noisy-recall-bench] [--figure FILE]
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from laserlm.analysis.calibration import calibration, confidences
+from laserlm.analysis.estimates import Estimate, against
+from laserlm.analysis.figures import curves, write_figure
 from laserlm.editing import applied
 from laserlm.lab.recall.language import DRAWN, Language, Recipe, questions
 from laserlm.lab.recall.model import trained
@@ -28,8 +30,10 @@ def main() -> None:
     parser.add_argument("part", choices=("alpha", "inputs", "calibration", "interior"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("noisy-recall-bench"))
+    parser.add_argument("--figure", type=Path, help="of alpha and interior; an .html, .svg or .png file")
     given = parser.parse_args()
-    {"alpha": alpha, "inputs": inputs, "calibration": calibrated, "interior": interior}[given.part](given.seeds, given.out)
+    parts = {"alpha": alpha, "inputs": inputs, "calibration": calibrated, "interior": interior}
+    parts[given.part](given.seeds, given.out, given.figure)
 
 
 def studied(recipe: Recipe, out: Path) -> tuple[LanguageModel, Recalled]:
@@ -38,18 +42,24 @@ def studied(recipe: Recipe, out: Path) -> tuple[LanguageModel, Recalled]:
     return lm, study(lm, recipe, out / "runs.db")
 
 
-def alpha(seeds: int, out: Path) -> None:
+def alpha(seeds: int, out: Path, figure: Path | None) -> None:
     """Print what is found at other probabilities of noise."""
+    shares: dict[str, list[tuple[float, Estimate]]] = {"unchanged": [], "reduced": []}
     print("| alpha | seed | best | clean, before | after | gain | noisy loss, before | after |\n" + "|---" * 8 + "|")
     for value in ALPHAS:
-        for seed in range(seeds):
-            _, r = studied(Recipe(alpha=value, seed=seed), out)
+        found = [studied(Recipe(alpha=value, seed=seed), out)[1] for seed in range(seeds)]
+        for name, of in (("unchanged", [r.clean.base for r in found]), ("reduced", [r.clean.edited for r in found])):
+            shares[name].append((value, Estimate.mean(of)))
+        for seed, r in enumerate(found):
             c, low, high = r.clean, *r.clean.interval
             print(
                 f"| {value:g} | {seed} | `{r.found.best or 'unchanged'}` | {c.base:.1%} | {c.edited:.1%} | "
                 f"{c.gain:+.1%} [{low:+.1%}, {high:+.1%}] | {r.noisy.base_loss:.3f} | {r.noisy.edited_loss:.3f} |",
                 flush=True,
             )
+    if figure is not None:
+        title = f"Noisy recall: clean questions answered rightly, mean of {seeds} models"
+        write_figure(curves(shares, title, "probability of noise in training", "share"), figure)
 
 
 def corrupted(recipe: Recipe) -> Iterator[tuple[str, Split]]:
@@ -62,7 +72,7 @@ def corrupted(recipe: Recipe) -> Iterator[tuple[str, Split]]:
         yield name, Task.of(name, questions(language, drawn, name)).every
 
 
-def inputs(seeds: int, out: Path) -> None:
+def inputs(seeds: int, out: Path, _: Path | None) -> None:
     """Print how often the output is named where the sequence before it is corrupted."""
     print(f"| input | seed | unchanged | `{EDIT}` |\n" + "|---" * 4 + "|")
     for seed in range(seeds):
@@ -74,7 +84,7 @@ def inputs(seeds: int, out: Path) -> None:
             print(f"| {name} | {seed} | {base.accuracy:.1%} | {edited.accuracy:.1%} |", flush=True)
 
 
-def calibrated(seeds: int, out: Path) -> None:
+def calibrated(seeds: int, out: Path, _: Path | None) -> None:
     """Print calibration on clean questions and on noisy ones, answered as the sequence goes on."""
     print(
         "| questions | seed | ECE, before | after | Brier, before | after | confidence, before | after |\n" + "|---" * 8 + "|"
@@ -96,22 +106,32 @@ def calibrated(seeds: int, out: Path) -> None:
             )
 
 
-def interior(seeds: int, out: Path) -> None:
+def interior(seeds: int, out: Path, figure: Path | None) -> None:
     """Print the loss over all words of clean sequences at every size of the last MLP, where all words were learnt."""
+    series: dict[str, list[tuple[float, Estimate]]] = {}
     for seed in range(seeds):
         _, r = studied(Recipe(learnt="all", seed=seed), out)
         with Store.open(out / "runs.db") as results:
-            trials = {t.intervention: t for t in results.trials(r.found.run) if t.split == "validation"}
+            trials = results.evaluations(r.found.run, "validation")
+        unchanged = trials[""]
         for matrix in ("1.fc_in", "1.fc_out"):
-            losses = {text.partition("@")[2]: t.loss for text, t in trials.items() if text.startswith(f"{matrix}@")}
-            print(f"seed {seed}, {matrix}, validation: " + ", ".join(f"@{size} {loss:.4f}" for size, loss in losses.items()))
+            changes = {
+                float(text.partition("@")[2]): against(unchanged, e)[1]
+                for text, e in trials.items()
+                if text.startswith(f"{matrix}@")
+            }
+            series[f"seed {seed}, {matrix}"] = [*sorted(changes.items()), (1.0, against(unchanged, unchanged)[1])]
+            print(f"seed {seed}, {matrix}, validation: " + ", ".join(f"@{size:g} {e}" for size, e in sorted(changes.items())))
         t = r.text
         print(
-            f"seed {seed}: unchanged {trials[''].loss:.4f}; best {r.found.best}; test {r.found.test.base_loss:.4f} -> "
+            f"seed {seed}: unchanged {unchanged.loss:.4f}; best {r.found.best}; test {r.found.test.base_loss:.4f} -> "
             f"{r.found.test.edited_loss:.4f} {list(r.found.test.loss_interval)}; clean questions {r.clean.base:.1%} -> "
             f"{r.clean.edited:.1%}; other sequences {t.base_loss:.4f} -> {t.edited_loss:.4f}",
             flush=True,
         )
+    if figure is not None:
+        title = "All words learnt: change of loss on clean sequences, validation"
+        write_figure(curves(series, title, "kept share of the singular values", "nats per word"), figure)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class LevelOptions:
             with bar("solving levels", unit="levels") as advance:
                 known = solved(read, advance)
             if len(known) < len(read):
-                say(f"{len(read) - len(known)} of {len(read)} levels are left out, which the solver gave up")
+                say(f"{len(read) - len(known)} of {len(read)} levels are left out: solved as they are, or not within 120 moves")
             made = task(known, max_steps=self.max_steps)
         return replace(made, validation=made.validation.limit(self.limit), test=made.test.limit(self.limit))
 
@@ -92,7 +92,7 @@ def train(
     boxes: Annotated[int, typer.Option(min=1, help="Boxes of each level.")] = 2,
     room: Annotated[int, typer.Option(min=3, max=8, help="Side of the room.")] = 6,
     levels: Annotated[int, typer.Option(min=1, help="Levels to learn from.")] = 40_000,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1200,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 250,
 ) -> None:
     """Train a Decision Transformer on optimal solutions of random levels.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_model
 from torch.utils.data import Dataset
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer import Trainer
@@ -63,7 +64,10 @@ def fit(
     trainer = Trainer(model=model, args=arguments, train_dataset=examples, callbacks=[*callbacks, _Progress(on_progress)])
     trainer.remove_callback(PrinterCallback)  # results go to the caller, and logs nowhere else
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    if last is not None and TrainerState.load_from_json(str(Path(last) / "trainer_state.json")).global_step >= steps:
+        load_model(model, Path(last) / "model.safetensors")  # interrupted after its last step; Trainer would take one more
+    else:
+        trainer.train(resume_from_checkpoint=last)
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from laserlm.lab.sokoban.dynamics import State, step
 from laserlm.lab.sokoban.levels import DELTAS, MOVES, SIDE, Level
-from laserlm.lab.sokoban.model import CELL_PLACES, FIRST_MOVE, LEVEL, LINE_END, PAD
+from laserlm.lab.sokoban.model import CELL_PLACES, FIRST_MOVE, LEVEL, LINE_END, MAX_STEPS, PAD
 from laserlm.lab.sokoban.solver import solve
 from laserlm.tasks import Decoding, Example, Task
 
@@ -52,7 +52,7 @@ def _transposed(rows: Sequence[str]) -> list[str]:
 
 
 class Episodes(Dataset[dict[str, Tensor]]):
-    """Solved levels as the model reads them, each turned and mirrored at random whenever it is asked for.
+    """Solved levels as the model reads them, each turned and mirrored in all eight ways.
 
     Args:
         solved: levels with solutions.
@@ -64,16 +64,16 @@ class Episodes(Dataset[dict[str, Tensor]]):
         self.longest = max(map(len, self.moves))
 
     def __len__(self) -> int:
-        return len(self.moves)
+        return len(symmetries()[0]) * len(self.moves)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        which = int(torch.randint(8, ()))
-        comes, images = (of[which] for of in symmetries())
-        moves = images[self.moves[index]]
+        level, way = divmod(index, len(symmetries()[0]))
+        comes, images = (of[way] for of in symmetries())
+        moves = images[self.moves[level]]
         pad = self.longest - len(moves)
         ids = torch.full((self.longest + LEVEL,), PAD)
         ids[pad : pad + LEVEL] = LINE_END
-        ids[pad + CELL_PLACES] = self.codes[index][comes]
+        ids[pad + CELL_PLACES] = self.codes[level][comes]
         ids[pad + LEVEL :] = FIRST_MOVE + moves
         where = torch.arange(len(ids))
         return {
@@ -95,7 +95,9 @@ def replay(level: Level, moves: str) -> tuple[bool, float, int]:
 
 
 def solved(levels: Sequence[Level], on_progress: Callable[[int, int], None] | None = None) -> list[Solved]:
-    """Return the levels that the solver solves, each with a solution of fewest moves; others are left out.
+    """Return the levels that the solver solves, each with a solution of fewest moves.
+
+    Others are left out, and so are those that are solved as they are or take more moves than the model can make.
 
     Args:
         levels: to be solved.
@@ -103,8 +105,8 @@ def solved(levels: Sequence[Level], on_progress: Callable[[int, int], None] | No
     """
     found = []
     for done, level in enumerate(levels, start=1):
-        moves = solve(level).moves
-        if moves is not None:
+        moves = solve(level, max_moves=MAX_STEPS).moves
+        if moves:
             found.append((level, moves))
         if on_progress is not None:
             on_progress(done, len(levels))
@@ -121,7 +123,7 @@ def task(episodes: Iterable[Solved], *, max_steps: int = 60) -> Task:
     examples = []
     for level, moves in episodes:
         levels[level.name] = level
-        examples.append(Example(id=level.name, prompt=level.text, answer=moves, group=f"{len(level.boxes)} boxes"))
+        examples.append(Example(id=level.name, prompt=level.text, answer=moves, group=f"boxes: {len(level.boxes)}"))
 
     def judge(example: Example, played: list[Any]) -> tuple[bool, dict[str, float]]:
         right, total, steps = replay(levels[example.id], played[0])

@@ -26,7 +26,7 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from laserlm.lab.sokoban.dynamics import REWARD_ON_GOAL, REWARD_SOLVED, State, step
 from laserlm.lab.sokoban.levels import CELLS, MOVES, SIDE
 
-__all__ = ["CELL_PLACES", "LEVEL", "SokobanConfig", "SokobanForCausalLM", "tokenizer"]
+__all__ = ["CELL_PLACES", "LEVEL", "MAX_STEPS", "SokobanConfig", "SokobanForCausalLM", "tokenizer"]
 
 LINE_END = len(CELLS)
 """Token of a line's end; those of the cells are their codes."""
@@ -36,6 +36,8 @@ LEVEL = SIDE * (SIDE + 1)
 """Tokens of a level: its cells and line ends."""
 CELL_PLACES = torch.tensor([(SIDE + 1) * row + column for row in range(SIDE) for column in range(SIDE)])
 """Which of a level's tokens are its cells, (100,)."""
+MAX_STEPS = 120
+"""Moves that a model is made for at most."""
 NEVER = -1e4
 """Logit of a token that does not come: finite, so that gradients are."""
 
@@ -51,8 +53,8 @@ class SokobanConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     channels: int = 32
     depth: int = 8
-    max_steps: int = 120
-    max_position_embeddings: int = LEVEL + 120
+    max_steps: int = MAX_STEPS
+    max_position_embeddings: int = LEVEL + MAX_STEPS
     eos_token_id: int | None = END
     pad_token_id: int | None = PAD
     use_cache: bool = False
@@ -126,7 +128,7 @@ class SokobanForCausalLM(PreTrainedModel):
             attention_mask = None
         B, L = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        start = L - mask.sum(1, keepdim=True)  # (B, 1)
+        start = (L - mask.sum(1, keepdim=True)).clamp(max=L - LEVEL)  # (B, 1)
         places = start + LEVEL - 1 + torch.arange(L - LEVEL + 1, device=start.device)  # (B, S): where the next move is told
         known = places < L
         places = places.clamp(max=L - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from laserlm.lab.sokoban.model import SokobanConfig, SokobanForCausalLM, tokeniz
 from laserlm.lab.training import fit
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import load, quiet
+from laserlm.paths import atomic_folder
 from laserlm.tasks import Task
 
 __all__ = ["SHIPPED", "Recipe", "held_out", "lessons", "train"]
@@ -51,7 +53,7 @@ class Recipe:
     boxes: int = 2
     room: int = 6
     levels: int = 40_000
-    steps: int = 2000
+    steps: int = 1200
     batch_size: int = 64
     learning_rate: float = 1e-3
     hidden_size: int = 128
@@ -87,21 +89,27 @@ def train(
 
     Args:
         recipe: how it is trained.
-        folder: of the model, with its checkpoints in ``checkpoints``; a finished model in it is loaded.
+        folder: of the model, which is loaded where it is finished; checkpoints are beside it until then, in
+            ``FOLDER.checkpoints``.
         save_every: steps between two checkpoints; None writes none.
         cache: folder for decompositions.
         on_progress: called after each step with the number of steps done and their total.
 
     Raises:
-        TaskError: if the folder holds a model of another recipe.
+        TaskError: if the folder, or that of its checkpoints, is of another recipe, or there are too few levels.
     """
-    noted = folder / "recipe.json"
-    if noted.is_file() and json.loads(noted.read_text()) != asdict(recipe):
-        raise TaskError(f"{folder} holds a model of another recipe, {noted.read_text().strip()}; give another folder")
-    if not (folder / "model.safetensors").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        noted.write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")
-        with torch.random.fork_rng(devices=[]):
+    work = folder.with_name(f"{folder.name}.checkpoints")
+    for noted in (folder / "recipe.json", work / "recipe.json"):
+        if noted.is_file() and json.loads(noted.read_text()) != asdict(recipe):
+            raise TaskError(f"{noted.parent} is of another recipe, {noted.read_text().strip()}; give another folder")
+    if not (folder / "recipe.json").is_file():
+        learnt = list(lessons(recipe))
+        if len(learnt) < recipe.levels:
+            raise TaskError(
+                f"a room of side {recipe.room} with {recipe.boxes} boxes has {len(learnt)} of {recipe.levels} levels that are "
+                "not held out; ask for fewer, or for a larger room"
+            )
+        with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             model = SokobanForCausalLM(
                 SokobanConfig(
@@ -112,21 +120,25 @@ def train(
                     depth=recipe.depth,
                 )
             )
-        with quiet():
-            fit(
-                model,
-                Episodes(list(lessons(recipe))),
-                folder / "checkpoints",
-                steps=recipe.steps,
-                batch_size=recipe.batch_size,
-                learning_rate=recipe.learning_rate,
-                seed=recipe.seed,
-                save_every=save_every,
-                on_progress=on_progress,
-                lr_scheduler_type="cosine",
-                warmup_steps=min(100, recipe.steps // 10),
-                weight_decay=0.01,
-            )
-            tokenizer().save_pretrained(folder)
-            model.save_pretrained(folder)
+            work.mkdir(parents=True, exist_ok=True)
+            with quiet(), atomic_folder(folder) as part:
+                (work / "recipe.json").write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")
+                fit(
+                    model,
+                    Episodes(learnt),
+                    work,
+                    steps=recipe.steps,
+                    batch_size=recipe.batch_size,
+                    learning_rate=recipe.learning_rate,
+                    seed=recipe.seed,
+                    save_every=save_every,
+                    on_progress=on_progress,
+                    lr_scheduler_type="cosine",
+                    warmup_steps=min(100, recipe.steps // 10),
+                    weight_decay=0.01,
+                )
+                tokenizer().save_pretrained(part)
+                model.save_pretrained(part)
+                shutil.copy(work / "recipe.json", part)
+        shutil.rmtree(work)
     return load(folder, cache=cache)
