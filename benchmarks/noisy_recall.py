@@ -68,7 +68,7 @@ def corrupted(recipe: Recipe) -> Iterator[tuple[str, Split]]:
     ways = [(f"noise {a:g}", {"alpha": a}) for a in (0.0, 0.35, 0.65, 0.9)]
     ways += [(f"{s:.0%} of the words swapped", {"alpha": 0.0, "swapped": s}) for s in (0.1, 0.3, 1.0)]
     for number, (name, how) in enumerate(ways):
-        drawn = language.draw(2000, seed=DRAWN + 10 + number + recipe.seed, **how)
+        drawn = language.draw(2000, seed=(10 + number) * DRAWN + recipe.seed, **how)
         yield name, Task.of(name, questions(language, drawn, name)).every
 
 
@@ -93,7 +93,7 @@ def calibrated(seeds: int, out: Path, _: Path | None) -> None:
         recipe = Recipe(seed=seed)
         lm, language = trained(recipe, out / f"outputs-0.65-{seed}"), Language(recipe)
         for name, a, noisy in (("clean", 0.0, False), ("noisy", None, True)):
-            drawn = language.draw(2000, seed=DRAWN + 20 + seed, alpha=a)
+            drawn = language.draw(2000, seed=20 * DRAWN + seed, alpha=a)
             split = Task.of(name, questions(language, drawn, name, noisy=noisy)).every
             before = confidences(lm, split)
             with applied(lm, EDIT):

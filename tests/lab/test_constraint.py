@@ -1,3 +1,5 @@
+"""Ranks held or drawn towards during training: what becomes of the matrices, and of the training."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.trainer import Trainer
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from laserlm.editing import applied
@@ -254,6 +256,26 @@ def test_proximal_steps_further_apart_are_longer(make: Make, train: Any) -> None
     tail = torch.cat([S[:30], (S[30:] - 2 * 0.01 * 3).clamp_min(0)])
     for found, expected in zip(seen, (S, tail, tail), strict=True):
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+def test_with_momentum_the_penalty_weighs_against_the_loss_as_without(llama: LanguageModel) -> None:
+    # Of |W - A|^2 / 2 + penalty * (tail of W), the minimum has the tail of A lowered by the penalty.
+    W = llama.model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    A = W.detach().clone()
+    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+    penalty = float(S[-1]) / 2
+    lowered = (U * torch.cat([S[:4], S[4:] - penalty]) @ Vh).float()
+    constraint = RankConstraint(llama, "1.fc_up@r4", penalty=penalty)
+    state, arguments = TrainerState(), TrainingArguments("unused", report_to="none")
+    for momentum in (0.0, 0.9):
+        with torch.no_grad():
+            W.copy_(A)
+        optimizer = torch.optim.SGD([W], lr=0.01, momentum=momentum)
+        for _ in range(1500):
+            W.grad = (W - A).detach()
+            optimizer.step()
+            constraint.on_optimizer_step(arguments, state, TrainerControl(), optimizer=optimizer)
+        torch.testing.assert_close(W.detach(), lowered, atol=1e-4, rtol=0)
 
 
 def test_a_large_penalty_is_a_projection(make: Make, train: Any) -> None:

@@ -117,18 +117,14 @@ def rank_constraint(
     if json:
         print_json([arm.as_dict() for arm in found])
         return
-    rows = [
-        {"seed": arm.seed, "training": arm.name, "matrix": arm.intervention}
-        | {
-            column: value
-            for name, c in arm.sides.items()
-            for column, value in (
-                (f"{name} accuracy", f"{c.edited:.1%}"),
-                ("against plain", f"{c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]"),
-                (f"{name} loss", f"{c.edited_loss:.3f}"),
-            )
-            if name == next(iter(arm.sides)) or column != "against plain"
-        }
-        for arm in found
-    ]
+    rows: list[dict[str, Any]] = []
+    for arm in found:
+        rows.append({"seed": arm.seed, "training": arm.name, "matrix": arm.intervention})
+        for name, c in arm.sides.items():
+            rows[-1] |= {
+                f"{name}": f"{c.edited:.1%}",
+                f"{name} against plain": f"{c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]",
+                f"{name} loss": f"{c.edited_loss:.3f}",
+            }
+        rows[-1]["beyond the rank"] = ", ".join(f"{share:.2%}" for share in arm.tails.values())
     Listing().print(rows, title="Rank constraint: in training, or LASER after it")

@@ -30,8 +30,9 @@ class PlayerOptions(LoadOptions):
     """Which trained model."""
 
     model: Annotated[
-        str, typer.Argument(help="Folder that 'train' wrote, or a reduced copy; default: the one that comes with laserlm.")
-    ] = "trained"
+        str | None,
+        typer.Argument(help="Folder that 'train' wrote, or a reduced copy; default: the one that comes with laserlm."),
+    ] = None
 
     def load(self) -> LanguageModel:
         """Load the model.
@@ -43,9 +44,9 @@ class PlayerOptions(LoadOptions):
         from laserlm.lab.sokoban.model import SokobanConfig
         from laserlm.lab.sokoban.training import SHIPPED
 
-        lm = self.load_named(str(SHIPPED) if self.model == "trained" else self.model)
+        lm = self.load_named(self.model or str(SHIPPED))
         if lm.family != SokobanConfig.model_type:
-            raise ModelError(f"{self.model} is a {lm.family} model and plays no Sokoban; make one: laser lab sokoban train")
+            raise ModelError(f"{lm.name} is a {lm.family} model and plays no Sokoban; make one: laser lab sokoban train")
         return lm
 
 
@@ -82,13 +83,18 @@ class LevelOptions:
             if len(known) < len(read):
                 say(f"{len(read) - len(known)} of {len(read)} levels are left out: solved as they are, or not within 120 moves")
             made = task(known, max_steps=self.max_steps)
-        return replace(made, validation=made.validation.limit(self.limit), test=made.test.limit(self.limit))
+        return replace(
+            made,
+            validation=made.validation.limit(self.limit),
+            test=made.test.limit(self.limit),
+            every=made.every.limit(self.limit),
+        )
 
 
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the model; an interrupted training in it goes on.")] = Path("sokoban"),
-    seed: Annotated[int, typer.Option(help="Of the levels and the weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the levels and the weights.")] = 0,
     boxes: Annotated[int, typer.Option(min=1, help="Boxes of each level.")] = 2,
     room: Annotated[int, typer.Option(min=3, max=8, help="Side of the room.")] = 6,
     levels: Annotated[int, typer.Option(min=1, help="Levels to learn from.")] = 40_000,

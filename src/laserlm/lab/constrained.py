@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from laserlm.editing import applied
+from laserlm.editing import applied, resolve
 from laserlm.lab.constraint import RankConstraint
 from laserlm.lab.recall.language import DRAWN, Language, Recipe, questions
 from laserlm.lab.recall.model import trained
@@ -24,17 +24,16 @@ from laserlm.lab.recall.study import GRID, task_of
 from laserlm.lab.training import fit
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import load
+from laserlm.models.matrices import read
 from laserlm.scoring.encoding import encode
 from laserlm.scoring.evaluate import Comparison, compare, evaluate
-from laserlm.scoring.records import Evaluation
 from laserlm.searching import search
 from laserlm.spec import Intervention
 from laserlm.tasks import Example, Split, Task, task
 
 __all__ = ["Arm", "on_recall", "on_worldfacts"]
 
-SIDES = {"clean": 0.0, "noisy": None}
-"""Questions on noisy recall by the probability of noise in their sequences; None takes the recipe's."""
+NOTHING = Intervention()
 Told = Callable[[str, int, int], None]
 """Called with what is done, the number of steps done and their total."""
 
@@ -48,31 +47,33 @@ class Arm:
         seed: of the training.
         intervention: what was applied after training, or constrained during it.
         sides: by name of the questions, the model against the one that was trained plainly.
+        tails: by matrix that is constrained somewhere, the share of the sum of squared singular values beyond its rank.
     """
 
     name: str
     seed: int
     intervention: str
     sides: dict[str, Comparison]
+    tails: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
         sides = {name: side.as_dict() for name, side in self.sides.items()}
-        return {"name": self.name, "seed": self.seed, "intervention": self.intervention, **sides}
+        return {"name": self.name, "seed": self.seed, "intervention": self.intervention, "tails": self.tails, **sides}
 
 
 def on_recall(
     recipe: Recipe,
     folder: Path,
     *,
-    penalties: Sequence[float] = (0.01, 0.1),
+    penalties: Sequence[float] = (0.001, 0.01),
     every: int = 1,
     on_progress: Told = lambda *_: None,
 ) -> Iterator[Arm]:
     """Yield the ways to train on noisy recall, each measured on clean and on noisy questions.
 
-    The matrix and rank are what a search finds best on the plainly trained model; where that keeps nothing of the matrix,
-    a tenth of its rank is constrained too.
+    The matrix and rank are what a search finds best on the plainly trained model, and a tenth of that matrix's rank besides.
+    Where the search finds nothing, there is the plain model alone.
 
     Args:
         recipe: of all models.
@@ -82,10 +83,11 @@ def on_recall(
         on_progress: called after each step of training.
     """
     language = Language(recipe)
-    drawn = {name: language.draw(2000, seed=DRAWN + i + recipe.seed, alpha=a) for i, (name, a) in enumerate(SIDES.items(), 1)}
+    clean = language.draw(2000, seed=2 * DRAWN + recipe.seed, alpha=0.0)
+    noisy = language.draw(2000, seed=3 * DRAWN + recipe.seed)
     splits = {
-        name: Task.of(name, questions(language, sequences, name, noisy=name == "noisy")).every
-        for name, sequences in drawn.items()
+        "clean": Task.of("clean", questions(language, clean, "clean")).every,
+        "noisy": Task.of("noisy", questions(language, noisy, "noisy", noisy=True)).every,
     }
 
     def train(name: str, *callbacks: Callable[[LanguageModel], RankConstraint]) -> LanguageModel:
@@ -97,19 +99,21 @@ def on_recall(
         )
 
     plain = train("plain")
-    base = _evaluated(plain, splits)
     found = search(plain, task_of(recipe), strategy="exhaustive", grid=GRID).best
-    yield Arm("plain", recipe.seed, "", _against(base, base))
-    yield from _after(plain, found, base, splits, recipe.seed)
+    compared = _Compared(plain, splits, recipe.seed, found)
+    yield compared.arm("plain", plain)
+    if not found:
+        return
     (reduction,) = found.reductions
-    some = Intervention.parse(f"{reduction.layers}.{reduction.matrix}@0.1")
-    for held in dict.fromkeys((found, some)):
-        lm = train(f"constraint-{held}", partial(RankConstraint, intervention=held, every=every))
-        yield Arm("constraint", recipe.seed, str(held), _against(base, _evaluated(lm, splits)))
+    for held in dict.fromkeys((found, Intervention.parse(f"{reduction.layers}.{reduction.matrix}@0.1"))):
+        yield compared.arm("LASER after it", plain, held)
+        lm = train(f"constraint-{held}-{every}", partial(RankConstraint, intervention=held, every=every))
+        yield compared.arm("constraint", lm, held=held)
     for penalty in penalties:
-        lm = train(f"penalty-{penalty:g}-{found}", partial(RankConstraint, intervention=found, every=every, penalty=penalty))
-        yield Arm(f"penalty {penalty:g}", recipe.seed, str(found), _against(base, _evaluated(lm, splits)))
-        yield from _after(lm, found, base, splits, recipe.seed, f"penalty {penalty:g}, then LASER")
+        make = partial(RankConstraint, intervention=found, every=every, penalty=penalty)
+        lm = train(f"penalty-{penalty:g}-{found}-{every}", make)
+        yield compared.arm(f"penalty {penalty:g}", lm, held=found)
+        yield compared.arm(f"penalty {penalty:g}, LASER after it", lm, found)
 
 
 def on_worldfacts(
@@ -120,12 +124,15 @@ def on_worldfacts(
     learning_rate: float = 2e-5,
     validation: int = 300,
     test: int = 1000,
-    penalties: Sequence[float] = (0.1,),
+    penalties: Sequence[float] = (100.0, 1000.0),
     every: int = 5,
     cache: Path | None = None,
     on_progress: Told = lambda *_: None,
 ) -> Iterator[Arm]:
     """Yield the ways to fine-tune the bundled model on worldfacts, each measured on facts that it was not tuned on.
+
+    The first phrasing of each fact is used. The learning rates of so short a training sum up to a thousandth, so that only
+    large penalties move a singular value. Where a search on the plainly tuned model finds nothing, there is that model alone.
 
     Args:
         seed: of the order of the examples.
@@ -139,11 +146,10 @@ def on_worldfacts(
         cache: folder with the converted model.
         on_progress: called after each step of training.
     """
-    facts = task("worldfacts")
+    facts = task("worldfacts", phrasings="rewrite")
     made = replace(facts, validation=facts.validation.limit(validation), test=facts.test.limit(test))
     measured = {e.fact for e in made.test}
     lessons = [e for e in facts.test if e.fact not in measured]
-    splits = {"test": made.test}
 
     def tune(name: str, *callbacks: Callable[[LanguageModel], RankConstraint]) -> LanguageModel:
         lm = load("bundled", dtype="float32", cache=cache)
@@ -162,21 +168,44 @@ def on_worldfacts(
             )
         return replace(lm)  # whose hash is that of the new weights
 
-    untuned = load("bundled", dtype="float32", cache=cache)
     plain = tune("plain")
-    base = _evaluated(plain, splits)
-    yield Arm("not tuned", seed, "", _against(base, _evaluated(untuned, splits)))
-    yield Arm("plain", seed, "", _against(base, base))
     found = search(plain, made, metric="loss").best
-    yield from _after(plain, found, base, splits, seed)
+    compared = _Compared(plain, {"test": made.test}, seed, found)
+    yield compared.arm("not tuned", load("bundled", dtype="float32", cache=cache))
+    yield compared.arm("plain", plain)
     if not found:
         return
-    lm = tune(f"constraint {found}", partial(RankConstraint, intervention=found, every=every))
-    yield Arm("constraint", seed, str(found), _against(base, _evaluated(lm, splits)))
+    yield compared.arm("LASER after it", plain, found)
+    yield compared.arm("constraint", tune("constraint", partial(RankConstraint, intervention=found, every=every)), held=found)
     for penalty in penalties:
-        lm = tune(f"penalty {penalty:g} {found}", partial(RankConstraint, intervention=found, every=every, penalty=penalty))
-        yield Arm(f"penalty {penalty:g}", seed, str(found), _against(base, _evaluated(lm, splits)))
-        yield from _after(lm, found, base, splits, seed, f"penalty {penalty:g}, then LASER")
+        make = partial(RankConstraint, intervention=found, every=every, penalty=penalty)
+        lm = tune(f"penalty {penalty:g}", make)
+        yield compared.arm(f"penalty {penalty:g}", lm, held=found)
+        yield compared.arm(f"penalty {penalty:g}, LASER after it", lm, found)
+
+
+class _Compared:
+    """Measures models against the plainly trained one."""
+
+    def __init__(self, plain: LanguageModel, splits: dict[str, Split], seed: int, found: Intervention) -> None:
+        self.splits = splits
+        self.seed = seed
+        self.found = found
+        self.base = {name: evaluate(plain, split) for name, split in splits.items()}
+
+    def arm(self, name: str, lm: LanguageModel, after: Intervention = NOTHING, *, held: Intervention = NOTHING) -> Arm:
+        """Return what a model is worth that was trained with ``held`` constrained, under ``after``."""
+        with applied(lm, after):
+            sides = {split: compare(base, evaluate(lm, self.splits[split])) for split, base in self.base.items()}
+            tails = {
+                e.matrix.id: _tail(read(lm.model, e.matrix), e.rank) for e in resolve(lm.matrices, held or after or self.found)
+            }
+        return Arm(name, self.seed, str(held or after), sides, tails)
+
+
+def _tail(W: Tensor, rank: int) -> float:
+    energy = torch.linalg.svdvals(W.float()).square()
+    return float(energy[rank:].sum() / energy.sum()) if bool(energy.any()) else 0.0
 
 
 class _Answers(Dataset[dict[str, Tensor]]):
@@ -198,23 +227,3 @@ class _Answers(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.ids[index], "attention_mask": self.mask[index], "labels": self.labels[index]}
-
-
-def _evaluated(lm: LanguageModel, splits: dict[str, Split]) -> dict[str, Evaluation]:
-    return {name: evaluate(lm, split) for name, split in splits.items()}
-
-
-def _against(base: dict[str, Evaluation], found: dict[str, Evaluation]) -> dict[str, Comparison]:
-    return {name: compare(base[name], found[name]) for name in base}
-
-
-def _after(
-    lm: LanguageModel,
-    found: Intervention,
-    base: dict[str, Evaluation],
-    splits: dict[str, Split],
-    seed: int,
-    name: str = "LASER",
-) -> Iterator[Arm]:
-    with applied(lm, found):
-        yield Arm(name, seed, str(found), _against(base, _evaluated(lm, splits)))

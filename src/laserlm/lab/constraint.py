@@ -31,10 +31,12 @@ class RankConstraint(TrainerCallback):
     - Without a penalty t is infinite: W becomes the nearest matrix of rank r at most, after every ``every``-th step and
       at the end of training. The rank of half-precision weights is r up to the rounding of what is written; matrices
       are decomposed in float32, or in float64 for float64 weights.
-    - With a penalty, t = learning rate * penalty * every, the rate being that of the step just taken. This is the
-      proximal step of penalty * (s_(r+1) + ... + s_k), which is thereby added to the objective; r = 0 is the nuclear
-      norm. Plain gradient descent so becomes proximal gradient descent; an adaptive optimizer keeps the penalty apart
-      from the scales it gives the gradient, as AdamW keeps weight decay. Nothing is projected at the end.
+    - With a penalty, t = learning rate * penalty * every / (1 - m), the rate being that of the step just taken and m the
+      momentum of plain descent, which lengthens its steps as much. This is the proximal step of
+      penalty * (s_(r+1) + ... + s_k), which is thereby added to the objective; r = 0 is the nuclear norm. Gradient
+      descent so becomes proximal gradient descent; an adaptive optimizer keeps the penalty apart from the scales it
+      gives the gradient, as AdamW keeps weight decay: there the singular values fall by the sum of the learning rates
+      times the penalty. Nothing is projected at the end.
 
     Parameters change in place, so the optimizer keeps them and its state. Between two projections, and in checkpoints
     saved there, the matrices have full rank. Weights must be whole on each device, not sharded.
@@ -154,11 +156,11 @@ class RankConstraint(TrainerCallback):
         return self.lm.model.get_parameter(edit.matrix.path)
 
     def _rate(self, edit: Edit, optimizer: Optimizer) -> float:
-        """Return the learning rate at which the optimizer trains a matrix."""
+        """Return the learning rate at which the optimizer trains a matrix, made longer by its momentum."""
         parameter = self._parameter(edit)
         for group in optimizer.param_groups:
             if any(p is parameter for p in group["params"]):
-                return float(group["lr"])
+                return float(group["lr"]) / (1 - float(group.get("momentum", 0.0)))
         raise ModelError(
             f"the optimizer does not hold {edit.matrix.id} ({edit.matrix.path}), so its penalty has no learning rate; "
             "give the Trainer an optimizer of all parameters, or leave the matrix out of the intervention"

@@ -122,7 +122,7 @@ T5 = Architecture(
         ),
     ),
 )
-SHARED = (LLAMA, GPT2, PHI, OPT, BERT)
+SHARED = (LLAMA, PHI, OPT, BERT)
 """Rows without fused weights of unknown order, safe to recognise by their module paths alone."""
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -177,6 +177,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": OPT,
     "bert": BERT,
     "roberta": Architecture(BERT.stacks, BERT.matrices, reference_niter=20),
+    "laser_sokoban": Architecture((("", "decide.encoder.h"),), GPT2.matrices, GPT2.fused),
     **dict.fromkeys(("t5", "mt5", "umt5"), T5),
 }
 """Families by ``config.model_type``."""

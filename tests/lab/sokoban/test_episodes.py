@@ -285,3 +285,10 @@ def test_a_perfect_player_solves_all_that_the_steps_suffice_for(monkeypatch: pyt
     few = evaluate(lm, task(MADE, max_steps=8).every)
     assert few.accuracy == sum(len(moves) <= 8 for _, moves in MADE) / len(MADE)
     assert 0 < few.accuracy < 1
+
+
+def test_a_copy_of_a_level_is_never_on_the_other_side_of_the_split() -> None:
+    made = task(generate(300, seed=0, boxes=1, room=3, steps=(1, 12)))
+    sides = [{outline(Level.parse(e.prompt)) for e in split} for split in (made.validation, made.test)]
+    assert len(made.every) > len(sides[0] | sides[1])  # there are copies
+    assert not sides[0] & sides[1]

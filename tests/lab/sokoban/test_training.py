@@ -161,6 +161,14 @@ def test_where_held_out_levels_leave_too_few_others_that_is_told(tmp_path: Path,
     assert not any(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_was_being_written_is_passed_over(whole: str, tmp_path: Path) -> None:
+    interrupted(SMALL, tmp_path / "model", 7, save_every=4)
+    half = tmp_path / "model.checkpoints" / "checkpoint-6"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"")
+    assert train(SMALL, tmp_path / "model", save_every=4).hash == whole
+
+
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_a_saved_copy_loads_in_a_process_of_its_own(trained: Path, tmp_path: Path, form: str) -> None:
     laserlm.save(load(trained), "1.fc_in@0.2", tmp_path / "out", form=form)  # type: ignore[arg-type]

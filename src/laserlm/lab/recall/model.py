@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from laserlm.errors import TaskError
 from laserlm.lab.recall.language import PAD, START, Language, Recipe
-from laserlm.lab.training import fit
+from laserlm.lab.training import check_new, fit
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import load, quiet
 from laserlm.paths import atomic_folder
@@ -59,7 +59,7 @@ def untrained(recipe: Recipe) -> LanguageModel:
         ffn_dim=4 * recipe.width,
         num_hidden_layers=2,
         num_attention_heads=1,
-        max_position_embeddings=recipe.length + 2,
+        max_position_embeddings=2 * (recipe.length + 1),  # twice, so that a whole sequence is scored in one window
         init_std=recipe.width**-0.5,
         dropout=0.0,
         enable_bias=False,
@@ -96,14 +96,15 @@ def trained(
         on_progress: called after each step of training with the number of steps done and their total.
 
     Raises:
-        TaskError: if the folder holds a model of another recipe.
+        TaskError: if the folder holds a model of another recipe, or something else.
     """
     noted = folder / "recipe.json"
     if noted.is_file() and json.loads(noted.read_text()) != asdict(recipe):
         raise TaskError(f"{folder} holds a model of another recipe, {noted.read_text().strip()}; give another folder")
     if not noted.is_file():
+        check_new(folder)
         lm = untrained(recipe)
-        with quiet(), atomic_folder(folder) as part:
+        with atomic_folder(folder, existing="refuse") as part:
             fit(
                 lm.model,
                 _Lessons(Language(recipe)),
@@ -119,7 +120,8 @@ def trained(
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=50,
             )
-            lm.model.save_pretrained(part)
-            lm.need_tokenizer().save_pretrained(part)
+            with quiet():
+                lm.model.save_pretrained(part)
+                lm.need_tokenizer().save_pretrained(part)
             (part / "recipe.json").write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")
     return load(folder, cache=cache)

@@ -74,8 +74,8 @@ def task_of(recipe: Recipe) -> Task:
     language = Language(recipe)
     clean = language.draw(QUESTIONS, seed=DRAWN + recipe.seed, alpha=0.0)
     if recipe.learnt == "all":
-        return Task.of("noisy-recall text", texts(language, clean, "clean"), scorer="perplexity", seed=recipe.seed)
-    return Task.of("noisy-recall", questions(language, clean, "clean"), seed=recipe.seed)
+        return Task.of("noisy-recall text", texts(language, clean, "clean"), scorer="perplexity")
+    return Task.of("noisy-recall", questions(language, clean, "clean"))
 
 
 def study(
@@ -106,8 +106,8 @@ def study(
     attention = min((t for t in trials if _of_attention(t)), key=lambda t: (-(trials[t].accuracy or 0.0), trials[t].loss))
 
     language = Language(recipe)
-    clean = language.draw(QUESTIONS, seed=DRAWN + 1 + recipe.seed, alpha=0.0)
-    noisy = language.draw(QUESTIONS, seed=DRAWN + 2 + recipe.seed)
+    clean = language.draw(QUESTIONS, seed=2 * DRAWN + recipe.seed, alpha=0.0)
+    noisy = language.draw(QUESTIONS, seed=3 * DRAWN + recipe.seed)
     asked = Task.of("noisy-recall", questions(language, clean, "asked")).every
     mixed = Task.of("noisy-recall noisy", questions(language, noisy, "noisy", noisy=True)).every
     whole = Task.of("noisy-recall text", texts(language, clean, "asked"), scorer="perplexity").every

@@ -114,7 +114,7 @@ def solved(levels: Sequence[Level], on_progress: Callable[[int, int], None] | No
 
 
 def task(episodes: Iterable[Solved], *, max_steps: int = 60) -> Task:
-    """Return the task of solving levels: a fifth of them for validation, the others for test.
+    """Return the task of solving levels: a fifth of them for validation, the others for test, copies never on both sides.
 
     The answer to a level is its solution, whose loss ranks candidates; the model then plays, and is right where it solves
     the level within ``max_steps``.
@@ -123,7 +123,9 @@ def task(episodes: Iterable[Solved], *, max_steps: int = 60) -> Task:
     examples = []
     for level, moves in episodes:
         levels[level.name] = level
-        examples.append(Example(id=level.name, prompt=level.text, answer=moves, group=f"boxes: {len(level.boxes)}"))
+        examples.append(
+            Example(id=level.name, prompt=level.text, answer=moves, group=f"boxes: {len(level.boxes)}", fact=outline(level))
+        )
 
     def judge(example: Example, played: list[Any]) -> tuple[bool, dict[str, float]]:
         right, total, steps = replay(levels[example.id], played[0])

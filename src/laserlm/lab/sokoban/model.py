@@ -210,7 +210,7 @@ class SokobanForCausalLM(PreTrainedModel):
             seen = torch.cat([seen, self.see(state.planes)[:, None]], 1)
             returns = torch.cat([returns, to_go[:, None]], 1)
             # The move to come is not looked at: it stands behind what decides on it.
-            moves = torch.cat([moves, torch.zeros_like(moves[:, :0].sum(1, keepdim=True))], 1)
+            moves = torch.cat([moves, moves.new_zeros(len(moves), 1)], 1)
             said = self._decided(seen, moves, returns, torch.ones_like(moves))[:, -1].float()  # (P, 4)
             chosen = torch.multinomial((said / temperature).softmax(-1), 1)[:, 0] if do_sample else said.argmax(-1)
             moves[:, -1] = chosen

@@ -15,7 +15,7 @@ from laserlm.errors import TaskError
 from laserlm.lab.sokoban.episodes import Episodes, Solved, outline, task
 from laserlm.lab.sokoban.levels import generate
 from laserlm.lab.sokoban.model import SokobanConfig, SokobanForCausalLM, tokenizer
-from laserlm.lab.training import fit
+from laserlm.lab.training import check_new, fit
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import load, quiet
 from laserlm.paths import atomic_folder
@@ -98,18 +98,20 @@ def train(
     Raises:
         TaskError: if the folder, or that of its checkpoints, is of another recipe, or there are too few levels.
     """
+    folder = folder.absolute()
     work = folder.with_name(f"{folder.name}.checkpoints")
     for noted in (folder / "recipe.json", work / "recipe.json"):
         if noted.is_file() and json.loads(noted.read_text()) != asdict(recipe):
             raise TaskError(f"{noted.parent} is of another recipe, {noted.read_text().strip()}; give another folder")
     if not (folder / "recipe.json").is_file():
+        check_new(folder)
         learnt = list(lessons(recipe))
         if len(learnt) < recipe.levels:
             raise TaskError(
                 f"a room of side {recipe.room} with {recipe.boxes} boxes has {len(learnt)} of {recipe.levels} levels that are "
                 "not held out; ask for fewer, or for a larger room"
             )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             model = SokobanForCausalLM(
                 SokobanConfig(
@@ -120,25 +122,26 @@ def train(
                     depth=recipe.depth,
                 )
             )
-            work.mkdir(parents=True, exist_ok=True)
-            with quiet(), atomic_folder(folder) as part:
-                (work / "recipe.json").write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")
-                fit(
-                    model,
-                    Episodes(learnt),
-                    work,
-                    steps=recipe.steps,
-                    batch_size=recipe.batch_size,
-                    learning_rate=recipe.learning_rate,
-                    seed=recipe.seed,
-                    save_every=save_every,
-                    on_progress=on_progress,
-                    lr_scheduler_type="cosine",
-                    warmup_steps=min(100, recipe.steps // 10),
-                    weight_decay=0.01,
-                )
+        work.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder, existing="refuse") as part:
+            (work / "recipe.json").write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")
+            fit(
+                model,
+                Episodes(learnt),
+                work,
+                steps=recipe.steps,
+                batch_size=recipe.batch_size,
+                learning_rate=recipe.learning_rate,
+                seed=recipe.seed,
+                save_every=save_every,
+                on_progress=on_progress,
+                lr_scheduler_type="cosine",
+                warmup_steps=min(100, recipe.steps // 10),
+                weight_decay=0.01,
+            )
+            with quiet():
                 tokenizer().save_pretrained(part)
                 model.save_pretrained(part)
-                shutil.copy(work / "recipe.json", part)
+            shutil.copy(work / "recipe.json", part)
         shutil.rmtree(work)
     return load(folder, cache=cache)
