@@ -13,7 +13,7 @@ from laserlm.analysis.calibration import calibration, confidences
 from laserlm.analysis.estimates import Estimate, against
 from laserlm.analysis.figures import curves, write_figure
 from laserlm.editing import applied
-from laserlm.lab.recall.language import DRAWN, Language, Recipe, questions
+from laserlm.lab.recall.language import DRAWN, TRIGGER, Language, Recipe, questions
 from laserlm.lab.recall.model import trained
 from laserlm.lab.recall.study import Recalled, study
 from laserlm.models import LanguageModel
@@ -74,14 +74,15 @@ def corrupted(recipe: Recipe) -> Iterator[tuple[str, Split]]:
 
 def inputs(seeds: int, out: Path, _: Path | None) -> None:
     """Print how often the output is named where the sequence before it is corrupted."""
-    print(f"| input | seed | unchanged | `{EDIT}` |\n" + "|---" * 4 + "|")
+    print(f"| input | seed | output shown before | unchanged | `{EDIT}` |\n" + "|---" * 5 + "|")
     for seed in range(seeds):
         lm = trained(Recipe(seed=seed), out / f"outputs-0.65-{seed}")
         for name, split in corrupted(Recipe(seed=seed)):
             base = evaluate(lm, split)
             with applied(lm, EDIT):
                 edited = evaluate(lm, split)
-            print(f"| {name} | {seed} | {base.accuracy:.1%} | {edited.accuracy:.1%} |", flush=True)
+            shown = sum(f"{TRIGGER} {e.answer} " in e.prompt for e in split) / len(split)  # none can know it otherwise
+            print(f"| {name} | {seed} | {shown:.1%} | {base.accuracy:.1%} | {edited.accuracy:.1%} |", flush=True)
 
 
 def calibrated(seeds: int, out: Path, _: Path | None) -> None:

@@ -15,7 +15,7 @@ from laserlm.editing import applied
 from laserlm.errors import TaskError
 from laserlm.lab.sokoban.episodes import outline, replay, task
 from laserlm.lab.sokoban.levels import generate
-from laserlm.lab.sokoban.training import Recipe, held_out, lessons, train
+from laserlm.lab.sokoban.training import SHIPPED, Recipe, held_out, lessons, train
 from laserlm.models import load
 from laserlm.report.report import write_report
 from laserlm.results import Store
@@ -210,3 +210,14 @@ def test_a_search_ranks_by_the_solutions_and_chooses_by_playing(trained: Path, t
     assert page.lower().startswith("<!doctype html>")
     assert found.run in page
     assert "sokoban" in page
+
+
+def test_the_model_that_comes_with_laserlm_solves_most_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HELD_OUT, 100)
+    assert json.loads((SHIPPED / "recipe.json").read_text()) == asdict(Recipe())
+    assert sum(f.stat().st_size for f in SHIPPED.iterdir()) < 5e6
+    played = evaluate(load(SHIPPED), held_out().test)
+    assert played.n == 80
+    assert played.accuracy_interval.low > 0.4
+    best = 10 + 2  # of a level with two boxes, but for its steps
+    assert played.figures["return"] < best
