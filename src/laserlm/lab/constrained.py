@@ -119,9 +119,9 @@ def on_recall(
 def on_worldfacts(
     seed: int,
     *,
-    steps: int = 100,
-    batch_size: int = 16,
-    learning_rate: float = 2e-5,
+    steps: int = 60,
+    batch_size: int = 8,
+    learning_rate: float = 5e-5,
     validation: int = 300,
     test: int = 1000,
     penalties: Sequence[float] = (100.0, 1000.0),
@@ -131,8 +131,9 @@ def on_worldfacts(
 ) -> Iterator[Arm]:
     """Yield the ways to fine-tune the bundled model on worldfacts, each measured on facts that it was not tuned on.
 
-    The first phrasing of each fact is used. The learning rates of so short a training sum up to a thousandth, so that only
-    large penalties move a singular value. Where a search on the plainly tuned model finds nothing, there is that model alone.
+    The first phrasing of each fact is used. The learning rates of so short a training sum up to less than two thousandths,
+    so that only large penalties move a singular value. Where a search on the plainly tuned model finds nothing, there is that
+    model alone.
 
     Args:
         seed: of the order of the examples.
