@@ -225,17 +225,27 @@ def test_generating_is_playing_in_the_environment_move_by_move() -> None:
 
 
 @torch.no_grad()
-def test_at_its_last_move_a_play_gives_the_transformer_what_reading_the_text_so_far_does() -> None:
+def test_at_each_turn_a_play_decides_on_what_reading_the_text_so_far_gives() -> None:
     model = tiny()
-    given: list[dict[str, Tensor]] = []
-    model.decide.register_forward_pre_hook(lambda _m, _a, kw: given.append(kw), with_kwargs=True)
+    given: list[Tensor] = []
+    model.decide.predict_action.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     for level in [*LEVELS[::2], *EASY[:6]]:
+        given.clear()
         moves = TOKENS.decode(model.generate(ids_of(level.text), max_new_tokens=STEPS)[0, LEVEL:], skip_special_tokens=True)
-        played = given[-1]
-        model(ids_of(level.text + moves[:-1]))
-        for name in ("states", "returns_to_go", "timesteps"):
-            assert torch.allclose(played[name], given[-1][name], atol=1e-6), name
-        assert torch.equal(played["actions"][:, :-1], given[-1]["actions"][:, :-1])
+        played = torch.cat(given)  # (turns, H)
+        given.clear()
+        model(ids_of(level.text + moves))
+        assert len(played) == len(moves)
+        assert torch.allclose(played, given[0][0, : len(moves)], atol=1e-5)
+
+
+@torch.no_grad()
+def test_levels_that_are_played_on_decide_as_they_do_alone() -> None:
+    model = tiny()
+    levels = [board("@$."), *LEVELS]  # of which some are solved on the way
+    together = model.generate(ids_of(*(level.text for level in levels)), max_new_tokens=STEPS)
+    for i, level in enumerate(levels):
+        assert torch.equal(together[i], model.generate(ids_of(level.text), max_new_tokens=STEPS)[0])
 
 
 def test_a_model_that_only_goes_right_solves_what_lies_to_the_right() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -171,6 +172,33 @@ class SokobanForCausalLM(PreTrainedModel):
         ).action_preds
         return said
 
+    def _decided_next(self, cache: DynamicCache, seen: Tensor, last: Tensor, to_go: Tensor, turn: int) -> Tensor:
+        """Return the scores of the moves at one turn, (P, 4), after the turns in the cache: as ``_decided`` does.
+
+        The Decision Transformer itself hands no cache on, so its embeddings are put together here in its order: the move
+        before, the return to go, the board.
+
+        Args:
+            cache: keys and values of the turns before; those of this one are added.
+            seen: (P, H) boards as encoded.
+            last: (P,) the moves before; of the first turn they do not count.
+            to_go: (P,) returns to go.
+            turn: which one it is, from 0.
+        """
+        d = self.decide
+        now, before = d.embed_timestep.weight[turn], d.embed_timestep.weight[turn - 1]  # (H,) both
+        tokens = [d.embed_return(to_go[:, None].to(self.dtype) / REWARD_SOLVED) + now, d.embed_state(seen) + now]
+        if turn:
+            tokens.insert(0, d.embed_action(nn.functional.one_hot(last, len(MOVES)).to(self.dtype)) + before)
+        x = d.embed_ln(torch.stack(tokens, 1))  # (P, 2 or 3, H)
+        places = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        known = torch.ones(len(x), cache.get_seq_length() + x.shape[1], dtype=torch.long, device=x.device)
+        out = d.encoder(
+            inputs_embeds=x, attention_mask=known, position_ids=places, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        said: Tensor = d.predict_action(out[:, -1])
+        return said
+
     @torch.no_grad()
     def generate(
         self,
@@ -183,8 +211,8 @@ class SokobanForCausalLM(PreTrainedModel):
     ) -> Tensor:
         """Play levels until each is solved or the moves are used up; return levels and moves, (B, L), padded at the end.
 
-        Boards are encoded once, and levels that are solved are played no further. Of the settings of transformers' own
-        ``generate``, which would encode all boards again at every move, those named here count.
+        Each turn is computed once, and levels that are solved are played no further. Of the settings of transformers' own
+        ``generate``, which would play from the beginning at every move, those named here count.
 
         Args:
             input_ids: (B, ``LEVEL``) levels.
@@ -196,24 +224,20 @@ class SokobanForCausalLM(PreTrainedModel):
         codes = input_ids[:, CELL_PLACES.to(device)]  # (B, 100)
         state, to_go = State.of(codes), _ceiling(codes)
         playing = torch.arange(B, device=device)  # the levels that are played on, (P,)
-        seen = torch.zeros(B, 0, self.config.hidden_size, dtype=self.dtype, device=device)  # (P, S, H)
-        moves = torch.zeros(B, 0, dtype=torch.long, device=device)  # (P, S)
-        returns = torch.zeros(B, 0, device=device)  # (P, S)
+        chosen = playing.new_zeros(B)  # (P,)
+        cache = DynamicCache(config=self.decide.config)
         written = torch.full((B, max_new_tokens), PAD, device=device)
         for turn in range(max_new_tokens):
             on = ~state.solved
             written[playing[~on], turn] = END
-            playing, seen, moves, returns, to_go = (x[on] for x in (playing, seen, moves, returns, to_go))
+            playing, to_go, chosen = playing[on], to_go[on], chosen[on]
             state = State(*(getattr(state, name)[on] for name in ("walls", "goals", "boxes", "player")))
             if not len(playing):
                 break
-            seen = torch.cat([seen, self.see(state.planes)[:, None]], 1)
-            returns = torch.cat([returns, to_go[:, None]], 1)
-            # The move to come is not looked at: it stands behind what decides on it.
-            moves = torch.cat([moves, moves.new_zeros(len(moves), 1)], 1)
-            said = self._decided(seen, moves, returns, torch.ones_like(moves))[:, -1].float()  # (P, 4)
+            if turn and not bool(on.all()):
+                cache.batch_select_indices(on.nonzero()[:, 0])
+            said = self._decided_next(cache, self.see(state.planes), chosen, to_go, turn).float()  # (P, 4)
             chosen = torch.multinomial((said / temperature).softmax(-1), 1)[:, 0] if do_sample else said.argmax(-1)
-            moves[:, -1] = chosen
             written[playing, turn] = FIRST_MOVE + chosen
             state, rewards = step(state, chosen)
             to_go = to_go - rewards
