@@ -23,6 +23,8 @@ from laserlm.tasks import Split, Task
 
 ALPHAS = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
 EDIT = "1.fc_in@0"
+RATE_OF_ALL = 0.2
+"""Learning rate where all words are learnt, of which those after a trigger are a fifth."""
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
 
 def studied(recipe: Recipe, out: Path) -> tuple[LanguageModel, Recalled]:
     """Train, unless it was done before, and search."""
-    lm = trained(recipe, out / f"{recipe.learnt}-{recipe.alpha:g}-{recipe.seed}")
+    lm = trained(recipe, out / f"{recipe.learnt}-{recipe.alpha:g}-{recipe.learning_rate:g}-{recipe.seed}")
     return lm, study(lm, recipe, out / "runs.db")
 
 
@@ -76,7 +78,7 @@ def inputs(seeds: int, out: Path, _: Path | None) -> None:
     """Print how often the output is named where the sequence before it is corrupted."""
     print(f"| input | seed | output shown before | unchanged | `{EDIT}` |\n" + "|---" * 5 + "|")
     for seed in range(seeds):
-        lm = trained(Recipe(seed=seed), out / f"outputs-0.65-{seed}")
+        lm = trained(Recipe(seed=seed), out / f"outputs-0.65-0.05-{seed}")
         for name, split in corrupted(Recipe(seed=seed)):
             base = evaluate(lm, split)
             with applied(lm, EDIT):
@@ -92,7 +94,7 @@ def calibrated(seeds: int, out: Path, _: Path | None) -> None:
     )
     for seed in range(seeds):
         recipe = Recipe(seed=seed)
-        lm, language = trained(recipe, out / f"outputs-0.65-{seed}"), Language(recipe)
+        lm, language = trained(recipe, out / f"outputs-0.65-0.05-{seed}"), Language(recipe)
         for name, a, noisy in (("clean", 0.0, False), ("noisy", None, True)):
             drawn = language.draw(2000, seed=20 * DRAWN + seed, alpha=a)
             split = Task.of(name, questions(language, drawn, name, noisy=noisy)).every
@@ -108,31 +110,39 @@ def calibrated(seeds: int, out: Path, _: Path | None) -> None:
 
 
 def interior(seeds: int, out: Path, figure: Path | None) -> None:
-    """Print the loss over all words of clean sequences at every size of the last MLP, where all words were learnt."""
+    """Print what every size of the last MLP does where all words were learnt: to all words, and to the questions."""
     series: dict[str, list[tuple[float, Estimate]]] = {}
     for seed in range(seeds):
-        _, r = studied(Recipe(learnt="all", seed=seed), out)
+        recipe = Recipe(learnt="all", learning_rate=RATE_OF_ALL, seed=seed)
+        lm, r = studied(recipe, out)
+        language = Language(recipe)
+        asked = Task.of("asked", questions(language, language.draw(1000, seed=30 * DRAWN + seed, alpha=0.0), "asked")).every
+        base = evaluate(lm, asked)
         with Store.open(out / "runs.db") as results:
             trials = results.evaluations(r.found.run, "validation")
-        unchanged = trials[""]
+        print(f"seed {seed}: unchanged {trials[''].loss:.4f} nats per word, {base.accuracy:.1%} of {base.n} questions")
+        print("| reduction | all words, change of loss | questions | change of loss |\n" + "|---" * 4 + "|")
         for matrix in ("1.fc_in", "1.fc_out"):
-            changes = {
-                float(text.partition("@")[2]): against(unchanged, e)[1]
-                for text, e in trials.items()
-                if text.startswith(f"{matrix}@")
-            }
-            series[f"seed {seed}, {matrix}"] = [*sorted(changes.items()), (1.0, against(unchanged, unchanged)[1])]
-            print(f"seed {seed}, {matrix}, validation: " + ", ".join(f"@{size:g} {e}" for size, e in sorted(changes.items())))
-        t = r.text
+            points = [(1.0, Estimate.mean([0.0] * base.n))]
+            for text in sorted((t for t in trials if t.startswith(f"{matrix}@")), key=lambda t: float(t.partition("@")[2])):
+                with applied(lm, text):
+                    edited = evaluate(lm, asked)
+                gain, change = against(base, edited)
+                points.append((float(text.partition("@")[2]), change))
+                words = against(trials[""], trials[text])[1]
+                print(f"| `{text}` | {words} | {edited.accuracy:.1%} ({gain.value:+.1%}) | {change} |", flush=True)
+            series[f"seed {seed}, {matrix}"] = sorted(points)
+        t = r.found.test
+        low, high = t.loss_interval
         print(
-            f"seed {seed}: unchanged {unchanged.loss:.4f}; best {r.found.best}; test {r.found.test.base_loss:.4f} -> "
-            f"{r.found.test.edited_loss:.4f} {list(r.found.test.loss_interval)}; clean questions {r.clean.base:.1%} -> "
-            f"{r.clean.edited:.1%}; other sequences {t.base_loss:.4f} -> {t.edited_loss:.4f}",
+            f"seed {seed}: best for all words {r.found.best or 'unchanged'}, test {t.base_loss:.4f} -> {t.edited_loss:.4f} "
+            f"({t.edited_loss - t.base_loss:+.4f} [{low:+.4f}, {high:+.4f}]), "
+            f"questions {r.clean.base:.1%} -> {r.clean.edited:.1%}",
             flush=True,
         )
     if figure is not None:
-        title = "All words learnt: change of loss on clean sequences, validation"
-        write_figure(curves(series, title, "kept share of the singular values", "nats per word"), figure)
+        title = "All words learnt: change of loss on clean questions"
+        write_figure(curves(series, title, "kept share of the singular values", "nats"), figure)
 
 
 if __name__ == "__main__":
