@@ -107,7 +107,7 @@ def test_a_tie_between_choices_is_wrong(llama: LanguageModel) -> None:
     assert [c for c, _ in confidences(llama, split("answer"))] == pytest.approx([1 / 512] * 6)
 
 
-@pytest.mark.parametrize("scorer", ["perplexity", "lm_eval", "lm_eval_text", "program"])
+@pytest.mark.parametrize("scorer", ["perplexity", "lm_eval", "lm_eval_text", "program", "rollout"])
 def test_what_has_no_answer_to_be_confident_of_is_told(scorer: Scorer, llama: LanguageModel) -> None:
     with pytest.raises(AnalysisError, match=f"and {scorer} reads neither; give a model, --reduce SPEC and --scorer"):
         confidences(llama, split(scorer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -111,8 +112,16 @@ def test_programs_are_judged_by_their_tests() -> None:
 def test_only_programs_may_have_several_samples() -> None:
     with pytest.raises(ScoringError, match="take several samples of programs only"):
         judge(split(Example("a", "Q", "A"), decoding=Decoding(samples=2)), "contains", [["A", "B"]])
+
+
+@pytest.mark.parametrize("scorer", ["rollout", "lm_eval_text"])
+def test_what_a_task_judges_by_itself_needs_its_judge(scorer: Any) -> None:
+    asked = split(Example("a", "Q", "A"))
     with pytest.raises(ScoringError, match="has no judge of its own"):
-        judge(split(Example("a", "Q", "A")), "lm_eval_text", [["A"]])
+        judge(asked, scorer, [["A"]])
+    told = replace(asked, judge=lambda e, texts: (texts == [e.answer], {"return": float(len(texts[0]))}))
+    assert judge(told, scorer, [["A"]]) == [(True, {"return": 1.0})]
+    assert judge(told, scorer, [["BB"]]) == [(False, {"return": 2.0})]
 
 
 def test_every_published_solution_passes_its_tests() -> None:

@@ -262,6 +262,8 @@ class StudyOptions(LoadOptions, TaskOptions):
             from laserlm.tasks import Decoding, Split
 
             scorer: Any = base.scorer
+            if scorer == "rollout":
+                raise AnalysisError(f"{base.task} is played, which is not begun again from a search; see 'laser lab --help'")
             if scorer in ("lm_eval", "lm_eval_text"):
                 raise AnalysisError(f"{base.task} is judged by its own library; give the model, --task and --reduce")
             how = dict(info.settings.get("decoding", {}))
