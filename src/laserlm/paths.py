@@ -11,7 +11,7 @@ from typing import Literal
 
 import platformdirs
 
-__all__ = ["atomic_file", "atomic_folder", "cache_folder", "default_store"]
+__all__ = ["atomic_file", "atomic_folder", "cache_folder", "cached", "default_store"]
 
 Existing = Literal["keep", "refuse", "replace"]
 
@@ -19,6 +19,16 @@ Existing = Literal["keep", "refuse", "replace"]
 def cache_folder() -> Path:
     """Return the user's cache folder of laserlm (not necessarily there yet)."""
     return platformdirs.user_cache_path("laserlm", appauthor=False)
+
+
+def cached(cache: Path) -> dict[str, list[Path]]:
+    """Return what laserlm itself has put into a cache folder, by kind, and nothing else that may lie there."""
+    patterns = {
+        "decompositions": f"decompositions/{'[0-9a-f]' * 64}.safetensors",
+        "models": f"models/smollm2-135m-instruct-{'[0-9a-f]' * 12}",
+        "data": f"data/{'[0-9a-f]' * 16}-*",
+    }
+    return {kind: sorted(cache.glob(pattern)) for kind, pattern in patterns.items()}
 
 
 def default_store() -> Path:

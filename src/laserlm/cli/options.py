@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from laserlm.tasks import Split, Task
 
 __all__ = [
+    "Cache",
     "DataOptions",
     "Json",
     "Listing",
@@ -47,6 +48,17 @@ Store = Annotated[
     ),
 ]
 STORE_DEFAULT = str(default_store())
+Cache = Annotated[
+    Path | None,
+    typer.Option(envvar="LASER_CACHE", help="Folder for decompositions and converted models.", rich_help_panel=MODEL_PANEL),
+]
+
+
+def task_names() -> list[str]:
+    """Return what the shell proposes for a task."""
+    from laserlm.tasks.definitions import DEFINITIONS
+
+    return [*sorted(DEFINITIONS), "jsonl:", "perplexity:", "lm-eval:"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +90,7 @@ class LoadOptions:
         bool,
         typer.Option("--allow-remote-code", help="Run code that comes with the model.", rich_help_panel=MODEL_PANEL),
     ] = False
-    cache: Annotated[
-        Path | None,
-        typer.Option(envvar="LASER_CACHE", help="Folder for decompositions and converted models.", rich_help_panel=MODEL_PANEL),
-    ] = None
+    cache: Cache = None
 
     def load_named(self, name: str) -> LanguageModel:
         """Load a model by name."""
@@ -94,7 +103,9 @@ class LoadOptions:
 class ModelOptions(LoadOptions):
     """Which model, and how to load it."""
 
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'bundled'.")]
+    model: Annotated[
+        str, typer.Argument(help="Hub id, local folder, .gguf file, or 'bundled'.", autocompletion=lambda: ["bundled"])
+    ]
 
     def load(self) -> LanguageModel:
         """Load the model."""
@@ -203,6 +214,7 @@ class TaskOptions(DataOptions):
         typer.Option(
             help="One of 'laser tasks', jsonl:FILE, perplexity:FILE, or lm-eval:NAME of lm-evaluation-harness.",
             rich_help_panel=TASK_PANEL,
+            autocompletion=task_names,
         ),
     ] = "worldfacts"
 

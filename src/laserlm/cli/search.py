@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, TaskOptions, print_json, with_options
+from laserlm.cli.options import STORE_DEFAULT, Cache, Json, ModelOptions, Store, TaskOptions, print_json, with_options
 from laserlm.cli.progress import say, searching_bar
 from laserlm.provenance import masked
 
@@ -137,7 +137,7 @@ def search(
 
 
 def demo(
-    cache: Annotated[Path | None, typer.Option(envvar="LASER_CACHE", help="Folder with the converted model.")] = None,
+    cache: Cache = None,
     store: Store = STORE_DEFAULT,
     restart: Restart = False,
     json: Json = False,

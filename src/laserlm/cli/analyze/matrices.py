@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from laserlm.cli.analyze.study import Output
-from laserlm.cli.options import STORE_DEFAULT, Store, with_options
+from laserlm.cli.options import STORE_DEFAULT, Cache, Store, with_options
 from laserlm.cli.progress import bar, say
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def matrices(
     metric: Annotated[str, typer.Option(help="Metric of the figure.")] = "effective_rank",
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
     allow_remote_code: Annotated[bool, typer.Option("--allow-remote-code", help="Run code that comes with the model.")] = False,
-    cache: Annotated[Path | None, typer.Option(envvar="LASER_CACHE", help="Folder with the converted bundled model.")] = None,
+    cache: Cache = None,
     store: Store = STORE_DEFAULT,
 ) -> None:
     """Measure the spectrum of every matrix: ranks, energy, noise, what layers share. The model is not built.
