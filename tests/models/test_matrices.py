@@ -281,7 +281,15 @@ def test_with_two_stacks_a_layer_needs_its_stack(make: Make) -> None:
     assert len(select(lm.matrices, Layers.parse("all"), "fc_in")) == 5
 
 
+def test_a_quantised_model_says_so_when_its_matrices_are_asked_for(llama: LanguageModel) -> None:
+    packed = torch.zeros(48 * D // 2, 1, dtype=torch.uint8)  # as four bits are kept
+    llama.model.model.layers[0].mlp.gate_proj.weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(WeightError, match=r"is quantised \(model.layers.0.mlp.gate_proj.weight is torch.uint8\); load it without"):
+        _ = llama.matrices
+
+
 def test_offloaded_and_quantised_weights_are_refused(llama: LanguageModel) -> None:
+    assert llama.matrices
     block = llama.model.model.layers[0]
     block.mlp.up_proj.weight = nn.Parameter(torch.empty(48, D, device="meta"))
     block.mlp.gate_proj.weight = nn.Parameter(torch.zeros(48, D, dtype=torch.int8), requires_grad=False)

@@ -145,7 +145,15 @@ def find_stacks(model: PreTrainedModel) -> list[tuple[str, str, nn.ModuleList]]:
 
 
 def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
-    """Return every matrix of every block: by the names of its family, or by module path where it has none."""
+    """Return every matrix of every block: by the names of its family, or by module path where it has none.
+
+    Raises:
+        MatrixError: if the model has no repeated blocks.
+        WeightError: if the model is quantised: packed weights have other shapes than the matrices they stand for.
+    """
+    packed = next((f"{name} is {p.dtype}" for name, p in model.named_parameters() if p.dtype not in FLOATS), None)
+    if packed:
+        raise WeightError(f"the model is quantised ({packed}); load it without quantisation, reduce it, then quantise")
     matrices: list[Matrix] = []
     stacks = find_stacks(model)
     row = ARCHITECTURES.get(model.config.model_type) or _recognise([b for _, _, blocks in stacks for b in blocks])
