@@ -284,7 +284,9 @@ def test_with_two_stacks_a_layer_needs_its_stack(make: Make) -> None:
 def test_a_quantised_model_says_so_when_its_matrices_are_asked_for(llama: LanguageModel) -> None:
     packed = torch.zeros(48 * D // 2, 1, dtype=torch.uint8)  # as four bits are kept
     llama.model.model.layers[0].mlp.gate_proj.weight = nn.Parameter(packed, requires_grad=False)
-    with pytest.raises(WeightError, match=r"is quantised \(model.layers.0.mlp.gate_proj.weight is torch.uint8\); load it without"):
+    with pytest.raises(
+        WeightError, match=r"is quantised \(model.layers.0.mlp.gate_proj.weight is torch.uint8\); load it without"
+    ):
         _ = llama.matrices
 
 
