@@ -41,6 +41,7 @@ ShardSize = Annotated[str, typer.Option(help="Size of a weight file at most.")]
 LOSS_TOLERANCE = 1e-3
 """Difference of two losses, in nats per token, that another machine's rounding explains."""
 Push = Annotated[str | None, typer.Option(help="Upload the folder to this hub repository too, OWNER/NAME.")]
+Private = Annotated[bool, typer.Option("--private", help="Make that repository a private one, if it is made now.")]
 
 
 @with_options(model=ModelOptions)
@@ -59,6 +60,7 @@ def save(
         int | None, typer.Option(help="Seed of ':reference' decompositions; default: the search's, else 0.")
     ] = None,
     push: Push = None,
+    private: Private = False,
     store: Store = STORE_DEFAULT,
     json: Json = False,
 ) -> None:
@@ -78,14 +80,14 @@ def save(
     given: dict[str, Any] = {"form": form}
     with bar("reducing and writing", unit="matrices"):
         saved = save_(model.load(), what, out, dtype=save_dtype, overwrite=overwrite, shard_size=shard_size, seed=seed, **given)
-    report(saved, push, json)
+    report(saved, push, private, json)
 
 
-def report(saved: Saved, push: str | None, json: bool, values: dict[str, Any] | None = None) -> None:
+def report(saved: Saved, push: str | None, private: bool, json: bool, values: dict[str, Any] | None = None) -> None:
     """Print what was saved, and upload it if asked to."""
     from laserlm.export import push as push_
 
-    address = None if push is None else push_(saved.folder, push)
+    address = None if push is None else push_(saved.folder, push, private=private)
     if json:
         print_json((values or saved.as_dict()) | {"pushed": address})
         return
@@ -230,6 +232,7 @@ def compress(
     overwrite: Overwrite = False,
     shard_size: ShardSize = "5GB",
     push: Push = None,
+    private: Private = False,
     json: Json = False,
 ) -> None:
     """Compress a whole model to a budget of parameters, choosing a rank for every matrix.
@@ -253,7 +256,7 @@ def compress(
             shard_size=shard_size,
             **given,
         )
-    report(found.saved, push, json, found.as_dict())
+    report(found.saved, push, private, json, found.as_dict())
     if found.perplexity is not None and not json:
         change = f"{found.base_perplexity:.2f} -> {found.perplexity:.2f}"
         print(f"perplexity {change} on {found.tokens:,} tokens that nothing was fitted to")

@@ -166,8 +166,7 @@ def write(
                 _write_weights(lm, part, to, how.shard_size)
                 # Whoever finds the folder of a save that was killed finds nothing that loads.
                 config = (part / "config.json").rename(part / "config.json.part")
-                if lm.tokenizer is not None:
-                    lm.tokenizer.save_pretrained(part)
+                _write_tokenizer(lm, part)
             weights = sum(f.stat().st_size for f in part.glob("*.safetensors"))
             made = how.form if any(not h.dense for h in holdings) else "dense"
             own = type(lm.model).__module__  # a model of the lab registers itself when its module is imported
@@ -241,10 +240,43 @@ def _write_weights(lm: LanguageModel, folder: Path, dtype: torch.dtype, shard_si
         if dtype != model.dtype:
             state = _cast(state, model.dtype, dtype)
         model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
     if dtype != model.dtype:
-        file = folder / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(_renamed(config, _name(model.dtype), _name(dtype)), indent=2) + "\n", encoding="utf-8")
+        config = _renamed(config, _name(model.dtype), _name(dtype))
+    file.write_text(json.dumps(_for_transformers_4(config), indent=2) + "\n", encoding="utf-8")
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(file.stat().st_mode)  # safetensors keeps them from all other users
+
+
+def _write_tokenizer(lm: LanguageModel, folder: Path) -> None:
+    if lm.tokenizer is None:
+        return
+    lm.tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the name that transformers 5 gave to this class
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _for_transformers_4(config: Any) -> Any:
+    """Return a config, nested ones too, that also says where transformers 4 looks for it how positions are rotated.
+
+    transformers 4 does not know ``rope_parameters``: without an error it would compute with a default instead.
+    """
+    if not isinstance(config, dict):
+        return config
+    config = {name: _for_transformers_4(value) for name, value in config.items()}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return config
+    older = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in rope.items() if name not in older}
+    if config.get("model_type") == "gpt_neox":
+        older = {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+    return older | config
 
 
 @contextmanager
