@@ -425,8 +425,7 @@ def test_a_verification_of_the_page_runs(line: str, saved: Callable[[str], Path]
     assert [v["published"]["intervention"] for v in found] == [r.intervention for r in published(p["model"], p["name"])]
     for v in found:
         assert v["edited"]["n"] == v["base"]["n"] <= 2
-        exact = p["name"] == "humaneval"  # as the page says
-        assert v["edited"]["intervention"].endswith(":reference") is not exact
+        assert v["edited"]["intervention"].endswith(":reference")
 
 
 def test_pickled_weights_become_a_folder_of_the_same_weights(run: Run, tmp_path: Path) -> None:

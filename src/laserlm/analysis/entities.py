@@ -31,7 +31,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "with none": {"base": 0.311, "reduced": 0.116, "removed part alone": 0.321},
     },
 }
-"""Means and shares of GPT-J on Wikidata QA, by set, figure and model. Source: arXiv 2312.13558."""
+"""Means and shares published for GPT-J on Wikidata QA, by set, figure and model."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def generations(
         },
         {
             **{title: [_row(e) for e in found if e.set == name] for name, title in SETS.items()},
-            "published for GPT-J on Wikidata QA (arXiv 2312.13558)": published,
+            "published for GPT-J on Wikidata QA": published,
             f"some of {len(said)} examples": [
                 {"set": "".join(s.sets), "prompt": s.prompt, "answer": s.answer, **s.texts} for s in said[:shown]
             ],
