@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SMOKE := scripts/smoke.sh
 
-.PHONY: demo test check setup lint wheel clean
+.PHONY: demo test check setup lint wheel docs clean
 
 demo: setup
 	$(BIN)/laser demo
@@ -29,14 +30,23 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The wheel, alone in an empty environment, answers.
-wheel: $(VENV)/installed
-	rm -rf dist build/wheel-venv
+# What is released answers in empty environments: the wheel, the source distribution, and the wheel as a tool of its own by pipx.
+wheel: setup
+	rm -rf dist build/wheel-venv build/pipx
 	$(BIN)/python -m build --quiet
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
-	cd build && wheel-venv/bin/laser --help && wheel-venv/bin/laser --version && \
-	  wheel-venv/bin/python -c 'import laserlm; print(len(laserlm.task("worldfacts").every), "questions in the wheel")'
+	$(SMOKE) build/wheel-venv/bin
+	build/wheel-venv/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.tar.gz
+	$(SMOKE) build/wheel-venv/bin
+	build/wheel-venv/bin/python -m pip install --quiet pipx
+	PIPX_HOME=build/pipx PIPX_BIN_DIR=build/pipx/bin build/wheel-venv/bin/pipx install --quiet --backend pip \
+	  --pip-args="-c $(CURDIR)/constraints.txt" dist/*.whl
+	$(SMOKE) build/pipx/bin
+
+# The documentation as a site, in build/site.
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf $(VENV) dist build
