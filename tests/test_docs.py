@@ -51,8 +51,8 @@ SHORT = {
     "analyze calibration": "--limit 60",
     "analyze generations": "--limit 12",
     "analyze frequency": "--limit 60 --workers 1",
-    "analyze side-effects": "--limit 12 --passages 2 --examples 6",
-    "lm-eval": "--limit 4",
+    "analyze side-effects": "--limit 12 --passages 1 --examples 6",
+    "verify": "--limit 4",
     "lab noisy-recall": "--steps 20 --seeds 1",
     "lab sokoban train": "--steps 2 --levels 40",
     "lab sokoban evaluate": "--limit 4",
@@ -177,7 +177,9 @@ def place(tmp_path: Path, searched: Path, monkeypatch: pytest.MonkeyPatch, bundl
             for n, (country, city) in enumerate(CAPITALS.items())
         )
     )
-    pythia(folder / "EleutherAI" / "pythia-160m")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 12, "intermediate_size": 48}
+    tiny(folder / "EleutherAI" / "pythia-160m", "gpt_neox", **sizes)
+    tiny(folder / "EleutherAI" / "gpt-j-6b", "gptj", n_embd=32, n_head=4, n_layer=28, rotary_dim=4)
     shutil.copy(searched, folder.parent / "runs.db")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LASER_STORE", str(folder.parent / "runs.db"))
@@ -212,12 +214,11 @@ def record(number: int, country: str, city: str) -> dict[str, Any]:
     }
 
 
-def pythia(folder: Path) -> None:
+def tiny(folder: Path, family: str, **sizes: int) -> None:
     """Put a tiny model where the page names one of the hub's, so that ``from_pretrained`` takes it."""
     tokenizer = bpe({"eos_token": "<eos>"})
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 12, "intermediate_size": 48}
-    config = AutoConfig.for_model("gpt_neox", vocab_size=512, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=512, **sizes, **ends)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -287,9 +288,9 @@ def short(words: list[str]) -> list[str]:
     """Return the options that make a command quick; a later option holds where one is given twice."""
     if "--dry-run" in words:
         return []
-    if words[0] == "verify":
-        return ["--weights", "EleutherAI/pythia-160m", "--limit", "4"]
     joined = " ".join(words)
+    if "--strategy exhaustive" in joined or "perplexity:" in joined:
+        return ["--limit", "2", *(["--grid", "29.v_proj@0.75"] if words[0] == "search" else [])]
     return next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), [])
 
 
