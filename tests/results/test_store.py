@@ -240,7 +240,10 @@ def test_a_run_is_found_by_a_prefix(store, sql, sample):
         with store.run(**sample.work(key)) as run:
             pass
         sql("update runs set id = :new where id = :old", new=id, old=run.id)
-    assert store.find("last").key == "three"
+    with store.run(**sample.work("four") | {"kind": "scores"}):
+        pass
+    assert store.find("last").key == "three"  # scores that a study keeps are no search
+    assert store.find("last", "scores").key == "four"
     assert store.find("abc").key == "one"
     assert store.find("ABD0").key == "two"
     assert store.find("123456789abc").key == "three"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 DEMO_VALIDATION = 300
 DEMO_TEST = 1000
+UNRANKED = 0.4
+"""Share of pairs with the random candidate ahead from which the screen is said to have ranked hardly better than chance."""
 CLUSTER_PANEL = "Cluster options"
 
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew even where the database has this search already.")]
@@ -162,7 +164,7 @@ def demo(
         print(
             f"SmolLM2-135M-Instruct on worldfacts: {DEMO_VALIDATION} questions to choose on, "
             f"{DEMO_TEST} others to measure on.\n"
-            f"A race among all {sum(not m.parts for m in lm.matrices)} matrices of all blocks at 15 ranks each; "
+            f"A race among all {sum(not m.parts for m in lm.matrices)} matrices of all blocks at up to 15 ranks each; "
             "the lowest loss wins, since so few questions\ntell losses apart better than hit rates."
         )
     with searching_bar() as on_step:
@@ -229,6 +231,8 @@ def _print_way(found: Found) -> None:
                 f"that correlate {s.correlation:.2f} with its ranks"
                 + (f";\n{s.controls_ahead:.0%} of the pairs put the random one ahead." if s.controls_ahead is not None else ".")
             )
+            if (s.controls_ahead or 0) > UNRANKED or s.correlation <= 0:
+                print("So the screen hardly ranked them: a larger --width or --strategy exhaustive may find a better one.")
     if found.rungs:
         table = Table(
             "questions", "entered", "beaten", "halved", "failed", "joined", "leader", title="Race", title_justify="left"

@@ -144,14 +144,16 @@ class Store:
             return [_run_info(row, trials) for row, trials in rows]
 
     def find(self, id_or_prefix: str, kind: str | None = None) -> RunInfo:
-        """Return the run whose id begins so, or the newest, of one kind where that is given, for ``last``.
+        """Return the run, of one kind where that is given, whose id begins so; ``last`` is the newest search.
+
+        Scores that studies keep are runs too, and newer ones; they are ``last`` only where there is no search.
 
         Raises:
             StoreError: if there is no such run, or more than one.
         """
         runs = [run for run in self.runs() if kind is None or run.kind == kind]
         if id_or_prefix == "last" and runs:
-            return runs[0]
+            return next((run for run in runs if run.kind == "search"), runs[0])
         prefix = id_or_prefix.lower()
         found = [run for run in runs if prefix and run.id.startswith(prefix)]
         if len(found) == 1:
