@@ -288,6 +288,8 @@ def test_a_quantised_model_says_so_when_its_matrices_are_asked_for(llama: Langua
         WeightError, match=r"is quantised \(model.layers.0.mlp.gate_proj.weight is torch.uint8\); load it without"
     ):
         _ = llama.matrices
+    with applied(llama, ""):
+        assert llama.intervention == ""
 
 
 def test_offloaded_and_quantised_weights_are_refused(llama: LanguageModel) -> None:

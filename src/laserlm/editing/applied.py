@@ -120,7 +120,7 @@ def applied(
         WeightError: if a matrix holds NaN or inf, is quantised or is not in memory.
     """
     intervention = Intervention.parse(intervention)
-    edits = resolve(lm.matrices, intervention)
+    edits = resolve(lm.matrices, intervention) if intervention else ()  # a quantised model has no matrices, but can be scored
     kept = cache or kept_under(lm.cache)
     with written(lm, edits, lambda edit: truncation(lm, edit, kept, seed)), active(lm, intervention):
         yield lm
