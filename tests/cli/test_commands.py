@@ -373,12 +373,6 @@ def test_one_example_gives_json_that_any_reader_takes(run: Run, folder: Path, qu
     assert found["comparison"]["loss_interval"] is None
 
 
-def test_version(run: Run) -> None:
-    import laserlm
-
-    assert run("--version")[:2] == (0, f"laser {laserlm.__version__}\n")
-
-
 @pytest.mark.bundled
 @pytest.mark.realdata
 @pytest.mark.slow
