@@ -65,12 +65,8 @@ ONLY_READ = {
     "Qwen/Qwen2.5-7B-Instruct": "a model on the hub",
 }
 ELSEWHERE = {
-    "make": "named targets of the Makefile; CI calls them",
     "pipx": "make wheel",
     "uvx": "would fetch PyTorch once more, for a cache of its own",
-    "sbatch": "a cluster",
-    "kubectl": "a cluster",
-    "docker": "a cluster",
 }
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Japan": "Tokyo"}
 TEXT = "The river rises in the hills and flows to the sea. In spring the water is high and the fields lie under it.\n"
@@ -248,7 +244,7 @@ def commands(content: str) -> Iterator[str]:
     """Return the commands of laser one by one, and what stands between them as scripts for the shell."""
     others: list[str] = []
     for line in re.sub(r"\\\n\s*", "", content).splitlines():
-        plain = re.match(r"(laser|pip|make|pipx|uvx|sbatch|kubectl|docker) ", line) and not re.search(r"[|>&]", line)
+        plain = re.match(r"(laser|pip|make|pipx|uvx) ", line) and not re.search(r"[|>&]", line)
         if plain or not line.strip():
             yield from ["\n".join(others)] * bool(others)
             others = []

@@ -55,6 +55,11 @@ def logits(model: Any) -> torch.Tensor:
             {"rope_theta": 77.0, "rope_type": "linear", "factor": 4.0},
             {"rope_theta": 77.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
         ),
+        (
+            "gpt_neox",
+            {"rope_theta": 77.0, "rope_type": "linear", "factor": 4.0},
+            {"rotary_emb_base": 77.0, "rotary_pct": 0.25, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        ),
     ],
 )
 def test_transformers_4_finds_the_rotary_settings(

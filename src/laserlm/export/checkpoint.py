@@ -254,7 +254,7 @@ def _write_tokenizer(lm: LanguageModel, folder: Path) -> None:
         return
     lm.tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # some kinds of tokenizer write none
     if config.get("tokenizer_class") == "TokenizersBackend":  # the name that transformers 5 gave to this class
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -271,12 +271,13 @@ def _for_transformers_4(config: Any) -> Any:
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return config
-    older = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    if rope.get("rope_type", "default") != "default":
-        older["rope_scaling"] = {name: value for name, value in rope.items() if name not in older}
+    own = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    scaling = {name: value for name, value in rope.items() if name not in own}
     if config.get("model_type") == "gpt_neox":
-        older = {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
-    return older | config
+        own = {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+    if rope.get("rope_type", "default") != "default":
+        own["rope_scaling"] = scaling
+    return own | config
 
 
 @contextmanager
