@@ -1,18 +1,29 @@
-# One command each: 'make demo' shows the main job, 'make test' runs the whole suite, 'make check' all that CI checks.
+# One command each: 'make demo' shows the main job, 'make test' tests within minutes, 'make test-all' runs every test,
+# 'make check' does all that CI does.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SMOKE := scripts/smoke.sh
 
-.PHONY: demo test check setup lint wheel docs clean
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+.PHONY: demo test test-all test-slow check setup lint wheel docs clean
 
 demo: setup
 	$(BIN)/laser demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
 
-check: test lint wheel
+test-all: setup
+	$(PYTEST)
+
+# What 'make test' leaves of 'make test-all'.
+test-slow: setup
+	$(PYTEST) -m slow
+
+check: test test-slow lint wheel
 
 setup: $(VENV)/installed
 	$(BIN)/laser setup

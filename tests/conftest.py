@@ -1,4 +1,4 @@
-"""Fixtures: tiny models, the bundled model, real data, and the command line, run in this process."""
+"""Tiers, and fixtures: tiny models, the bundled model, real data, and the command line, run in this process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import sys
 
 # No test reaches for a hub. The hub's library reads this once, when it is first imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Two workers share two cores, and one thread is faster on tiny matrices. PyTorch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,28 @@ Run = Callable[..., tuple[int, str, str]]
 
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
+
+
+SERVERS = ("browser", "postgresql", "ray")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave what needs a server or a browser to the full tier, and give each of these to one worker."""
+    for item in items:
+        for name in SERVERS:
+            if item.get_closest_marker(name):
+                item.add_marker("slow")
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(autouse=True)
+def caller_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run every test in an empty folder, which it has to leave empty: no command writes where it was not told to."""
+    folder = tmp_path_factory.mktemp("caller")
+    monkeypatch.chdir(folder)
+    yield
+    assert [path.name for path in folder.iterdir()] == []
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,7 +76,18 @@ SCORED = [*CAUSAL, *MASKED, *SEQ2SEQ]
 
 
 def bpe(special: dict[str, str], *, metaspace: bool = False, prefix: str = "") -> PreTrainedTokenizerFast:
-    """Train a small byte-level BPE tokenizer (or one with SentencePiece's word mark) on a few sentences."""
+    """Make a small byte-level BPE tokenizer (or one with SentencePiece's word mark) that knows a few sentences."""
+    tokenizer = Tokenizer.from_str(_trained(tuple(special.items()), metaspace, prefix))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+    fast.model_max_length = 128
+    if fast.mask_token is not None:
+        fast.add_special_tokens({"mask_token": AddedToken(fast.mask_token, lstrip=True)})  # as RoBERTa's
+    return fast
+
+
+@cache
+def _trained(special_items: tuple[tuple[str, str], ...], metaspace: bool, prefix: str) -> str:
+    special = dict(special_items)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     if metaspace:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -95,11 +108,7 @@ def bpe(special: dict[str, str], *, metaspace: bool = False, prefix: str = "") -
         first, last = special["bos_token"], special["eos_token"]
         ids = [(t, tokenizer.token_to_id(t)) for t in (first, last)]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=ids)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
-    fast.model_max_length = 128
-    if fast.mask_token is not None:
-        fast.add_special_tokens({"mask_token": AddedToken(fast.mask_token, lstrip=True)})  # as RoBERTa's
-    return fast
+    return tokenizer.to_str()
 
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -111,18 +120,25 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 
 def build(family: str, seed: int = 0) -> LanguageModel:
     """Make a tiny model of a family with random weights spread widely enough that its predictions differ."""
-    model_type, settings, _ = FAMILIES[family]
-    config = AutoConfig.for_model(model_type, **settings)
     kind: Any = "causal" if family in CAUSAL else "masked" if family in MASKED else "encoder-decoder"
     kind = "headless" if family in OTHER else kind
+    torch.manual_seed(seed)
+    model = copy.deepcopy(_template(family, kind, seed))
+    tokenizer = TOKENIZERS[kind]() if kind in TOKENIZERS else None
+    return LanguageModel(model=model, tokenizer=tokenizer, name=family, kind=kind)
+
+
+@cache
+def _template(family: str, kind: str, seed: int) -> Any:
+    """The model that each test gets a copy of."""
+    model_type, settings, _ = FAMILIES[family]
     auto = {
         "causal": AutoModelForCausalLM,
         "masked": AutoModelForMaskedLM,
         "encoder-decoder": AutoModelForSeq2SeqLM,
         "headless": AutoModel,
     }[kind]
-    torch.manual_seed(seed)
-    model = auto.from_config(config)
+    model = auto.from_config(AutoConfig.for_model(model_type, **settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -130,5 +146,4 @@ def build(family: str, seed: int = 0) -> LanguageModel:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    tokenizer = TOKENIZERS[kind]() if kind in TOKENIZERS else None
-    return LanguageModel(model=model, tokenizer=tokenizer, name=family, kind=kind)
+    return model

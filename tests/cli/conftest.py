@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
 
-from laserlm.models import LanguageModel
+from families import build
 
-Make = Callable[..., LanguageModel]
+
+@pytest.fixture(scope="session")
+def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk; nothing may change it."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    lm = build("llama")
+    lm.model.save_pretrained(folder)
+    lm.need_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
-def folder(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    lm = make("llama")
-    lm.model.save_pretrained(tmp_path / "model")
-    lm.need_tokenizer().save_pretrained(tmp_path / "model")
+def folder(saved_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A tiny model on disk, which the test may change."""
     capsys.readouterr()  # transformers shows a bar while it writes
-    return tmp_path / "model"
+    return Path(shutil.copytree(saved_llama, tmp_path / "model"))
