@@ -66,6 +66,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results database without runs, which tests copy."""
+    from laserlm.results import Store
+
+    path = tmp_path_factory.mktemp("database") / "runs.db"
+    with Store.open(path):
+        pass
+    return path
+
+
 @pytest.fixture
 def make() -> Callable[..., LanguageModel]:
     """Build a tiny model of a named family."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import platformdirs
 
-__all__ = ["atomic_file", "atomic_folder", "cache_folder", "cached", "default_store"]
+__all__ = ["atomic_file", "atomic_folder", "cache_folder", "cached", "default_store", "lab_folder"]
 
 Existing = Literal["keep", "refuse", "replace"]
 
@@ -34,6 +34,11 @@ def cached(cache: Path) -> dict[str, list[Path]]:
 def default_store() -> Path:
     """Return the results database that the command line uses unless told otherwise (not necessarily there yet)."""
     return platformdirs.user_data_path("laserlm", appauthor=False) / "runs.db"
+
+
+def lab_folder(name: str) -> Path:
+    """Return the folder in which a study of the lab keeps its models unless told otherwise (not necessarily there yet)."""
+    return platformdirs.user_data_path("laserlm", appauthor=False) / "lab" / name
 
 
 @contextmanager

@@ -3,12 +3,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from laserlm.analysis import Scorebook, flips, likeliest, scored
+from laserlm.analysis import flips, likeliest, scored
 from laserlm.editing import applied
 from laserlm.errors import AnalysisError
 from laserlm.models import LanguageModel
@@ -84,33 +83,27 @@ def split() -> Split:
     return Task.of("t", [Example(c, f"The capital of {c} is", "Paris") for c in "abcdef"]).every
 
 
-def test_scores_are_made_once_and_kept(
-    llama: LanguageModel, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_made_once_and_kept(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
     with applied(llama, "1.fc_in@0.1"):
         expected = evaluate(llama, split)
-    calls = []
-
-    evaluated = Scorebook._evaluated
-
-    def counted(self: Scorebook, *given: Any) -> Evaluation:
-        calls.append(llama.intervention)
-        return evaluated(self, *given)
-
-    monkeypatch.setattr(Scorebook, "_evaluated", counted)
+    passes: list[str] = []
+    llama.model.register_forward_pre_hook(lambda *_: passes.append(llama.intervention))
+    made: list[list[str]] = []
     for _ in range(2):
         with Store.open(tmp_path / "runs.db") as store, scored(llama, split, store) as score:
             assert score("1.fc_in@0.10").scores == expected.scores
             assert score("").intervention == ""
             assert score("named", applied(llama, "1.fc_in@0.1")).scores == expected.scores
             assert score("another", applied(llama, "1.fc_in@0.1"), at="1.fc_in@0.5").scores == expected.scores
-            assert score.remember("a text", lambda: calls.append("made") or ["kept"]) == ["kept"]
-    assert calls == ["1.fc_in@0.1", "", "1.fc_in@0.1", "1.fc_in@0.1", "made"]
+            assert score.remember("a text", lambda: passes.append("computed") or ["kept"]) == ["kept"]
+        made.append(list(passes))
+    assert set(made[0]) == {"1.fc_in@0.1", "", "computed"}
+    assert made[1] == made[0]  # the second time everything comes from the store
     with Store.open(tmp_path / "runs.db") as store:
         assert store.examples(store.runs()[0].id, "all") == split.examples
         with scored(llama, split.limit(3), store) as score:
             score("")
-    assert len(calls) == 6  # other examples are other scores
+    assert len(passes) > len(made[0])  # other examples are other scores
 
 
 def test_scores_under_edits_of_tied_weights_start_below_the_first_of_them(make: Make, split: Split, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,6 @@ def record(store: Store) -> Callable[..., str]:
 
 
 @pytest.fixture
-def store(tmp_path: Any) -> Iterator[Store]:
-    with Store.open(tmp_path / "runs.db") as store:
+def store(tmp_path: Path, empty_database: Path) -> Iterator[Store]:
+    with Store.open(shutil.copy(empty_database, tmp_path / "runs.db")) as store:
         yield store

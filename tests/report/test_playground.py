@@ -157,7 +157,7 @@ def test_users_at_once_get_what_each_would_get_alone(apart: bool, make: Make, mo
     questions = [
         (prompt, f"{layer}.{matrix}@{rho}", 4)
         for prompt in (PROMPT, "Oslo is")
-        for layer in range(3)
+        for layer in (0, 2)
         for matrix in ("fc_in", "v_proj")
         for rho in ("0", "0.2")
     ]
@@ -169,12 +169,12 @@ def test_users_at_once_get_what_each_would_get_alone(apart: bool, make: Make, mo
 
     def user(start: int) -> list[bool]:
         gate.wait()
-        mine = [questions[(start * 5 + i * 7) % len(questions)] for i in range(2 * len(questions))]
+        mine = [questions[(start * 5 + i * 7) % len(questions)] for i in range(len(questions))]
         return [asked.answer(*q) == alone[q] for q in mine]
 
     with ThreadPoolExecutor(6) as pool:
         found = [ok for of in pool.map(user, range(6)) for ok in of]
-    assert len(found) == 12 * len(questions)
+    assert len(found) == 6 * len(questions)
     assert all(found)
     assert len({sides[1] for sides in alone.values()}) > len(questions) // 2
     assert same(lm, before)

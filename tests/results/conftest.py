@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import runpy
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -51,14 +52,17 @@ def postgresql_url(make_database: Callable[..., str]) -> str:
     return make_database()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
 def store_url(request: pytest.FixtureRequest) -> str:
     """URL of a new database of every kind."""
     return str(request.getfixturevalue(f"{request.param}_url"))
 
 
 @pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
+def store(store_url: str, empty_database: Path) -> Iterator[Store]:
+    url = make_url(store_url)
+    if url.drivername == "sqlite":
+        shutil.copy(empty_database, str(url.database))
     with Store.open(store_url) as store:
         yield store
 

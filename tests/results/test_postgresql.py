@@ -11,6 +11,8 @@ from sqlalchemy.orm import Session
 from laserlm.errors import StoreError
 from laserlm.results import Store, claim, database
 
+pytestmark = pytest.mark.postgresql
+
 
 @pytest.fixture
 def store_url(postgresql_url):
@@ -77,7 +79,7 @@ def test_a_database_of_another_encoding_refuses_what_it_lacks(sample, make_datab
 def test_the_isolation_does_not_depend_on_the_server(store_url, sql, sample):
     sql(f"alter database {make_url(store_url).database} set default_transaction_isolation = 'serializable'")
     with Store.open(store_url) as store:
-        for session_of, level in ((store._database.read, "repeatable read"), (store._database.write, "read committed")):
+        for session_of, level in ((store.database.read, "repeatable read"), (store.database.write, "read committed")):
             with session_of() as session:
                 assert session.scalar(text("show transaction_isolation")) == level
 
@@ -85,7 +87,7 @@ def test_the_isolation_does_not_depend_on_the_server(store_url, sql, sample):
 def test_waiting_for_another_writer_ends(store_url, sample, monkeypatch):
     monkeypatch.setitem(database.WRITING["postgresql"], "laserlm_begin", "SET LOCAL lock_timeout = '50ms'")
     with Store.open(store_url) as store, store.run(**sample.work()) as run:
-        with store._database.write() as session:
+        with store.database.write() as session:
             session.execute(text("select * from runs for update"))
             with pytest.raises(StoreError, match=r"could not write to .*lock timeout.*; another process is writing"):
                 run.record(sample.evaluation("a"), sample.EXAMPLES)

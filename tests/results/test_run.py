@@ -122,7 +122,7 @@ def test_a_left_run_takes_nothing_more(store, sample):
 
 
 def age(store, seconds):
-    with store._database.write() as session:
+    with store.database.write() as session:
         session.execute(update(RunRow).values(heartbeat=datetime.now(UTC) - timedelta(seconds=seconds)))
 
 
@@ -143,7 +143,7 @@ def test_a_run_without_heartbeat_is_taken_over_and_its_old_owner_stopped(store, 
             ):
                 with pytest.raises(RunBusyError, match="taken over"):
                     write()
-            old._leave("interrupted")
+            old.release("interrupted")
             assert store.runs()[0].status == "running"
             new.record(sample.evaluation("b"), sample.EXAMPLES)
             new.finish({"by": "new"})
@@ -154,7 +154,7 @@ def test_a_run_without_heartbeat_is_taken_over_and_its_old_owner_stopped(store, 
 def test_of_two_that_take_over_at_once_the_second_is_refused(store, sample):
     with store.run(**sample.work()):
         pass
-    with store._database.write() as session:
+    with store.database.write() as session:
         row = session.scalars(select(RunRow)).one()
         session.execute(
             update(RunRow).values(owner_token="faster", owner_pid=1, owner_host="elsewhere"),

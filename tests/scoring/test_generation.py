@@ -12,7 +12,7 @@ import laserlm.scoring.generation as module
 from laserlm.errors import ScoringError
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import evaluate
-from laserlm.scoring.generation import _after, generate, texts_of
+from laserlm.scoring.generation import continuation, generate, texts_of
 from laserlm.tasks import Decoding, Example, Split
 
 Make = Callable[..., LanguageModel]
@@ -179,7 +179,7 @@ def test_a_space_at_the_start_of_what_is_written_is_kept(make: Make) -> None:
                 made.append(int(logits.argmax()))
         assert prompt + text == tok.decode(made, skip_special_tokens=True)
     # Decoded by itself, a word at the start has no space before it.
-    assert _after(tok, tok("Rome").input_ids, tok("Rome is").input_ids) == " is"
+    assert continuation(tok, tok("Rome").input_ids, tok("Rome is").input_ids) == " is"
     assert tok.decode(tok("Rome is").input_ids[1:]) == "is"
 
 

@@ -38,7 +38,7 @@ def test_products_are_exact_and_the_setting_is_put_back() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_rounded_operands_are_taken_only_where_they_are_not_rounded(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_onednn_is_exact", lambda: exact)
+    monkeypatch.setattr(module, "onednn_is_exact", lambda: exact)
     with quick(CPU, 20):
         assert precision() == ("bf16" if exact else "none")
     assert precision() == "none"
@@ -53,7 +53,7 @@ def test_a_kernel_that_rounds_is_recognised(monkeypatch: pytest.MonkeyPatch) -> 
         return linear(x.bfloat16().float(), w.bfloat16().float())
 
     monkeypatch.setattr(torch.nn.functional, "linear", rounding)
-    assert module._onednn_is_exact.__wrapped__() is False
+    assert module.onednn_is_exact.__wrapped__() is False
     assert precision() == "none"
 
 
@@ -96,11 +96,11 @@ def test_rows_are_cut_into_the_batches_that_take_the_least_time() -> None:
 
     for lengths in ([9, 9, 8, 3, 3, 2, 1], [20, 1, 1, 1], [5], [4, 4, 4, 4, 4, 4, 4, 4]):
         for size in (2, 3, 8):
-            cuts = forward._cuts(lengths, size, 10)
+            cuts = forward.batch_bounds(lengths, size, 10)
             allowed = [c for c in every(len(lengths)) if all(b - a <= size for a, b in c)]
             assert time(cuts, lengths) == min(time(c, lengths) for c in allowed)
             assert cuts in allowed
-    assert forward._cuts([9, 9, 1, 1, 1], 3, float("inf")) == [(0, 3), (3, 5)]
+    assert forward.batch_bounds([9, 9, 1, 1, 1], 3, float("inf")) == [(0, 3), (3, 5)]
 
 
 def test_a_model_that_works_on_its_logits_by_place_gets_all_places(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import typer
 from laserlm.cli import sokoban
 from laserlm.cli.options import STORE_DEFAULT, Cache, Json, Listing, Store, print_json
 from laserlm.cli.progress import bar, say, searching_bar
+from laserlm.paths import lab_folder
 from laserlm.provenance import masked
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ app = typer.Typer(no_args_is_help=True, help="Experiments that train a small mod
 
 app.add_typer(sokoban.app, name="sokoban")
 
-Folder = Annotated[Path, typer.Option(help="Folder for the trained models; those that are there are used again.")]
+Folder = Annotated[
+    Path | None, typer.Option(help="Folder for the trained models, which are used again; default: in the user's data folder.")
+]
 
 
 @app.command()
@@ -28,7 +31,7 @@ def noisy_recall(
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Probability of the noise word in training.")] = 0.65,
     learnt: Annotated[str, typer.Option(help="outputs (loss on what follows a trigger) or all (on every word).")] = "outputs",
     steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1500,
-    out: Folder = Path("noisy-recall"),
+    out: Folder = None,
     store: Store = STORE_DEFAULT,
     restart: Annotated[bool, typer.Option("--restart", help="Search anew; trained models are kept.")] = False,
     json: Json = False,
@@ -41,6 +44,7 @@ def noisy_recall(
     from laserlm.lab.recall.model import trained
     from laserlm.lab.recall.study import study, task_of
 
+    out = out or lab_folder("noisy-recall")
     say(f"models are kept in {out}, results in {masked(store)}")
     found = []
     for seed in range(seeds):
@@ -88,7 +92,7 @@ def _print(found: list[Recalled]) -> None:
 def rank_constraint(
     on: Annotated[str, typer.Argument(help="recall (noisy recall) or worldfacts (a fine-tune of the bundled model).")],
     seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each kind.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for the models of noisy recall.")] = Path("rank-constraint"),
+    out: Folder = None,
     cache: Cache = None,
     json: Json = False,
 ) -> None:
@@ -102,6 +106,7 @@ def rank_constraint(
 
     if on not in ("recall", "worldfacts"):
         raise TaskError(f"no training on {on!r}; write recall or worldfacts")
+    out = out or lab_folder("rank-constraint")
     found = []
     for seed in range(seeds):
         with bar(f"seed {seed}", unit="steps") as advance:

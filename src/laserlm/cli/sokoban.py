@@ -12,6 +12,7 @@ import typer
 from laserlm.cli.options import STORE_DEFAULT, Json, LoadOptions, Store, print_json, with_options
 from laserlm.cli.progress import bar, say, searching_bar
 from laserlm.cli.search import print_found
+from laserlm.paths import lab_folder
 from laserlm.provenance import masked
 
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ class LevelOptions:
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for the model; an interrupted training in it goes on.")] = Path("sokoban"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the model; an interrupted training goes on; default: in the user's data folder."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the levels and the weights.")] = 0,
     boxes: Annotated[int, typer.Option(min=1, help="Boxes of each level.")] = 2,
     room: Annotated[int, typer.Option(min=3, max=8, help="Side of the room.")] = 6,
@@ -109,6 +113,7 @@ def train(
     from laserlm.lab.sokoban.training import train as train_
 
     start = time.monotonic()
+    out = out or lab_folder("sokoban")
     recipe = Recipe(seed=seed, boxes=boxes, room=room, levels=levels, steps=steps)
     with bar("training", unit="steps") as advance:
         lm = train_(recipe, out, save_every=save_every, on_progress=advance)

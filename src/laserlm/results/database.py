@@ -80,11 +80,11 @@ class Database:
         self.name = url.database or "" if url.drivername == "sqlite" else _shown(url)
         try:
             with self._failures("open"):
-                self._engine = _engine(url)
+                self.engine = _engine(url)
         except ImportError as error:
             raise MissingExtraError(f"results in PostgreSQL need psycopg ({error}): pip install 'laserlm[cluster]'") from error
-        self._reader = self._engine.execution_options(**READING[self._engine.name])
-        self._writer = self._engine.execution_options(**WRITING[self._engine.name])
+        self._reader = self.engine.execution_options(**READING[self.engine.name])
+        self._writer = self.engine.execution_options(**WRITING[self.engine.name])
         try:
             self._migrate()
         except BaseException:
@@ -93,7 +93,7 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        self.engine.dispose()
 
     @contextmanager
     def read(self) -> Iterator[Session]:

@@ -100,7 +100,8 @@ class Run:
             pass
         self.outcome = outcome
 
-    def _leave(self, status: str, reason: str | None = None) -> None:
+    def release(self, status: str, reason: str | None = None) -> None:
+        """Give the claim up and record why, unless the run is finished or another process has taken it over."""
         if self.outcome is not None:
             return
         try:
@@ -133,11 +134,11 @@ def working(
     except BaseException as error:
         failed = isinstance(error, Exception)  # the rest, such as KeyboardInterrupt, end the process on request
         try:
-            run._leave("failed" if failed else "interrupted", f"{type(error).__name__}: {error}" if failed else None)
+            run.release("failed" if failed else "interrupted", f"{type(error).__name__}: {error}" if failed else None)
         except StoreError as second:
             error.add_note(f"the run could not be released either: {second}")
         raise
-    run._leave("interrupted")
+    run.release("interrupted")
 
 
 def _claimed(

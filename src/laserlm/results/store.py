@@ -93,7 +93,7 @@ class Store:
     """The runs of a results database, to be closed or used as a context manager."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self.database = database
 
     @classmethod
     def open(cls, where: str | Path) -> Store:
@@ -115,7 +115,7 @@ class Store:
 
     def close(self) -> None:
         """Close all connections."""
-        self._database.close()
+        self.database.close()
 
     def run(
         self, *, kind: str, key: str, settings: dict[str, Any], provenance: dict[str, Any], restart: bool = False
@@ -135,11 +135,11 @@ class Store:
         Raises:
             RunBusyError: if a live process works on the run.
         """
-        return working(self._database, kind=kind, key=key, settings=settings, provenance=provenance, restart=restart)
+        return working(self.database, kind=kind, key=key, settings=settings, provenance=provenance, restart=restart)
 
     def runs(self) -> list[RunInfo]:
         """Return all runs, the newest first."""
-        with self._database.read() as session:
+        with self.database.read() as session:
             rows = session.execute(select(RunRow, _trial_count()).order_by(RunRow.number.desc()))
             return [_run_info(row, trials) for row, trials in rows]
 
@@ -165,17 +165,17 @@ class Store:
             )
         near = get_close_matches(prefix, [run.id for run in runs], n=3, cutoff=0.5)
         hint = f"; near it are {', '.join(near)}" if near else ""
-        raise StoreError(f"no run {id_or_prefix!r} among {len(runs)} in {self._database.name}{hint}; see 'laser runs list'")
+        raise StoreError(f"no run {id_or_prefix!r} among {len(runs)} in {self.database.name}{hint}; see 'laser runs list'")
 
     def evaluation(self, run_id: str, split: str, intervention: str) -> Evaluation | None:
         """Return an evaluation as it was recorded, or None where there is none or it failed."""
-        with self._database.read() as session:
+        with self.database.read() as session:
             _row(session, run_id)
             return load_evaluation(session, run_id, split, intervention)
 
     def trials(self, run_id: str) -> list[TrialInfo]:
         """Return the trials of a run in the order they were recorded."""
-        with self._database.read() as session:
+        with self.database.read() as session:
             _row(session, run_id)
             rows = session.scalars(select(TrialRow).where(TrialRow.run_id == run_id).order_by(TrialRow.id))
             return [
@@ -185,24 +185,24 @@ class Store:
 
     def evaluations(self, run_id: str, split: str) -> dict[str, Evaluation]:
         """Return the scores of every trial of a split that has some, by intervention."""
-        with self._database.read() as session:
+        with self.database.read() as session:
             _row(session, run_id)
             return load_trials(session, run_id, split)[0]
 
     def examples(self, run_id: str, split: str) -> tuple[Example, ...]:
         """Return the examples that the unchanged model was scored on in a run, in the order of its scores."""
-        with self._database.read() as session:
+        with self.database.read() as session:
             _row(session, run_id)
             return load_examples(session, run_id, split)
 
     def notes(self, run_id: str) -> dict[str, Any]:
         """Return what a run keeps beside its trials, by name."""
-        with self._database.read() as session:
+        with self.database.read() as session:
             return dict(_row(session, run_id).notes or {})
 
     def export(self, run_id: str) -> dict[str, Any]:
         """Return everything of a run as plain JSON values; a score names its example by the place in ``examples``."""
-        with self._database.read() as session:
+        with self.database.read() as session:
             return export_run(session, _row(session, run_id))
 
     def delete(self, run_id: str) -> None:
@@ -211,7 +211,7 @@ class Store:
         Raises:
             RunBusyError: if a live process works on the run.
         """
-        with self._database.write() as session:
+        with self.database.write() as session:
             row = _row(session, run_id, update=True)
             if alive(row):
                 raise busy(row)

@@ -19,7 +19,19 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.encoding import Row
 from laserlm.scoring.kernels import quick
 
-__all__ = ["Batch", "Outcome", "Progress", "Reading", "batches", "outcomes", "read", "run_batch", "run_rows", "too_large"]
+__all__ = [
+    "Batch",
+    "Outcome",
+    "Progress",
+    "Reading",
+    "batch_bounds",
+    "batches",
+    "outcomes",
+    "read",
+    "run_batch",
+    "run_rows",
+    "too_large",
+]
 
 log = logging.getLogger(__name__)
 PASS_TOKENS = 64
@@ -153,11 +165,11 @@ def batches(lm: LanguageModel, rows: Sequence[Row], batch_size: int) -> list[Bat
     if lm.kind == "causal" and not lm.pads_exactly:
         groups = [list(same) for _, same in groupby(order, key=lambda i: len(rows[i].ids))]
         return [_batch(lm, rows, same[i : i + batch_size]) for same in groups for i in range(0, len(same), batch_size)]
-    cuts = _cuts([len(rows[i].ids) for i in order], batch_size, PASS_TOKENS if lm.device.type == "cpu" else math.inf)
+    cuts = batch_bounds([len(rows[i].ids) for i in order], batch_size, PASS_TOKENS if lm.device.type == "cpu" else math.inf)
     return [_batch(lm, rows, order[a:b]) for a, b in cuts]
 
 
-def _cuts(lengths: Sequence[int], batch_size: int, overhead: float) -> list[tuple[int, int]]:
+def batch_bounds(lengths: Sequence[int], batch_size: int, overhead: float) -> list[tuple[int, int]]:
     """Cut rows, the longest first, into batches that together take the least time.
 
     A batch takes its padded tokens and ``overhead`` tokens more. Where that is endless, batches are as few as can be.

@@ -17,7 +17,7 @@ from laserlm.scoring.forward import Progress
 from laserlm.scoring.kernels import quick
 from laserlm.tasks.example import Decoding, Example
 
-__all__ = ["generate", "texts_of"]
+__all__ = ["continuation", "generate", "texts_of"]
 
 SEEN = 16
 """Last tokens in which a text that ends the generation is looked for."""
@@ -81,11 +81,11 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, stops, start)] if stops else []),
         )
-    texts = [_after(tokenizer, row[:start], row) for row in made.tolist()]
+    texts = [continuation(tokenizer, row[:start], row) for row in made.tolist()]
     return [text[: min([len(text), *(text.index(s) for s in stops if s in text)])] for text in texts]
 
 
-def _after(tokenizer: Any, before: list[int], whole: list[int]) -> str:
+def continuation(tokenizer: Any, before: list[int], whole: list[int]) -> str:
     """Return the text of what follows some tokens; decoded by itself it may lose a space at its start."""
     first, both = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (before, whole))
     if both.startswith(first):

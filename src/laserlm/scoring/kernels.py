@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["quick"]
+__all__ = ["onednn_is_exact", "quick"]
 
 SHORT = 128
 """Tokens up to which attention by plain matrix products is quicker on a CPU than its tiled form."""
@@ -39,7 +39,7 @@ def quick(device: torch.device, length: int) -> Iterator[None]:
     with TURNS:
         before = settings.fp32_precision
         try:
-            if before == "none" and _onednn_is_exact():
+            if before == "none" and onednn_is_exact():
                 settings.fp32_precision = "bf16"
             if length <= SHORT:
                 with sdpa_kernel(SDPBackend.MATH):
@@ -56,7 +56,7 @@ def _products() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _onednn_is_exact() -> bool:
+def onednn_is_exact() -> bool:
     """Find out whether the products that may round their operands to bfloat16 do so here."""
     settings = _products()
     before = settings.fp32_precision
