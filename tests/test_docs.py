@@ -1,13 +1,16 @@
 """Every command line and every block of Python in the README and the documentation is run, page by page, as a reader would.
 
-A page has a working folder of its own with the files that its text takes for granted, and its blocks are run in order. What
-takes long is run on fewer questions (``SHORT``); what cannot be run here is read by the command line's own parser, and stands
-in ``ONLY_READ`` with the reason. Blocks in other languages (``text``, ``json``) show what is printed or written.
+A page has a working folder of its own with the files that its text takes for granted, and its blocks are run in order, once
+on a small model that stands in for the bundled one and once, in the slow tier, on the bundled model itself. What takes long is
+run on fewer questions (``SHORT``); what cannot be run here is read by the command line's own parser, and stands in
+``ONLY_READ`` with the reason, and what is left to the bundled model stands in ``ONLY_BUNDLED``. Blocks in other languages
+(``text``, ``json``) show what is printed or written.
 """
 
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import re
@@ -17,31 +20,40 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from families import bpe
 from markdown_it import MarkdownIt
+from stand_in import save_stand_in
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import laserlm
 from laserlm.cli import app
 from laserlm.cli import search as search_command
+from laserlm.export import alone
 from laserlm.paths import cache_folder
+from laserlm.searching import RaceOptions
 
 Run = Callable[..., tuple[int, str, str]]
+Load = Callable[..., laserlm.LanguageModel]
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "examples/cluster/README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-CACHE = cache_folder()  # before a fixture moves it: the bundled model is converted once
 LANGUAGES = {"sh", "python", "text", "json", "jsonl", "yaml"}
 
+WIDTH = 4
+"""Candidates that a search's screen sends on."""
 SHORT = {
-    "search": "--limit 12 --width 4",
+    "search": f"--limit 12 --width {WIDTH}",
+    "evaluate bundled --task humaneval": "--limit 2 --new-tokens 32",
     "evaluate": "--limit 12",
     "sweep-layers": "--limit 6",
     "compress": "--tokens 2048",
@@ -50,6 +62,8 @@ SHORT = {
     "analyze low-rank": "--limit 12",
     "analyze calibration": "--limit 60",
     "analyze generations": "--limit 12",
+    "analyze paraphrases": "--limit 12",
+    "analyze terms": "--limit 60",
     "analyze frequency": "--limit 60 --workers 1",
     "analyze side-effects": "--limit 12 --passages 1 --examples 6",
     "verify": "--limit 4",
@@ -58,12 +72,29 @@ SHORT = {
     "lab sokoban evaluate": "--limit 4",
     "lab sokoban search": "--limit 4 --grid 1.fc_in@0.5",
 }
+GRID = "top4.all@0.75,0.1"
+"""What a search of the bundled model looks through where its command names no grid, but for the pages that are read first."""
+FIRST = ("README.md", "docs/quickstart.md", "docs/your-own.md")
 ONLY_READ = {
     "--address auto": "needs a Ray cluster that is there already",
     "laser lm-eval --model laser": "the harness reads its task from the hub",
     "laser lab rank-constraint": "trains for a quarter of an hour; its parts are tested in tests/lab",
     "Qwen/Qwen2.5-7B-Instruct": "a model on the hub",
 }
+ONLY_BUNDLED = {
+    "--executor ray": "starts a cluster",
+    "laser.Ray(": "starts a cluster",
+    "laser app": "starts a server in a process of its own",
+    "laser lab ": "trains models of its own, or plays with them; neither model has a part in it",
+    "noisy-recall/seed-0": "a model that the line before trains",
+    "--task humaneval": "its problems are longer than what the stand-in takes",
+    "laser setup": "checks the package that the bundled model comes in",
+}
+"""Commands and blocks that are run on the bundled model only, and why."""
+SMALLER = {"(11, 288, 570)": "(1, 16, 31)"}
+"""What a block says of matrices as wide as the bundled model's, and what it says of the stand-in's."""
+FRESH = "docs/quickstart.md"
+"""The page whose saved model is loaded in a fresh process on the stand-in too."""
 ELSEWHERE = {
     "pipx": "make wheel",
     "uvx": "would fetch PyTorch once more, for a cache of its own",
@@ -80,9 +111,34 @@ def blocks(page: str) -> Iterator[tuple[int, str, str]]:
             yield token.map[0] + 1, token.info.strip(), token.content
 
 
+def commands(content: str) -> Iterator[str]:
+    """Return the commands of laser one by one, and what stands between them as scripts for the shell."""
+    others: list[str] = []
+    for line in re.sub(r"\\\n\s*", "", content).splitlines():
+        plain = re.match(r"(laser|pip|make|pipx|uvx) ", line) and not re.search(r"[|>&]", line)
+        if plain or not line.strip():
+            yield from ["\n".join(others)] * bool(others)
+            others = []
+            yield from [line] * bool(plain)
+        else:
+            others.append(line)
+    yield from ["\n".join(others)] * bool(others)
+
+
+def setting_up(command: str) -> bool:
+    """Tell whether a command is one of pip or make, which is tried without a page and without a model."""
+    return command.startswith(("pip ", "make "))
+
+
+@cache
+def command_line() -> Any:
+    """Return the whole command line, built once."""
+    return typer.main.get_command(app)
+
+
 def options_of(words: list[str]) -> set[str]:
     """Return the options of the command that words of a command line name; raises where there is no such command."""
-    command: Any = typer.main.get_command(app)
+    command = command_line()
     for word in words:
         if not hasattr(command, "commands") or word.startswith("-"):
             break
@@ -94,7 +150,7 @@ def options_of(words: list[str]) -> set[str]:
 
 def parse(words: list[str]) -> None:
     """Let the command line read its arguments without running anything; exits where it cannot."""
-    command: Any = typer.main.get_command(app)
+    command = command_line()
     context = None
     while hasattr(command, "commands"):
         name, *words = words
@@ -132,7 +188,7 @@ def test_examples_of_the_help_are_what_the_commands_take() -> None:
 
     examples = [
         shlex.split(line)[1:]
-        for command in commands(typer.main.get_command(app))
+        for command in commands(command_line())
         for line in re.findall(r"^Example: (laser .*)$", command.help or "", re.MULTILINE)
     ]
     assert len(examples) > 30
@@ -141,24 +197,79 @@ def test_examples_of_the_help_are_what_the_commands_take() -> None:
             parse(words)
 
 
+@dataclass(frozen=True)
+class Named:
+    """What the word ``bundled`` stands for while a page is run.
+
+    Args:
+        cache: the cache folder that holds the converted model.
+        load: ``laserlm.load``, which loads that model once in all.
+        real: whether it is the bundled model itself.
+    """
+
+    cache: Path
+    load: Load
+    real: bool
+
+
+@pytest.fixture(scope="session", params=["stand-in", pytest.param("bundled", marks=[pytest.mark.slow, pytest.mark.bundled])])
+def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Named]:
+    """The stand-in or the bundled model, loaded and hashed once; after all pages its weights are what they were."""
+    real = request.param == "bundled"
+    lm: laserlm.LanguageModel
+    if real:
+        lm = request.getfixturevalue("bundled")
+    else:
+        folder = tmp_path_factory.mktemp("stand-in") / "laserlm"
+        save_stand_in(folder)
+        lm = laserlm.load("bundled", cache=folder)
+    before = lm.hash
+    load_anew = laserlm.load
+    loaded: dict[tuple[object, ...], laserlm.LanguageModel] = {(): lm}
+
+    def load(name: str | Path, **given: Any) -> laserlm.LanguageModel:
+        asked = tuple(sorted((key, value) for key, value in given.items() if key != "cache" and value not in (None, False)))
+        if str(name) != "bundled" or Path(given.get("cache") or cache_folder()) != lm.cache:
+            return load_anew(name, **given)
+        if asked not in loaded:
+            loaded[asked] = load_anew(name, **given)
+        return loaded[asked]
+
+    yield Named(lm.cache, load, real)
+    assert lm.hash == before
+    for one in loaded.values():
+        assert not one.active
+        assert replace(one).hash == one.hash  # the copy knows no hash, and computes it
+
+
 @pytest.fixture(scope="session")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def searched(named: Named, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results database with one small search whose choice changes something."""
     store = tmp_path_factory.mktemp("docs") / "runs.db"
-    command = "search bundled --task worldfacts --limit 120 --metric loss --grid 28-29.v_proj@0.05,0.75 --cache"
-    subprocess.run(
-        [sys.executable, "-c", "from laserlm.cli import main; main()", *command.split(), CACHE, "--store", store],
-        check=True,
-        capture_output=True,
-    )
+    task = laserlm.task("worldfacts")
+    task = replace(task, validation=task.validation.limit(120), test=task.test.limit(120))
+    lm = named.load("bundled", cache=named.cache)
+    found = laserlm.search(lm, task, metric="loss", grid="28-29.v_proj@0.05,0.75", store=store)
+    assert found.best
     return store
 
 
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models by the names of those of the hub that pages name."""
+    folder = tmp_path_factory.mktemp("hub")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 12, "intermediate_size": 48}
+    tiny(folder / "EleutherAI" / "pythia-160m", "gpt_neox", **sizes)
+    tiny(folder / "EleutherAI" / "gpt-j-6b", "gptj", n_embd=32, n_head=4, n_layer=28, rotary_dim=4)
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, searched: Path, monkeypatch: pytest.MonkeyPatch, bundled: object) -> Path:
-    """The working folder of a page."""
+def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a page, and shorter searches and tasks for its blocks of Python."""
     folder = tmp_path / "work"
-    (folder / "texts").mkdir(parents=True)
+    shutil.copytree(hub, folder)
+    (folder / "texts").mkdir()
     facts = [(f"The capital of {country} is", city, country) for country, city in CAPITALS.items()]
     facts += [(f"{city} is the capital of", country, city) for country, city in CAPITALS.items()]
     rows = [{"prompt": prompt, "answer": answer, "subject": subject} for prompt, answer, subject in facts]
@@ -173,14 +284,11 @@ def place(tmp_path: Path, searched: Path, monkeypatch: pytest.MonkeyPatch, bundl
             for n, (country, city) in enumerate(CAPITALS.items())
         )
     )
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 12, "intermediate_size": 48}
-    tiny(folder / "EleutherAI" / "pythia-160m", "gpt_neox", **sizes)
-    tiny(folder / "EleutherAI" / "gpt-j-6b", "gptj", n_embd=32, n_head=4, n_layer=28, rotary_dim=4)
     shutil.copy(searched, folder.parent / "runs.db")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LASER_STORE", str(folder.parent / "runs.db"))
-    monkeypatch.setenv("LASER_CACHE", str(CACHE))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE.parent))
+    monkeypatch.setenv("LASER_CACHE", str(named.cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(named.cache.parent))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("LASER_DATA", raising=False)
     whole = laserlm.task
@@ -189,9 +297,19 @@ def place(tmp_path: Path, searched: Path, monkeypatch: pytest.MonkeyPatch, bundl
         made = whole(*given, **named)
         return replace(made, validation=made.validation.limit(12), test=made.test.limit(12))
 
+    search = laserlm.search
+
+    def narrow(*given: Any, **named: Any) -> laserlm.Found:
+        return search(*given, **{"options": RaceOptions(width=WIDTH)} | named)
+
+    if not (named.real and page in FIRST):
+        monkeypatch.setattr(laserlm, "search", narrow)
+        monkeypatch.setattr("laserlm.searching.search", narrow)
     monkeypatch.setattr(laserlm, "task", few)
-    monkeypatch.setattr(search_command, "DEMO_VALIDATION", 36)
-    monkeypatch.setattr(search_command, "DEMO_TEST", 24)
+    monkeypatch.setattr(laserlm, "load", named.load)
+    monkeypatch.setattr("laserlm.models.load", named.load)
+    monkeypatch.setattr(search_command, "DEMO_VALIDATION", 36 if named.real else 12)
+    monkeypatch.setattr(search_command, "DEMO_TEST", 24 if named.real else 12)
     return folder
 
 
@@ -212,82 +330,105 @@ def record(number: int, country: str, city: str) -> dict[str, Any]:
 
 def tiny(folder: Path, family: str, **sizes: int) -> None:
     """Put a tiny model where the page names one of the hub's, so that ``from_pretrained`` takes it."""
+    torch.manual_seed(0)
     tokenizer = bpe({"eos_token": "<eos>"})
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=512, **sizes, **ends)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.bundled
-@pytest.mark.slow
+def runnable() -> list[str]:
+    """Return the pages with something to run, the cluster's apart, whose commands are for other machines."""
+    pages = [page for page in PAGES if page.startswith(("README", "docs"))]
+    return [page for page in pages if any(language in ("sh", "python") for _, language, _ in blocks(page))]
+
+
 @pytest.mark.filterwarnings("default")  # those of other libraries' commands; laserlm's own are errors in its own tests
-@pytest.mark.parametrize(
-    "page",
-    [
-        p
-        for p in PAGES
-        if p.startswith(("README", "docs")) and any(language in ("sh", "python") for _, language, _ in blocks(p))
-    ],
-)
-def test_every_command_and_every_block_of_a_page_runs(page: str, place: Path, run: Run) -> None:
+@pytest.mark.parametrize("page", runnable())
+def test_every_command_and_every_block_of_a_page_runs(
+    page: str, place: Path, named: Named, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not named.real and page != FRESH:
+        monkeypatch.setattr(subprocess, "run", load_here(subprocess.run))
     names: dict[str, Any] = {"__name__": "__main__"}
     for line, language, content in blocks(page):
         where = f"{page}:{line}"
-        if language == "python":
+        if language == "python" and (named.real or not any(words in content for words in ONLY_BUNDLED)):
+            for wide, narrow in SMALLER.items() if not named.real else ():
+                content = content.replace(wide, narrow)
             exec(compile("\n" * line + content, str(ROOT / page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
         elif language == "sh":
             for command in commands(content):
-                do(command, run, where)
+                do(command, run, where, real=named.real)
 
 
-def commands(content: str) -> Iterator[str]:
-    """Return the commands of laser one by one, and what stands between them as scripts for the shell."""
-    others: list[str] = []
-    for line in re.sub(r"\\\n\s*", "", content).splitlines():
-        plain = re.match(r"(laser|pip|make|pipx|uvx) ", line) and not re.search(r"[|>&]", line)
-        if plain or not line.strip():
-            yield from ["\n".join(others)] * bool(others)
-            others = []
-            yield from [line] * bool(plain)
-        else:
-            others.append(line)
-    yield from ["\n".join(others)] * bool(others)
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, marks=[pytest.mark.slow] if line.startswith("pip") else [])
+        for line in sorted(
+            {
+                command.partition(" #")[0].strip()
+                for page in runnable()
+                for _, language, content in blocks(page)
+                if language == "sh"
+                for command in commands(content)
+                if setting_up(command)
+            }
+        )
+    ],
+)
+def test_every_line_that_installs_or_makes_is_one_that_the_tool_takes(line: str) -> None:
+    tool, *words = shlex.split(line)
+    dry = {
+        "make": ["make", "-n"],
+        "pip": [sys.executable, "-m", "pip", "install", "--dry-run", "--no-build-isolation", "--quiet"],
+    }
+    done = subprocess.run([*dry[tool], *words[tool == "pip" :]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-def do(command: str, run: Run, where: str) -> None:
+def do(command: str, run: Run, where: str, *, real: bool) -> None:
     """Run one command of a page."""
     said = f"{where}: {command}"
     words = shlex.split(command, comments=True)
-    if words[0] == "make":
-        made = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert made.returncode == 0, f"{said}\n{made.stderr}"
-    elif words[0] == "pip":
-        pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-build-isolation", "--quiet"]
-        made = subprocess.run([*pip, *words[2:]], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert made.returncode == 0, f"{said}\n{made.stderr}"
-    elif words[0] in ELSEWHERE:
+    if setting_up(command) or words[0] in ELSEWHERE:
         return
-    elif words[0] != "laser":
+    if words[0] != "laser":
         made = subprocess.run(["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True, check=False)
         assert made.returncode == 0, f"{said}\n{made.stderr}"
-    elif any(words_of in command for words_of in ONLY_READ):
+    elif any(words_of in command for words_of in (ONLY_READ if real else ONLY_READ | ONLY_BUNDLED)):
         if words[1] != "lm-eval":
             parse(words[1:])
     elif words[1] == "app":
         served([*words[1:], "--port", "0"], said)
     else:
-        code, _, err = run(*words[1:], *short(words[1:]))
+        code, _, err = run(*words[1:], *short(words[1:], whole=not real or where.startswith(FIRST)))
         assert code == 0, f"{said}\n{err}"
 
 
-def short(words: list[str]) -> list[str]:
+def load_here(start: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``subprocess.run``, but for loading a saved model alone, which is done in this process."""
+
+    def run(command: list[str], **given: Any) -> Any:
+        if str(alone.__file__) not in command:
+            return start(command, **given)
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+            patch.setattr(sys, "argv", command[command.index(str(alone.__file__)) :])
+            alone.main()
+        return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
+
+    return run
+
+
+def short(words: list[str], *, whole: bool) -> list[str]:
     """Return the options that make a command quick; a later option holds where one is given twice."""
-    if "--dry-run" in words:
-        return []
     joined = " ".join(words)
     if "--strategy exhaustive" in joined or "perplexity:" in joined:
         return ["--limit", "2", *(["--grid", "29.v_proj@0.75"] if words[0] == "search" else [])]
-    return next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), [])
+    grid = ["--grid", GRID] if joined.startswith("search bundled") and "--grid" not in words and not whole else []
+    return [*next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), []), *grid]
 
 
 def served(words: list[str], said: str) -> None:

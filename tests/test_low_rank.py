@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,28 +146,3 @@ def test_the_factors_themselves_can_be_trained(folder: Path) -> None:
     layer = model.model.layers[0].mlp.up_proj
     assert layer.weight.grad.abs().sum() > 0
     assert layer.up0.grad.abs().sum() > 0
-
-
-LOADING = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-
-
-def fresh(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["import laserlm; ", "from transformers import AutoModelForCausalLM; import laserlm; "])
-def test_a_fresh_process_loads_it_once_laserlm_is_imported_before_or_after(head: str, folder: Path) -> None:
-    done = fresh(head + LOADING, folder)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_without_laserlm_it_does_not_load_at_all(family: str, make: Make, tmp_path: Path) -> None:
-    spec = "1.fc_in@0.2" if family == "llama" else "1.v_proj@0.2"  # one matrix of one block is enough
-    saved = save(make(family), spec, tmp_path / "one", form="factored")
-    done = fresh(LOADING, saved.folder)
-    assert done.returncode != 0
-    assert "Unknown quantization type, got laserlm" in done.stderr
-    assert "size mismatch" in done.stderr

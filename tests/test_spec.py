@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from decimal import Decimal
 from itertools import product
@@ -375,11 +373,6 @@ def test_a_converted_reduction_can_be_read_back(lname: str, lnum: int) -> None:
     except SpecError:
         return
     assert Reduction.parse(str(reduction)) == reduction
-
-
-def test_reading_text_imports_no_torch() -> None:
-    code = "import sys, laserlm.spec as s; s.Grid.parse('paper'); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_fraction_that_would_take_gigabytes_to_print_is_refused() -> None:

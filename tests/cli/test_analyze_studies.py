@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from plotly.graph_objects import Figure
 
 Run = Callable[..., tuple[int, str, str]]
 REDUCTION = "1.fc_in@0.25"
 STUDIES = ("flips", "generations", "terms", "controls", "components", "low-rank", "side-effects", "frequency")
+CORRECTS = "2.fc_out@0.1"
+"""Makes the model answer Paris."""
 FAST = {"terms": ("--tokens", 2), "generations": ("--tokens", 2), "controls": ("--draws", 1), "components": ("--chunk", 20)}
 
 
@@ -37,9 +40,9 @@ def asked(folder: Path, questions: Path, tmp_path: Path) -> tuple[object, ...]:
 def test_every_study_is_a_command_with_table_json_csv_and_figure(
     study: str, run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A model without knowledge corrects nothing; what is done with corrected examples is done with all.
+    # This reduction corrects nothing that the model writes; what is done with corrected examples is done with all.
     monkeypatch.setattr("laserlm.analysis.entities.sets_of", lambda base, *_: {s.id: ("A", "B") for s in base.scores})
-    monkeypatch.setattr("laserlm.cli.analyze.components._corrected", lambda before, after, examples: list(examples)[:6])
+    asked = (*asked[:-1], CORRECTS) if study == "components" else asked
     given = ("analyze", study, *asked, *FAST.get(study, ()))
     code, out, err = run(*given, "--json")
     assert code == 0, err
@@ -47,6 +50,9 @@ def test_every_study_is_a_command_with_table_json_csv_and_figure(
     assert found["model"] == str(asked[0])
     assert "NaN" not in out
     assert "Infinity" not in out
+    if study == "components":
+        assert found["corrected"] > 0
+        assert {b["fraction"] for b in found["bottom"]} >= {"0", "1"}
     code, out, err = run(*given, "--csv", "--figure", tmp_path / "f.html")
     assert code == 0, err
     assert list(csv.DictReader(io.StringIO(out)))
@@ -142,16 +148,34 @@ def test_side_effects_are_a_matrix_of_runs_and_tasks(run: Run, folder: Path, que
     assert cells[tasks[0], "worldfacts"]["gain"]["n"] == 6
 
 
-def test_still_images_where_a_browser_is_and_an_error_where_not(
+@pytest.mark.browser
+def test_still_images_where_a_browser_is(run: Run, asked: tuple[object, ...], tmp_path: Path) -> None:
+    if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
+        pytest.skip("there is no Chromium")
+    for name in ("f.png", "f.svg"):
+        code, _, err = run("analyze", "flips", *asked, "--top", 0, "--figure", tmp_path / name)
+        assert code == 0, err
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "f.svg").read_text()
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_still_image_is_what_the_browser_draws(
+    suffix: str, run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[object] = []
+    monkeypatch.setattr("plotly.graph_objects.Figure.write_image", lambda figure, file, **_: drawn.extend((figure, file)))
+    code, _, err = run("analyze", "flips", *asked, "--top", 0, "--figure", tmp_path / f"f.{suffix}")
+    assert code == 0, err
+    figure, file = drawn
+    assert isinstance(figure, Figure)
+    assert Path(str(file)).suffix == f".{suffix}"
+
+
+def test_without_a_browser_a_still_image_is_an_error(
     run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ("analyze", "flips", *asked, "--top", 0)
-    if any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
-        for name in ("f.png", "f.svg"):
-            code, _, err = run(*given, "--figure", tmp_path / name)
-            assert code == 0, err
-        assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-        assert "<svg" in (tmp_path / "f.svg").read_text()
     monkeypatch.setattr("plotly.graph_objects.Figure.write_image", _no_browser)
     code, _, err = run(*given, "--figure", tmp_path / "g.png")
     assert code == 1

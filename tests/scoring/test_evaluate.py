@@ -433,6 +433,7 @@ def test_top_k_counts_the_tokens_before_the_answers_first(family: str, make: Mak
         found = evaluate(lm, split(), scorer=scorer)  # type: ignore[arg-type]
         assert [s.correct for s in found.scores] == [r < k for r in ranks]
     assert any(r >= 10 for r in ranks)
+    assert [outcome.ranks[0] for outcome in forward.run_rows(lm, encode(lm, split().examples, "top5"), 3)] == ranks
 
 
 def test_what_joins_prompt_and_answer_may_be_nothing(llama: LanguageModel) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import SCORED, TOKENIZERS, VOCAB
+from families import TOKENIZERS, VOCAB
+from searching.support import EVERY
 from torch import nn
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -17,6 +18,7 @@ from laserlm.models import LanguageModel
 from laserlm.models.matrices import find_stacks
 from laserlm.scoring.encoding import encode
 from laserlm.scoring.evaluate import evaluate, evaluate_rows
+from laserlm.scoring.forward import batches
 from laserlm.searching.frontier import Frontier
 from laserlm.tasks import Example, Split
 
@@ -41,7 +43,7 @@ def forwards(lm: LanguageModel) -> dict[str, Any]:
     return {name: module.__dict__.get("forward") for name, module in lm.model.named_modules()}
 
 
-@pytest.mark.parametrize("family", SCORED)
+@pytest.mark.parametrize("family", EVERY)
 def test_every_candidate_scores_as_in_a_whole_pass(family: str, make: Make) -> None:
     lm = make(family)
     before = forwards(lm)
@@ -65,7 +67,8 @@ def test_every_candidate_scores_as_in_a_whole_pass(family: str, make: Make) -> N
 @pytest.mark.parametrize("family", ["llama", "roberta", "t5"])
 def test_blocks_below_the_boundary_are_not_run_and_the_boundary_is_one_output_a_stack(family: str, make: Make) -> None:
     lm = make(family)
-    frontier = Frontier(lm, encode(lm, EXAMPLES, "answer"), 2)
+    rows = encode(lm, EXAMPLES, "answer")
+    frontier = Frontier(lm, rows, 2)
     calls: list[tuple[str, int]] = []
     for name, _, stack in find_stacks(lm.model):
         for layer, block in enumerate(stack):
@@ -77,7 +80,7 @@ def test_blocks_below_the_boundary_are_not_run_and_the_boundary_is_one_output_a_
     frontier.run()
     assert set(calls) == {(name, len(stack) - 1)}
     assert len(calls) == 3  # one for each batch of two
-    hidden = sum(b.inputs["input_ids"].numel() for b in frontier._batches) * 32 * 4
+    hidden = sum(b.inputs["input_ids"].numel() for b in batches(lm, rows, 2)) * 32 * 4
     if family == "t5":
         assert frontier.bytes > hidden
     else:

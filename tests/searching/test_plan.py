@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import SCORED
+from searching.support import EVERY
 from torch.utils.flop_counter import FlopCounterMode
 
 from laserlm.models import LanguageModel
@@ -20,18 +20,10 @@ from laserlm.searching.driver import VALIDATION, materials_of
 from laserlm.searching.plan import Plan, calibrate, decomposition_flop, plan
 from laserlm.searching.simulation import Pace, simulate
 from laserlm.spec import Intervention
-from laserlm.tasks import Example, Task
+from laserlm.tasks import Task
 
 Make = Callable[..., LanguageModel]
 GRID = "0-2.mlp@0.5,0.3,0.1"
-
-
-@pytest.fixture
-def task() -> Task:
-    cities = ["Paris", "Rome", "Oslo", "Lisbon", "Madrid"]
-    pairs = [(x, y) for x in "abcdef" for y in "uvwxyz"]
-    rows = [Example(f"{i}", f"The capital of {a} and {b} is", cities[i * 7 % 5], fact=f"{i}") for i, (a, b) in enumerate(pairs)]
-    return Task.of("made", rows, scorer="first_token")
 
 
 def of(made: Plan, name: str) -> float:
@@ -80,7 +72,7 @@ def test_a_composition_is_planned_trial_by_trial(llama: LanguageModel, task: Tas
         assert ("screen" in [stage.name for stage in made.stages]) == (mode == "joint")
 
 
-@pytest.mark.parametrize("family", SCORED)
+@pytest.mark.parametrize("family", EVERY)
 def test_operations_of_a_pass_are_what_pytorch_counts(family: str, make: Make, task: Task) -> None:
     lm = make(family)
     task = replace(task, validation=replace(task.validation, scorer="answer"), test=replace(task.test, scorer="answer"))

@@ -179,6 +179,24 @@ def test_half_leave_without_proof_and_neighbours_of_the_leader_join(candidates: 
     assert all(r.entered <= 4 for r in rungs)
 
 
+def test_no_more_than_the_share_go_on_where_it_is_no_whole_number(candidates: list[Candidate]) -> None:
+    losses = {"": noisy(3, 0)} | {str(c.intervention): noisy(2.9, i, spread=3) for i, c in enumerate(candidates, 1)}
+    rungs = run(Table(losses), candidates, ["0.fc_in@0.6", "1.fc_in@0.6", "1.fc_up@0.6"], delta=1e-9)
+    assert (rungs[0].entered, rungs[0].halved) == (3, 2)
+
+
+def test_the_error_probability_is_shared_among_candidates_and_rungs(candidates: list[Candidate]) -> None:
+    difference = [0.35, 0.1, 0.3, -0.1, 0.4, 0.2, -0.05, 0.3]
+    p = stats.ttest_1samp(difference, 0, alternative="greater").pvalue
+    shared = 0.05 / (25 * 4)  # 24 candidates and the unchanged model, four rungs
+    assert shared < p < 0.05
+    losses = {str(c.intervention): [9.0] * 64 for c in candidates} | {"": [9.0] * 64, "0.fc_in@0.6": [2.0] * 64}
+    losses["1.fc_in@0.6"] = [2 + d for d in difference] * 8
+    entered = ["0.fc_in@0.6", "1.fc_in@0.6"]
+    assert run(Table(losses), candidates, entered, keep=1)[0].beaten == 0
+    assert run(Table(losses), candidates, entered, keep=1, delta=0.9999)[0].beaten == (p <= 0.9999 / 100)
+
+
 def test_the_unchanged_model_runs_along_and_may_lead(candidates: list[Candidate]) -> None:
     texts = [str(c.intervention) for c in candidates]
     table = Table({"": noisy(1, 0)} | {t: noisy(5.0, i) for i, t in enumerate(texts, 1)})
@@ -228,6 +246,7 @@ def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama
         for i in range(200)
     ]
     task = Task.of("made", rows, scorer="answer")
+    task = replace(task, test=task.test.limit(30))
     for metric in ("accuracy", "loss"):
         chosen: Metric = metric  # type: ignore[assignment]
         whole = search(llama, task, strategy="exhaustive", grid="all.mlp@0.5,0.2", metric=chosen)

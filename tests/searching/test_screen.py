@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import SCORED
+from searching.support import EVERY
 
 from laserlm.algebra import decompose
 from laserlm.editing import applied
@@ -67,7 +67,7 @@ def by_hand(lm: LanguageModel, grid: str) -> dict[str, tuple[float, float]]:
     return {t: (float(torch.tensor(c).mean()), float(torch.tensor(c).std() / n**0.5)) for t, c in changes.items()}
 
 
-@pytest.mark.parametrize("family", SCORED)
+@pytest.mark.parametrize("family", EVERY)
 def test_predictions_are_the_gradient_along_the_edit_example_by_example(family: str, make: Make) -> None:
     lm = make(family)
     grid = "all.all@0.5,0.1"
@@ -123,6 +123,28 @@ def test_choices_of_one_token_or_several_are_screened_by_their_loss(between: boo
     with applied(lm, text):
         change = float((G * (parameter.detach() - before)).sum())
     assert predict(lm, text, "choice", between_choices=between)[text].change == pytest.approx(change, rel=1e-3, abs=2e-6)
+
+
+def test_windows_of_a_text_are_screened_by_their_tokens(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laserlm.scoring.encoding.WINDOW", 16)
+    monkeypatch.setattr("laserlm.scoring.encoding.STRIDE", 8)
+    lm = make("llama")
+    e = Example("a", "", "The capital of France is Paris and the capital of Spain is Madrid and Rome is a city in Italy.")
+    rows = encode(lm, [e], "perplexity")
+    assert len({len(row.targets) for row in rows}) > 1
+    lm.model.requires_grad_(True)
+    parameter = lm.model.get_parameter("model.layers.1.mlp.gate_proj.weight")
+    every = torch.cat([read_off(lm, *batches(lm, [row], 1), placed=False).logprobs for row in rows])
+    loss = -every.mean()
+    (G,) = torch.autograd.grad(loss, parameter)
+    lm.model.requires_grad_(False)
+    assert loss.item() == pytest.approx(evaluate(lm, Split("t", "all", (e,), "perplexity")).loss, abs=1e-5)
+    before = parameter.detach().clone()
+    with applied(lm, "1.fc_in@0.6"):
+        change = float((G * (parameter.detach() - before)).sum())
+    (candidate,) = expand("1.fc_in@0.6", lm.matrices)
+    found = screen(lm, [e], rows, "perplexity", [candidate], cache=DecompositionCache(), batch_size=2)
+    assert found["1.fc_in@0.6"].change == pytest.approx(change, rel=1e-3, abs=2e-6)
 
 
 def test_the_two_ends_of_a_spectrum_add_up(make: Make) -> None:

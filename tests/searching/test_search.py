@@ -1,46 +1,31 @@
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from families import SCORED, TOKENIZERS
+from families import TOKENIZERS, build
+from searching.conftest import BeforeScoring
+from searching.support import EVERY, made_task
 
-import laserlm.searching.desk as module
-import laserlm.searching.executors as executors
 from laserlm.editing import applied
 from laserlm.errors import MatrixError, ScoringError
 from laserlm.models import LanguageModel
 from laserlm.results import Store
-from laserlm.scoring.encoding import encode
-from laserlm.scoring.evaluate import compare, evaluate, evaluate_rows
-from laserlm.scoring.forward import run_rows
+from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.searching import Found, RaceOptions, Step, expand
 from laserlm.searching import search as search_
-from laserlm.searching.frontier import Frontier
-from laserlm.searching.screen import _coefficients
-from laserlm.searching.trials import Trials
 from laserlm.tasks import Decoding, Example, Split, Task
 from laserlm.tasks import task as by_name
 
 Make = Callable[..., LanguageModel]
 GRID = "0-1.mlp@0.5,0.1"
-
-
-@pytest.fixture
-def task() -> Task:
-    cities = ["Paris", "Rome", "Oslo", "Lisbon", "Madrid"]
-    rows = [
-        Example(f"{i}", f"The capital of {a} and {b} is", cities[(i * 7 + j) % 5], fact=f"{i}")
-        for i, (a, b) in enumerate((x, y) for x in "abcdef" for y in "uvwxyz")
-        for j in [0]
-    ]
-    return Task.of("made", rows, scorer="first_token")
 
 
 def texts(grid: str, lm: LanguageModel) -> list[str]:
@@ -148,7 +133,7 @@ def test_the_unchanged_model_can_win(strategy: str, llama: LanguageModel, task: 
     assert found.as_dict()["best"] == ""
 
 
-@pytest.mark.parametrize("family", SCORED)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_race_runs_on_every_family(family: str, make: Make, task: Task) -> None:
     lm = make(family)
     options = RaceOptions(first=3, width=6, controls=2)
@@ -161,42 +146,69 @@ def test_a_race_runs_on_every_family(family: str, make: Make, task: Task) -> Non
     assert found.validation.edited_loss <= found.validation.base_loss
 
 
-STRATEGIES: list[dict[str, Any]] = [
-    {"strategy": "exhaustive"},
-    {"strategy": "exhaustive", "memory": 9000},
-    {"strategy": "race", "grid": "all.all@0.5,0.3,0.1", "options": RaceOptions(width=8, first=2, controls=2), "metric": "loss"},
-    {"strategy": "compose", "mode": "greedy", "options": RaceOptions(first=2), "metric": "loss"},
-    {"strategy": "compose", "mode": "joint", "grid": "all.all@0.5,0.3", "options": RaceOptions(first=2), "metric": "loss"},
-]
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "exhaustive": {"strategy": "exhaustive", "grid": "0-1.fc_in@0.5,0.1"},
+    "small memory": {"strategy": "exhaustive", "grid": "1.fc_in@0.5,0.1", "memory": 9000},
+    "race": {
+        "strategy": "race", "grid": "all.mlp@0.5,0.1", "options": RaceOptions(width=4, first=2, controls=1), "metric": "loss",
+    },
+    "greedy": {
+        "strategy": "compose", "mode": "greedy", "grid": "1-2.fc_in@0.5,0.1", "options": RaceOptions(first=2), "metric": "loss",
+    },
+    "joint": {
+        "strategy": "compose", "mode": "joint", "grid": "all.mlp@0.5,0.1", "options": RaceOptions(first=2, width=4),
+        "metric": "loss",
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("given", STRATEGIES, ids=lambda given: "-".join(map(str, given.values()))[:24])
+def short_task() -> Task:
+    """Return the task with few examples to test on."""
+    task = made_task()
+    return replace(task, test=task.test.limit(6))
+
+
+@cache
+def undisturbed(name: str) -> tuple[Found, list[Any]]:
+    """Return what a strategy finds on the usual model and the short task, and all that it scored."""
+    return exported(build("llama"), **STRATEGIES[name])
+
+
+def exported(lm: LanguageModel, **given: Any) -> tuple[Found, list[Any]]:
+    with TemporaryDirectory() as folder:
+        found = search(lm, short_task(), store=Path(folder) / "runs.db", **given)
+        with Store.open(Path(folder) / "runs.db") as store:
+            trials = store.export(found.run)["trials"]
+    return found, [(t["intervention"], t["split"], t["scores"]) for t in trials]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
-    given: dict[str, Any], llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, llama: LanguageModel, tmp_path: Path, before_scoring: BeforeScoring
 ) -> None:
-    whole = search(llama, task, store=tmp_path / "whole.db", **given)
+    given, (whole, needed), task = STRATEGIES[name], undisturbed(name), short_task()
     scored: list[tuple[str, ...]] = []
     stops: list[int] = []
 
-    def count(lm: LanguageModel, split: Split, *rest: Any) -> Any:
+    def count(text: str, split: Split) -> None:
         if stops and len(scored) == stops[0]:
             stops.pop(0)
             raise KeyboardInterrupt
-        scored.append((lm.intervention, split.name, *(e.id for e in split)))
-        return evaluate_rows(lm, split, *rest)
+        scored.append((text, split.name, *(e.id for e in split)))
 
-    monkeypatch.setattr(module, "evaluate_rows", count)
+    before_scoring(count)
     search(llama, task, store=tmp_path / "count.db", **given)
-    needed = len(scored)
+    count_needed = len(scored)
+    assert count_needed >= len(needed) > 3
     scored.clear()
     # After every single evaluation there is.
-    stops += range(1, needed)
-    for _ in range(1, needed):
+    stops += range(1, count_needed)
+    for _ in range(1, count_needed):
         with pytest.raises(KeyboardInterrupt):
             search(llama, task, store=tmp_path / "runs.db", **given)
         assert llama.intervention == ""
     found = search(llama, task, store=tmp_path / "runs.db", **given)
-    assert len(scored) == needed
+    assert len(scored) == count_needed
     pairs = [(text, split, id) for text, split, *ids in scored for id in ids]
     assert len(pairs) == len(set(pairs))
     own: dict[str, Any] = {"run": "", "seconds": 0, "screened": None, "boundary_bytes": 0, "decomposition_bytes": 0}
@@ -210,29 +222,65 @@ def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
     assert len(scored) == 2 * count_before
 
 
-@pytest.mark.parametrize("given", STRATEGIES[::2], ids=lambda given: str(given["strategy"]))
-def test_a_seed_gives_the_same_search_again(given: dict[str, Any], make: Make, task: Task, tmp_path: Path) -> None:
-    exports = []
-    for name in ("a", "b"):
-        found = search(make("llama"), task, store=tmp_path / f"{name}.db", **given)
-        with Store.open(tmp_path / f"{name}.db") as store:
-            exports.append([(t["intervention"], t["split"], t["scores"]) for t in store.export(found.run)["trials"]])
-    assert exports[0] == exports[1]
-    other = search(make("llama"), task, seed=1, store=tmp_path / "c.db", **given)
-    with Store.open(tmp_path / "c.db") as store:
-        changed = [(t["intervention"], t["split"], t["scores"]) for t in store.export(other.run)["trials"]]
-    assert changed != exports[0]
+def test_an_interruption_within_a_pass_or_after_a_step_loses_nothing(llama: LanguageModel, tmp_path: Path) -> None:
+    (whole, _), task = undisturbed("race"), short_task()
+    passes: list[int] = []
+    limit = [1]
+
+    def interrupt(*_: Any) -> None:
+        passes.append(0)
+        if len(passes) == limit[0]:
+            raise KeyboardInterrupt
+
+    inner = llama.model.model.layers[2].register_forward_pre_hook(interrupt)
+    while not (found := _tried(llama, task, tmp_path / "passes.db")):
+        assert llama.intervention == ""
+        assert not any("forward" in module.__dict__ for module in llama.model.modules())
+        assert all(p.grad is None for p in llama.model.parameters())
+        limit[0] += 7
+        passes.clear()
+    inner.remove()
+    assert limit[0] > 14
+    told: list[Found | None] = []
+
+    def after_the_first(step: Step) -> None:
+        if step.stage != "screen":  # which is told when it begins
+            raise KeyboardInterrupt
+
+    while not told or (told[-1] is None and len(told) < 100):
+        told.append(_tried(llama, task, tmp_path / "steps.db", on_step=after_the_first))
+    own: dict[str, Any] = {"run": "", "seconds": 0, "screened": None, "boundary_bytes": 0, "decomposition_bytes": 0}
+    assert len(told) > 6
+    for each in (found, told[-1]):
+        assert replace(each, **own) == replace(whole, **own)
 
 
-def test_found_survives_json(llama: LanguageModel, task: Task) -> None:
-    for given in STRATEGIES:
-        found = search(llama, task, **given)
-        assert Found.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+def _tried(lm: LanguageModel, task: Task, store: Path, **given: Any) -> Found | None:
+    try:
+        return search(lm, task, store=store, **STRATEGIES["race"], **given)
+    except KeyboardInterrupt:
+        return None
+
+
+@pytest.mark.parametrize("name", ["exhaustive", "race", "greedy"])
+def test_a_seed_gives_the_same_search_again(name: str, make: Make) -> None:
+    _, first = undisturbed(name)
+    assert exported(make("llama"), **STRATEGIES[name])[1] == first
+    assert exported(make("llama"), seed=1, **STRATEGIES[name])[1] != first
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_found_survives_json(name: str) -> None:
+    found, _ = undisturbed(name)
+    assert Found.from_dict(json.loads(json.dumps(found.as_dict()))) == found
 
 
 def test_other_weights_rows_or_grids_are_another_search(make: Make, task: Task, tmp_path: Path) -> None:
     store = tmp_path / "runs.db"
+    task = replace(task, validation=task.validation.limit(4), test=task.test.limit(2))
     shorter = replace(task, validation=task.validation.limit(3))
+    # The same tokens, and another answer that counts as right.
+    aliased = tuple(replace(e, aliases=("other",)) for e in task.validation)
     runs = {
         search(make("llama"), task, grid="1.fc_in@0.5", store=store).run,
         search(make("llama", seed=1), task, grid="1.fc_in@0.5", store=store).run,
@@ -242,22 +290,25 @@ def test_other_weights_rows_or_grids_are_another_search(make: Make, task: Task, 
         search(make("llama"), task, grid="1.fc_in@0.50", store=store).run,
         search(make("llama"), task, grid="1.fc_in@0.5", strategy="race", store=store).run,
         search(make("llama"), task, grid="1.fc_in@0.5", strategy="race", options=RaceOptions(keep=1), store=store).run,
+        search(make("llama"), task, grid="1.fc_in@0.5", seed=1, store=store).run,
+        search(
+            make("llama"), replace(task, validation=replace(task.validation, examples=aliased)), grid="1.fc_in@0.5", store=store
+        ).run,
     }
-    assert len(runs) == 7
+    assert len(runs) == 9
 
 
 @pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose"])
 def test_a_candidate_that_fails_is_recorded_and_passed_over(
-    strategy: str, llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, llama: LanguageModel, task: Task, tmp_path: Path, before_scoring: BeforeScoring
 ) -> None:
-    def broken(lm: LanguageModel, split: Split, *rest: Any) -> Any:
-        if split.name == "validation" and "0.fc_up@0.5" in lm.intervention:
+    def broken(text: str, split: Split) -> None:
+        if split.name == "validation" and "0.fc_up@0.5" in text:
             raise ScoringError("a log-probability of nan")
-        if split.name == "validation" and "1.fc_up@0.1" in lm.intervention and len(split) != 4:
+        if split.name == "validation" and "1.fc_up@0.1" in text and len(split) != 4:
             raise ScoringError("no room")
-        return evaluate_rows(lm, split, *rest)
 
-    monkeypatch.setattr(module, "evaluate_rows", broken)
+    before_scoring(broken)
     found = search(llama, task, strategy=strategy, store=tmp_path / "runs.db", options=RaceOptions(first=4, keep=1))
     if strategy == "compose":
         assert any("0.fc_up@0.5" in text and "nan" in reason for text, reason in found.failed.items())
@@ -271,71 +322,70 @@ def test_a_candidate_that_fails_is_recorded_and_passed_over(
         assert {t.intervention for t in store.trials(found.run) if t.status == "failed"} == set(found.failed)
 
 
-def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(
-    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(llama: LanguageModel, task: Task) -> None:
     expected = search(llama, task)
-    run = Frontier.run
     tried: list[int] = []
 
-    def tight(self: Frontier) -> Any:
-        tried.append(max(len(b.rows) for b in self._batches))
+    def tight(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        tried.append(len(given["input_ids"]))
         if tried[-1] > 2:
             raise torch.OutOfMemoryError("no room")
-        return run(self)
 
-    monkeypatch.setattr(Frontier, "run", tight)
-    found = search(llama, task, batch_size=7)
-    assert {7, 3} < set(tried)
+    with llama.model.register_forward_pre_hook(tight, with_kwargs=True):
+        found = search(llama, task, batch_size=7)
+    assert max(tried) > 3
+    assert 3 in tried
+    assert max(tried[-9:]) <= 2
     assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
 
 
-def test_memory_that_runs_out_in_the_screen_halves_its_batch(
-    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_in_the_screen_halves_its_batch(llama: LanguageModel, task: Task) -> None:
     given: dict[str, Any] = {"strategy": "race", "metric": "loss", "options": RaceOptions(first=3)}
     expected = search(llama, task, **given)
-    screening = importlib.import_module("laserlm.searching.screen")
-    back = screening._back
     tried: list[int] = []
+    most = [2]
 
-    def tight(lm: LanguageModel, call: Any) -> None:
-        tried.append(call.args[0].shape[0])
-        if tried[-1] > 2:
-            raise torch.OutOfMemoryError("no room")
-        back(lm, call)
+    def tight(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if torch.is_grad_enabled():  # on the gradient's way back
+            tried.append(len(args[0]))
+            if tried[-1] > most[0]:
+                raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(screening, "_back", tight)
-    found = search(llama, task, batch_size=8, **given)
-    assert max(tried) > 2 >= tried[-1]
-    assert found.best == expected.best
-    assert all(p.grad is None for p in llama.model.parameters())
-
-    def never(lm: LanguageModel, call: Any) -> None:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(screening, "_back", never)
-    with pytest.raises(ScoringError, match="a single row does not fit"):
-        search(llama, task, **given)
+    with llama.model.model.layers[2].mlp.register_forward_pre_hook(tight):
+        found = search(llama, task, batch_size=8, **given)
+        assert max(tried) > 2 >= tried[-1]
+        assert found.best == expected.best
+        assert all(p.grad is None for p in llama.model.parameters())
+        most[0] = 0
+        with pytest.raises(ScoringError, match="a single row does not fit"):
+            search(llama, task, **given)
 
 
 def test_where_the_boundary_does_not_fit_passes_are_whole(
-    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
+    llama: LanguageModel, task: Task, before_scoring: BeforeScoring
 ) -> None:
     expected = search(llama, task)
-    move = Frontier._move
+    scoring: list[str] = []
     sizes: list[int] = []
+    lowest: list[str] = []
 
-    def full(self: Frontier, target: int) -> None:
-        sizes.append(len(self._batches[0].rows))
-        if sizes[-1] > 2 or sizes.count(1) > 3:
+    def tight(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        if scoring:
+            return
+        # Outside of scoring, the model is run to move the boundary, and before that in twos, to see whether it can be.
+        sizes.append(len(given["input_ids"]))
+        if sizes[-1] > 2 or len(sizes) > 12:
             raise torch.OutOfMemoryError("no room")
-        return move(self, target)
 
-    monkeypatch.setattr(Frontier, "_move", full)
-    found = search(llama, task, batch_size=4)
-    assert {4, 2} <= set(sizes)
+    before_scoring(lambda text, split: scoring.append(text), scoring.clear)
+    with (
+        llama.model.register_forward_pre_hook(tight, with_kwargs=True),
+        llama.model.model.layers[0].mlp.register_forward_hook(lambda *_: lowest.append(llama.intervention)),
+    ):
+        found = search(llama, task, batch_size=4)
+    assert {4, 2, 1} <= set(sizes)
     assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
+    assert texts(GRID, llama)[-1] in lowest  # in block 1, yet block 0 was run
 
 
 def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
@@ -367,18 +417,22 @@ def test_a_race_tells_its_rungs(llama: LanguageModel, task: Task) -> None:
 
 @pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose"])
 def test_a_search_out_of_time_measures_the_best_so_far(
-    strategy: str, llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str,
+    llama: LanguageModel,
+    task: Task,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before_scoring: BeforeScoring,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(executors.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
     scored: list[str] = []
 
-    def timed(lm: LanguageModel, split: Split, *rest: Any) -> Any:
+    def timed(text: str, split: Split) -> None:
         clock[0] += 60
         scored.append(split.name)
-        return evaluate_rows(lm, split, *rest)
 
-    monkeypatch.setattr(module, "evaluate_rows", timed)
+    before_scoring(timed)
     given = {"strategy": strategy, "budget": 5, "metric": "loss", "options": RaceOptions(first=3)}
     found = search(llama, task, store=tmp_path / "runs.db", **given)
     assert not found.complete
@@ -406,24 +460,23 @@ def test_rows_that_cannot_be_scored_on_test_are_told_before_the_search(llama: La
 
 
 def test_a_leader_that_fails_later_is_not_what_is_found_when_time_is_up(
-    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch
+    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch, before_scoring: BeforeScoring
 ) -> None:
-    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "options": RaceOptions(first=3, keep=1)}
+    options = RaceOptions(first=3, keep=1)
+    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "grid": "0.mlp@0.5,0.1", "options": options}
     leader = search(llama, task, **given).rungs[0].leader
+    assert leader
     clock = [0.0]
 
-    def broken(lm: LanguageModel, split: Split, *rest: Any) -> Any:
-        if split.name == "validation" and len(split) > 3:
-            clock[0] += 1e6 if lm.intervention else 0
-            if lm.intervention == leader:
+    def broken(text: str, split: Split) -> None:
+        if split.name == "validation" and len(split) > 3 and text:
+            # In the second rung time is up as soon as the leader has failed.
+            clock[0] += 1e6 if text == leader else 0
+            if text == leader:
                 raise ScoringError("a log-probability of nan")
-        return evaluate_rows(lm, split, *rest)
 
-    monkeypatch.setattr(executors.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(module, "evaluate_rows", broken)
-    share = Trials.share
-    # The leader is scored first in the second rung, and fails; then time is up.
-    monkeypatch.setattr(Trials, "share", lambda self, i: 2.0 if str(i) == leader else share(self, i))
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    before_scoring(broken)
     found = search(llama, task, budget=1, **given)
     assert not found.complete
     assert leader in found.failed
@@ -431,14 +484,13 @@ def test_a_leader_that_fails_later_is_not_what_is_found_when_time_is_up(
 
 
 def test_an_unchanged_model_that_cannot_be_scored_is_told(
-    llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: LanguageModel, task: Task, tmp_path: Path, before_scoring: BeforeScoring
 ) -> None:
-    def broken(lm: LanguageModel, split: Split, *rest: Any) -> Any:
-        if split.name == "validation" and not lm.intervention:
+    def broken(text: str, split: Split) -> None:
+        if split.name == "validation" and not text:
             raise ScoringError("a log-probability of nan")
-        return evaluate_rows(lm, split, *rest)
 
-    monkeypatch.setattr(module, "evaluate_rows", broken)
+    before_scoring(broken)
     for strategy in ("race", "exhaustive", "compose", "race"):
         with pytest.raises(ScoringError, match="the unchanged model cannot be scored on validation"):
             search(llama, task, strategy=strategy, store=tmp_path / "runs.db")
@@ -463,13 +515,12 @@ def test_another_tokenizer_or_config_is_another_search(make: Make, task: Task, t
     assert len(runs) == 3
 
 
-def test_a_winner_that_fails_on_test_is_told(llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(lm: LanguageModel, split: Split, *rest: Any) -> Any:
-        if split.name == "test" and lm.intervention:
+def test_a_winner_that_fails_on_test_is_told(llama: LanguageModel, task: Task, before_scoring: BeforeScoring) -> None:
+    def broken(text: str, split: Split) -> None:
+        if split.name == "test" and text:
             raise ScoringError("a log-probability of nan")
-        return evaluate_rows(lm, split, *rest)
 
-    monkeypatch.setattr(module, "evaluate_rows", broken)
+    before_scoring(broken)
     with pytest.raises(ScoringError, match="cannot be scored on the test split: ScoringError: a log-probability of nan"):
         search(llama, task, metric="loss")
 
@@ -513,7 +564,8 @@ def test_a_word_that_means_nothing_is_told_with_those_that_do(wrong: dict[str, A
 def test_where_the_model_writes_the_loss_ranks_and_writing_decides(
     strategy: Any, metric: Any, llama: LanguageModel, task: Task, tmp_path: Path
 ) -> None:
-    how = Decoding(new_tokens=4)
+    how = Decoding(new_tokens=3)
+    task = replace(task, test=task.test.limit(7))
     splits = {name: replace(getattr(task, name), scorer="contains", decoding=how) for name in ("validation", "test", "every")}
     made = replace(task, **splits)
     small = RaceOptions(width=6, first=3)
@@ -545,35 +597,34 @@ def test_where_the_model_writes_the_loss_ranks_and_writing_decides(
     assert Found.from_dict(json.loads(json.dumps(found.as_dict()))) == found
     again = search_(llama, made, strategy=strategy, metric=metric, grid=GRID, store=store, options=small)
     assert again == found
-    other = replace(made, validation=replace(made.validation, decoding=Decoding(new_tokens=5)))
-    assert search_(llama, other, strategy=strategy, metric=metric, grid=GRID, store=store, options=small).run != found.run
 
 
-def test_a_perplexity_is_searched_by_its_loss(llama: LanguageModel, tmp_path: Path) -> None:
+def test_what_is_written_at_another_length_is_another_search(llama: LanguageModel, tmp_path: Path) -> None:
+    runs = set()
+    for tokens in (1, 2, 1):
+        how = Decoding(new_tokens=tokens)
+        task = short_task()
+        validation = replace(task.validation, scorer="contains", decoding=how)
+        made = replace(task, validation=validation, test=replace(task.test, scorer="contains"))
+        runs.add(search(llama, made, grid="2.fc_in@0.5", store=tmp_path / "runs.db").run)
+    assert len(runs) == 2
+
+
+def test_a_perplexity_is_searched_by_its_loss(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laserlm.scoring.encoding.WINDOW", 64)
+    monkeypatch.setattr("laserlm.scoring.encoding.STRIDE", 48)
     words = "Paris Rome Oslo Lisbon Madrid is the capital of Norway and a city in Italy".split()
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 30)) + ".\n" for i in range(1, 150)]
     (tmp_path / "text.txt").write_text("".join(lines))
     made = by_name(f"perplexity:{tmp_path / 'text.txt'}")
     assert len(made.validation) >= 1
-    found = search_(llama, made, strategy="exhaustive", grid="2.mlp@0.5,0.1")
+    found = search_(llama, made, strategy="exhaustive", grid="2.fc_in@0.5,0.1")
     losses = {"": evaluate(llama, made.validation).loss}
-    for text in texts("2.mlp@0.5,0.1", llama):
+    for text in texts("2.fc_in@0.5,0.1", llama):
         with applied(llama, text):
             losses[text] = evaluate(llama, made.validation).loss
     assert str(found.best) == min(losses, key=losses.__getitem__)
     assert found.validation.edited_loss == pytest.approx(min(losses.values()), abs=1e-4)
     with pytest.raises(ScoringError, match="a perplexity has no accuracy"):
         search_(llama, made, metric="accuracy")
-    assert search_(llama, made, grid="2.mlp@0.5,0.1").screened is not None
-
-
-def test_the_screen_weighs_windows_by_their_tokens(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laserlm.scoring.encoding.WINDOW", 16)
-    monkeypatch.setattr("laserlm.scoring.encoding.STRIDE", 8)
-    e = Example("a", "", "The capital of France is Paris and the capital of Spain is Madrid and Rome is a city in Italy.")
-    rows = encode(llama, [e], "perplexity")
-    assert len(rows) > 1
-    weights = [w for w, _ in _coefficients(llama, [e], rows, "perplexity", 4, False)]
-    outcomes = run_rows(llama, rows, 4)
-    loss = sum(w * sum(o.logprobs) for w, o in zip(weights, outcomes, strict=True))
-    assert loss == pytest.approx(evaluate(llama, Split("t", "all", (e,), "perplexity")).loss, abs=1e-5)
+    assert search_(llama, made, grid="2.fc_in@0.5,0.1").screened is not None

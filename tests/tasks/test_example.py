@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -142,19 +139,8 @@ def test_the_phrasings_of_a_fact_stay_together_and_in_file_order() -> None:
 
 
 def test_the_shuffled_split_is_the_same_in_every_process() -> None:
-    code = (
-        "from laserlm.tasks import Example, Task\n"
-        "task = Task.of('t', [Example(id=f'q{i}', prompt='p', answer='a') for i in range(40)])\n"
-        "print([e.id for e in task.validation])"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed}
-        ).stdout
-        for seed in ("1", "2")
-    }
-    here = [e.id for e in Task.of("t", [Example(id=f"q{i}", prompt="p", answer="a") for i in range(40)]).validation]
-    assert outputs == {f"{here}\n"}
+    task = Task.of("t", [Example(id=f"q{i}", prompt="p", answer="a") for i in range(40)])
+    assert [e.id for e in task.validation] == ["q22", "q6", "q25", "q13", "q32", "q27", "q34", "q20"]
 
 
 @pytest.mark.parametrize("split", ["paper", "shuffled"])

@@ -154,14 +154,25 @@ def test_a_text_of_the_harness_is_scored_by_perplexity(folder: Path, tmp_path: P
     )
 
 
+@pytest.mark.parametrize("defaults", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_name_that_nothing_has_is_told(defaults: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager as manager
+
+    if not defaults:  # the harness takes many seconds to read the thousands of its own
+        monkeypatch.setattr(
+            "lm_eval.tasks.TaskManager",
+            lambda include_path, include_defaults=True: manager(include_path=include_path, include_defaults=False),
+        )
+    with pytest.raises(TaskError, match="has no task 'nothing_of_this_name'"):
+        task("lm-eval:nothing_of_this_name", data=folder)
+
+
 def test_what_cannot_be_had_is_told(folder: Path) -> None:
     def asked(name: str) -> Task:
         return task(f"lm-eval:{name}", data=folder)
 
     with pytest.raises(TaskError, match="no folder"):
         task("lm-eval:made_choice", data=folder / "nothing")
-    with pytest.raises(TaskError, match="has no task 'nothing_of_this_name'"):
-        asked("nothing_of_this_name")
     text = (folder / "made_choice.yaml").read_text().replace("{{choices}}", "{{missing}}")
     (folder / "made_broken.yaml").write_text(text.replace("made_choice", "made_broken"))
     with pytest.raises(TaskError, match="lm-evaluation-harness cannot make its task 'made_broken'"):

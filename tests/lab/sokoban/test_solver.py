@@ -170,8 +170,9 @@ def test_a_bound_on_the_moves_is_exact() -> None:
 
 
 @pytest.mark.realdata
-def test_published_levels_are_solved(real_data: Path) -> None:
-    for level in read_boxoban(real_data / "boxoban" / "unfiltered_valid_000.txt")[:5]:
+@pytest.mark.parametrize(("first", "end"), [(0, 2), pytest.param(2, 5, marks=pytest.mark.slow)])
+def test_published_levels_are_solved(first: int, end: int, real_data: Path) -> None:
+    for level in read_boxoban(real_data / "boxoban" / "unfiltered_valid_000.txt")[first:end]:
         solution = solve(level)
         assert solution.complete
         assert solution.moves is not None

@@ -1,0 +1,63 @@
+"""What several tests of a search share: families, a task, what is searched, and what was scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import SCORED
+
+from laserlm.models import LanguageModel
+from laserlm.results import Store
+from laserlm.searching import Found, RaceOptions
+from laserlm.searching import search as search_
+from laserlm.tasks import Example, Task
+
+CORE = ("llama", "gpt2", "gpt_neox", "mixtral", "bert", "t5")
+"""One family of each kind: plain, transposed and fused, interleaved, stacked experts, masked, and two stacks."""
+EVERY = [pytest.param(family, marks=[] if family in CORE else [pytest.mark.slow]) for family in SCORED]
+"""All that can be scored; those that are like one of the few are left to the full tier."""
+
+Scores = dict[tuple[str, str], Any]
+"""Evaluations by split and intervention."""
+Scored = tuple[Found, Scores]
+GIVEN: dict[str, dict[str, Any]] = {
+    "exhaustive": {"strategy": "exhaustive", "grid": "0-1.mlp@0.5,0.3"},
+    "race": {"strategy": "race", "grid": "all.all@0.5,0.3", "options": RaceOptions(width=8, first=2, controls=2)},
+}
+"""Searches that are made on a cluster and in one process."""
+
+
+def made_task() -> Task:
+    """Return a task whose prompts have one length and whose answers are one of five."""
+    cities = ["Paris", "Rome", "Oslo", "Lisbon", "Madrid"]
+    pairs = [(x, y) for x in "abcdef" for y in "uvwxyz"]
+    rows = [Example(f"{i}", f"The capital of {a} and {b} is", cities[i * 7 % 5], fact=f"{i}") for i, (a, b) in enumerate(pairs)]
+    return Task.of("made", rows, scorer="first_token")
+
+
+def search(lm: LanguageModel, task: Task, store: Path, **given: Any) -> Scored:
+    """Search by the loss, and return what was found and all that was scored."""
+    found = search_(lm, task, metric="loss", store=store, **given)
+    return found, scores(store, found)
+
+
+def scores(store: Path, found: Found) -> Scores:
+    """Return what a store holds of a search."""
+    with Store.open(store) as results:
+        return {
+            (split, text): evaluation
+            for split in ("validation", "test")
+            for text, evaluation in results.evaluations(found.run, split).items()
+        }
+
+
+def same(ours: Scores, theirs: Scores) -> None:
+    """See that the same was scored with the same result, up to the order of sums."""
+    assert ours.keys() == theirs.keys()
+    for key, evaluation in ours.items():
+        other = theirs[key]
+        assert [s.id for s in evaluation.scores] == [s.id for s in other.scores]
+        assert [s.correct for s in evaluation.scores] == [s.correct for s in other.scores]
+        assert [s.logprob for s in evaluation.scores] == pytest.approx([s.logprob for s in other.scores], rel=1e-5, abs=1e-5)

@@ -1,0 +1,299 @@
+"""A search on a real Ray cluster on this machine, and that the stand-in for Ray behaves as Ray does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from searching.fake_ray import FakeRay, here
+from searching.support import GIVEN, Scored, made_task, same, scores, search
+
+from laserlm.models import LanguageModel, load
+from laserlm.results import Store
+from laserlm.searching import Found, RaceOptions, Ray
+from laserlm.tasks import Decoding, Task
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="a cluster needs Ray: pip install 'laserlm[cluster]'"),
+    # Ray leaves its log files to the garbage collector, and uses what Python is about to change.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster: a head that no worker fits on, and a node with four CPUs."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=4)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@contextmanager
+def connected(cluster: Any, **given: Any) -> Iterator[Any]:
+    import ray
+
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", **given)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scored]:
+    """What the searches find in one process, by their names."""
+    place = tmp_path_factory.mktemp("alone")
+    lm = load(folder, cache=place / "cache", device="cpu")
+    return {name: search(lm, made_task(), place / f"{name}.db", **given) for name, given in GIVEN.items()}
+
+
+@pytest.fixture
+def local(alone: dict[str, Scored]) -> Scored:
+    """What the exhaustive search finds in one process."""
+    return alone["exhaustive"]
+
+
+def test_the_winner_and_every_score_are_those_of_one_process(
+    cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path, alone: dict[str, Scored]
+) -> None:
+    with connected(cluster):
+        for name, given in GIVEN.items():
+            expected, scored = alone[name]
+            found, ours = search(lm, task, tmp_path / f"{name}.db", executor=Ray(workers=2), **given)
+            assert (found.best, found.failed, found.complete) == (expected.best, {}, True)
+            assert found.rungs == expected.rungs
+            same(ours, scored)
+        cities = ("Paris", "Rome", "Oslo", "Lisbon", "Madrid")
+        rows = [replace(e, choices=cities) for e in task.every]
+        made = Task.of("written", rows, scorer="contains", decoding=Decoding(new_tokens=3))
+        given = {"grid": "0-2.mlp@0.5", "options": RaceOptions(width=4, first=3)}
+        expected, scored = search(lm, made, tmp_path / "local.db", **given)
+        found, ours = search(lm, made, tmp_path / "written.db", executor=Ray(workers=2), **given)
+    assert (found.best, found.finalists) == (expected.best, expected.finalists)
+    same(ours, scored)
+    assert {k: v.scores[0].predicted for k, v in ours.items()} == {k: v.scores[0].predicted for k, v in scored.items()}
+
+
+def test_a_killed_worker_loses_nothing(cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path, local: Scored) -> None:
+    killed = tmp_path / "killed"
+
+    def hook() -> None:
+        """In a worker: end it where it runs the model under an intervention, unless another one ended there before."""
+        import laserlm.models
+
+        load = laserlm.models.load
+
+        def loaded(*arguments: Any, **given: Any) -> LanguageModel:
+            lm = load(*arguments, **given)
+
+            def kill(*_: Any) -> None:
+                if lm.intervention == "1.fc_up@0.3" and not killed.exists():
+                    killed.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            lm.model.register_forward_pre_hook(kill)
+            return lm
+
+        laserlm.models.load = loaded
+
+    with connected(cluster, runtime_env={"worker_process_setup_hook": hook}):
+        found, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
+    assert killed.exists()
+    assert (found.best, found.failed) == (local[0].best, {})
+    same(ours, local[1])
+
+
+DRIVER = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from searching.support import GIVEN, made_task
+from laserlm.models import load
+from laserlm.searching import Ray, search
+
+lm = load({folder!r}, cache={cache!r}, device="cpu")
+found = search(
+    lm, made_task(), metric="loss", store={store!r}, executor=Ray({address!r}, workers=2), **GIVEN["exhaustive"],
+    on_step=lambda step: print(step.last, flush=True),
+)
+print(json.dumps(found.as_dict()))
+"""
+
+
+def test_a_killed_driver_goes_on_where_it_was(cluster: Any, folder: Path, tmp_path: Path, local: Scored) -> None:
+    store = tmp_path / "ray.db"
+    names = {"folder": str(folder), "cache": str(tmp_path / "cache"), "store": str(store)}
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.format(tests=str(Path(__file__).parents[1]), address=cluster.address, **names))
+    first = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    for _ in range(6):
+        assert first.stdout.readline()
+    first.kill()
+    first.communicate()
+    with Store.open(store) as results:
+        (run,) = results.runs()
+        before = results.evaluations(run.id, "validation")
+        assert run.status == "interrupted"
+    second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    *steps, said = second.stdout.splitlines()
+    found = Found.from_dict(json.loads(said))
+    assert found.run == run.id
+    ours = scores(store, found)
+    assert {text: ours["validation", text] for text in before} == before
+    assert not set(steps) & (set(before) - {"", str(found.best)})
+    same(ours, local[1])
+
+
+def test_without_an_address_a_cluster_is_started_and_ended(
+    lm: LanguageModel, task: Task, tmp_path: Path, local: Scored
+) -> None:
+    import ray
+
+    assert not ray.is_initialized()
+    found, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
+    assert not ray.is_initialized()
+    same(ours, local[1])
+    with Store.open(tmp_path / "ray.db") as store:
+        assert store.find(found.run).provenance["ray"] == {"address": None, "workers": 2, "cpus": 1.0, "gpus": 0.0}
+
+
+def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:
+    """Return what Ray, or its stand-in, does in the calls that a search makes; four CPUs have to be free."""
+
+    class Actor:
+        def __init__(self) -> None:
+            self.told: list[Any] = []
+
+        def keep(self, shared: list[int], value: Any) -> tuple[list[int], Any]:
+            shared.append(len(self.told))
+            self.told.append(value)
+            return shared, self.told
+
+        def fail(self) -> None:
+            raise ZeroDivisionError("a defect")
+
+        def end(self) -> None:
+            die()
+
+        def count(self, to: int, then: str) -> Iterator[list[Any]]:
+            import time
+
+            for i in range(to):
+                yield [i]
+            if then == "fail":
+                raise ZeroDivisionError("a defect")
+            if then == "end":
+                time.sleep(0.5)  # what was yielded is on its way
+                die()
+            while then == "hear" and not self.told:
+                time.sleep(0.01)
+
+        def hear(self, value: Any) -> None:
+            self.told.append(value)
+
+    def error_of(ref: Any) -> tuple[str, str, str] | None:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            told = isinstance(cause, BaseException)
+            return ("raised", type(cause).__name__, str(cause)) if told else ("ended", "", "")
+        return None
+
+    def all_of(stream: Any) -> list[Any]:
+        said: list[Any] = []
+        for ref in stream:
+            error = error_of(ref)
+            said.append(error or ray.get(ref))
+        return said
+
+    make = ray.remote(num_cpus=1, num_gpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"beside": 1})(Actor)
+    found: dict[str, Any] = {"connected": ray.is_initialized()}
+    try:
+        ray.put(threading.Lock())
+    except TypeError:
+        found["what cannot be sent"] = "TypeError"
+
+    shared, sent = ray.put([7]), [1]
+    actor = make.remote()
+    found["values are copies"] = [ray.get(actor.keep.remote(shared, sent)), ray.get(shared), sent]
+    sent.append(2)
+    found["calls come in order"] = [ray.get(actor.keep.remote(shared, n)) for n in (3, 4)]
+    found["an error"] = error_of(actor.fail.remote())
+    count = actor.count.options(num_returns="streaming")
+    found["a stream"] = [all_of(count.remote(3, "")), all_of(count.remote(0, ""))]
+    found["a stream with an error"] = all_of(count.remote(2, "fail"))
+
+    other = make.remote()
+    stream = other.count.options(num_returns="streaming").remote(1, "hear")
+    there, rest = ray.wait([stream], timeout=60, fetch_local=False)
+    found["something has come"] = [there == [stream], rest, stream.next_ready()]
+    found["it is the first"] = ray.get(next(stream))
+    there, rest = ray.wait([stream], num_returns=1, timeout=0, fetch_local=False)
+    found["nothing more has come"] = [there, rest == [stream], stream.next_ready()]
+    waits = actor.hear.remote(1)
+    found["one of two"] = [x == [waits] for x in ray.wait([stream, waits], timeout=60, fetch_local=False)]
+    other.hear.options(concurrency_group="beside").remote("stop")
+    there, _ = ray.wait([stream], timeout=60, fetch_local=False)
+    found["it was heard"] = [there == [stream], stream.next_ready(), next(stream, "over")]
+
+    stream = other.count.options(num_returns="streaming").remote(2, "end")
+    found["a stream that ends with its worker"] = all_of(stream)
+    found["a call to one that has ended"] = error_of(other.hear.remote(1))
+    found["an end in a call"] = error_of(make.remote().end.remote())
+
+    ray.kill(actor)
+    found["a killed one"] = error_of(actor.hear.remote(1))
+    every = [make.remote() for _ in range(5)]
+    calls = {one.keep.remote(shared, i): one for i, one in enumerate(every)}
+    there, rest = ray.wait(list(calls), num_returns=4, timeout=60, fetch_local=False)
+    found["room"] = [len(there), len(rest), ray.wait(rest, timeout=1, fetch_local=False)[0]]
+    ray.kill(calls[there[0]])
+    found["room after an end"] = ray.wait(rest, timeout=60, fetch_local=False)[0] == rest
+    for one in every:
+        ray.kill(one)
+    found["no source"] = ray.wait([], timeout=0, fetch_local=False)
+    found["CPUs"] = [ray.cluster_resources()["CPU"], sorted(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"])]
+    return found
+
+
+def test_the_stand_in_behaves_as_ray_does(cluster: Any) -> None:
+    def killed() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def ended() -> None:
+        from searching.fake_ray import die
+
+        assert here() is not None
+        die()
+
+    with connected(cluster) as ray:
+        real = behaviour(ray, killed)
+    fake = FakeRay(0, 4)
+    fake.init(address="auto")
+    try:
+        assert behaviour(fake, ended) == real
+    finally:
+        fake.close()
+    assert not fake.is_initialized()
+    assert real["a stream that ends with its worker"] == [[0], [1], ("ended", "", "")]
