@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import laserlm as laser
-from laserlm.export.compression import Allocation, Method, calibrate, perplexity, texts
+from laserlm.export.compression import Allocation, Method, fit_ranks, perplexity, texts
 
 WAYS: list[tuple[Method, Allocation]] = [
     ("plain", "uniform"),
@@ -36,7 +36,7 @@ def main() -> None:
     print("|".join(["unchanged model", *[f"{perplexity(lm, text.held_out):.2f}"] * len(ratios), ""]), flush=True)
     for method, allocation in WAYS:
         start = time.perf_counter()
-        found = calibrate(lm, text.calibration, method=method, allocation=allocation)
+        found = fit_ranks(lm, text.calibration, method=method, allocation=allocation)
         seconds = time.perf_counter() - start
         row = []
         for ratio in ratios:

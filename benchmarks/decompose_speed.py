@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import laserlm as laser
-from laserlm.algebra import decompose
+from laserlm.linalg import decompose
 
 SHAPES = [(576, 1536), (768, 3072), (1024, 4096), (2048, 2048)]
 

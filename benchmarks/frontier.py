@@ -9,10 +9,10 @@ import statistics
 import time
 
 import laserlm as laser
-from laserlm.scoring.encoding import encode
 from laserlm.scoring.evaluate import evaluate_rows
 from laserlm.scoring.forward import run_rows
-from laserlm.searching.frontier import Frontier
+from laserlm.scoring.prefix_cache import PrefixCache
+from laserlm.scoring.tokenize import encode
 
 QUESTIONS = 100
 REPEATS = 3
@@ -24,7 +24,7 @@ def main() -> None:
     split = laser.task("worldfacts").validation.limit(QUESTIONS)
     rows = encode(lm, split.examples, "answer")
     start = time.perf_counter()
-    frontier = Frontier(lm, rows, BATCH)
+    frontier = PrefixCache(lm, rows, BATCH)
     print(f"setting up the frontier, its checks included: {time.perf_counter() - start:.2f} s")
     blocks = 1 + max(m.layer for m in lm.matrices)
     print(f"{'block':>5} {'whole pass, s':>14} {'from the frontier, s':>21} {'ratio':>6} {'boundary, MB':>13}  same scores")

@@ -9,16 +9,16 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from laserlm.analysis.calibration import calibration, confidences
-from laserlm.analysis.estimates import Estimate, against
-from laserlm.analysis.figures import curves, write_figure
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.lab.recall.language import DRAWN, TRIGGER, Language, Recipe, questions
 from laserlm.lab.recall.model import trained
-from laserlm.lab.recall.study import Recalled, study
+from laserlm.lab.recall.study import RecallResult, study
 from laserlm.models import LanguageModel
-from laserlm.results import Store
 from laserlm.scoring.evaluate import evaluate
+from laserlm.store import Store
+from laserlm.studies.calibration import calibration, confidences
+from laserlm.studies.estimates import Estimate, paired_estimates
+from laserlm.studies.figures import curves, write_figure
 from laserlm.tasks import Split, Task
 
 ALPHAS = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
@@ -38,7 +38,7 @@ def main() -> None:
     parts[given.part](given.seeds, given.out, given.figure)
 
 
-def studied(recipe: Recipe, out: Path) -> tuple[LanguageModel, Recalled]:
+def studied(recipe: Recipe, out: Path) -> tuple[LanguageModel, RecallResult]:
     """Train, unless it was done before, and search."""
     lm = trained(recipe, out / f"{recipe.learnt}-{recipe.alpha:g}-{recipe.learning_rate:g}-{recipe.seed}")
     return lm, study(lm, recipe, out / "runs.db")
@@ -127,9 +127,9 @@ def interior(seeds: int, out: Path, figure: Path | None) -> None:
             for text in sorted((t for t in trials if t.startswith(f"{matrix}@")), key=lambda t: float(t.partition("@")[2])):
                 with applied(lm, text):
                     edited = evaluate(lm, asked)
-                gain, change = against(base, edited)
+                gain, change = paired_estimates(base, edited)
                 points.append((float(text.partition("@")[2]), change))
-                words = against(trials[""], trials[text])[1]
+                words = paired_estimates(trials[""], trials[text])[1]
                 print(f"| `{text}` | {words} | {edited.accuracy:.1%} ({gain.value:+.1%}) | {change} |", flush=True)
             series[f"seed {seed}, {matrix}"] = sorted(points)
         t = r.found.test

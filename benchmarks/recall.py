@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import get_args
 
 import laserlm as laser
-from laserlm.results import Store
-from laserlm.scoring.records import Evaluation, Score
+from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.searching import Metric, search
+from laserlm.store import Store
 
 SIZES = "0.9,0.8,0.6,0.4,0.2,0.1,0.05,0.01,0.005"
 
@@ -76,7 +76,7 @@ def main() -> None:
         print(f"  exhaustive's winner on test: {tested.accuracy:.1%}, loss {tested.loss:.3f}", flush=True)
 
 
-def by_id(a: Evaluation, b: Evaluation) -> list[tuple[Score, Score]]:
+def by_id(a: Evaluation, b: Evaluation) -> list[tuple[ExampleScore, ExampleScore]]:
     """Return the scores of two evaluations in pairs, whatever their order."""
     other = {s.id: s for s in b.scores}
     return [(s, other[s.id]) for s in a.scores]

@@ -29,14 +29,14 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausa
 
 import laserlm as laser
 from laserlm.models import LanguageModel
+from laserlm.reductions import Intervention
 from laserlm.searching.cluster import on_ray
-from laserlm.searching.desk import Desk, Score
-from laserlm.searching.driver import VALIDATION, materials_of
-from laserlm.searching.executors import Local
-from laserlm.searching.plan import Plan, calibrate, plan
+from laserlm.searching.desk import ScoreTask, WorkerState
+from laserlm.searching.driver import VALIDATION, encode_splits
+from laserlm.searching.executors import LocalExecutor
+from laserlm.searching.plan import Plan, measure_cost, plan
 from laserlm.searching.schedule import Schedule
-from laserlm.searching.simulation import Pace
-from laserlm.spec import Intervention
+from laserlm.searching.simulation import CostModel
 from laserlm.tasks import Task
 
 TURNS = 3
@@ -68,7 +68,7 @@ class Clock:
         return max(times) - min(times)
 
 
-def searched(workers: int, made: Task, **given: Any) -> tuple[float, float, laser.Found]:
+def searched(workers: int, made: Task, **given: Any) -> tuple[float, float, laser.SearchResult]:
     """Return the seconds of a search without and with the start of its workers, and what it found."""
     clock = Clock()
     found = laser.search(
@@ -82,8 +82,8 @@ def scoring(barrier: Any, seconds: Any) -> None:
     torch.set_num_threads(1)
     lm = laser.load("bundled")
     made = task(64)
-    desk = Desk(lm, materials_of(lm, made, made.validation.scorer, 0))
-    piece = Score(VALIDATION, 0, 64, Intervention())
+    desk = WorkerState(lm, encode_splits(lm, made, made.validation.scorer, 0))
+    piece = ScoreTask(VALIDATION, 0, 64, Intervention())
     piece.do(desk)
     barrier.wait()
     begun = time.perf_counter()
@@ -134,15 +134,15 @@ class Nothing:
     def group(self) -> Hashable:
         return self.number
 
-    def do(self, desk: Desk) -> int:
+    def do(self, desk: WorkerState) -> int:
         return self.number
 
 
 def overhead() -> None:
     lm = laser.load("bundled")
     made = task(300)
-    materials = materials_of(lm, made, made.validation.scorer, 0)
-    scores = Score(VALIDATION, 0, 300, Intervention()).do(Desk(lm, materials))
+    materials = encode_splits(lm, made, made.validation.scorer, 0)
+    scores = ScoreTask(VALIDATION, 0, 300, Intervention()).do(WorkerState(lm, materials))
     print(f"scores of 300 examples: {len(pickle.dumps(scores)) / 300:.0f} bytes an example")
     print(f"the material of 300 + 32 examples, sent once: {len(pickle.dumps(materials)) / 2**20:.2f} MiB")
     for workers in (1, 2):
@@ -157,7 +157,10 @@ def overhead() -> None:
                 assert len(list(executor.run(pieces, needless=lambda _: False))) == 1000
                 print(f"{workers} workers, groups of {unit}: {time.perf_counter() - begun:.3f} s for 1,000 pieces")
     begun = time.perf_counter()
-    assert len(list(Local(Desk(lm, materials)).run([Nothing(i) for i in range(1000)], needless=lambda _: False))) == 1000
+    assert (
+        len(list(LocalExecutor(WorkerState(lm, materials)).run([Nothing(i) for i in range(1000)], needless=lambda _: False)))
+        == 1000
+    )
     print(f"this process: {1e6 * (time.perf_counter() - begun) / 1000:.1f} microseconds a piece")
 
 
@@ -217,7 +220,7 @@ def planned() -> None:
     for strategy, made in (("race", task(300, 1000)), ("exhaustive", task(64))):
         given: dict[str, Any] = {"strategy": strategy, "grid": "fine" if strategy == "race" else GRID}
         ahead = plan(lm, made, **given)
-        warm = replace(calibrate(lm, ahead, made), decompose=0.0)
+        warm = replace(measure_cost(lm, ahead, made), decompose=0.0)
         expected = ahead.simulate(1, warm).seconds
         laser.search(lm, made, metric="loss", **given)
         begun = time.perf_counter()
@@ -234,12 +237,12 @@ def simulation() -> None:
     torch.set_num_threads(1)
     for strategy in ("exhaustive", "race"):
         ahead = plan(lm, made, strategy=strategy)
-        pace = replace(calibrate(lm, ahead, made), start=15.0, unit=0.005)
+        pace = replace(measure_cost(lm, ahead, made), start=15.0, unit=0.005)
         print(f"{strategy}, {ahead.pieces} pieces, {ahead.passes:.0f} passes, {pace}")
         _table(ahead, pace)
 
 
-def _table(made: Plan, pace: Pace, numbers: Sequence[int] = WORKERS) -> None:
+def _table(made: Plan, pace: CostModel, numbers: Sequence[int] = WORKERS) -> None:
     alone = made.simulate(1, pace).seconds
     for workers in numbers:
         shown = [f"{workers:5}"]
@@ -279,7 +282,7 @@ def models() -> None:
         lm = LanguageModel(model, tokenizer, name, "causal")
         for strategy, grid in (("exhaustive", "paper"), ("race", "fine")):
             ahead = plan(lm, made, strategy=strategy, grid=grid, memory=4 * 2**30)  # type: ignore[arg-type]
-            pace = Pace(work=ahead.pass_flop / rate, decompose=1 / decompose, start=120, unit=0.005, answer=RECORD)
+            pace = CostModel(work=ahead.pass_flop / rate, decompose=1 / decompose, start=120, unit=0.005, answer=RECORD)
             found = {k: v for k, v in ahead.as_dict().items() if k not in ("stages",)}
             print(name, strategy, found)
             bases = sum(4 * min(m.shape) ** 2 for m in ahead.matrices)

@@ -16,11 +16,11 @@ from pathlib import Path
 from scipy import stats
 
 import laserlm as laser
-from laserlm.editing.cache import DecompositionCache
-from laserlm.results import Store
-from laserlm.scoring.encoding import encode
+from laserlm.edit.decomposition_cache import DecompositionCache
+from laserlm.scoring.tokenize import encode
 from laserlm.searching import expand, search
 from laserlm.searching.screen import screen
+from laserlm.store import Store
 
 GRID = "top10.all@0.9,0.8,0.6,0.4,0.2,0.1,0.05,0.01,0.005"
 N = 100

@@ -26,15 +26,15 @@ import torch
 from plotly.subplots import make_subplots
 
 import laserlm as laser
-from laserlm.analysis.figures import write_figure
 from laserlm.models import LanguageModel
-from laserlm.results import Store
-from laserlm.scoring.encoding import encode
 from laserlm.scoring.evaluate import evaluate_rows
 from laserlm.scoring.forward import run_rows
+from laserlm.scoring.prefix_cache import PrefixCache
 from laserlm.scoring.records import Evaluation
-from laserlm.searching import Found, Metric
-from laserlm.searching.frontier import Frontier
+from laserlm.scoring.tokenize import encode
+from laserlm.searching import Metric, SearchResult
+from laserlm.store import Store
+from laserlm.studies.figures import write_figure
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 FIGURES = ("frontier", "screen", "race", "winners-curse")
@@ -162,7 +162,7 @@ def time_blocks(lm: LanguageModel) -> list[Timed]:
     """Time a candidate of each block from the frontier beside a whole pass on the same questions."""
     split = laser.task("worldfacts").validation.limit(QUESTIONS)
     rows = encode(lm, split.examples, "answer")
-    frontier = Frontier(lm, rows, BATCH)
+    frontier = PrefixCache(lm, rows, BATCH)
     found = []
     for layer in sorted({m.layer for m in lm.matrices}):
         frontier.advance("", layer)
@@ -216,7 +216,7 @@ def frontier_figure(timed: Sequence[Timed]) -> Any:
     return laid_out(figure, "block of the reduced matrix", f"milliseconds for {QUESTIONS} questions", rangemode="tozero")
 
 
-def screen_figure(found: Found) -> Any:
+def screen_figure(found: SearchResult) -> Any:
     """Return what the screen expected against what the first rung measured, the random controls marked."""
     screened = found.screened
     if screened is None:
@@ -240,7 +240,7 @@ def screen_figure(found: Found) -> Any:
     return laid_out(figure, "change of loss that the screen expects, nats", "measured on the first rung, nats")
 
 
-def race_figure(found: Found, lines: Sequence[Leaving]) -> Any:
+def race_figure(found: SearchResult, lines: Sequence[Leaving]) -> Any:
     """Return a line for each candidate from rung to rung; it ends where the candidate left."""
     best = str(found.best)
     stops = list(dict.fromkeys(r.examples for r in found.rungs))
@@ -352,7 +352,7 @@ def laid_out(figure: Any, x: str, y: str, **axis: Any) -> Any:
     return figure.update_yaxes(**axis)
 
 
-def race_of(lm: LanguageModel, store: Path) -> Found:
+def race_of(lm: LanguageModel, store: Path) -> SearchResult:
     """Return the race of ``laser demo``, made where the store does not have it."""
     task = laser.task("worldfacts")
     short = replace(task, validation=task.validation.limit(CHOSEN_ON), test=task.test.limit(MEASURED_ON))

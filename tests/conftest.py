@@ -69,7 +69,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results database without runs, which tests copy."""
-    from laserlm.results import Store
+    from laserlm.store import Store
 
     path = tmp_path_factory.mktemp("database") / "runs.db"
     with Store.open(path):

@@ -38,7 +38,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 import laserlm
 from laserlm.cli import app
 from laserlm.cli import search as search_command
-from laserlm.export import alone
+from laserlm.export import load_in_subprocess
 from laserlm.paths import cache_folder
 from laserlm.searching import RaceOptions
 
@@ -299,7 +299,7 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
 
     search = laserlm.search
 
-    def narrow(*given: Any, **named: Any) -> laserlm.Found:
+    def narrow(*given: Any, **named: Any) -> laserlm.SearchResult:
         return search(*given, **{"options": RaceOptions(width=WIDTH)} | named)
 
     if not (named.real and page in FIRST):
@@ -411,12 +411,12 @@ def load_here(start: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``subprocess.run``, but for loading a saved model alone, which is done in this process."""
 
     def run(command: list[str], **given: Any) -> Any:
-        if str(alone.__file__) not in command:
+        if str(load_in_subprocess.__file__) not in command:
             return start(command, **given)
         said = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
-            patch.setattr(sys, "argv", command[command.index(str(alone.__file__)) :])
-            alone.main()
+            patch.setattr(sys, "argv", command[command.index(str(load_in_subprocess.__file__)) :])
+            load_in_subprocess.main()
         return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
 
     return run

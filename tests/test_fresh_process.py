@@ -18,7 +18,7 @@ import torch
 from families import build
 
 import laserlm
-from laserlm.export import alone
+from laserlm.export import load_in_subprocess
 from laserlm.lab.sokoban.levels import generate
 from laserlm.lab.sokoban.model import SokobanConfig, SokobanForCausalLM, tokenizer
 from laserlm.tasks import Example, Task
@@ -64,10 +64,10 @@ given, told = json.loads(os.environ["GIVEN"]), {{"heavy": {{}}}}
 def heavy(after):
     told["heavy"][after] = [name for name in ("torch", "transformers") if name in sys.modules]
 
-for name in ("laserlm", "laserlm.spec", "laserlm.results", "laserlm.cli"):
+for name in ("laserlm", "laserlm.reductions", "laserlm.store", "laserlm.cli"):
     importlib.import_module(name)
     heavy(name)
-sys.modules["laserlm.spec"].Grid.parse("paper")
+sys.modules["laserlm.reductions"].Grid.parse("paper")
 heavy("reading a grid")
 
 cli = sys.modules["laserlm.cli"]
@@ -119,7 +119,9 @@ def command(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     return told | {"stdout": done.stdout, "stderr": done.stderr}
 
 
-@pytest.mark.parametrize("after", ["laserlm", "laserlm.spec", "laserlm.results", "laserlm.cli", "reading a grid", "completing"])
+@pytest.mark.parametrize(
+    "after", ["laserlm", "laserlm.reductions", "laserlm.store", "laserlm.cli", "reading a grid", "completing"]
+)
 def test_neither_torch_nor_transformers_is_imported(after: str, command: dict[str, Any]) -> None:
     assert command["heavy"][after] == []
 
@@ -189,7 +191,7 @@ print(json.dumps(told))
 @pytest.fixture(scope="module")
 def transformers_first(folders: dict[str, str]) -> dict[str, Any]:
     """What a process told that imported transformers, and laserlm only after it had loaded without it."""
-    done = fresh(TRANSFORMERS, folders | {"script": alone.__file__})
+    done = fresh(TRANSFORMERS, folders | {"script": load_in_subprocess.__file__})
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from laserlm.scoring.records import Evaluation, Score
+from laserlm.scoring.records import Evaluation, ExampleScore
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +30,7 @@ def figures() -> ModuleType:
 def evaluation(losses: list[float], correct: list[bool] | None = None) -> Evaluation:
     hits = correct or [False] * len(losses)
     scores = tuple(
-        Score(id=str(i), correct=hit, logprob=-loss, tokens=1, predicted="", answer="a")
+        ExampleScore(id=str(i), correct=hit, logprob=-loss, tokens=1, predicted="", answer="a")
         for i, (loss, hit) in enumerate(zip(losses, hits, strict=True))
     )
     return Evaluation("m", "t", "validation", "answer", "", scores, 0.0)

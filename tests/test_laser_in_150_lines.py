@@ -23,13 +23,13 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 import laserlm
-from laserlm.editing.applied import Edit
-from laserlm.results import Store
-from laserlm.scoring.encoding import Row, encode
+from laserlm.edit.apply import Edit
+from laserlm.reductions import FINE_RHO
+from laserlm.scoring.tokenize import TokenSequence, encode
 from laserlm.searching import RaceOptions
 from laserlm.searching.candidates import expand
-from laserlm.searching.driver import materials_of
-from laserlm.spec import FINE_RHO
+from laserlm.searching.driver import encode_splits
+from laserlm.store import Store
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "laser_in_150_lines.py"
 SMALL = {
@@ -107,7 +107,7 @@ class Both:
     printed: str
     out: Path
     lm: laserlm.LanguageModel
-    found: laserlm.Found
+    found: laserlm.SearchResult
     predictions: dict[str, Any]
     scores: dict[str, Any]
 
@@ -215,7 +215,7 @@ def test_what_it_saves_is_what_laserlm_saves_and_loads_by_itself(both: Both, tmp
             torch.testing.assert_close(plain, both.lm.model(ids).logits, atol=1e-4, rtol=0)
 
 
-def tokens(rows: list[Row]) -> list[tuple[list[int], int]]:
+def tokens(rows: list[TokenSequence]) -> list[tuple[list[int], int]]:
     return [([*row.ids, row.targets[-1]], row.places[0] + 1) for row in rows]
 
 
@@ -240,7 +240,7 @@ def test_questions_are_split_and_tokenized_alike(tmp_path: Path, make: Any) -> N
     )
     names = execute(model, file, tmp_path / "out", {"WIDTH, SIZES = 48, 3": "WIDTH, SIZES = 1, 1"})
     lm = laserlm.load(model, device="cpu", cache=tmp_path)
-    materials = materials_of(lm, laserlm.task(f"jsonl:{file}"), "answer", 0)
+    materials = encode_splits(lm, laserlm.task(f"jsonl:{file}"), "answer", 0)
     validation, test = ([(ids[0].tolist(), place) for ids, place in names[split]] for split in ("validation", "test"))
     assert validation == tokens(materials["validation"].rows)
     assert sorted(test) == sorted(tokens(materials["test"].rows))

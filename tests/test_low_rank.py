@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausal
 
 from laserlm.errors import ModelError
 from laserlm.export import save
-from laserlm.export.alone import fingerprint
+from laserlm.export.load_in_subprocess import fingerprint
 from laserlm.low_rank import LowRankConfig, LowRankLinear, Part
 from laserlm.models import LanguageModel
 

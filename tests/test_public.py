@@ -37,3 +37,8 @@ def test_every_module_names_what_it_offers_and_documents_it(name: str) -> None:
 def test_no_submodule_hides_a_public_function() -> None:
     # Importing laserlm.search would make it an attribute of the package, in the place of the function.
     assert not {m.name for m in pkgutil.iter_modules(laserlm.__path__)} & set(laserlm.__all__)
+
+
+def test_a_name_of_the_first_version_is_still_found() -> None:
+    with pytest.warns(DeprecationWarning, match=r"laserlm\.Found is now laserlm\.SearchResult"):
+        assert laserlm.Found is laserlm.SearchResult

@@ -23,14 +23,14 @@ from families import CAUSAL, MASKED, TOKENIZERS
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from laserlm.analysis.entities import MODELS, PUBLISHED
 from laserlm.cli import app
-from laserlm.editing.applied import resolve
+from laserlm.edit.apply import resolve
 from laserlm.errors import LaserError
 from laserlm.models import LanguageModel, load
-from laserlm.scoring.published import CHECKPOINTS, published
+from laserlm.reductions import Grid
 from laserlm.searching.candidates import expand
-from laserlm.spec import Grid
+from laserlm.studies.entities import MODELS, PUBLISHED
+from laserlm.studies.published import CHECKPOINTS, published
 from laserlm.tasks import task
 from laserlm.tasks.definitions import DEFINITIONS
 

@@ -30,7 +30,7 @@ def test_matrices_as_json_csv_and_figure(run: Run, folder: Path, tmp_path: Path)
 def test_metrics_are_held_against_what_a_search_measured(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("laserlm.analysis.matrices.RESAMPLES", 200)
+    monkeypatch.setattr("laserlm.studies.matrices.RESAMPLES", 200)
     questions = tmp_path / "questions.jsonl"
     answers = ["Paris", "Rome", "true", "false"] * 5
     questions.write_text(

@@ -26,7 +26,7 @@ def asked(folder: Path, tmp_path: Path) -> tuple[object, ...]:
 def test_calibration_as_json_csv_and_figure(
     run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from laserlm.analysis import calibration
+    from laserlm.studies import calibration
 
     scored = []
     made = calibration.confidences

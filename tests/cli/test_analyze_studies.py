@@ -41,7 +41,7 @@ def test_every_study_is_a_command_with_table_json_csv_and_figure(
     study: str, run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # This reduction corrects nothing that the model writes; what is done with corrected examples is done with all.
-    monkeypatch.setattr("laserlm.analysis.entities.sets_of", lambda base, *_: {s.id: ("A", "B") for s in base.scores})
+    monkeypatch.setattr("laserlm.studies.entities.sets_of", lambda base, *_: {s.id: ("A", "B") for s in base.scores})
     asked = (*asked[:-1], CORRECTS) if study == "components" else asked
     given = ("analyze", study, *asked, *FAST.get(study, ()))
     code, out, err = run(*given, "--json")
@@ -71,8 +71,8 @@ def test_generations_of_a_reduction_that_corrects_nothing_say_so(run: Run, asked
 def test_what_a_study_scored_is_not_scored_again(run: Run, asked: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     code, first, err = run("analyze", "low-rank", *asked, "--json", "--ranks", "10,1")
     assert code == 0, err
-    monkeypatch.setattr("laserlm.analysis.scorebook.evaluate_rows", None)  # would fail if it was called
-    monkeypatch.setattr("laserlm.analysis.scorebook.evaluate", None)
+    monkeypatch.setattr("laserlm.studies.scores.evaluate_rows", None)  # would fail if it was called
+    monkeypatch.setattr("laserlm.studies.scores.evaluate", None)
     code, again, err = run("analyze", "low-rank", *asked, "--json", "--ranks", "10,1")
     assert code == 0, err
     assert again == first

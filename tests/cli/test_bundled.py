@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.models import LanguageModel
 
 Run = Callable[..., tuple[int, str, str]]

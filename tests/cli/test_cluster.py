@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from searching.fake_ray import instead_of_ray
 
-from laserlm.results import Store
+from laserlm.store import Store
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -84,7 +84,7 @@ def test_evaluate_prints_what_the_library_measures(run: Run, folder: Path, quest
     code, out, err = run(*asked, "--reduce", "1.fc_in@0.50", "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
-    from laserlm.editing import applied
+    from laserlm.edit import applied
 
     lm = load(folder)
     with applied(lm, "1.fc_in@0.5"):

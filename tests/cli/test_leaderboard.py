@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from laserlm.results import Store
-from laserlm.scoring.published import published
+from laserlm.store import Store
+from laserlm.studies.published import published
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -91,9 +91,9 @@ def test_reports_are_asked_for_by_run(
         out.write_text("a report")
         return out
 
-    module = ModuleType("laserlm.report.report")
+    module = ModuleType("laserlm.web.report")
     module.write_report = write_report  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "laserlm.report.report", module)
+    monkeypatch.setitem(sys.modules, "laserlm.web.report", module)
     site = tmp_path / "site"
     code, out, err = run("leaderboard", "build", "--out", site, "--store", store, "--reports")
     assert (code, err) == (0, "")

@@ -12,9 +12,9 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from laserlm.errors import ExportError
 from laserlm.export import compress, reproduce
-from laserlm.export.alone import fingerprint
-from laserlm.export.compression import calibrate, perplexity, texts
-from laserlm.models import LanguageModel, read
+from laserlm.export.compression import fit_ranks, perplexity, texts
+from laserlm.export.load_in_subprocess import fingerprint
+from laserlm.models import LanguageModel, read_matrix
 from laserlm.searching.moments import input_moments
 
 Make = Callable[..., LanguageModel]
@@ -57,7 +57,7 @@ def test_every_family_keeps_its_budget_and_all_of_it_is_the_model_itself(family:
         base = lm.model(input_ids=ids).logits
     before = spent(lm)
     for method in ("plain", "whitened"):
-        found = calibrate(lm, rows, method=method)
+        found = fit_ranks(lm, rows, method=method)
         assert found.parameters == sum(m.shape[0] * m.shape[1] for m in found.matrices)
         for ratio in (0.5, 0.9):
             with found.applied(lm, ratio), torch.no_grad():
@@ -73,7 +73,7 @@ def test_every_family_keeps_its_budget_and_all_of_it_is_the_model_itself(family:
 def test_the_dense_form_computes_what_the_factors_do(make: Make, file: Path) -> None:
     for family in ("llama", "gpt2"):
         lm = make(family)
-        found = calibrate(lm, texts(lm, file, tokens=500).calibration)
+        found = fit_ranks(lm, texts(lm, file, tokens=500).calibration)
         outputs = []
         for form in ("factored", "dense"):
             with found.applied(lm, 0.5, form):
@@ -83,7 +83,7 @@ def test_the_dense_form_computes_what_the_factors_do(make: Make, file: Path) -> 
 
 def test_whitened_decompositions_change_the_outputs_of_every_layer_less(llama: LanguageModel, file: Path) -> None:
     rows = texts(llama, file, tokens=2000).calibration
-    plain, white = (calibrate(llama, rows, method=method, allocation="uniform") for method in ("plain", "whitened"))
+    plain, white = (fit_ranks(llama, rows, method=method, allocation="uniform") for method in ("plain", "whitened"))
     paths = {m.id: m.path.rpartition(".")[0] for m in plain.matrices}
     moments = input_moments(llama, rows, list(paths.values()))
     for m in plain.matrices:
@@ -91,13 +91,13 @@ def test_whitened_decompositions_change_the_outputs_of_every_layer_less(llama: L
         for found in (plain, white):
             rank = found.ranks(0.7)[m.id]
             assert rank is not None
-            left = (read(llama.model, m) - found.decompositions[m.id].truncate(rank)).double()
+            left = (read_matrix(llama.model, m) - found.decompositions[m.id].truncate(rank)).double()
             errors.append(float((left @ moments[paths[m.id]] @ left.T).trace()))
         assert errors[1] <= errors[0] * (1 + 1e-4), m.id
 
 
 def test_sensitivity_expects_less_loss_than_uniform_ranks_of_the_same_budget(llama: LanguageModel, file: Path) -> None:
-    found = calibrate(llama, texts(llama, file, tokens=1000).calibration)
+    found = fit_ranks(llama, texts(llama, file, tokens=1000).calibration)
     even = replace(found, allocation="uniform").ranks(0.7)
 
     def expected(ranks: dict[str, int | None]) -> float:
@@ -153,7 +153,7 @@ def test_what_cannot_be_compressed_is_told(llama: LanguageModel, make: Make, fil
 
 def test_experts_are_left_out_with_the_reason(make: Make, file: Path) -> None:
     lm = make("mixtral")
-    found = calibrate(lm, texts(lm, file, tokens=500).calibration, method="plain")
+    found = fit_ranks(lm, texts(lm, file, tokens=500).calibration, method="plain")
     assert set(found.left_out.values()) == {"not the weight of a linear layer"}
     assert {m.type for m in found.left_out} == {"gate_up", "fc_out"}
     fixed = sum(m.shape[0] * m.shape[1] for m in found.left_out)

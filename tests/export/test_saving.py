@@ -17,14 +17,14 @@ from safetensors import safe_open
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.errors import ExportError, MatrixError, ModelError, WeightError
 from laserlm.export import load_check, push, reproduce, save
-from laserlm.export.alone import fingerprint
+from laserlm.export.load_in_subprocess import fingerprint
 from laserlm.models import LanguageModel, load
 from laserlm.models import bundled as package
+from laserlm.reductions import Intervention
 from laserlm.searching import search
-from laserlm.spec import Intervention
 from laserlm.tasks import Example, Task
 
 Make = Callable[..., LanguageModel]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from laserlm.lab import constrained
-from laserlm.lab.constrained import Arm, on_recall, on_worldfacts
+from laserlm.lab.constrained import TrainingResult, on_recall, on_worldfacts
 from laserlm.lab.recall.language import Recipe
 from laserlm.models import LanguageModel
-from laserlm.spec import Intervention
+from laserlm.reductions import Intervention
 from laserlm.tasks import Example, Task, task
 
 SMALL = Recipe(words=6, length=16, width=16, steps=4, batch_size=8)
@@ -49,7 +49,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Arm]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrainingResult]]:
     """A folder of models trained in every way, and what they are worth."""
     folder = tmp_path_factory.mktemp("constrained")
     with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +62,7 @@ class Begun(Exception):
     """Stands for a training that begins, with what it would learn from."""
 
 
-def test_each_way_has_its_rank_and_is_measured_on_the_same_questions(whole: tuple[Path, list[Arm]]) -> None:
+def test_each_way_has_its_rank_and_is_measured_on_the_same_questions(whole: tuple[Path, list[TrainingResult]]) -> None:
     _, arms = whole
     assert [(a.name, a.intervention) for a in arms] == [
         ("plain", ""),
@@ -88,7 +88,7 @@ def test_each_way_has_its_rank_and_is_measured_on_the_same_questions(whole: tupl
 
 @pytest.mark.usefixtures("few")
 def test_models_are_used_again_but_not_those_of_another_constraint(
-    whole: tuple[Path, list[Arm]], tmp_path: Path, found: Callable[[str], None]
+    whole: tuple[Path, list[TrainingResult]], tmp_path: Path, found: Callable[[str], None]
 ) -> None:
     folder = shutil.copytree(whole[0], tmp_path / "models")
     found("1.fc_in@0.25")

@@ -14,10 +14,10 @@ from transformers.trainer import Trainer
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.errors import MatrixError, ModelError, SpecError, WeightError
 from laserlm.lab.constraint import RankConstraint
-from laserlm.models import LanguageModel, read
+from laserlm.models import LanguageModel, read_matrix
 from laserlm.models.matrices import Matrix
 
 Make = Callable[..., LanguageModel]
@@ -79,7 +79,7 @@ def matrix(lm: LanguageModel, id: str) -> Matrix:
 
 def weight(lm: LanguageModel, id: str) -> Tensor:
     """Return a copy of a matrix, (out, in)."""
-    return read(lm.model, matrix(lm, id)).clone()
+    return read_matrix(lm.model, matrix(lm, id)).clone()
 
 
 def rank(weight: Tensor) -> int:
@@ -106,7 +106,7 @@ def test_a_trained_model_has_the_rank_it_was_held_at_and_full_rank_elsewhere(fam
     train(lm, RankConstraint(lm, "0.out_proj@r3+1.fc_in@r4+2.mlp@0.25"), steps=3)
     held = {"0.out_proj": 3, "1.fc_in": 4, "2.fc_in": 8, "2.fc_up": 8, "2.fc_out": 8}
     for m in lm.matrices:
-        assert rank(read(lm.model, m)) == held.get(m.id, m.max_rank), m.id
+        assert rank(read_matrix(lm.model, m)) == held.get(m.id, m.max_rank), m.id
         assert not torch.equal(lm.model.get_parameter(m.path), before[m.path]), m.id
 
 

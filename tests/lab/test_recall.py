@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.errors import TaskError
 from laserlm.export import save
 from laserlm.lab.recall import model as training
@@ -23,9 +23,9 @@ from laserlm.lab.recall.language import NOISE, START, TRIGGER, Language, Recipe,
 from laserlm.lab.recall.model import trained, untrained
 from laserlm.lab.recall.study import study, task_of
 from laserlm.models import load
-from laserlm.results import Store
-from laserlm.scoring.encoding import encode
 from laserlm.scoring.evaluate import evaluate
+from laserlm.scoring.tokenize import encode
+from laserlm.store import Store
 from laserlm.tasks import Task, task
 
 SMALL = Recipe(words=6, length=16, width=16, steps=12, batch_size=8)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.errors import MatrixError, WeightError
-from laserlm.models import LanguageModel, Matrix, read, select
+from laserlm.models import LanguageModel, Matrix, read_matrix, select
 from laserlm.models.matrices import find_matrices
-from laserlm.spec import Layers
+from laserlm.reductions import Layers
 
 Make = Callable[..., LanguageModel]
 
@@ -62,7 +62,7 @@ def test_the_listed_matrices_hold_every_weight_of_the_blocks_once(family: str, m
 def test_shapes_are_out_by_in_as_the_forward_pass_uses_them(family: str, make: Make) -> None:
     lm = make(family)
     for m in lm.matrices:
-        assert read(lm.model, m).shape == m.shape
+        assert read_matrix(lm.model, m).shape == m.shape
         if m.type == "fc_in":
             assert m.shape[1] == D
         if m.type == "fc_out":
@@ -138,7 +138,7 @@ def test_without_queries_or_keys_attention_is_the_mean_of_the_past_values(family
     with applied(lm, f"1.{matrix}@r0"):
         into = captured(lm, fused, inputs)
         given = captured(lm, output, inputs)
-    v = into[0] @ read(lm.model, named(lm, "1.v_proj")).T  # (T, keys * head)
+    v = into[0] @ read_matrix(lm.model, named(lm, "1.v_proj")).T  # (T, keys * head)
     heads = D // 8
     repeated = v.reshape(len(v), -1, 8).repeat_interleave(heads // (v.shape[1] // 8), dim=1).flatten(1)  # grouped queries
     mean = repeated.cumsum(0) / torch.arange(1, len(v) + 1)[:, None]
@@ -149,7 +149,7 @@ def test_the_halves_of_a_fused_gate_are_gate_and_up(make: Make) -> None:
     lm = make("phi3")
     mlp = lm.model.model.layers[2].mlp
     x = captured(lm, mlp.gate_up_proj, text())
-    gate, up = (x @ read(lm.model, named(lm, f"2.{name}")).T for name in ("fc_in", "fc_up"))
+    gate, up = (x @ read_matrix(lm.model, named(lm, f"2.{name}")).T for name in ("fc_in", "fc_up"))
     torch.testing.assert_close(captured(lm, mlp.down_proj, text()), nn.functional.silu(gate) * up)
 
 
@@ -164,7 +164,7 @@ def test_the_matrices_of_each_expert_make_the_mixture(make: Make) -> None:
         expected = torch.zeros_like(x)
         for t in range(len(x)):
             for share, e in zip(top[t], chosen[t].tolist(), strict=True):
-                gate, up, down = (read(lm.model, named(lm, f"0.experts.{e}.{n}")) for n in ("fc_in", "fc_up", "fc_out"))
+                gate, up, down = (read_matrix(lm.model, named(lm, f"0.experts.{e}.{n}")) for n in ("fc_in", "fc_up", "fc_out"))
                 expected[t] += share * (down @ (nn.functional.silu(gate @ x[t]) * (up @ x[t])))
         found = moe(x[None])
     torch.testing.assert_close((found[0] if isinstance(found, tuple) else found)[0], expected, atol=1e-5, rtol=1e-4)
@@ -183,10 +183,10 @@ def test_an_unknown_type_with_llama_shaped_blocks_gets_llama_names() -> None:
 def test_an_unknown_architecture_goes_by_module_path() -> None:
     lm = causal("codegen", n_embd=32, n_head=4, n_layer=2, rotary_dim=4, vocab_size=50)
     assert names(lm.matrices, 0) == ["attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"]
-    before = read(lm.model, named(lm, "1.mlp.fc_in")).clone()
+    before = read_matrix(lm.model, named(lm, "1.mlp.fc_in")).clone()
     with applied(lm, "1.mlp.fc_in@r3"):
-        assert torch.linalg.matrix_rank(read(lm.model, named(lm, "1.mlp.fc_in"))) == 3
-    assert torch.equal(read(lm.model, named(lm, "1.mlp.fc_in")), before)
+        assert torch.linalg.matrix_rank(read_matrix(lm.model, named(lm, "1.mlp.fc_in"))) == 3
+    assert torch.equal(read_matrix(lm.model, named(lm, "1.mlp.fc_in")), before)
 
 
 @pytest.mark.parametrize("model_type", ["mt5", "umt5"])
@@ -298,6 +298,6 @@ def test_offloaded_and_quantised_weights_are_refused(llama: LanguageModel) -> No
     block.mlp.up_proj.weight = nn.Parameter(torch.empty(48, D, device="meta"))
     block.mlp.gate_proj.weight = nn.Parameter(torch.zeros(48, D, dtype=torch.int8), requires_grad=False)
     with pytest.raises(WeightError, match="offloaded"):
-        read(llama.model, named(llama, "0.fc_up"))
+        read_matrix(llama.model, named(llama, "0.fc_up"))
     with pytest.raises(WeightError, match=r"quantised \(torch\.int8\)"):
-        read(llama.model, named(llama, "0.fc_in"))
+        read_matrix(llama.model, named(llama, "0.fc_in"))

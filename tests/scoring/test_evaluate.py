@@ -12,14 +12,14 @@ from families import CAUSAL, SCORED, SIZES, TOKENIZERS, VOCAB, bpe
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.errors import ModelError, ScoringError, TokenizationError
 from laserlm.models import LanguageModel, load
-from laserlm.scoring import encoding, forward
-from laserlm.scoring.encoding import encode
+from laserlm.scoring import forward, tokenize
 from laserlm.scoring.evaluate import compare, evaluate
-from laserlm.scoring.generation import texts_of
+from laserlm.scoring.generation import generate_for
 from laserlm.scoring.records import Evaluation
+from laserlm.scoring.tokenize import encode
 from laserlm.tasks import Decoding, Example, Scorer, Split, task
 
 Make = Callable[..., LanguageModel]
@@ -370,8 +370,8 @@ def logprobs_of(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_text_is_read_in_windows_that_score_each_token_once(family: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "WINDOW", 16)
-    monkeypatch.setattr(encoding, "STRIDE", 6)
+    monkeypatch.setattr(tokenize, "WINDOW", 16)
+    monkeypatch.setattr(tokenize, "STRIDE", 6)
     lm = make(family)
     tok = lm.need_tokenizer()
     texts = ["The capital of France is Paris and the capital of Spain is Madrid, says Rome.\n"] * 3 + ["Oslo is the capital.\n"]
@@ -461,7 +461,7 @@ def test_a_masked_model_reads_the_end_of_a_passage_in_its_own_text(make: Make) -
 
 
 def test_what_is_written_is_judged_and_the_answers_loss_stands_beside_it(llama: LanguageModel) -> None:
-    texts = texts_of(llama, split().examples, Decoding(new_tokens=6))
+    texts = generate_for(llama, split().examples, Decoding(new_tokens=6))
     rows = [replace(e, answer=t.split()[0]) if i % 2 else e for i, (e, [t]) in enumerate(zip(split(), texts, strict=True))]
     made = Split("made", "all", tuple(rows), "contains", Decoding(new_tokens=6))
     told: list[tuple[int, int]] = []
@@ -478,7 +478,7 @@ def test_what_is_written_is_judged_and_the_answers_loss_stands_beside_it(llama: 
 
 
 def test_programs_are_not_written_where_they_may_not_be_run(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laserlm.scoring.evaluate.texts_of", lambda *_: pytest.fail("the model has written"))
+    monkeypatch.setattr("laserlm.scoring.evaluate.generate_for", lambda *_: pytest.fail("the model has written"))
     e = Example("p", "def one():\n", "    return 1\n", program="assert one() == 1\n")
     with pytest.raises(ScoringError, match="--allow-code-execution"):
         evaluate(llama, Split("made", "all", (e,), "program"))

@@ -12,7 +12,7 @@ import laserlm.scoring.generation as module
 from laserlm.errors import ScoringError
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import evaluate
-from laserlm.scoring.generation import continuation, generate, texts_of
+from laserlm.scoring.generation import continuation, generate, generate_for
 from laserlm.tasks import Decoding, Example, Split
 
 Make = Callable[..., LanguageModel]
@@ -73,7 +73,7 @@ def test_batches_write_token_for_token_what_single_prompts_write(family: str, ba
     prompts = [*PROMPTS, "The claim is", "Is the capital of Italy the city of Rome? The claim is", "Lisbon is", "Madrid is the"]
     rows = [Example(str(i), p, "Paris") for i, p in enumerate(prompts)]
     told: list[int] = []
-    found = texts_of(lm, rows, Decoding(new_tokens=8), batch_size, lambda done, _: told.append(done))
+    found = generate_for(lm, rows, Decoding(new_tokens=8), batch_size, lambda done, _: told.append(done))
     assert found == [[text] for text in plain(lm, prompts, 8)]
     assert told[-1] == len(prompts)
     assert len(set(map(tuple, found))) > 1
@@ -93,7 +93,7 @@ def test_a_model_that_takes_no_padding_writes_for_prompts_of_one_length_at_a_tim
 
     monkeypatch.setattr(module, "generate", seen)
     rows = [Example(str(i), p, "Paris") for i, p in enumerate([*PROMPTS, *PROMPTS])]
-    assert texts_of(lm, rows, Decoding(new_tokens=4)) == [[t] for t in plain(lm, [*PROMPTS, *PROMPTS], 4)]
+    assert generate_for(lm, rows, Decoding(new_tokens=4)) == [[t] for t in plain(lm, [*PROMPTS, *PROMPTS], 4)]
     assert set(lengths) == {1}
 
 
@@ -112,19 +112,19 @@ def test_new_tokens_are_as_many_as_there_is_room_for(make: Make) -> None:
     long = " ".join(["Rome"] * 120)
     n = len(tokenizer(long).input_ids)
     assert n < 128
-    ((text,),) = texts_of(lm, [Example("long", long, "Paris")], Decoding(new_tokens=50))
+    ((text,),) = generate_for(lm, [Example("long", long, "Paris")], Decoding(new_tokens=50))
     assert text == plain(lm, [long], 128 - n)[0]
     with pytest.raises(ScoringError, match=r"example 'longer' has \d+ tokens; gpt2 takes 128: shorten the prompt"):
-        texts_of(lm, [Example("longer", " ".join(["Rome"] * 200), "Paris")], Decoding())
+        generate_for(lm, [Example("longer", " ".join(["Rome"] * 200), "Paris")], Decoding())
 
 
 def test_samples_differ_and_come_again_with_their_seed(llama: LanguageModel) -> None:
     rows = [Example(str(i), p, "Paris") for i, p in enumerate(PROMPTS)]
     state = torch.random.get_rng_state()
-    found = texts_of(llama, rows, Decoding(new_tokens=6, samples=4))
+    found = generate_for(llama, rows, Decoding(new_tokens=6, samples=4))
     assert all(len(of) == 4 and len(set(of)) > 1 for of in found)
-    assert texts_of(llama, rows, Decoding(new_tokens=6, samples=4)) == found
-    assert texts_of(llama, rows, Decoding(new_tokens=6, samples=4, seed=1)) != found
+    assert generate_for(llama, rows, Decoding(new_tokens=6, samples=4)) == found
+    assert generate_for(llama, rows, Decoding(new_tokens=6, samples=4, seed=1)) != found
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -132,7 +132,7 @@ def test_a_masked_model_fills_all_masks_at_once(make: Make) -> None:
     lm = make("roberta")
     tok = lm.need_tokenizer()
     rows = [Example("a", "Rome is", "x", masked="Rome is {mask}"), Example("b", "The capital of France is", "x")]
-    found = texts_of(lm, rows, Decoding(masks=3))
+    found = generate_for(lm, rows, Decoding(masks=3))
     texts = ["Rome is <mask> <mask> <mask>", "The capital of France is <mask> <mask> <mask>."]
     for text, [given] in zip(texts, found, strict=True):
         ids = torch.tensor([tok(text).input_ids])
@@ -154,11 +154,11 @@ def test_memory_that_runs_out_halves_the_batch_of_prompts(llama: LanguageModel, 
 
     monkeypatch.setattr(module, "generate", small)
     rows = [Example(str(i), p, "Paris") for i, p in enumerate(PROMPTS)]
-    assert texts_of(llama, rows, Decoding(new_tokens=4)) == [[t] for t in plain(llama, PROMPTS, 4)]
+    assert generate_for(llama, rows, Decoding(new_tokens=4)) == [[t] for t in plain(llama, PROMPTS, 4)]
     assert sizes[0] == 3
     monkeypatch.setattr(module, "generate", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
-        texts_of(llama, rows, Decoding())
+        generate_for(llama, rows, Decoding())
     with pytest.raises(ScoringError, match="a single row does not fit"):
         evaluate(llama, Split("made", "all", tuple(rows), "contains"))
 
@@ -199,6 +199,6 @@ def test_a_prompt_with_little_room_takes_none_from_the_others(make: Make) -> Non
     lm = make("gpt2")
     rows = [Example("long", " ".join(["Rome"] * 120), "Paris"), *(Example(p, p, "Paris") for p in PROMPTS)]
     n = len(lm.need_tokenizer()(rows[0].prompt).input_ids)
-    found = texts_of(lm, rows, Decoding(new_tokens=20))
+    found = generate_for(lm, rows, Decoding(new_tokens=20))
     assert n + 20 > 128
     assert found[1:] == [[t] for t in plain(lm, PROMPTS, 20)]

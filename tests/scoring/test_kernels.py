@@ -13,9 +13,9 @@ from families import SCORED
 import laserlm.scoring.forward as forward
 import laserlm.scoring.kernels as module
 from laserlm.models import LanguageModel
-from laserlm.scoring.encoding import encode
 from laserlm.scoring.forward import batches, run_batch
-from laserlm.scoring.kernels import quick
+from laserlm.scoring.kernels import fast_cpu_kernels
+from laserlm.scoring.tokenize import encode
 from laserlm.tasks import Example
 
 Make = Callable[..., LanguageModel]
@@ -31,7 +31,7 @@ def precision() -> str:
 def test_products_are_exact_and_the_setting_is_put_back() -> None:
     x, w = torch.randn(200, 300), torch.randn(400, 300)
     exact = x.double() @ w.double().T
-    with quick(CPU, 20):
+    with fast_cpu_kernels(CPU, 20):
         assert (x @ w.T - exact).norm() / exact.norm() < 2e-6
     assert precision() == "none"
 
@@ -39,10 +39,10 @@ def test_products_are_exact_and_the_setting_is_put_back() -> None:
 @pytest.mark.parametrize("exact", [True, False])
 def test_rounded_operands_are_taken_only_where_they_are_not_rounded(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "onednn_is_exact", lambda: exact)
-    with quick(CPU, 20):
+    with fast_cpu_kernels(CPU, 20):
         assert precision() == ("bf16" if exact else "none")
     assert precision() == "none"
-    with quick(torch.device("meta"), 20):
+    with fast_cpu_kernels(torch.device("meta"), 20):
         assert precision() == "none"
 
 
@@ -61,7 +61,7 @@ def test_the_callers_own_choice_stays() -> None:
     settings: Any = torch.backends.mkldnn
     settings.matmul.fp32_precision = "ieee"
     try:
-        with quick(CPU, 20):
+        with fast_cpu_kernels(CPU, 20):
             assert precision() == "ieee"
         assert precision() == "ieee"
     finally:
@@ -122,13 +122,13 @@ def test_threads_take_turns_and_the_setting_is_put_back() -> None:
     inside, seen = threading.Event(), []
 
     def first() -> None:
-        with quick(CPU, 20):
+        with fast_cpu_kernels(CPU, 20):
             inside.set()
             time.sleep(0.2)
 
     def second() -> None:
         inside.wait()
-        with quick(CPU, 20):
+        with fast_cpu_kernels(CPU, 20):
             seen.append(precision())
             time.sleep(0.2)  # would leave last what it found, if it had come in between
 

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from laserlm.errors import ScoringError
-from laserlm.scoring.records import Evaluation, Score
+from laserlm.scoring.records import Evaluation, ExampleScore
 
 
-def score(id_: str, correct: bool, answer: str, *, logprob: float = -1.0, tokens: int = 1) -> Score:
+def score(id_: str, correct: bool, answer: str, *, logprob: float = -1.0, tokens: int = 1) -> ExampleScore:
     """Return a score whose prediction is right or wrong."""
-    return Score(id=id_, correct=correct, logprob=logprob, tokens=tokens, predicted=answer if correct else "-", answer=answer)
+    return ExampleScore(
+        id=id_, correct=correct, logprob=logprob, tokens=tokens, predicted=answer if correct else "-", answer=answer
+    )
 
 
-def evaluation(*scores: Score, **fields: Any) -> Evaluation:
+def evaluation(*scores: ExampleScore, **fields: Any) -> Evaluation:
     """Return an evaluation of these scores."""
     settings: dict[str, Any] = {
         "model": "tiny",

@@ -9,9 +9,9 @@ import pytest
 from families import SCORED
 
 from laserlm.models import LanguageModel
-from laserlm.results import Store
-from laserlm.searching import Found, RaceOptions
+from laserlm.searching import RaceOptions, SearchResult
 from laserlm.searching import search as search_
+from laserlm.store import Store
 from laserlm.tasks import Example, Task
 
 CORE = ("llama", "gpt2", "gpt_neox", "mixtral", "bert", "t5")
@@ -21,7 +21,7 @@ EVERY = [pytest.param(family, marks=[] if family in CORE else [pytest.mark.slow]
 
 Scores = dict[tuple[str, str], Any]
 """Evaluations by split and intervention."""
-Scored = tuple[Found, Scores]
+Scored = tuple[SearchResult, Scores]
 GIVEN: dict[str, dict[str, Any]] = {
     "exhaustive": {"strategy": "exhaustive", "grid": "0-1.mlp@0.5,0.3"},
     "race": {"strategy": "race", "grid": "all.all@0.5,0.3", "options": RaceOptions(width=8, first=2, controls=2)},
@@ -43,7 +43,7 @@ def search(lm: LanguageModel, task: Task, store: Path, **given: Any) -> Scored:
     return found, scores(store, found)
 
 
-def scores(store: Path, found: Found) -> Scores:
+def scores(store: Path, found: SearchResult) -> Scores:
     """Return what a store holds of a search."""
     with Store.open(store) as results:
         return {

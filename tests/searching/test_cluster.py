@@ -21,8 +21,8 @@ from searching.support import GIVEN, Scored, made_task, same, search
 import laserlm.models
 from laserlm.errors import MissingExtraError, ModelError, ScoringError
 from laserlm.models import LanguageModel, load
-from laserlm.results import Store
 from laserlm.searching import RaceOptions, Ray, cluster, schedule
+from laserlm.store import Store
 from laserlm.tasks import Decoding, Split, Task
 
 MET = "1.fc_up@0.3"

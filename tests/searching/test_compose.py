@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.searching import RaceOptions, expand, search

@@ -13,13 +13,13 @@ from searching.support import EVERY
 from torch.utils.flop_counter import FlopCounterMode
 
 from laserlm.models import LanguageModel
+from laserlm.reductions import Intervention
 from laserlm.scoring.forward import run_rows
-from laserlm.searching import RaceOptions, Step, search
-from laserlm.searching.desk import Score
-from laserlm.searching.driver import VALIDATION, materials_of
-from laserlm.searching.plan import Plan, calibrate, decomposition_flop, plan
-from laserlm.searching.simulation import Pace, simulate
-from laserlm.spec import Intervention
+from laserlm.searching import RaceOptions, SearchProgress, search
+from laserlm.searching.desk import ScoreTask
+from laserlm.searching.driver import VALIDATION, encode_splits
+from laserlm.searching.plan import Plan, decomposition_flop, measure_cost, plan
+from laserlm.searching.simulation import CostModel, simulate
 from laserlm.tasks import Task
 
 Make = Callable[..., LanguageModel]
@@ -32,7 +32,7 @@ def of(made: Plan, name: str) -> float:
 
 def test_an_exhaustive_search_takes_what_was_planned(llama: LanguageModel, task: Task) -> None:
     made = plan(llama, task, strategy="exhaustive", grid=GRID)
-    steps: list[Step] = []
+    steps: list[SearchProgress] = []
     found = search(llama, task, strategy="exhaustive", grid=GRID, metric="loss", on_step=steps.append)
     assert (made.candidates, made.about, len(made.matrices)) == (27, False, 9)
     (best,) = found.best.reductions
@@ -50,7 +50,7 @@ def test_an_exhaustive_search_takes_what_was_planned(llama: LanguageModel, task:
 def test_a_race_takes_about_what_was_planned(llama: LanguageModel, task: Task) -> None:
     given: dict[str, Any] = {"grid": "all.all@0.5,0.3,0.1", "options": RaceOptions(width=8, first=2, controls=2)}
     made = plan(llama, task, **given)
-    steps: list[Step] = []
+    steps: list[SearchProgress] = []
     search(llama, task, metric="loss", on_step=steps.append, **given)
     assert made.about
     assert steps[-1].done == pytest.approx(made.passes - of(made, "screen"), rel=0.3)
@@ -77,7 +77,7 @@ def test_operations_of_a_pass_are_what_pytorch_counts(family: str, make: Make, t
     lm = make(family)
     task = replace(task, validation=replace(task.validation, scorer="answer"), test=replace(task.test, scorer="answer"))
     made = plan(lm, task, strategy="exhaustive", grid="all.all@0.5")
-    rows = materials_of(lm, task, "answer", 0)[VALIDATION].rows
+    rows = encode_splits(lm, task, "answer", 0)[VALIDATION].rows
     if family == "mixtral":
         lm.model.set_experts_implementation("eager")  # the counter does not know the other ways
     run_rows(lm, rows, 1)  # whatever is found out at the first scoring
@@ -99,7 +99,7 @@ def test_operations_of_a_decomposition_hold_its_products(llama: LanguageModel) -
 
 def test_a_unit_is_timed_and_nothing_is_left_behind(llama: LanguageModel, task: Task) -> None:
     made = plan(llama, task, strategy="exhaustive", grid=GRID)
-    pace = calibrate(llama, made, task)
+    pace = measure_cost(llama, made, task)
     assert pace.work + pace.example > 0
     assert min(pace.work, pace.example) >= 0
     assert pace.decompose > 0
@@ -108,39 +108,41 @@ def test_a_unit_is_timed_and_nothing_is_left_behind(llama: LanguageModel, task: 
     assert made.simulate(1, pace).seconds > 0
 
 
-def scores(n: int, examples: int = 10, share: float = 1.0, chunks: int = 1) -> list[Score]:
+def scores(n: int, examples: int = 10, share: float = 1.0, chunks: int = 1) -> list[ScoreTask]:
     """Return pieces of different matrices, so that each is a unit."""
     return [
-        Score("m", c * examples, (c + 1) * examples, Intervention.parse(f"{i}.fc_in@0.5"), share)
+        ScoreTask("m", c * examples, (c + 1) * examples, Intervention.parse(f"{i}.fc_in@0.5"), share)
         for c in range(chunks)
         for i in range(n)
     ]
 
 
 def test_simulated_time_is_what_is_worked_out_by_hand() -> None:
-    pace = Pace(work=0.1, example=0.02, start=5, unit=1, answer=0.05)
+    pace = CostModel(work=0.1, example=0.02, start=5, unit=1, answer=0.05)
     # A unit takes one second before it and 10 * 0.12 for its piece; its answer takes 10 * 0.05 to record.
     assert simulate([scores(4)], 1, pace).seconds == pytest.approx(5 + 4 * (2.2 + 0.5))
     assert simulate([scores(4)], 4, pace).seconds == pytest.approx(5 + 2.2 + 4 * 0.5)
     two = simulate([scores(4), scores(2)], 2, pace)
     assert two.units == 6
     # From a boundary half way up: the first pays for half a pass below it, each for half a pass above.
-    halves = simulate([scores(3, share=0.5)], 1, Pace(work=0.1))
+    halves = simulate([scores(3, share=0.5)], 1, CostModel(work=0.1))
     assert halves.seconds == pytest.approx(0.5 + 3 * 0.5)
     assert halves.busy == pytest.approx(1)
     needs = {"a": 7.0}
-    assert simulate([scores(3)], 1, Pace(0.1, decompose=2.0), decompositions=lambda _: needs).seconds == pytest.approx(3 + 14)
+    assert simulate([scores(3)], 1, CostModel(0.1, decompose=2.0), decompositions=lambda _: needs).seconds == pytest.approx(
+        3 + 14
+    )
 
 
 def test_a_simulated_driver_takes_one_answer_after_the_other() -> None:
-    found = simulate([scores(200)], 100, Pace(work=0.001, answer=0.1))
+    found = simulate([scores(200)], 100, CostModel(work=0.001, answer=0.1))
     assert found.seconds == pytest.approx(200, rel=0.01)
     assert found.driver == pytest.approx(1, rel=0.01)
 
 
 @pytest.mark.parametrize("workers", [1, 3, 64])
 def test_simulated_workers_that_end_are_replaced_and_all_is_done(workers: int) -> None:
-    pace = Pace(work=1, start=10)
+    pace = CostModel(work=1, start=10)
     calm = simulate([scores(50, chunks=4)], workers, pace)
     stormy = simulate([scores(50, chunks=4)], workers, pace, failures=60)
     assert calm.lost == 0
@@ -151,7 +153,7 @@ def test_simulated_workers_that_end_are_replaced_and_all_is_done(workers: int) -
 
 def test_what_a_lost_worker_had_not_decomposed_is_decomposed_again() -> None:
     needs = {"a": 1.0}
-    pace = Pace(work=0.001, decompose=100.0)
+    pace = CostModel(work=0.001, decompose=100.0)
     times = [simulate([scores(1)], 1, pace, decompositions=lambda _: needs, failures=30, seed=s) for s in range(20)]
     lost = [found.seconds for found in times if found.lost and not found.given_up]
     assert lost
@@ -160,6 +162,6 @@ def test_what_a_lost_worker_had_not_decomposed_is_decomposed_again() -> None:
 
 def test_beginning_the_next_stage_early_saves_time() -> None:
     stages = [scores(5), [replace(p, start=10, stop=20) for p in scores(3)]]
-    pace = Pace(work=1)
+    pace = CostModel(work=1)
     assert simulate(stages, 4, pace).seconds == pytest.approx(30)
     assert simulate(stages, 4, pace, early=[1]).seconds == pytest.approx(20)

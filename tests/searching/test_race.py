@@ -12,17 +12,17 @@ from scipy import stats
 
 from laserlm.errors import ScoringError
 from laserlm.models import LanguageModel
-from laserlm.results import Store
-from laserlm.scoring.encoding import encode
-from laserlm.scoring.records import Evaluation, Score
+from laserlm.reductions import Intervention
+from laserlm.scoring.records import Evaluation, ExampleScore
+from laserlm.scoring.tokenize import encode
 from laserlm.searching import Candidate, RaceOptions, expand, search
-from laserlm.searching.desk import Desk, Material
-from laserlm.searching.executors import Local
-from laserlm.searching.found import Metric, Rung
-from laserlm.searching.race import beaten, choose, race, rungs_of, shuffled
+from laserlm.searching.desk import EncodedSplit, WorkerState
+from laserlm.searching.executors import LocalExecutor
+from laserlm.searching.ledger import ScoreLedger
+from laserlm.searching.race import choose, is_significantly_worse, race, rung_sizes, shuffled_order
+from laserlm.searching.result import Metric, RungReport
 from laserlm.searching.screen import Prediction
-from laserlm.searching.trials import Trials
-from laserlm.spec import Intervention
+from laserlm.store import Store
 from laserlm.tasks import Example, Split, Task
 
 Make = Callable[..., LanguageModel]
@@ -31,22 +31,22 @@ GRID = "0-1.mlp@0.8,0.6,0.4,0.2"
 
 def made(correct: list[bool], losses: list[float] | None = None) -> Evaluation:
     losses = losses or [1.0] * len(correct)
-    scores = [Score(str(i), c, -loss, 1, "", "") for i, (c, loss) in enumerate(zip(correct, losses, strict=True))]
+    scores = [ExampleScore(str(i), c, -loss, 1, "", "") for i, (c, loss) in enumerate(zip(correct, losses, strict=True))]
     return Evaluation("m", "t", "validation", "answer", "x", tuple(scores), 0.0)
 
 
 def test_rungs_double_until_less_than_a_doubling_is_left() -> None:
-    assert rungs_of(300, 16) == [16, 32, 64, 128, 300]
-    assert rungs_of(64, 16) == [16, 32, 64]
-    assert rungs_of(5, 16) == [5]
+    assert rung_sizes(300, 16) == [16, 32, 64, 128, 300]
+    assert rung_sizes(64, 16) == [16, 32, 64]
+    assert rung_sizes(5, 16) == [5]
 
 
 def test_the_order_depends_on_the_seed_and_the_ids_alone() -> None:
     ids = [f"q{i}" for i in range(50)]
-    order = shuffled(ids, 0)
+    order = shuffled_order(ids, 0)
     assert sorted(order) == list(range(50))
-    assert [ids[i] for i in order] == [ids[::-1][i] for i in shuffled(ids[::-1], 0)]
-    assert shuffled(ids, 1) != order
+    assert [ids[i] for i in order] == [ids[::-1][i] for i in shuffled_order(ids[::-1], 0)]
+    assert shuffled_order(ids, 1) != order
 
 
 @pytest.mark.parametrize(("ahead", "behind"), [(1, 0), (7, 1), (12, 2), (3, 9)])
@@ -54,18 +54,18 @@ def test_accuracy_is_beaten_by_the_exact_one_sided_test(ahead: int, behind: int)
     leader = made([True] * ahead + [False] * behind + [True, False])
     other = made([False] * ahead + [True] * behind + [True, False])
     p = stats.binomtest(ahead, ahead + behind, alternative="greater").pvalue
-    assert beaten(leader, other, "accuracy", p + 1e-9)
-    assert not beaten(leader, other, "accuracy", p - 1e-9)
-    assert not beaten(leader, leader, "accuracy", 0.99)
+    assert is_significantly_worse(leader, other, "accuracy", p + 1e-9)
+    assert not is_significantly_worse(leader, other, "accuracy", p - 1e-9)
+    assert not is_significantly_worse(leader, leader, "accuracy", 0.99)
 
 
 def test_loss_is_beaten_by_the_paired_test() -> None:
     a, b = [0.5, 1.2, 0.8, 2.0, 0.1], [0.9, 1.3, 1.6, 2.2, 0.6]
     p = stats.ttest_rel(b, a, alternative="greater").pvalue
-    assert beaten(made([True] * 5, a), made([True] * 5, b), "loss", p + 1e-9)
-    assert not beaten(made([True] * 5, a), made([True] * 5, b), "loss", p - 1e-9)
-    assert beaten(made([True] * 2, [1.0, 1.0]), made([True] * 2, [2.0, 2.0]), "loss", 1e-9)
-    assert not beaten(made([True], [1.0]), made([True], [2.0]), "loss", 0.5)
+    assert is_significantly_worse(made([True] * 5, a), made([True] * 5, b), "loss", p + 1e-9)
+    assert not is_significantly_worse(made([True] * 5, a), made([True] * 5, b), "loss", p - 1e-9)
+    assert is_significantly_worse(made([True] * 2, [1.0, 1.0]), made([True] * 2, [2.0, 2.0]), "loss", 1e-9)
+    assert not is_significantly_worse(made([True], [1.0]), made([True], [2.0]), "loss", 0.5)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
@@ -75,7 +75,7 @@ def test_equals_are_beaten_no_more_often_than_stated(metric: Metric) -> None:
     lost = 0
     for _ in range(runs):
         pair = [made([draw.random() < 0.2 for _ in range(n)], [draw.expovariate(1) for _ in range(n)]) for _ in range(2)]
-        lost += beaten(pair[0], pair[1], metric, delta)
+        lost += is_significantly_worse(pair[0], pair[1], metric, delta)
     assert lost / runs < delta + 3 * (delta * (1 - delta) / runs) ** 0.5
 
 
@@ -143,11 +143,11 @@ class Table:
                 self.scores[text] = made([False] * stop, self.losses[text][:stop])
 
 
-def run(table: Table, candidates: list[Candidate], entered: list[str], **options: float) -> list[Rung]:
+def run(table: Table, candidates: list[Candidate], entered: list[str], **options: float) -> list[RungReport]:
     by_text = {str(c.intervention): c for c in candidates}
     given: dict[str, float] = {"first": 8, "keep": 0.5, "delta": 0.05, **options}
     settings = RaceOptions(first=int(given["first"]), keep=given["keep"], delta=given["delta"])
-    trials: Trials = table  # type: ignore[assignment]
+    trials: ScoreLedger = table  # type: ignore[assignment]
     return list(race(trials, [by_text[t] for t in entered], candidates, "loss", settings))
 
 
@@ -161,7 +161,7 @@ def test_what_is_beaten_leaves_at_once_and_the_best_stays(candidates: list[Candi
     losses = {"": noisy(3, 0)} | {t: noisy(5.0, i) for i, t in enumerate(texts, 1)} | {"1.fc_up@0.6": noisy(2, 99)}
     table = Table(losses)
     rungs = run(table, candidates, texts, keep=1)
-    assert rungs[0] == Rung(8, 24, 23, 0, 0, 0, "1.fc_up@0.6")
+    assert rungs[0] == RungReport(8, 24, 23, 0, 0, 0, "1.fc_up@0.6")
     assert [r.entered for r in rungs] == [24, 1, 1, 1]
     assert rungs[-1].leader == "1.fc_up@0.6"
     assert table.asked[-1] == (["", "1.fc_up@0.6"], 64)
@@ -274,9 +274,9 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
         work = {"kind": "search", "key": "k", "settings": {"model": "m", "task": "t"}, "provenance": {}}
         with store.run(**work) as run_:  # type: ignore[arg-type]
             rows = encode(llama, split.examples, "answer")
-            material = Material(split, rows, "answer")
-            local = Local(Desk(llama, {"made": material}))
-            trials = Trials(llama, run_, "made", material, local)
+            material = EncodedSplit(split, rows, "answer")
+            local = LocalExecutor(WorkerState(llama, {"made": material}))
+            trials = ScoreLedger(llama, run_, "made", material, local)
             trials.extend(parts, 2)
             trials.extend(parts[:2], 5)
             assert [trials.n(i) for i in parts] == [5, 5, 2]
@@ -285,7 +285,7 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
             # Of three blocks: all for the unchanged model, two above block 0, one above block 1.
             assert trials.work == pytest.approx(6 * (1 + 1 / 3 + 2 / 3))
         with store.run(**{**work, "key": "other"}) as run_:  # type: ignore[arg-type]
-            at_once = Trials(llama, run_, "made", material, local)
+            at_once = ScoreLedger(llama, run_, "made", material, local)
             at_once.extend(parts[::-1], 6)
             for text, found in at_once.scores.items():
                 assert [s.logprob for s in stepwise[text].scores] == pytest.approx([s.logprob for s in found.scores], abs=1e-5)

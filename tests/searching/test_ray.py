@@ -20,8 +20,8 @@ from searching.fake_ray import FakeRay, here
 from searching.support import GIVEN, Scored, made_task, same, scores, search
 
 from laserlm.models import LanguageModel, load
-from laserlm.results import Store
-from laserlm.searching import Found, RaceOptions, Ray
+from laserlm.searching import RaceOptions, Ray, SearchResult
+from laserlm.store import Store
 from laserlm.tasks import Decoding, Task
 
 pytestmark = [
@@ -156,7 +156,7 @@ def test_a_killed_driver_goes_on_where_it_was(cluster: Any, folder: Path, tmp_pa
     second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
     *steps, said = second.stdout.splitlines()
-    found = Found.from_dict(json.loads(said))
+    found = SearchResult.from_dict(json.loads(said))
     assert found.run == run.id
     ours = scores(store, found)
     assert {text: ours["validation", text] for text in before} == before

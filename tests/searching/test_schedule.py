@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from laserlm.searching.desk import Desk
+from laserlm.searching.desk import WorkerState
 from laserlm.searching.schedule import PATIENCE, TRIES, UNKNOWN, Schedule
 
 
@@ -21,7 +21,7 @@ class Job:
     group: str = "group"
     work: float = 1.0
 
-    def do(self, desk: Desk) -> Any:
+    def do(self, desk: WorkerState) -> Any:
         raise AssertionError
 
 

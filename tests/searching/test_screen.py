@@ -6,15 +6,15 @@ import pytest
 import torch
 from searching.support import EVERY
 
-from laserlm.algebra import decompose
-from laserlm.editing import applied
-from laserlm.editing.cache import DecompositionCache
+from laserlm.edit import applied
+from laserlm.edit.decomposition_cache import DecompositionCache
+from laserlm.linalg import decompose
 from laserlm.models import LanguageModel
-from laserlm.models.matrices import read, view
-from laserlm.scoring.encoding import Row, encode
+from laserlm.models.matrices import read_matrix, view
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.forward import batches
-from laserlm.scoring.forward import read as read_off
+from laserlm.scoring.forward import forward_logits as read_off
+from laserlm.scoring.tokenize import TokenSequence, encode
 from laserlm.searching import expand
 from laserlm.searching.moments import input_moments
 from laserlm.searching.screen import Prediction, screen, sensitivities
@@ -59,9 +59,9 @@ def by_hand(lm: LanguageModel, grid: str) -> dict[str, tuple[float, float]]:
             G = torch.zeros(m.shape) if gradient is None else view(gradient, m).reshape(m.shape)
             text = str(candidate.intervention)
             with applied(lm, text):
-                after = read(lm.model, m).clone()
+                after = read_matrix(lm.model, m).clone()
             # Only what the kept and the dropped part do along the singular directions counts, and it is all there is.
-            changes.setdefault(text, []).append(float((G * (after - read(lm.model, m))).sum()))
+            changes.setdefault(text, []).append(float((G * (after - read_matrix(lm.model, m))).sum()))
     lm.model.requires_grad_(False)
     n = len(rows)
     return {t: (float(torch.tensor(c).mean()), float(torch.tensor(c).std() / n**0.5)) for t, c in changes.items()}
@@ -126,8 +126,8 @@ def test_choices_of_one_token_or_several_are_screened_by_their_loss(between: boo
 
 
 def test_windows_of_a_text_are_screened_by_their_tokens(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laserlm.scoring.encoding.WINDOW", 16)
-    monkeypatch.setattr("laserlm.scoring.encoding.STRIDE", 8)
+    monkeypatch.setattr("laserlm.scoring.tokenize.WINDOW", 16)
+    monkeypatch.setattr("laserlm.scoring.tokenize.STRIDE", 8)
     lm = make("llama")
     e = Example("a", "", "The capital of France is Paris and the capital of Spain is Madrid and Rome is a city in Italy.")
     rows = encode(lm, [e], "perplexity")
@@ -190,9 +190,9 @@ def test_sensitivities_are_half_the_sum_of_squared_token_gradients(family: str, 
     lm = make(family)
     lm.model.requires_grad_(True)
     matrices = [m for m in lm.matrices if m.part_of is None]
-    parts = {m.id: decompose(read(lm.model, m)) for m in matrices}
+    parts = {m.id: decompose(read_matrix(lm.model, m)) for m in matrices}
     ids = torch.randint(5, 400, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [Row(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(8))) for i, x in enumerate(ids)]
+    rows = [TokenSequence(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(8))) for i, x in enumerate(ids)]
     expected = {m.id: torch.zeros(m.max_rank) for m in matrices}
     for x in ids:
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -218,7 +218,7 @@ def test_input_moments_are_those_of_what_goes_into_each_layer(family: str, make:
     lm = make(family)
     paths = list(dict.fromkeys(m.path.rpartition(".")[0] for m in lm.matrices))
     ids = [torch.randint(5, 400, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 9, 9, 6)]
-    rows = [Row(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(len(x) - 1))) for i, x in enumerate(ids)]
+    rows = [TokenSequence(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(len(x) - 1))) for i, x in enumerate(ids)]
     seen: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
     hooks = [
         lm.model.get_submodule(path).register_forward_pre_hook(

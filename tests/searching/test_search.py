@@ -14,13 +14,13 @@ from families import TOKENIZERS, build
 from searching.conftest import BeforeScoring
 from searching.support import EVERY, made_task
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.errors import MatrixError, ScoringError
 from laserlm.models import LanguageModel
-from laserlm.results import Store
 from laserlm.scoring.evaluate import compare, evaluate
-from laserlm.searching import Found, RaceOptions, Step, expand
+from laserlm.searching import RaceOptions, SearchProgress, SearchResult, expand
 from laserlm.searching import search as search_
+from laserlm.store import Store
 from laserlm.tasks import Decoding, Example, Split, Task
 from laserlm.tasks import task as by_name
 
@@ -54,7 +54,7 @@ def test_experts_and_stacks_are_candidates_of_their_own(make: Make) -> None:
     assert texts("decoder.top1.cross_q_proj@0.5", make("t5")) == ["decoder.1.cross_q_proj@0.5"]
 
 
-def search(lm: LanguageModel, task: Task, **given: Any) -> Found:
+def search(lm: LanguageModel, task: Task, **given: Any) -> SearchResult:
     """Search exhaustively unless told otherwise."""
     return search_(lm, task, **({"strategy": "exhaustive", "grid": GRID} | given))
 
@@ -169,12 +169,12 @@ def short_task() -> Task:
 
 
 @cache
-def undisturbed(name: str) -> tuple[Found, list[Any]]:
+def undisturbed(name: str) -> tuple[SearchResult, list[Any]]:
     """Return what a strategy finds on the usual model and the short task, and all that it scored."""
     return exported(build("llama"), **STRATEGIES[name])
 
 
-def exported(lm: LanguageModel, **given: Any) -> tuple[Found, list[Any]]:
+def exported(lm: LanguageModel, **given: Any) -> tuple[SearchResult, list[Any]]:
     with TemporaryDirectory() as folder:
         found = search(lm, short_task(), store=Path(folder) / "runs.db", **given)
         with Store.open(Path(folder) / "runs.db") as store:
@@ -241,9 +241,9 @@ def test_an_interruption_within_a_pass_or_after_a_step_loses_nothing(llama: Lang
         passes.clear()
     inner.remove()
     assert limit[0] > 14
-    told: list[Found | None] = []
+    told: list[SearchResult | None] = []
 
-    def after_the_first(step: Step) -> None:
+    def after_the_first(step: SearchProgress) -> None:
         if step.stage != "screen":  # which is told when it begins
             raise KeyboardInterrupt
 
@@ -255,7 +255,7 @@ def test_an_interruption_within_a_pass_or_after_a_step_loses_nothing(llama: Lang
         assert replace(each, **own) == replace(whole, **own)
 
 
-def _tried(lm: LanguageModel, task: Task, store: Path, **given: Any) -> Found | None:
+def _tried(lm: LanguageModel, task: Task, store: Path, **given: Any) -> SearchResult | None:
     try:
         return search(lm, task, store=store, **STRATEGIES["race"], **given)
     except KeyboardInterrupt:
@@ -272,7 +272,7 @@ def test_a_seed_gives_the_same_search_again(name: str, make: Make) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_found_survives_json(name: str) -> None:
     found, _ = undisturbed(name)
-    assert Found.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    assert SearchResult.from_dict(json.loads(json.dumps(found.as_dict()))) == found
 
 
 def test_other_weights_rows_or_grids_are_another_search(make: Make, task: Task, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_where_the_boundary_does_not_fit_passes_are_whole(
 
 
 def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
-    steps: list[Step] = []
+    steps: list[SearchProgress] = []
     found = search(llama, task, grid="1.fc_in@0.5,0.1", on_step=steps.append)
     n, m = len(task.validation), len(task.test)
     best = [] if not found.best else ["test"]
@@ -405,7 +405,7 @@ def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
 
 
 def test_a_race_tells_its_rungs(llama: LanguageModel, task: Task) -> None:
-    steps: list[Step] = []
+    steps: list[SearchProgress] = []
     options = RaceOptions(first=2, width=6, controls=2)
     found = search(llama, task, strategy="race", grid="all.all@0.5,0.1", metric="loss", options=options, on_step=steps.append)
     rungs = [s for s in steps if s.stage.startswith("rung")]
@@ -453,7 +453,7 @@ def test_without_any_time_the_unchanged_model_is_measured(strategy: str, llama: 
 
 def test_rows_that_cannot_be_scored_on_test_are_told_before_the_search(llama: LanguageModel, task: Task) -> None:
     long = replace(task.test, examples=(*task.test.examples, Example("x", "The" + " capital" * 200, "Paris")))
-    steps: list[Step] = []
+    steps: list[SearchProgress] = []
     with pytest.raises(ScoringError, match="example 'x'"):
         search(llama, replace(task, test=long), on_step=steps.append)
     assert steps == []
@@ -570,7 +570,7 @@ def test_where_the_model_writes_the_loss_ranks_and_writing_decides(
     made = replace(task, **splits)
     small = RaceOptions(width=6, first=3)
     store = tmp_path / "runs.db"
-    steps: list[Step] = []
+    steps: list[SearchProgress] = []
     found = search_(llama, made, strategy=strategy, metric=metric, grid=GRID, store=store, options=small, on_step=steps.append)
     assert {"finalists", "test"} <= {s.stage for s in steps}
     assert str(found.best) in found.finalists
@@ -594,7 +594,7 @@ def test_where_the_model_writes_the_loss_ranks_and_writing_decides(
                 losses[text] = evaluate(llama, made.validation, scorer="answer").loss
         best = sorted(losses, key=losses.__getitem__)[: 4 if metric == "accuracy" else 1]
         assert set(best) <= set(found.finalists)
-    assert Found.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    assert SearchResult.from_dict(json.loads(json.dumps(found.as_dict()))) == found
     again = search_(llama, made, strategy=strategy, metric=metric, grid=GRID, store=store, options=small)
     assert again == found
 
@@ -611,8 +611,8 @@ def test_what_is_written_at_another_length_is_another_search(llama: LanguageMode
 
 
 def test_a_perplexity_is_searched_by_its_loss(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laserlm.scoring.encoding.WINDOW", 64)
-    monkeypatch.setattr("laserlm.scoring.encoding.STRIDE", 48)
+    monkeypatch.setattr("laserlm.scoring.tokenize.WINDOW", 64)
+    monkeypatch.setattr("laserlm.scoring.tokenize.STRIDE", 48)
     words = "Paris Rome Oslo Lisbon Madrid is the capital of Norway and a city in Italy".split()
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 30)) + ".\n" for i in range(1, 150)]
     (tmp_path / "text.txt").write_text("".join(lines))

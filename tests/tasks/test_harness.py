@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.errors import TaskError
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from laserlm.models import LanguageModel
     from laserlm.searching import Ray
     from laserlm.searching.plan import Plan
-    from laserlm.searching.simulation import Pace, Simulated
+    from laserlm.searching.simulation import CostModel, Simulation
     from laserlm.tasks import Task
 
 __all__ = ["tell"]
@@ -36,14 +36,14 @@ def tell(lm: LanguageModel, task: Task, given: Mapping[str, Any], cluster: Ray |
     """
     import torch
 
-    from laserlm.searching.plan import calibrate, plan
+    from laserlm.searching.plan import measure_cost, plan
 
     made = plan(lm, task, **given)
     say("timing one unit on this machine")
-    here = worker = calibrate(lm, made, task, batch_size=given["batch_size"])
+    here = worker = measure_cost(lm, made, task, batch_size=given["batch_size"])
     if cluster is not None and lm.device.type == "cpu":
         torch.set_num_threads(max(1, int(cluster.cpus)))
-        worker = calibrate(lm, made, task, batch_size=given["batch_size"])
+        worker = measure_cost(lm, made, task, batch_size=given["batch_size"])
     alone = made.simulate(1, here)
     remote = replace(worker, start=start, unit=UNIT_SECONDS)
     numbers = (cluster.workers,) if cluster is not None and cluster.workers else WORKERS
@@ -54,7 +54,7 @@ def tell(lm: LanguageModel, task: Task, given: Mapping[str, Any], cluster: Ray |
         _print(made, here, alone, on_cluster)
 
 
-def _as_dict(made: Plan, pace: Pace, alone: Simulated, on_cluster: Mapping[int, Simulated]) -> dict[str, Any]:
+def _as_dict(made: Plan, pace: CostModel, alone: Simulation, on_cluster: Mapping[int, Simulation]) -> dict[str, Any]:
     times = [
         {"workers": n, "seconds": found.seconds, "busy": found.busy, "driver": found.driver} for n, found in on_cluster.items()
     ]
@@ -62,7 +62,7 @@ def _as_dict(made: Plan, pace: Pace, alone: Simulated, on_cluster: Mapping[int, 
     return made.as_dict() | {"measured": measured, "seconds": alone.seconds, "on_ray": times}
 
 
-def _print(made: Plan, pace: Pace, alone: Simulated, on_cluster: Mapping[int, Simulated]) -> None:
+def _print(made: Plan, pace: CostModel, alone: Simulation, on_cluster: Mapping[int, Simulation]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -100,7 +100,7 @@ def _print(made: Plan, pace: Pace, alone: Simulated, on_cluster: Mapping[int, Si
     Console().print(table)
 
 
-def _by_name(made: Plan, alone: Simulated) -> dict[str, tuple[int, float, float]]:
+def _by_name(made: Plan, alone: Simulation) -> dict[str, tuple[int, float, float]]:
     """Return pieces, passes and seconds of each kind of stage."""
     found: dict[str, tuple[int, float, float]] = {}
     for stage, seconds in zip(made.stages, alone.stages, strict=True):

@@ -32,10 +32,10 @@ def evaluate(
 
     Example: laser evaluate bundled --task worldfacts --limit 200 --reduce 28.fc_up@0.05 --compare
     """
-    from laserlm.editing import applied
+    from laserlm.edit import applied
+    from laserlm.reductions import Intervention
     from laserlm.scoring.evaluate import compare as compare_
     from laserlm.scoring.evaluate import evaluate as evaluate_
-    from laserlm.spec import Intervention
 
     intervention = Intervention.parse(reduce or [])  # before the model is loaded
     examples = task.split(split, limit)

@@ -23,10 +23,10 @@ from laserlm.cli.options import (
 from laserlm.cli.progress import bar, say
 
 if TYPE_CHECKING:
-    from laserlm.export import Saved
+    from laserlm.export import SavedModel
     from laserlm.models import LanguageModel
     from laserlm.scoring.evaluate import Comparison
-    from laserlm.searching import Found
+    from laserlm.searching import SearchResult
 
 Folder = Annotated[Path, typer.Argument(help="A folder that 'laser save' or 'laser compress' wrote.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
@@ -71,7 +71,7 @@ def save(
     from laserlm.errors import ExportError
     from laserlm.export import save as save_
     from laserlm.export.checkpoint import check_target
-    from laserlm.spec import Intervention
+    from laserlm.reductions import Intervention
 
     if (run is None) == (not reduce):
         raise ExportError("nothing to save: give --reduce SPEC, or --run ID for what a search found, and not both")
@@ -83,7 +83,7 @@ def save(
     report(saved, push, private, json)
 
 
-def report(saved: Saved, push: str | None, private: bool, json: bool, values: dict[str, Any] | None = None) -> None:
+def report(saved: SavedModel, push: str | None, private: bool, json: bool, values: dict[str, Any] | None = None) -> None:
     """Print what was saved, and upload it if asked to."""
     from laserlm.export import push as push_
 
@@ -174,23 +174,23 @@ def reproduce(
         raise ExportError(f"{folder} could not be reproduced; compare the versions in its laser.json with those installed here")
 
 
-def _found(run: str, store: str) -> Found:
+def _found(run: str, store: str) -> SearchResult:
     """Return what a finished search of the store found."""
     from laserlm.errors import StoreError
-    from laserlm.results import Store as Results
-    from laserlm.searching import Found
+    from laserlm.searching import SearchResult
+    from laserlm.store import Store as Results
 
     with Results.open(store) as results:
         info = results.find(run, kind="search")
     if info.outcome is None:
         raise StoreError(f"run {info.id} is {info.status}, not finished; finish it with the same 'laser search' first")
-    found = Found.from_dict(info.outcome)
+    found = SearchResult.from_dict(info.outcome)
     return replace(found, settings=found.settings or info.settings)
 
 
 def _scored_again(lm: LanguageModel, record: dict[str, Any], task: str | None, data: DataOptions) -> Comparison | None:
     """Score the test split that a search recorded, or say why that cannot be done here."""
-    from laserlm.editing import applied
+    from laserlm.edit import applied
     from laserlm.errors import TaskError
     from laserlm.scoring.evaluate import compare, evaluate
 
@@ -280,7 +280,7 @@ def sweep_layers(
 
     Example: laser sweep-layers bundled --ratios .1 .25 .5 --from-top 4 --task worldfacts --limit 200
     """
-    from laserlm.searching.sweep import sweep_layers as sweep
+    from laserlm.studies.last_layers import sweep_layers as sweep
 
     wanted = [ratio for text in (ratios, *(more or ())) for ratio in text.split(",") if ratio.strip()]
     examples = task.split(split, limit)

@@ -14,7 +14,7 @@ from laserlm.paths import lab_folder
 from laserlm.provenance import masked
 
 if TYPE_CHECKING:
-    from laserlm.lab.recall.study import Recalled
+    from laserlm.lab.recall.study import RecallResult
 
 app = typer.Typer(no_args_is_help=True, help="Experiments that train a small model of their own, on two CPU cores.")
 
@@ -62,7 +62,7 @@ def noisy_recall(
         _print(found)
 
 
-def _print(found: list[Recalled]) -> None:
+def _print(found: list[RecallResult]) -> None:
     n = found[0].clean.n
     rows: list[dict[str, Any]] = [
         {

@@ -12,8 +12,8 @@ from laserlm.cli.progress import say
 from laserlm.errors import ReportError
 
 if TYPE_CHECKING:
-    from laserlm.report.leaderboard import Write
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
+    from laserlm.web.leaderboard import Write
 
 app = typer.Typer(no_args_is_help=True, help="Build a leaderboard as a static site; write and collect submissions to one.")
 
@@ -36,8 +36,8 @@ def build(
     """
     from dataclasses import asdict
 
-    from laserlm.report.leaderboard import build as build_site
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
+    from laserlm.web.leaderboard import build as build_site
 
     write: Write | None = None
     if reports:
@@ -54,7 +54,7 @@ def build(
 
 def _write(store: Results, run: str, out: Path) -> Path | None:
     """Write the report of a run; where there can be none, as of one that an older laserlm wrote, say so and go on."""
-    from laserlm.report.report import write_report
+    from laserlm.web.report import write_report
 
     try:
         return write_report(store, run, out)
@@ -78,8 +78,8 @@ def submit(
     import json
 
     from laserlm.paths import atomic_file
-    from laserlm.report.submissions import submission
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
+    from laserlm.web.submissions import submission
 
     with Results.open(store) as results:
         document = submission(results.find(run, kind="search"), credit=credit, report=report)
@@ -101,7 +101,7 @@ def add(
 
     Example: laser leaderboard add result.json --to submissions/
     """
-    from laserlm.report.submissions import add as add_to
+    from laserlm.web.submissions import add as add_to
 
     added = add_to(files, to)
     if json:

@@ -70,15 +70,15 @@ def generate(
     from rich.markup import escape
     from rich.table import Table
 
-    from laserlm.editing import applied, complement
+    from laserlm.edit import applied, removed_part
+    from laserlm.reductions import Intervention
     from laserlm.scoring.generation import generate as continue_
-    from laserlm.spec import Intervention
 
     intervention = Intervention.parse(reduce or [])  # before the model is loaded
     lm = model.load()
     variants = {"base": Intervention()}
     if intervention:
-        variants |= {"edited": intervention, "bottom only": complement(lm.matrices, intervention)}
+        variants |= {"edited": intervention, "bottom only": removed_part(lm.matrices, intervention)}
     rows = []
     for name, variant in variants.items():
         with applied(lm, variant):

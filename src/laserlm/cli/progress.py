@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from laserlm.searching import Step
+    from laserlm.searching import SearchProgress
 
 __all__ = ["bar", "say", "searching_bar"]
 
@@ -70,12 +70,12 @@ def bar(what: str, unit: str = "examples") -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def searching_bar() -> Iterator[Callable[[Step], None]]:
+def searching_bar() -> Iterator[Callable[[SearchProgress], None]]:
     """Show where a search stands as a progress bar, and the best so far where it is interrupted."""
     best = "no candidate was scored yet"
     with bar("searching", "examples") as advance:
 
-        def on_step(step: Step) -> None:
+        def on_step(step: SearchProgress) -> None:
             nonlocal best
             if step.best is not None:
                 low, high = step.best.accuracy_interval

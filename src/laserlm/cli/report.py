@@ -20,8 +20,8 @@ def report(
 
     Example: laser report last --out report.html
     """
-    from laserlm.report.report import write_report
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
+    from laserlm.web.report import write_report
 
     with Results.open(store) as results:
         id_ = results.find(run, kind="search").id

@@ -12,7 +12,7 @@ import typer
 from laserlm.cli.options import STORE_DEFAULT, Json, Listing, Store, print_json, with_options
 
 if TYPE_CHECKING:
-    from laserlm.analysis.rank_curve import Measured
+    from laserlm.studies.rank_curve import LossAtRank
 
 app = typer.Typer(no_args_is_help=True, help="List, show, export and delete runs of the results database.")
 RunId = Annotated[str, typer.Argument(help="The run's id, the start of it, or 'last'.")]
@@ -25,7 +25,7 @@ def list_(listing: Listing, store: Store = STORE_DEFAULT) -> None:
 
     Example: laser runs list --csv
     """
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
 
     with Results.open(store) as results:
         rows = [
@@ -57,9 +57,9 @@ def show(
 
     Example: laser runs show last
     """
-    from laserlm.analysis.rank_curve import measured_of
-    from laserlm.results import Store as Results
     from laserlm.scoring.statistics import wilson
+    from laserlm.store import Store as Results
+    from laserlm.studies.rank_curve import measured_of
 
     with Results.open(store) as results:
         info = results.find(run)
@@ -102,12 +102,12 @@ def show(
 SHADES = "░▒▓█"
 
 
-def _print_map(measured: Sequence[Measured]) -> None:
+def _print_map(measured: Sequence[LossAtRank]) -> None:
     """Print the lowest change of loss of each block and matrix as a shade: a row for each matrix, a column for each block."""
     from rich.console import Console
     from rich.text import Text
 
-    best: dict[tuple[str, str, int], Measured] = {}
+    best: dict[tuple[str, str, int], LossAtRank] = {}
     for m in measured:
         key = (m.stack, m.name, m.layer)
         if key not in best or m.loss_change.value < best[key].loss_change.value:
@@ -131,7 +131,7 @@ def _print_map(measured: Sequence[Measured]) -> None:
     )
 
 
-def _shade(m: Measured | None, most: float) -> tuple[str, str]:
+def _shade(m: LossAtRank | None, most: float) -> tuple[str, str]:
     """Return the character of a cell and its style; dim where the interval holds zero."""
     if m is None:
         return ".", "dim"
@@ -154,7 +154,7 @@ def export(
     """
     import json
 
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
 
     with Results.open(store) as results:
         content = results.export(results.find(run).id)
@@ -175,7 +175,7 @@ def delete(
 
     Example: laser runs delete 3f2a90b1c4d7 --yes
     """
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
 
     with Results.open(store) as results:
         info = results.find(run)

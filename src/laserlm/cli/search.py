@@ -15,7 +15,7 @@ from laserlm.provenance import masked
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
     from laserlm.scoring.records import Evaluation
-    from laserlm.searching import Found
+    from laserlm.searching import SearchResult
     from laserlm.tasks import Task
 
 DEMO_VALIDATION = 300
@@ -88,9 +88,9 @@ def search(
     from dataclasses import replace
 
     from laserlm.errors import ScoringError
+    from laserlm.reductions import Grid
     from laserlm.searching import RaceOptions, Ray
     from laserlm.searching import search as search_
-    from laserlm.spec import Grid
 
     if executor not in ("local", "ray"):
         raise ScoringError(f"no executor {executor!r}; there are local and ray")
@@ -151,10 +151,10 @@ def demo(
     from dataclasses import replace
 
     from laserlm.models import load
-    from laserlm.report.report import write_report
-    from laserlm.results import Store as Results
     from laserlm.searching import search as search_
+    from laserlm.store import Store as Results
     from laserlm.tasks import task
+    from laserlm.web.report import write_report
 
     start = time.monotonic()
     lm = load("bundled", cache=cache)
@@ -190,7 +190,7 @@ def demo(
     print("  laser search MODEL --task jsonl:FILE    (your own model and questions)")
 
 
-def print_found(found: Found, *, of_text: bool = False) -> None:
+def print_found(found: SearchResult, *, of_text: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -217,7 +217,7 @@ def print_found(found: Found, *, of_text: bool = False) -> None:
         print(f"{len(found.failed)} candidates could not be scored; see 'laser runs show {found.run} --json'")
 
 
-def _print_way(found: Found) -> None:
+def _print_way(found: SearchResult) -> None:
     """Print how a search came to its choice."""
     from rich.console import Console
     from rich.table import Table
@@ -267,7 +267,7 @@ def _print_way(found: Found) -> None:
 
 def _questions(lm: LanguageModel, task: Task, base: Evaluation, best: Evaluation) -> list[dict[str, str]]:
     """Answer the first test question that was corrected, the first broken and the first unchanged, before and after."""
-    from laserlm.editing import applied
+    from laserlm.edit import applied
     from laserlm.scoring.generation import generate
 
     changes = [

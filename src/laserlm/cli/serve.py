@@ -24,12 +24,12 @@ def serve(
     Example: laser app bundled --port 7861
     """
     from laserlm.errors import MissingExtraError
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
 
     if find_spec("gradio") is None:
         raise MissingExtraError("the app needs Gradio, which is not installed: pip install 'laserlm[app]'")
-    from laserlm.report.app import build, style
-    from laserlm.report.server import HOST, listen, server
+    from laserlm.web.app import build, style
+    from laserlm.web.server import HOST, listen, server
 
     with listen(port) as sock, Results.open(store) as results:  # before the model is loaded
         say(f"loading {model}")

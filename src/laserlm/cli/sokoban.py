@@ -135,11 +135,11 @@ def evaluate(
 
     Example: laser lab sokoban evaluate --limit 100 --reduce 2.fc_in@0.1
     """
-    from laserlm.analysis.estimates import Estimate
-    from laserlm.editing import applied
+    from laserlm.edit import applied
+    from laserlm.reductions import Intervention
     from laserlm.scoring.evaluate import compare
     from laserlm.scoring.evaluate import evaluate as evaluate_
-    from laserlm.spec import Intervention
+    from laserlm.studies.estimates import Estimate
 
     intervention = Intervention.parse(reduce or [])  # before the model is loaded
     lm, examples = player.load(), levels.task().split(split)
@@ -225,12 +225,12 @@ def play(
 
     Example: laser lab sokoban play --level 3 --picture episode.gif
     """
-    from laserlm.editing import applied
+    from laserlm.edit import applied
     from laserlm.errors import TaskError
     from laserlm.lab.sokoban.levels import Level
     from laserlm.lab.sokoban.play import animate, show
     from laserlm.lab.sokoban.play import play as play_
-    from laserlm.spec import Intervention
+    from laserlm.reductions import Intervention
 
     intervention = Intervention.parse(reduce or [])
     lm, examples = player.load(), levels.task().test.examples

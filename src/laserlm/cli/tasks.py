@@ -78,7 +78,7 @@ def show(
 
 def _marked(lm: LanguageModel, e: Example, scorer: Scorer) -> str:
     """Return the text that the model reads, with each token that is scored in brackets."""
-    from laserlm.scoring.encoding import encode
+    from laserlm.scoring.tokenize import encode
 
     tokenizer = lm.need_tokenizer()
     lines: list[str] = []
@@ -112,8 +112,8 @@ def verify(
     from rich.table import Table
 
     from laserlm.errors import TaskError
-    from laserlm.scoring.published import CHECKPOINTS, published
-    from laserlm.scoring.published import verify as verify_
+    from laserlm.studies.published import CHECKPOINTS, published
+    from laserlm.studies.published import compare_with_published as verify_
 
     rows = published(model, name)
     if not rows:

@@ -1,8 +1,19 @@
 """Save a reduced or compressed model, dense or as factors; check what was saved."""
 
-from laserlm.export.check import Loaded, Reproduced, load_check, reproduce
-from laserlm.export.checkpoint import Saved, read_record
-from laserlm.export.compression import Compressed, compress
+from laserlm.export.check import LoadCheck, Reproduction, load_check, reproduce
+from laserlm.export.checkpoint import SavedModel, read_record
+from laserlm.export.compression import CompressionResult, compress
 from laserlm.export.saving import push, save
 
-__all__ = ["Compressed", "Loaded", "Reproduced", "Saved", "compress", "load_check", "push", "read_record", "reproduce", "save"]
+__all__ = [
+    "CompressionResult",
+    "LoadCheck",
+    "Reproduction",
+    "SavedModel",
+    "compress",
+    "load_check",
+    "push",
+    "read_record",
+    "reproduce",
+    "save",
+]

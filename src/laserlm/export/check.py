@@ -18,23 +18,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from laserlm.editing.cache import DecompositionCache
+from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import ExportError
-from laserlm.export import alone
+from laserlm.export import load_in_subprocess
 from laserlm.export.checkpoint import file_hashes, read_record
 from laserlm.export.compression import compress
 from laserlm.export.saving import save
 from laserlm.low_rank import LowRankLinear, Part
 from laserlm.models.language_model import LanguageModel
 
-__all__ = ["Loaded", "Reproduced", "load_check", "reproduce"]
+__all__ = ["LoadCheck", "Reproduction", "load_check", "reproduce"]
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 """Largest difference of an output, as a share of the largest output, that rounding in a dtype explains."""
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadCheck:
     """What a fresh process found in a saved model.
 
     Args:
@@ -69,7 +69,7 @@ class Loaded:
         return f"loads as {self.form} {how}; {compared}{changed}"
 
 
-def load_check(folder: str | Path) -> Loaded:
+def load_check(folder: str | Path) -> LoadCheck:
     """Load a saved model in a fresh process, and compare what it computes with what was recorded when it was saved.
 
     Raises:
@@ -78,7 +78,7 @@ def load_check(folder: str | Path) -> Loaded:
     folder = Path(folder).absolute()
     record = read_record(folder)
     done = subprocess.run(
-        [sys.executable, "-P", str(Path(alone.__file__)), str(folder)],
+        [sys.executable, "-P", str(Path(load_in_subprocess.__file__)), str(folder)],
         capture_output=True,
         text=True,
         check=False,
@@ -94,7 +94,7 @@ def load_check(folder: str | Path) -> Loaded:
     dtypes = record["dtype"].values()
     hashes = record["files"]
     now = file_hashes(folder)
-    return Loaded(
+    return LoadCheck(
         form=record["form"],
         imported_laserlm=told["imported"],
         difference=_difference(told["fingerprint"], record["fingerprint"]),
@@ -104,7 +104,7 @@ def load_check(folder: str | Path) -> Loaded:
 
 
 @dataclass(frozen=True)
-class Reproduced:
+class Reproduction:
     """How a model made again compares with the saved one.
 
     Args:
@@ -133,7 +133,7 @@ class Reproduced:
         )
 
 
-def reproduce(folder: str | Path, lm: LanguageModel, *, calibration: str | Path | None = None) -> Reproduced:
+def reproduce(folder: str | Path, lm: LanguageModel, *, calibration: str | Path | None = None) -> Reproduction:
     """Make a saved model again from its base model, with decompositions of its own, and compare the weights.
 
     Args:
@@ -184,7 +184,7 @@ def _compress_again(
     compress(lm, out, calibration=file, **asked, **tokens, **common)
 
 
-def _compared(one: Path, other: Path, tolerance: float) -> Reproduced:
+def _compared(one: Path, other: Path, tolerance: float) -> Reproduction:
     ours, theirs = (_Weights(folder) for folder in (one, other))
     if ours.names != theirs.names:
         odd = sorted(ours.names ^ theirs.names)
@@ -200,7 +200,7 @@ def _compared(one: Path, other: Path, tolerance: float) -> Reproduced:
         wide = a.double()
         difference = float((wide - b.double()).abs().max() / wide.abs().max().clamp_min(1e-30))
         largest = max(largest, difference if math.isfinite(difference) else math.inf)
-    return Reproduced(identical, largest, tolerance, len(ours.names))
+    return Reproduction(identical, largest, tolerance, len(ours.names))
 
 
 class _Weights:

@@ -16,22 +16,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from laserlm.editing.factored import Holding
+from laserlm.edit.factors import StoredMatrix
 from laserlm.errors import ExportError
-from laserlm.export.alone import fingerprint
 from laserlm.export.card import card
+from laserlm.export.load_in_subprocess import fingerprint
 from laserlm.low_rank import LowRankConfig, LowRankLinear
 from laserlm.models.bundled import HUB_ID
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import CLASSES, dtype_named, quiet
+from laserlm.models.loading import CLASSES, dtype_named, silence_transformers
 from laserlm.paths import atomic_folder
 from laserlm.provenance import provenance
 
 __all__ = [
     "RECORD",
     "Form",
-    "Saved",
-    "Writing",
+    "SaveOptions",
+    "SavedModel",
     "check_request",
     "check_target",
     "command_of",
@@ -48,7 +48,7 @@ SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Writing:
+class SaveOptions:
     """How a model is written.
 
     Args:
@@ -65,7 +65,7 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """What was saved.
 
     Args:
@@ -80,7 +80,7 @@ class Saved:
 
     folder: Path
     form: Form
-    holdings: tuple[Holding, ...]
+    holdings: tuple[StoredMatrix, ...]
     parameters: int
     base_parameters: int
     bytes: int
@@ -115,7 +115,7 @@ def check_target(out: Path, overwrite: bool) -> None:
             raise ExportError(f"{out} was not written by laserlm (it has no {RECORD}) and is left alone; remove it yourself")
 
 
-def check_request(lm: LanguageModel, out: Path, how: Writing) -> None:
+def check_request(lm: LanguageModel, out: Path, how: SaveOptions) -> None:
     """Raise an error where a model cannot be written in a way, before anything is computed.
 
     Raises:
@@ -138,8 +138,12 @@ def check_request(lm: LanguageModel, out: Path, how: Writing) -> None:
 
 
 def write(
-    lm: LanguageModel, out: Path, change: AbstractContextManager[Sequence[Holding]], how: Writing, record: dict[str, Any]
-) -> Saved:
+    lm: LanguageModel,
+    out: Path,
+    change: AbstractContextManager[Sequence[StoredMatrix]],
+    how: SaveOptions,
+    record: dict[str, Any],
+) -> SavedModel:
     """Write a model as it is inside ``change``: config, weights, tokenizer, generation config, card and record.
 
     All is written to a temporary folder beside ``out``, which cannot be loaded before the weights are whole and is moved
@@ -162,7 +166,7 @@ def write(
     try:
         with atomic_folder(out, existing="replace" if how.overwrite else "refuse") as part, change as holdings:
             parameters = _count(lm)
-            with quiet():
+            with silence_transformers():
                 _write_weights(lm, part, to, how.shard_size)
                 # Whoever finds the folder of a save that was killed finds nothing that loads.
                 config = (part / "config.json").rename(part / "config.json.part")
@@ -192,10 +196,10 @@ def write(
             (part / RECORD).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write {out}: {error}; free space there, or give another folder") from error
-    return Saved(out, whole["form"], tuple(holdings), parameters, base_parameters, weights, whole)
+    return SavedModel(out, whole["form"], tuple(holdings), parameters, base_parameters, weights, whole)
 
 
-def command_of(lm: LanguageModel, verb: str, options: Sequence[str], out: Path, how: Writing) -> str:
+def command_of(lm: LanguageModel, verb: str, options: Sequence[str], out: Path, how: SaveOptions) -> str:
     """Return the command that makes a folder from the model as it was loaded."""
     load = ["--dtype", _name(lm.dtype)]
     load += ["--revision", lm.revision] if lm.revision else []

@@ -13,21 +13,31 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from laserlm.algebra.allocation import Spectrum, allocate, uniform
-from laserlm.algebra.decomposition import ALGORITHM, Decomposition, decompose, whitened
-from laserlm.editing.applied import active
-from laserlm.editing.factored import Holding, low_rank_layer, replaced, why_whole
+from laserlm.edit.apply import label_as_edited
+from laserlm.edit.factors import StoredMatrix, low_rank_layer, reason_not_factorable, replaced
 from laserlm.errors import ExportError
-from laserlm.export.checkpoint import Form, Saved, Writing, check_request, command_of, write
+from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
+from laserlm.linalg.allocation import Spectrum, allocate, uniform
+from laserlm.linalg.decomposition import ALGORITHM, Decomposition, decompose, whitened
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix, read
-from laserlm.scoring.encoding import Row, longest, start_token
+from laserlm.models.matrices import Matrix, read_matrix
 from laserlm.scoring.forward import run_rows
+from laserlm.scoring.tokenize import TokenSequence, max_length, start_token
 from laserlm.searching.moments import input_moments
 from laserlm.searching.screen import sensitivities
 
-__all__ = ["Allocation", "Compressed", "Compression", "Method", "Text", "calibrate", "compress", "perplexity", "texts"]
+__all__ = [
+    "Allocation",
+    "CalibrationText",
+    "Compression",
+    "CompressionResult",
+    "Method",
+    "compress",
+    "fit_ranks",
+    "perplexity",
+    "texts",
+]
 
 Method = Literal["plain", "whitened"]
 Allocation = Literal["uniform", "sensitivity"]
@@ -38,7 +48,7 @@ HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
-class Text:
+class CalibrationText:
     """Passages of a text as token sequences.
 
     Args:
@@ -50,11 +60,11 @@ class Text:
 
     name: str
     sha256: str
-    calibration: tuple[Row, ...] = field(repr=False)
-    held_out: tuple[Row, ...] = field(repr=False)
+    calibration: tuple[TokenSequence, ...] = field(repr=False)
+    held_out: tuple[TokenSequence, ...] = field(repr=False)
 
 
-def texts(lm: LanguageModel, file: str | Path, *, tokens: int = 32_768, held_out_tokens: int = 16_384) -> Text:
+def texts(lm: LanguageModel, file: str | Path, *, tokens: int = 32_768, held_out_tokens: int = 16_384) -> CalibrationText:
     """Cut a text file into passages of 512 tokens: for calibration from the start, for measuring from its last fifth.
 
     Args:
@@ -75,7 +85,7 @@ def texts(lm: LanguageModel, file: str | Path, *, tokens: int = 32_768, held_out
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"cannot read the calibration text {file}: {error}; give a file of plain text in UTF-8") from None
     tokenizer = lm.need_tokenizer()
-    window = min(WINDOW, longest(lm) - 1)
+    window = min(WINDOW, max_length(lm) - 1)
     cut = int(len(text) * (1 - HELD_OUT))
     found = []
     for part, most in ((text[:cut], tokens), (text[cut:], held_out_tokens)):
@@ -84,16 +94,16 @@ def texts(lm: LanguageModel, file: str | Path, *, tokens: int = 32_768, held_out
         rows = []
         for i, at in enumerate(range(0, len(ids) - window + 1, window)):
             passage = (*start, *ids[at : at + window])
-            rows.append(Row(i, passage[:-1], passage[1:], tuple(range(len(passage) - 1))))
+            rows.append(TokenSequence(i, passage[:-1], passage[1:], tuple(range(len(passage) - 1))))
         if not rows:
             raise ExportError(
                 f"{file} has no passage of {window} tokens in its first four fifths, or none in its last; give more text"
             )
         found.append(tuple(rows))
-    return Text(str(file), hashlib.sha256(content).hexdigest(), *found)
+    return CalibrationText(str(file), hashlib.sha256(content).hexdigest(), *found)
 
 
-def perplexity(lm: LanguageModel, rows: Sequence[Row], *, batch_size: int = 4) -> float:
+def perplexity(lm: LanguageModel, rows: Sequence[TokenSequence], *, batch_size: int = 4) -> float:
     """Return the perplexity of passages: the exponential of the mean over their tokens of the log-loss in nats."""
     logprobs = torch.tensor([x for outcome in run_rows(lm, rows, batch_size) for x in outcome.logprobs], dtype=torch.float64)
     return float((-logprobs.mean()).exp())
@@ -149,7 +159,7 @@ class Compression:
         return {m.id: rank for m, rank in zip(self.matrices, found, strict=True)}
 
     @contextmanager
-    def applied(self, lm: LanguageModel, ratio: float, form: Form = "factored") -> Iterator[tuple[Holding, ...]]:
+    def applied(self, lm: LanguageModel, ratio: float, form: Form = "factored") -> Iterator[tuple[StoredMatrix, ...]]:
         """Let the model be compressed inside a ``with`` block: its matrices as two factors, or multiplied out."""
         ranks = self.ranks(ratio)
         reduced = {m.id: (m, rank) for m in self.matrices if (rank := ranks[m.id]) is not None}
@@ -159,15 +169,15 @@ class Compression:
             layers[path] = low_rank_layer(lm.model.get_submodule(path), [(m, [self.decompositions[m.id].factors(rank)])])
         holdings = [_holding(m, ranks[m.id], form) for m in self.matrices]
         holdings += [
-            Holding(m.id, m.path, m.shape, m.max_rank, m.shape[0] * m.shape[1], why) for m, why in self.left_out.items()
+            StoredMatrix(m.id, m.path, m.shape, m.max_rank, m.shape[0] * m.shape[1], why) for m, why in self.left_out.items()
         ]
         change = replaced(lm.model, layers) if form == "factored" else _multiplied_out(lm, layers)
-        with change, active(lm, f"{self.method}/{self.allocation}@{ratio:g}"):
+        with change, label_as_edited(lm, f"{self.method}/{self.allocation}@{ratio:g}"):
             yield tuple(holdings)
 
 
-def calibrate(
-    lm: LanguageModel, rows: Sequence[Row], *, method: Method = "whitened", allocation: Allocation = "sensitivity"
+def fit_ranks(
+    lm: LanguageModel, rows: Sequence[TokenSequence], *, method: Method = "whitened", allocation: Allocation = "sensitivity"
 ) -> Compression:
     """Decompose all matrices of a model's linear layers, and measure what each component is worth.
 
@@ -196,7 +206,7 @@ def calibrate(
         matrices = tuple(m for m in matrices if m not in left_out)
     decompositions = {}
     for m in matrices:
-        weight = read(lm.model, m)
+        weight = read_matrix(lm.model, m)
         decompositions[m.id] = whitened(weight, moments[paths[m.id]]) if moments else decompose(weight)
     losses = {}
     if allocation == "sensitivity":
@@ -205,7 +215,7 @@ def calibrate(
 
 
 @dataclass(frozen=True)
-class Compressed:
+class CompressionResult:
     """A compressed model that was saved, and what it costs.
 
     Args:
@@ -215,7 +225,7 @@ class Compressed:
         tokens: of these passages.
     """
 
-    saved: Saved
+    saved: SavedModel
     base_perplexity: float | None
     perplexity: float | None
     tokens: int
@@ -239,7 +249,7 @@ def compress(
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
     shard_size: str = "5GB",
-) -> Compressed:
+) -> CompressionResult:
     """Compress a model to a share of the parameters of its blocks' matrices, save it, and measure its perplexity.
 
     Args:
@@ -259,7 +269,7 @@ def compress(
         ExportError: if something cannot be as asked, or the folder cannot be written.
     """
     out = Path(out).absolute()
-    writing = Writing(form, dtype, overwrite, shard_size)
+    writing = SaveOptions(form, dtype, overwrite, shard_size)
     check_request(lm, out, writing)
     fitted = (method, allocation) != ("plain", "uniform")
     if calibration is None and fitted:
@@ -268,7 +278,7 @@ def compress(
             "--allocation uniform"
         )
     text = None if calibration is None else texts(lm, calibration, tokens=tokens)
-    found = calibrate(lm, () if text is None else text.calibration, method=method, allocation=allocation)
+    found = fit_ranks(lm, () if text is None else text.calibration, method=method, allocation=allocation)
     found.ranks(ratio)  # before anything is written
     how: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
     options = ["--ratio", f"{ratio:g}", "--method", method, "--allocation", allocation]
@@ -278,7 +288,7 @@ def compress(
     after: list[float] = []
 
     @contextmanager
-    def change() -> Iterator[tuple[Holding, ...]]:
+    def change() -> Iterator[tuple[StoredMatrix, ...]]:
         with found.applied(lm, ratio, form) as holdings:
             if text is not None:
                 after.append(perplexity(lm, text.held_out))
@@ -293,12 +303,12 @@ def compress(
         "command": command_of(lm, "compress", options, out, writing),
     }
     saved = write(lm, out, change(), writing, record)
-    return Compressed(saved, base, after[0] if after else None, held)
+    return CompressionResult(saved, base, after[0] if after else None, held)
 
 
 def _compressible(lm: LanguageModel) -> tuple[tuple[Matrix, ...], dict[Matrix, str]]:
     """Return the matrices that can be held as factors, and why others cannot."""
-    left_out = {m: why for m in lm.matrices if m.part_of is None and (why := why_whole(lm, m))}
+    left_out = {m: why for m in lm.matrices if m.part_of is None and (why := reason_not_factorable(lm, m))}
     matrices = tuple(m for m in lm.matrices if m.part_of is None and m not in left_out)
     if not matrices:
         why = next(iter(left_out.values()), "it has none at all")
@@ -306,13 +316,13 @@ def _compressible(lm: LanguageModel) -> tuple[tuple[Matrix, ...], dict[Matrix, s
     return matrices, left_out
 
 
-def _holding(m: Matrix, rank: int | None, form: Form) -> Holding:
+def _holding(m: Matrix, rank: int | None, form: Form) -> StoredMatrix:
     whole = m.shape[0] * m.shape[1]
     if rank is None:
-        return Holding(m.id, m.path, m.shape, m.max_rank, whole, "kept whole, where the budget is worth most")
+        return StoredMatrix(m.id, m.path, m.shape, m.max_rank, whole, "kept whole, where the budget is worth most")
     if form == "dense":
-        return Holding(m.id, m.path, m.shape, rank, whole, "saved in the dense form")
-    return Holding(m.id, m.path, m.shape, rank, rank * sum(m.shape))
+        return StoredMatrix(m.id, m.path, m.shape, rank, whole, "saved in the dense form")
+    return StoredMatrix(m.id, m.path, m.shape, rank, rank * sum(m.shape))
 
 
 @contextmanager

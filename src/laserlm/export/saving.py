@@ -10,22 +10,22 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
-from laserlm.algebra.decomposition import ALGORITHM
-from laserlm.editing.applied import Text, applied, resolve
-from laserlm.editing.cache import DecompositionCache
-from laserlm.editing.factored import Holding, factored
+from laserlm.edit.apply import InterventionLike, applied, resolve
+from laserlm.edit.decomposition_cache import DecompositionCache
+from laserlm.edit.factors import StoredMatrix, factored
 from laserlm.errors import ExportError
-from laserlm.export.checkpoint import Form, Saved, Writing, check_request, command_of, write
+from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
+from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
-from laserlm.searching.found import Found
-from laserlm.spec import Intervention
+from laserlm.reductions import Intervention
+from laserlm.searching.result import SearchResult
 
 __all__ = ["push", "save"]
 
 
 def save(
     lm: LanguageModel,
-    what: Text | Found,
+    what: InterventionLike | SearchResult,
     out: str | Path,
     *,
     form: Form = "dense",
@@ -34,7 +34,7 @@ def save(
     shard_size: str = "5GB",
     seed: int | None = None,
     cache: DecompositionCache | None = None,
-) -> Saved:
+) -> SavedModel:
     """Save a model as it is under an intervention, as a folder that plain ``from_pretrained`` loads.
 
     ``dense`` is an ordinary checkpoint of the base model's shape. ``factored`` holds each reduced matrix as two factors
@@ -58,28 +58,28 @@ def save(
         LaserError: as ``applied``.
     """
     out = Path(out).absolute()
-    how = Writing(form, dtype, overwrite, shard_size)
+    how = SaveOptions(form, dtype, overwrite, shard_size)
     check_request(lm, out, how)
-    if isinstance(what, Found):
+    if isinstance(what, SearchResult):
         if what.settings.get("model_hash", lm.hash) != lm.hash:
             raise ExportError(f"the search of run {what.run} was on another model than {lm.name}; load that one")
         if not what.best:
             raise ExportError(f"run {what.run} found nothing better than the unchanged model; there is nothing to save")
         seed = int(what.settings.get("seed", 0)) if seed is None else seed
     seed = seed or 0
-    intervention = what.best if isinstance(what, Found) else Intervention.parse(what)
+    intervention = what.best if isinstance(what, SearchResult) else Intervention.parse(what)
     edits = [edit for edit in resolve(lm.matrices, intervention) if not edit.is_identity]
     change = (
         factored(lm, intervention, cache=cache, seed=seed)
         if form == "factored"
-        else _dense(lm, intervention, [Holding.of(e, "saved in the dense form") for e in edits], cache, seed)
+        else _dense(lm, intervention, [StoredMatrix.of(e, "saved in the dense form") for e in edits], cache, seed)
     )
     options = [*(["--reduce", str(intervention)] if intervention else []), *(["--seed", str(seed)] if seed else [])]
     record = {
         "intervention": str(intervention),
         "decomposition": {"algorithm": ALGORITHM, "seed": seed},
         "command": command_of(lm, "save", options, out, how),
-        "found": what.as_dict() if isinstance(what, Found) else None,
+        "found": what.as_dict() if isinstance(what, SearchResult) else None,
     }
     return write(lm, out, change, how, record)
 
@@ -110,7 +110,7 @@ def push(saved: Path, hub_id: str, *, private: bool = False) -> str:
 
 @contextmanager
 def _dense(
-    lm: LanguageModel, intervention: Intervention, holdings: Sequence[Holding], cache: DecompositionCache | None, seed: int
-) -> Iterator[Sequence[Holding]]:
+    lm: LanguageModel, intervention: Intervention, holdings: Sequence[StoredMatrix], cache: DecompositionCache | None, seed: int
+) -> Iterator[Sequence[StoredMatrix]]:
     with applied(lm, intervention, cache=cache, seed=seed):
         yield holdings

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from laserlm.editing import applied, resolve
+from laserlm.edit import applied, resolve
 from laserlm.lab.constraint import RankConstraint
 from laserlm.lab.recall.language import DRAWN, Language, Recipe, questions
 from laserlm.lab.recall.model import trained
@@ -24,14 +24,14 @@ from laserlm.lab.recall.study import GRID, task_of
 from laserlm.lab.training import fit
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import load
-from laserlm.models.matrices import read
-from laserlm.scoring.encoding import encode
+from laserlm.models.matrices import read_matrix
+from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import Comparison, compare, evaluate
+from laserlm.scoring.tokenize import encode
 from laserlm.searching import search
-from laserlm.spec import Intervention
 from laserlm.tasks import Example, Split, Task, task
 
-__all__ = ["Arm", "on_recall", "on_worldfacts"]
+__all__ = ["TrainingResult", "on_recall", "on_worldfacts"]
 
 NOTHING = Intervention()
 Told = Callable[[str, int, int], None]
@@ -39,7 +39,7 @@ Told = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Arm:
+class TrainingResult:
     """One way to train a model, and what it is worth.
 
     Args:
@@ -69,7 +69,7 @@ def on_recall(
     penalties: Sequence[float] = (0.001, 0.01),
     every: int = 1,
     on_progress: Told = lambda *_: None,
-) -> Iterator[Arm]:
+) -> Iterator[TrainingResult]:
     """Yield the ways to train on noisy recall, each measured on clean and on noisy questions.
 
     The matrix and rank are what a search finds best on the plainly trained model, and a tenth of that matrix's rank besides.
@@ -128,7 +128,7 @@ def on_worldfacts(
     every: int = 5,
     cache: Path | None = None,
     on_progress: Told = lambda *_: None,
-) -> Iterator[Arm]:
+) -> Iterator[TrainingResult]:
     """Yield the ways to fine-tune the bundled model on worldfacts, each measured on facts that it was not tuned on.
 
     The first phrasing of each fact is used. The learning rates of so short a training sum up to less than two thousandths,
@@ -194,14 +194,17 @@ class _Compared:
         self.found = found
         self.base = {name: evaluate(plain, split) for name, split in splits.items()}
 
-    def arm(self, name: str, lm: LanguageModel, after: Intervention = NOTHING, *, held: Intervention = NOTHING) -> Arm:
+    def arm(
+        self, name: str, lm: LanguageModel, after: Intervention = NOTHING, *, held: Intervention = NOTHING
+    ) -> TrainingResult:
         """Return what a model is worth that was trained with ``held`` constrained, under ``after``."""
         with applied(lm, after):
             sides = {split: compare(base, evaluate(lm, self.splits[split])) for split, base in self.base.items()}
             tails = {
-                e.matrix.id: _tail(read(lm.model, e.matrix), e.rank) for e in resolve(lm.matrices, held or after or self.found)
+                e.matrix.id: _tail(read_matrix(lm.model, e.matrix), e.rank)
+                for e in resolve(lm.matrices, held or after or self.found)
             }
-        return Arm(name, self.seed, str(held or after), sides, tails)
+        return TrainingResult(name, self.seed, str(held or after), sides, tails)
 
 
 def _tail(W: Tensor, rank: int) -> float:

@@ -12,11 +12,11 @@ from transformers.modeling_utils import unwrap_model
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from laserlm.algebra.decomposition import decompose
-from laserlm.editing.applied import Edit, Text, resolve
+from laserlm.edit.apply import Edit, InterventionLike, resolve
 from laserlm.errors import ModelError, SpecError, WeightError
+from laserlm.linalg.decomposition import decompose
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import read, view
+from laserlm.models.matrices import read_matrix, view
 
 __all__ = ["RankConstraint"]
 
@@ -63,7 +63,9 @@ class RankConstraint(TrainerCallback):
     Algorithm and Applications, TPAMI 2016, arXiv 1503.01444.
     """
 
-    def __init__(self, lm: LanguageModel, intervention: Text, *, every: int = 1, penalty: float | None = None) -> None:
+    def __init__(
+        self, lm: LanguageModel, intervention: InterventionLike, *, every: int = 1, penalty: float | None = None
+    ) -> None:
         if every < 1:
             raise ValueError(f"every={every} is no number of optimizer steps; give 1 or more")
         if penalty is not None and not 0 <= penalty < math.inf:
@@ -97,7 +99,7 @@ class RankConstraint(TrainerCallback):
         if self.lm.active:
             raise ModelError(f"the weights are changed by {self.lm.intervention}; leave the 'with applied' block, then train")
         for edit in self._edits:
-            read(self.lm.model, edit.matrix)
+            read_matrix(self.lm.model, edit.matrix)
             if not self._parameter(edit).requires_grad:
                 raise ModelError(
                     f"{edit.matrix.id} ({edit.matrix.path}) is frozen, so training could not adapt it to its rank; "
@@ -140,7 +142,7 @@ class RankConstraint(TrainerCallback):
             self.removed[edit.matrix.id] = 0.0
             return
         try:
-            d = decompose(read(self.lm.model, edit.matrix))
+            d = decompose(read_matrix(self.lm.model, edit.matrix))
         except WeightError as error:
             raise WeightError(f"cannot constrain {edit.matrix.id} ({edit.matrix.path}): {error}") from None
         S = d.S  # (k,)

@@ -2,6 +2,6 @@
 
 from laserlm.models.language_model import Kind, LanguageModel
 from laserlm.models.loading import load, set_up_bundled
-from laserlm.models.matrices import Matrix, find_matrices, read, select, view
+from laserlm.models.matrices import Matrix, find_matrices, read_matrix, select, view
 
-__all__ = ["Kind", "LanguageModel", "Matrix", "find_matrices", "load", "read", "select", "set_up_bundled", "view"]
+__all__ = ["Kind", "LanguageModel", "Matrix", "find_matrices", "load", "read_matrix", "select", "set_up_bundled", "view"]

@@ -31,7 +31,7 @@ from laserlm.models import bundled
 from laserlm.models.language_model import Kind, LanguageModel
 from laserlm.paths import atomic_folder, cache_folder
 
-__all__ = ["CLASSES", "dtype_named", "kinds_of", "load", "quiet", "set_up_bundled"]
+__all__ = ["CLASSES", "dtype_named", "head_kinds", "load", "set_up_bundled", "silence_transformers"]
 
 CLASSES: dict[Kind, type[_BaseAutoModelClass]] = {
     "causal": AutoModelForCausalLM,
@@ -95,7 +95,7 @@ def load(
         weights["use_safetensors"] = True
     with _explained(str(name), source):
         config = AutoConfig.from_pretrained(source, **common)
-        kind = kind or kinds_of(config)[0]
+        kind = kind or head_kinds(config)[0]
         _check_head(str(name), config, kind)
         commit = getattr(config, "_commit_hash", None)
         # By its commit, because of "main" transformers may load somebody's open pull request with converted weights.
@@ -141,7 +141,7 @@ def set_up_bundled(cache: Path) -> Path | str:
     bundled.check(file)
     unpacked = load(file, dtype="float32", device="cpu")
     try:
-        with quiet(), atomic_folder(folder) as part:
+        with silence_transformers(), atomic_folder(folder) as part:
             unpacked.model.save_pretrained(part)
             unpacked.need_tokenizer().save_pretrained(part)
     except (OSError, SafetensorError) as error:
@@ -177,7 +177,7 @@ def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def kinds_of(config: Any) -> list[Kind]:
+def head_kinds(config: Any) -> list[Kind]:
     """Tell the head from the class the checkpoint was saved as, or else all heads that its family offers."""
     for architecture in config.architectures or ():
         if config.is_encoder_decoder and architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
@@ -193,7 +193,7 @@ def kinds_of(config: Any) -> list[Kind]:
 
 
 def _check_head(name: str, config: Any, kind: Kind) -> None:
-    saved = kinds_of(config)
+    saved = head_kinds(config)
     if kind not in saved and kind != "headless":
         raise ModelError(
             f"{name!r} was saved as {', '.join(config.architectures or [config.model_type])}, which is {saved[0]}, not {kind}; "
@@ -217,7 +217,7 @@ def _tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Keep transformers' warnings off stderr, and its progress bars where stderr is no terminal; errors still rise."""
     if sys.stderr.isatty():
         with _errors_only():
@@ -247,7 +247,7 @@ def _errors_only() -> Iterator[None]:
 def _explained(name: str, source: str | Path) -> Iterator[None]:
     """Turn the ways in which transformers fails to load into one error with the next step."""
     try:
-        with quiet():
+        with silence_transformers():
             yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

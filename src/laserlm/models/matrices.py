@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from laserlm.errors import MatrixError, WeightError
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.architectures import ARCHITECTURES, SHARED, Architecture
-from laserlm.spec import GROUPS, Layers
+from laserlm.reductions import GROUPS, Layers
 
-__all__ = ["Matrix", "Rows", "find_matrices", "find_stacks", "read", "select", "view"]
+__all__ = ["Matrix", "Rows", "find_matrices", "find_stacks", "read_matrix", "select", "view"]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values are the weights; eight-bit floats are not, they come with scales of their own."""
@@ -99,7 +99,7 @@ def view(parameter: Tensor, matrix: Matrix) -> Tensor:
     return parameter
 
 
-def read(model: nn.Module, matrix: Matrix) -> Tensor:
+def read_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
     """Return a matrix of the model as an (out, in) tensor, which may share memory with it.
 
     Raises:

@@ -12,12 +12,12 @@ import torch
 
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
-from laserlm.scoring.encoding import Row, encode
-from laserlm.scoring.forward import Outcome, Progress, run_rows, too_large
-from laserlm.scoring.generation import texts_of
-from laserlm.scoring.judging import check_judged, judge
-from laserlm.scoring.records import Evaluation, Score
+from laserlm.scoring.forward import Progress, TokenScores, out_of_memory_error, run_rows
+from laserlm.scoring.generation import generate_for
+from laserlm.scoring.grading import check_graded, grade
+from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.scoring.statistics import Interval, mcnemar, paired_difference, paired_mean
+from laserlm.scoring.tokenize import TokenSequence, encode
 from laserlm.tasks.example import GENERATING, Example, Judge, Scorer, Split
 
 __all__ = ["Comparison", "classes_of", "compare", "evaluate", "evaluate_rows"]
@@ -68,15 +68,15 @@ def evaluate(
             lm, split, scorer, rows, lambda: run_rows(lm, rows, batch_size, on_progress), batch_size, on_progress
         )
     except torch.OutOfMemoryError as error:
-        raise too_large(lm, error) from None
+        raise out_of_memory_error(lm, error) from None
 
 
 def evaluate_rows(
     lm: LanguageModel,
     split: Split,
     scorer: Scorer,
-    rows: Sequence[Row],
-    run: Callable[[], Sequence[Outcome]],
+    rows: Sequence[TokenSequence],
+    run: Callable[[], Sequence[TokenScores]],
     batch_size: int = 32,
     on_progress: Progress | None = None,
 ) -> Evaluation:
@@ -95,17 +95,17 @@ def evaluate_rows(
         ScoringError: if a log-probability is not finite, or programs would have to be run and that was not allowed.
         torch.OutOfMemoryError: if a single prompt that the model continues does not fit into memory.
     """
-    check_judged(split, scorer)  # before the model has written for hours
+    check_graded(split, scorer)  # before the model has written for hours
     tokenizer = lm.need_tokenizer()
     start = time.perf_counter()
     outcomes = run()
-    by_example: dict[int, list[tuple[Row, Outcome]]] = {}
+    by_example: dict[int, list[tuple[TokenSequence, TokenScores]]] = {}
     for row, outcome in zip(rows, outcomes, strict=True):
         by_example.setdefault(row.example, []).append((row, outcome))
     if scorer in GENERATING:
         _check_finite(lm, [(e.id, sum(o.logprobs)) for i, e in enumerate(split.examples) for _, o in by_example[i]])
-        texts = texts_of(lm, split.examples, split.decoding, batch_size, on_progress)
-        judged = judge(split, scorer, texts)
+        texts = generate_for(lm, split.examples, split.decoding, batch_size, on_progress)
+        judged = grade(split, scorer, texts)
         scores = tuple(
             _written(e, by_example[i], of[0], right, figures)
             for i, (e, of, (right, figures)) in enumerate(zip(split.examples, texts, judged, strict=True))
@@ -141,13 +141,17 @@ def classes_of(split: Split, scorer: Scorer) -> tuple[str, ...]:
     return split.examples[0].choices if len(shared) == 1 else ()
 
 
-def _written(e: Example, ran: Sequence[tuple[Row, Outcome]], text: str, right: bool, figures: dict[str, float]) -> Score:
+def _written(
+    e: Example, ran: Sequence[tuple[TokenSequence, TokenScores]], text: str, right: bool, figures: dict[str, float]
+) -> ExampleScore:
     logprob = math.fsum(x for _, outcome in ran for x in outcome.logprobs)
     tokens = sum(len(row.targets) for row, _ in ran)
-    return Score(e.id, right, logprob, tokens, text.strip(), e.answer, e.group, figures)  # a long answer is kept once
+    return ExampleScore(e.id, right, logprob, tokens, text.strip(), e.answer, e.group, figures)  # a long answer is kept once
 
 
-def _score(tokenizer: Any, e: Example, scorer: Scorer, ran: Sequence[tuple[Row, Outcome]], judge: Judge | None) -> Score:
+def _score(
+    tokenizer: Any, e: Example, scorer: Scorer, ran: Sequence[tuple[TokenSequence, TokenScores]], judge: Judge | None
+) -> ExampleScore:
     if scorer == "perplexity":
         hits = all(a == t for row, outcome in ran for a, t in zip(outcome.argmax, row.targets, strict=True))
         return _written(e, ran, "", hits, {})
@@ -161,14 +165,14 @@ def _score(tokenizer: Any, e: Example, scorer: Scorer, ran: Sequence[tuple[Row, 
         correct, figures = judge(e, list(said))
         best = max(range(len(said)), key=lambda i: said[i][0])
         tokens, predicted = len(ran[e.right][0].targets), e.pairs[best][1].strip()
-        return Score(e.id, correct, said[e.right][0], tokens, predicted, e.answer.strip(), e.group, figures)
+        return ExampleScore(e.id, correct, said[e.right][0], tokens, predicted, e.answer.strip(), e.group, figures)
     if scorer == "choice":
         right = e.choices.index(e.answer)
         totals = ran[0][1].options or [math.fsum(outcome.logprobs) for _, outcome in ran]
         best = max(range(len(totals)), key=totals.__getitem__)
         correct = all(totals[right] > t for i, t in enumerate(totals) if i != right)
         tokens = 1 if ran[0][0].options else len(ran[right][0].targets)
-        return Score(e.id, correct, totals[right], tokens, e.choices[best].strip(), e.answer.strip(), e.group)
+        return ExampleScore(e.id, correct, totals[right], tokens, e.choices[best].strip(), e.answer.strip(), e.group)
     row, outcome = ran[0]
     if scorer in ("top5", "top10"):
         correct = outcome.ranks[0] < int(scorer.removeprefix("top"))
@@ -186,7 +190,7 @@ def _score(tokenizer: Any, e: Example, scorer: Scorer, ran: Sequence[tuple[Row, 
             else predicted.strip().lower() == e.answer.strip().lower()
         )
     logprob = math.fsum(outcome.logprobs)
-    return Score(e.id, correct, logprob, len(row.targets), predicted.strip(), e.answer.strip(), e.group)
+    return ExampleScore(e.id, correct, logprob, len(row.targets), predicted.strip(), e.answer.strip(), e.group)
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,21 @@ from torch import Tensor
 
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
-from laserlm.scoring.encoding import Row
-from laserlm.scoring.kernels import quick
+from laserlm.scoring.kernels import fast_cpu_kernels
+from laserlm.scoring.tokenize import TokenSequence
 
 __all__ = [
     "Batch",
-    "Outcome",
+    "BatchLogits",
     "Progress",
-    "Reading",
+    "TokenScores",
     "batch_bounds",
     "batches",
-    "outcomes",
-    "read",
+    "forward_logits",
+    "out_of_memory_error",
     "run_batch",
     "run_rows",
-    "too_large",
+    "token_scores",
 ]
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TokenScores:
     """What the model says at the places of one row.
 
     Args:
@@ -94,7 +94,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Reading:
+class BatchLogits:
     """What is read off one batch, as tensors.
 
     Args:
@@ -115,13 +115,15 @@ class Reading:
 
 
 @torch.no_grad()
-def run_rows(lm: LanguageModel, rows: Sequence[Row], batch_size: int, on_progress: Progress | None = None) -> list[Outcome]:
+def run_rows(
+    lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int, on_progress: Progress | None = None
+) -> list[TokenScores]:
     """Return the outcome of every row, in their order; rows are batched by length, and a batch that does not fit is halved.
 
     Raises:
         ScoringError: if a single row does not fit into memory.
     """
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, TokenScores] = {}
     pending = batches(lm, rows, batch_size)[::-1]
     while pending:
         batch = pending.pop()
@@ -129,7 +131,7 @@ def run_rows(lm: LanguageModel, rows: Sequence[Row], batch_size: int, on_progres
         try:
             outcomes.update(zip(batch.rows, run_batch(lm, batch), strict=True))
         except torch.OutOfMemoryError as error:
-            full = too_large(lm, error)
+            full = out_of_memory_error(lm, error)
         if full is not None:  # outside the handler, whose traceback holds the failed pass's tensors
             if len(batch.rows) == 1:
                 raise full
@@ -142,7 +144,7 @@ def run_rows(lm: LanguageModel, rows: Sequence[Row], batch_size: int, on_progres
     return [outcomes[i] for i in range(len(rows))]
 
 
-def too_large(lm: LanguageModel, error: torch.OutOfMemoryError) -> ScoringError:
+def out_of_memory_error(lm: LanguageModel, error: torch.OutOfMemoryError) -> ScoringError:
     """Return the error for a single row that does not fit into memory."""
     return ScoringError(
         f"a single row does not fit into the memory of {lm.device}: {error}; load the model with a smaller dtype, or spread "
@@ -151,7 +153,7 @@ def too_large(lm: LanguageModel, error: torch.OutOfMemoryError) -> ScoringError:
 
 
 @torch.no_grad()
-def batches(lm: LanguageModel, rows: Sequence[Row], batch_size: int) -> list[Batch]:
+def batches(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int) -> list[Batch]:
     """Return the rows in batches, the longest first, so that little is padding and memory runs out at once if ever."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     batch_size = max(1, min(batch_size, PLACES // max(len(r.places) for r in rows)))
@@ -189,7 +191,7 @@ def batch_bounds(lengths: Sequence[int], batch_size: int, overhead: float) -> li
     return cuts[::-1]
 
 
-def _pads_exactly(lm: LanguageModel, long: Row, short: Row) -> bool | None:
+def _pads_exactly(lm: LanguageModel, long: TokenSequence, short: TokenSequence) -> bool | None:
     """Find out whether a short row, padded on the left beside a long one, scores as it does alone in a plain pass.
 
     None if these rows cannot tell: of one length, or with log-probabilities that are not finite.
@@ -205,12 +207,12 @@ def _pads_exactly(lm: LanguageModel, long: Row, short: Row) -> bool | None:
     return _same(lm, together.logprobs, alone.logprobs)
 
 
-def _reads_places(lm: LanguageModel, row: Row) -> bool | None:
+def _reads_places(lm: LanguageModel, row: TokenSequence) -> bool | None:
     """Find out whether the output layer, given the scored places alone, gives their logits; None if the row cannot tell."""
     batch = _batch(lm, [row, row], (0, 1))
     whole = [x for outcome in run_batch(lm, batch) for x in outcome.logprobs]
     try:
-        placed = read(lm, batch, placed=True).logprobs.tolist()
+        placed = forward_logits(lm, batch, placed=True).logprobs.tolist()
     # A model may do anything with what its output layer gives out, and stumble over another shape in any way.
     except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -227,12 +229,12 @@ def _same(lm: LanguageModel, a: Sequence[float], b: Sequence[float]) -> bool | N
 
 
 @torch.no_grad()
-def run_batch(lm: LanguageModel, batch: Batch) -> list[Outcome]:
+def run_batch(lm: LanguageModel, batch: Batch) -> list[TokenScores]:
     """Return the outcome of every row of a batch."""
-    return outcomes(batch, read(lm, batch, placed=bool(lm.reads_places)))
+    return token_scores(batch, forward_logits(lm, batch, placed=bool(lm.reads_places)))
 
 
-def outcomes(batch: Batch, reading: Reading) -> list[Outcome]:
+def token_scores(batch: Batch, reading: BatchLogits) -> list[TokenScores]:
     """Return what was read off a batch row by row, as plain numbers."""
     logprobs, argmax, best, options = (
         x.cpu().tolist() for x in (reading.logprobs, reading.argmax, reading.best, reading.options)
@@ -240,7 +242,7 @@ def outcomes(batch: Batch, reading: Reading) -> list[Outcome]:
     ranks = [] if reading.ranks is None else reading.ranks.cpu().tolist()
     top = [[]] * len(batch.rows) if reading.top is None else reading.top.cpu().tolist()
     return [
-        Outcome(
+        TokenScores(
             logprobs[start : start + targets],
             argmax[start : start + targets],
             best[start : start + targets],
@@ -252,7 +254,7 @@ def outcomes(batch: Batch, reading: Reading) -> list[Outcome]:
     ]
 
 
-def read(lm: LanguageModel, batch: Batch, *, placed: bool) -> Reading:
+def forward_logits(lm: LanguageModel, batch: Batch, *, placed: bool) -> BatchLogits:
     """Run a batch through the model and read off what is scored; gradients flow unless the caller turned them off.
 
     Args:
@@ -262,7 +264,7 @@ def read(lm: LanguageModel, batch: Batch, *, placed: bool) -> Reading:
     """
     row, place = batch.at
     with ExitStack() as stack:
-        stack.enter_context(quick(lm.device, batch.length))
+        stack.enter_context(fast_cpu_kernels(lm.device, batch.length))
         if placed:
             head = lm.model.get_output_embeddings()
             # A spread model's output layer may be on another device; plain indexing moves a CPU's indices, not a GPU's.
@@ -277,7 +279,7 @@ def read(lm: LanguageModel, batch: Batch, *, placed: bool) -> Reading:
     best, argmax = logits.max(-1)  # (N,) both
     at_first = logits[batch.first]  # (B, V)
     k = min(max(batch.top), logits.shape[-1])
-    return Reading(
+    return BatchLogits(
         logprobs=wanted[:, 0] - total,
         argmax=argmax,
         best=best - total,
@@ -287,7 +289,7 @@ def read(lm: LanguageModel, batch: Batch, *, placed: bool) -> Reading:
     )
 
 
-def _batch(lm: LanguageModel, rows: Sequence[Row], indices: Sequence[int], *, padded: bool | None = None) -> Batch:
+def _batch(lm: LanguageModel, rows: Sequence[TokenSequence], indices: Sequence[int], *, padded: bool | None = None) -> Batch:
     """Put rows into tensors; ``padded`` tells whether positions are given because of padding, None asks the model."""
     chosen = [rows[i] for i in indices]
     pad = int(lm.need_tokenizer().pad_token_id)

@@ -12,12 +12,12 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from laserlm.errors import ScoringError, TokenizationError
 from laserlm.models.language_model import LanguageModel
-from laserlm.scoring.encoding import longest, masked_text, prefix_tokens
 from laserlm.scoring.forward import Progress
-from laserlm.scoring.kernels import quick
+from laserlm.scoring.kernels import fast_cpu_kernels
+from laserlm.scoring.tokenize import masked_text, max_length, prefix_tokens
 from laserlm.tasks.example import Decoding, Example
 
-__all__ = ["continuation", "generate", "texts_of"]
+__all__ = ["continuation", "generate", "generate_for"]
 
 SEEN = 16
 """Last tokens in which a text that ends the generation is looked for."""
@@ -60,16 +60,16 @@ def generate(
         ids = [prefix + list(of) for of in tokenizer(list(prompts), add_special_tokens=False).input_ids]
         inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left")
     tokens = inputs["input_ids"].shape[1] + (max_new_tokens if lm.kind == "causal" else 0)
-    if tokens > longest(lm):
+    if tokens > max_length(lm):
         raise ScoringError(
-            f"{tokens} tokens with the new ones are more than the {longest(lm)} that {lm.name} takes; ask for fewer"
+            f"{tokens} tokens with the new ones are more than the {max_length(lm)} that {lm.name} takes; ask for fewer"
         )
     start = 0 if lm.kind == "encoder-decoder" else inputs["input_ids"].shape[1]
     # Plain decoding, whatever the checkpoint's own generation settings are.
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with quick(lm.device, tokens):
+    with fast_cpu_kernels(lm.device, tokens):
         made = model.generate(
             **inputs.to(lm.device),
             **sampling,
@@ -107,7 +107,7 @@ class _Stops(StoppingCriteria):
 
 
 @torch.no_grad()
-def texts_of(
+def generate_for(
     lm: LanguageModel,
     examples: Sequence[Example],
     decoding: Decoding,
@@ -131,12 +131,12 @@ def texts_of(
     prompts = [masked_text(tokenizer, e, decoding.masks) if masked else e.prompt for e in examples]
     lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
     for e, n in zip(examples, lengths, strict=True):
-        if n + (lm.kind == "causal") > longest(lm):
-            raise ScoringError(f"example {e.id!r} has {n} tokens; {lm.name} takes {longest(lm)}: shorten the prompt")
+        if n + (lm.kind == "causal") > max_length(lm):
+            raise ScoringError(f"example {e.id!r} has {n} tokens; {lm.name} takes {max_length(lm)}: shorten the prompt")
     order = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
     apart = lm.kind == "causal" and lm.pads_exactly is False
     # Prompts that leave little room are continued one by one, for they would take it from the others.
-    full = [lm.kind == "causal" and n + decoding.new_tokens > longest(lm) for n in lengths]
+    full = [lm.kind == "causal" and n + decoding.new_tokens > max_length(lm) for n in lengths]
     groups = [list(same) for _, same in groupby(order, key=lambda i: (i if full[i] else -1, lengths[i] if apart else 0))]
     pending = [same[i : i + batch_size] for same in groups for i in range(0, len(same), batch_size)][::-1]
     texts: dict[int, list[str]] = {}
@@ -162,7 +162,7 @@ def texts_of(
 def _written(lm: LanguageModel, prompts: Sequence[str], length: int, decoding: Decoding) -> list[list[str]]:
     if lm.kind == "masked":
         return [[text] for text in _filled(lm, prompts)]
-    room = longest(lm) - length if lm.kind == "causal" else longest(lm)
+    room = max_length(lm) - length if lm.kind == "causal" else max_length(lm)
     given: dict[str, Any] = {"max_new_tokens": min(decoding.new_tokens, room), "stops": decoding.stops}
     if decoding.samples == 1:
         return [[text] for text in generate(lm, prompts, **given)]

@@ -8,7 +8,7 @@ from typing import Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.models.loading import load
 
 __all__ = ["LaserLM"]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from laserlm.algebra.decomposition import ALGORITHM
+from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
-from laserlm.scoring.encoding import Row
+from laserlm.scoring.tokenize import TokenSequence
 from laserlm.tasks import GENERATING, Scorer, Split
 
 __all__ = ["digest", "identity"]
@@ -23,7 +23,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def identity(lm: LanguageModel, scorer: Scorer, splits: Sequence[Split], rows: Sequence[Row], seed: int) -> dict[str, Any]:
+def identity(
+    lm: LanguageModel, scorer: Scorer, splits: Sequence[Split], rows: Sequence[TokenSequence], seed: int
+) -> dict[str, Any]:
     """Return all that the scores of a model on some splits depend on.
 
     Args:

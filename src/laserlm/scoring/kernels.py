@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["onednn_is_exact", "quick"]
+__all__ = ["fast_cpu_kernels", "onednn_is_exact"]
 
 SHORT = 128
 """Tokens up to which attention by plain matrix products is quicker on a CPU than its tiled form."""
@@ -22,7 +22,7 @@ EXACT = 2e-6
 
 
 @contextmanager
-def quick(device: torch.device, length: int) -> Iterator[None]:
+def fast_cpu_kernels(device: torch.device, length: int) -> Iterator[None]:
     """Compute with the quickest exact kernels until the end of the context; a GPU's are left as they are.
 
     On a CPU, PyTorch's own choice for float32 products can be half as fast as another that it holds (on AMD processors,

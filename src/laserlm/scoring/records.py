@@ -11,11 +11,11 @@ from typing import Any
 from laserlm.errors import ScoringError
 from laserlm.scoring.statistics import Interval, wilson
 
-__all__ = ["Evaluation", "Score"]
+__all__ = ["Evaluation", "ExampleScore"]
 
 
 @dataclass(frozen=True)
-class Score:
+class ExampleScore:
     """How the model did on one example.
 
     Args:
@@ -64,7 +64,7 @@ class Evaluation:
     split: str
     scorer: str
     intervention: str
-    scores: tuple[Score, ...] = field(repr=False)
+    scores: tuple[ExampleScore, ...] = field(repr=False)
     seconds: float
     classes: tuple[str, ...] = ()
 

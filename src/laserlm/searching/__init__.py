@@ -3,20 +3,20 @@
 from laserlm.searching.candidates import Candidate, expand
 from laserlm.searching.cluster import Ray
 from laserlm.searching.driver import search
-from laserlm.searching.found import Accepted, Found, Metric, Mode, Rung, Screened, Step, Strategy
 from laserlm.searching.race import RaceOptions
+from laserlm.searching.result import ComposeStep, Metric, Mode, RungReport, ScreenReport, SearchProgress, SearchResult, Strategy
 
 __all__ = [
-    "Accepted",
     "Candidate",
-    "Found",
+    "ComposeStep",
     "Metric",
     "Mode",
     "RaceOptions",
     "Ray",
-    "Rung",
-    "Screened",
-    "Step",
+    "RungReport",
+    "ScreenReport",
+    "SearchProgress",
+    "SearchResult",
     "Strategy",
     "expand",
     "search",

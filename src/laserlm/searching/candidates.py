@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from laserlm.editing.applied import Edit
+from laserlm.edit.apply import Edit
 from laserlm.errors import MatrixError
 from laserlm.models.matrices import Matrix, select
-from laserlm.spec import Grid, Intervention, Layers, Reduction
+from laserlm.reductions import Grid, Intervention, Layers, Reduction
 
 __all__ = ["Candidate", "expand"]
 

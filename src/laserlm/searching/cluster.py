@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from laserlm.errors import LaserError, MissingExtraError, ModelError, ScoringError
 from laserlm.models.language_model import LanguageModel
-from laserlm.searching.desk import Desk, Material, Order, Piece
-from laserlm.searching.executors import Ahead, GivenUp, Needless, OutOfTimeError
+from laserlm.searching.desk import BlockOrder, EncodedSplit, WorkerState, WorkItem
+from laserlm.searching.executors import IsCancelled, OutOfTimeError, Speculate, WorkFailure
 from laserlm.searching.schedule import TRIES, Schedule
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class _Unit:
     """What a worker has in hand."""
 
     number: int
-    pieces: list[Piece]
+    pieces: list[WorkItem]
     stream: Any
     begun: bool = False
     stopped: bool = False
@@ -115,13 +115,13 @@ class _OrderOf:
     group: str = "order"
     work: float = 0.0
 
-    def do(self, desk: Desk) -> Order:
+    def do(self, desk: WorkerState) -> BlockOrder:
         return list(desk.bench(self.material).order)
 
 
 @contextmanager
 def on_ray(
-    how: Ray, lm: LanguageModel, materials: Mapping[str, Material], *, batch: int, memory: float, seed: int
+    how: Ray, lm: LanguageModel, materials: Mapping[str, EncodedSplit], *, batch: int, memory: float, seed: int
 ) -> Iterator[RayExecutor]:
     """Yield an executor whose workers end with the context, and so does the cluster where it was started for this.
 
@@ -166,7 +166,7 @@ class RayExecutor:
         how: Ray,
         workers: int,
         lm: LanguageModel,
-        materials: Mapping[str, Material],
+        materials: Mapping[str, EncodedSplit],
         *,
         batch: int,
         memory: float,
@@ -179,7 +179,7 @@ class RayExecutor:
         self._ray = ray
         self._how = how
         self._schedule = Schedule(workers)
-        self._orders: dict[str, Order] = {}
+        self._orders: dict[str, BlockOrder] = {}
         self._starting: dict[Any, Any] = {}  # by the reference that tells that a worker is ready
         self._later: list[float] = []  # when to try others
         self._ready: list[Any] = []
@@ -205,7 +205,7 @@ class RayExecutor:
         for worker in [*self._ready, *self._starting.values()]:
             self._ray.kill(worker)
 
-    def order(self, material: str) -> Order:
+    def order(self, material: str) -> BlockOrder:
         """See ``Executor``.
 
         Raises:
@@ -227,11 +227,11 @@ class RayExecutor:
 
     def run(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[WorkItem],
         *,
-        needless: Needless,
+        needless: IsCancelled,
         deadline: float = math.inf,
-        ahead: Ahead | None = None,
+        ahead: Speculate | None = None,
     ) -> Iterator[tuple[Any, Any]]:
         """See ``Executor``.
 
@@ -251,14 +251,14 @@ class RayExecutor:
                 raise OutOfTimeError
             answers = self._listen() if schedule.open else []
 
-    def _hand_out(self, needless: Needless, ahead: Ahead | None) -> None:
+    def _hand_out(self, needless: IsCancelled, ahead: Speculate | None) -> None:
         now = time.monotonic()
         while self._later and self._later[0] < now:
             self._later.pop(0)
             self._start()
-        likely: list[Sequence[Piece]] = []
+        likely: list[Sequence[WorkItem]] = []
 
-        def guess() -> Sequence[Piece]:
+        def guess() -> Sequence[WorkItem]:
             if not likely:
                 likely.append(ahead() if ahead else ())
             return likely[0]
@@ -356,7 +356,7 @@ class RayExecutor:
             log.warning("a worker ended, another one starts in its place: %s", reason)
             return []
         log.warning("%d workers ended at the same piece, which is given up: %s", TRIES, reason)
-        return [(given_up, GivenUp(f"{TRIES} workers ended at it; the last because {reason}"))]
+        return [(given_up, WorkFailure(f"{TRIES} workers ended at it; the last because {reason}"))]
 
     def _start(self) -> None:
         worker = self._actor.remote()
@@ -379,7 +379,7 @@ class _Worker:
     """A process of the cluster: it loads the model once, and does the units that it is given."""
 
     def __init__(self) -> None:
-        self._desk: Desk | None = None
+        self._desk: WorkerState | None = None
         self._stopped = -1
 
     def set_up(
@@ -387,7 +387,7 @@ class _Worker:
         loaded: dict[str, Any],
         name: str,
         expected: str,
-        materials: dict[str, Material],
+        materials: dict[str, EncodedSplit],
         given: dict[str, Any],
         threads: int,
     ) -> None:
@@ -402,9 +402,9 @@ class _Worker:
             raise OtherWeightsError(
                 f"{loaded['name']} on {platform.node()} has other weights than where the search was started; copy these there"
             )
-        self._desk = Desk(lm, materials, **given)
+        self._desk = WorkerState(lm, materials, **given)
 
-    def run(self, unit: int, pieces: Sequence[Piece], pause: float) -> Iterator[tuple[int, Any, _Usage] | None]:
+    def run(self, unit: int, pieces: Sequence[WorkItem], pause: float) -> Iterator[tuple[int, Any, _Usage] | None]:
         """Yield None as a sign of life, and after a pause the place and the result of each piece, and what it needed."""
         import torch
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from laserlm.algebra.ranks import rank_of
+from laserlm.linalg.ranks import rank_of
+from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.searching.candidates import Candidate
-from laserlm.searching.found import Accepted, Metric, Mode
-from laserlm.searching.race import RaceOptions, choose, rungs_of
+from laserlm.searching.ledger import ScoreLedger
+from laserlm.searching.race import RaceOptions, choose, rung_sizes
+from laserlm.searching.result import ComposeStep, Metric, Mode
 from laserlm.searching.screen import Prediction
-from laserlm.searching.trials import Trials
-from laserlm.spec import Intervention
 
 __all__ = ["compose", "in_order"]
 
@@ -39,12 +39,12 @@ def in_order(
 
 
 def compose(
-    trials: Trials,
+    trials: ScoreLedger,
     candidates: Sequence[Candidate],
     metric: Metric,
     first: int,
     on_try: Callable[[int, Intervention], None] = lambda *_: None,
-) -> Iterator[Accepted]:
+) -> Iterator[ComposeStep]:
     """Try the candidates one after the other on top of what was accepted so far; yield each accepted step.
 
     A trial meets the examples in rungs and is rejected at the first one after which it does not look better; it is
@@ -70,13 +70,15 @@ def compose(
         if comparison is not None:
             current = tried
             reduced.append(candidate)
-            yield Accepted(str(candidate.intervention), str(current), comparison)
+            yield ComposeStep(str(candidate.intervention), str(current), comparison)
 
 
-def _improvement(trials: Trials, current: Intervention, tried: Intervention, metric: Metric, first: int) -> Comparison | None:
+def _improvement(
+    trials: ScoreLedger, current: Intervention, tried: Intervention, metric: Metric, first: int
+) -> Comparison | None:
     """Return the comparison of a trial with what it adds to, or None where it is rejected."""
     comparison = None
-    for stop in rungs_of(len(trials.split), first):
+    for stop in rung_sizes(len(trials.split), first):
         trials.extend([tried], stop)
         if trials.fails(tried, stop):
             return None

@@ -12,29 +12,29 @@ from typing import Any, Protocol
 
 import torch
 
-from laserlm.editing import applied, resolve
-from laserlm.editing.cache import DecompositionCache
+from laserlm.edit import applied, resolve
+from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import ScoringError, WeightError
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix
-from laserlm.scoring.encoding import Row
+from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import classes_of, evaluate_rows
-from laserlm.scoring.forward import too_large
+from laserlm.scoring.forward import out_of_memory_error
+from laserlm.scoring.prefix_cache import PrefixCache, PrefixCheck
 from laserlm.scoring.records import Evaluation
+from laserlm.scoring.tokenize import TokenSequence
 from laserlm.searching.candidates import Candidate
-from laserlm.searching.frontier import Checks, Frontier
 from laserlm.searching.screen import Prediction, screen
-from laserlm.spec import Intervention
 from laserlm.tasks import Scorer, Split
 
-__all__ = ["Desk", "Material", "Piece", "Score", "Screening", "place_of"]
+__all__ = ["EncodedSplit", "ScoreTask", "ScreenTask", "WorkItem", "WorkerState", "first_changed_block"]
 
-Order = Sequence[tuple[str, int]]
+BlockOrder = Sequence[tuple[str, int]]
 """Blocks, as stack and layer, in the order in which the model runs them; empty where it cannot be cut between them."""
 
 
 @dataclass(frozen=True)
-class Material:
+class EncodedSplit:
     """Examples to score.
 
     Args:
@@ -44,11 +44,11 @@ class Material:
     """
 
     split: Split
-    rows: Sequence[Row]
+    rows: Sequence[TokenSequence]
     scorer: Scorer
 
 
-class Piece(Protocol):
+class WorkItem(Protocol):
     """A piece of work."""
 
     @property
@@ -63,12 +63,12 @@ class Piece(Protocol):
     def work(self) -> float:
         """Passes of one example through the whole model that it takes, about."""
 
-    def do(self, desk: Desk) -> Any:
+    def do(self, desk: WorkerState) -> Any:
         """Return the result; a text is the reason why there is none."""
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreTask:
     """Score an intervention on consecutive examples.
 
     Args:
@@ -100,13 +100,13 @@ class Score:
         """Examples, times the part of the blocks."""
         return self.share * (self.stop - self.start)
 
-    def do(self, desk: Desk) -> Evaluation | str:
+    def do(self, desk: WorkerState) -> Evaluation | str:
         """Return the scores, or the reason why there are none."""
         return desk.bench(self.material).score(self.intervention, self.start, self.stop)
 
 
 @dataclass(frozen=True, eq=False)
-class Screening:
+class ScreenTask:
     """Screen candidates. Each is a piece of its own, for it is asked for once.
 
     Args:
@@ -133,7 +133,7 @@ class Screening:
         """The piece itself: every one is for another process."""
         return id(self)
 
-    def do(self, desk: Desk) -> dict[str, Prediction]:
+    def do(self, desk: WorkerState) -> dict[str, Prediction]:
         """Return the predictions by the candidates' canonical text.
 
         Raises:
@@ -155,7 +155,7 @@ class Screening:
                     between_choices=self.between_choices,
                 )
             except torch.OutOfMemoryError as error:
-                full = too_large(desk.lm, error)
+                full = out_of_memory_error(desk.lm, error)
             # Outside the handler, whose traceback holds the failed pass's tensors.
             if batch == 1:
                 raise full
@@ -164,7 +164,7 @@ class Screening:
             torch.cuda.empty_cache()
 
 
-class Desk:
+class WorkerState:
     """A model, the examples to score it on, and what serves again: decompositions and boundaries.
 
     Args:
@@ -180,7 +180,7 @@ class Desk:
     """
 
     def __init__(
-        self, lm: LanguageModel, materials: Mapping[str, Material], *, batch: int = 32, memory: float = 2**30, seed: int = 0
+        self, lm: LanguageModel, materials: Mapping[str, EncodedSplit], *, batch: int = 32, memory: float = 2**30, seed: int = 0
     ) -> None:
         self.lm = lm
         self.materials = materials
@@ -188,12 +188,12 @@ class Desk:
         self.memory = memory
         self.seed = seed
         self.cache = DecompositionCache(lm.cache / "decompositions", memory=memory)
-        self._benches: dict[str, Bench] = {}
+        self._benches: dict[str, PrefixScorer] = {}
 
-    def bench(self, material: str) -> Bench:
+    def bench(self, material: str) -> PrefixScorer:
         """Return what scores this material."""
         if material not in self._benches:
-            self._benches[material] = Bench(self, self.materials[material])
+            self._benches[material] = PrefixScorer(self, self.materials[material])
         return self._benches[material]
 
     @property
@@ -202,24 +202,24 @@ class Desk:
         return max((bench.boundary for bench in self._benches.values()), default=0)
 
 
-class Bench:
+class PrefixScorer:
     """Score interventions on parts of one material, from the frontier.
 
     Attributes:
         boundary: most bytes that boundaries took so far.
     """
 
-    def __init__(self, desk: Desk, material: Material) -> None:
+    def __init__(self, desk: WorkerState, material: EncodedSplit) -> None:
         self.boundary = 0
         self._desk = desk
         self._material = material
         self._spare = desk.memory
-        self._frontiers: dict[tuple[int, int], Frontier] = {}
-        self._checks: Checks | None = None
-        self._parts: dict[tuple[int, int], tuple[Split, list[Row]]] = {}
+        self._frontiers: dict[tuple[int, int], PrefixCache] = {}
+        self._checks: PrefixCheck | None = None
+        self._parts: dict[tuple[int, int], tuple[Split, list[TokenSequence]]] = {}
 
     @property
-    def order(self) -> Order:
+    def order(self) -> BlockOrder:
         """The blocks in the order in which they run."""
         return self._boundaries.order
 
@@ -239,12 +239,12 @@ class Bench:
             except (ScoringError, WeightError) as error:
                 return f"{type(error).__name__}: {error}"
             except torch.OutOfMemoryError as error:
-                full = too_large(self._desk.lm, error)
+                full = out_of_memory_error(self._desk.lm, error)
             self._make_room(full)  # outside the handler, whose traceback holds the failed pass's tensors
 
     @property
-    def _boundaries(self) -> Checks:
-        self._checks = self._checks or Checks(self._desk.lm, self._material.rows)
+    def _boundaries(self) -> PrefixCheck:
+        self._checks = self._checks or PrefixCheck(self._desk.lm, self._material.rows)
         return self._checks
 
     def _scored(self, intervention: Intervention, start: int, stop: int) -> Evaluation:
@@ -254,11 +254,11 @@ class Bench:
             self._parts[where] = replace(split, examples=split.examples[start:stop]), rows
         part, rows = self._parts[where]
         if where not in self._frontiers:
-            self._frontiers[where] = Frontier(desk.lm, rows, desk.batch, self._boundaries)
+            self._frontiers[where] = PrefixCache(desk.lm, rows, desk.batch, self._boundaries)
         frontier = self._frontiers[where]
         if frontier.moves:
             self._forget(frontier, self._spare / 2)
-            frontier.advance(*self.order[place_of(intervention, desk.lm.matrices, self.order)])
+            frontier.advance(*self.order[first_changed_block(intervention, desk.lm.matrices, self.order)])
             self.boundary = max(self.boundary, sum(f.bytes for f in self._frontiers.values()))
             self._forget(frontier, self._spare)
         if not frontier.moves:
@@ -267,7 +267,7 @@ class Bench:
             found = evaluate_rows(desk.lm, part, self._material.scorer, rows, frontier.run, desk.batch)
         return replace(found, classes=classes_of(split, self._material.scorer))
 
-    def _forget(self, current: Frontier, spare: float) -> None:
+    def _forget(self, current: PrefixCache, spare: float) -> None:
         """Free what frontiers left behind, and those not in use, until the rest fits into what is to spare."""
         while sum(f.bytes for f in self._frontiers.values()) > spare:
             others = [where for where, f in self._frontiers.items() if f is not current]
@@ -291,7 +291,7 @@ class Bench:
         torch.cuda.empty_cache()
 
 
-def place_of(intervention: Intervention, matrices: Sequence[Matrix], order: Order) -> int:
+def first_changed_block(intervention: Intervention, matrices: Sequence[Matrix], order: BlockOrder) -> int:
     """Return the place, in the order in which blocks run, of the first one that is changed."""
     places = [(e.matrix.stack, e.matrix.layer) for e in resolve(matrices, intervention)]
     return min((order.index(place) for place in places), default=0) if order else 0

@@ -15,21 +15,21 @@ from typing import Any, get_args
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
-from laserlm.results import Store
-from laserlm.scoring.encoding import encode
+from laserlm.reductions import Grid, Intervention
 from laserlm.scoring.identity import digest, identity
+from laserlm.scoring.tokenize import encode
 from laserlm.searching.candidates import expand
 from laserlm.searching.cluster import Ray, on_ray
-from laserlm.searching.course import Course
-from laserlm.searching.desk import Desk, Material
-from laserlm.searching.executors import Executor, Local, OutOfTimeError
-from laserlm.searching.found import Found, Metric, Mode, Step, Strategy
-from laserlm.searching.race import RaceOptions, shuffled
-from laserlm.searching.trials import Trials
-from laserlm.spec import Grid, Intervention
+from laserlm.searching.desk import EncodedSplit, WorkerState
+from laserlm.searching.executors import Executor, LocalExecutor, OutOfTimeError
+from laserlm.searching.ledger import ScoreLedger
+from laserlm.searching.race import RaceOptions, shuffled_order
+from laserlm.searching.result import Metric, Mode, SearchProgress, SearchResult, Strategy
+from laserlm.searching.session import SearchSession
+from laserlm.store import Store
 from laserlm.tasks import GENERATING, Scorer, Task
 
-__all__ = ["check", "materials_of", "search"]
+__all__ = ["check", "encode_splits", "search"]
 
 METHOD = 4
 """Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
@@ -55,8 +55,8 @@ def search(
     options: RaceOptions | None = None,
     restart: bool = False,
     executor: Ray | None = None,
-    on_step: Callable[[Step], None] | None = None,
-) -> Found:
+    on_step: Callable[[SearchProgress], None] | None = None,
+) -> SearchResult:
     """Choose the best intervention on the validation split, and score that one on the test split.
 
     ``race``: a first-order screen ranks all candidates; those it expects most of meet the examples in rungs, and the
@@ -103,7 +103,7 @@ def search(
     options = options or RaceOptions()
     writes = scorer in GENERATING
     candidates = expand(grid, lm.matrices)
-    materials = materials_of(lm, task, scorer, seed)
+    materials = encode_splits(lm, task, scorer, seed)
     # All that the result depends on; a run with the same goes on where an earlier one stopped.
     settings = identity(
         lm, scorer, (task.validation, task.test), (*materials[VALIDATION].rows, *materials[TEST].rows), seed
@@ -129,21 +129,21 @@ def search(
         key = digest(settings)
         run = stack.enter_context(results.run(kind="search", key=key, settings=settings, provenance=made_by, restart=restart))
         if run.outcome is not None:
-            return Found.from_dict(run.outcome)
+            return SearchResult.from_dict(run.outcome)
         deadline = math.inf if budget is None else start + 60 * budget
         batch = int(run.notes.get("batch_size", batch_size))
         given: dict[str, Any] = {"batch": batch, "memory": memory, "seed": seed}
         do: Executor = (
-            Local(Desk(lm, materials, **given))
+            LocalExecutor(WorkerState(lm, materials, **given))
             if executor is None
             else stack.enter_context(on_ray(executor, lm, materials, **given))
         )
-        trials = Trials(lm, run, VALIDATION, materials[VALIDATION], do, memory, deadline)
-        work = Course(
+        trials = ScoreLedger(lm, run, VALIDATION, materials[VALIDATION], do, memory, deadline)
+        work = SearchSession(
             run=run,
             trials=trials,
-            tests=Trials(lm, run, TEST, materials[TEST], do, memory),
-            finals=Trials(lm, run, FINALISTS, materials[FINALISTS], do, memory) if writes else trials,
+            tests=ScoreLedger(lm, run, TEST, materials[TEST], do, memory),
+            finals=ScoreLedger(lm, run, FINALISTS, materials[FINALISTS], do, memory) if writes else trials,
             candidates=candidates,
             metric=metric,
             options=options,
@@ -161,7 +161,7 @@ def search(
         finalists = work.confirm(complete) if writes else {}
         best = work.best
         validated, tested = work.compare(best)
-        found = Found(
+        found = SearchResult(
             run=run.id,
             strategy=strategy,
             best=best,
@@ -184,7 +184,7 @@ def search(
         return found
 
 
-def materials_of(lm: LanguageModel, task: Task, scorer: Scorer, seed: int) -> dict[str, Material]:
+def encode_splits(lm: LanguageModel, task: Task, scorer: Scorer, seed: int) -> dict[str, EncodedSplit]:
     """Return what a search scores: the validation split in a random order, as candidates and as finalists are, and the test.
 
     Args:
@@ -196,13 +196,13 @@ def materials_of(lm: LanguageModel, task: Task, scorer: Scorer, seed: int) -> di
     Raises:
         LaserError: if the examples cannot be made into rows.
     """
-    order = shuffled([e.id for e in task.validation], seed)
+    order = shuffled_order([e.id for e in task.validation], seed)
     validation = replace(task.validation, examples=tuple(task.validation.examples[i] for i in order))
     rows = encode(lm, validation.examples, scorer)
     return {
-        VALIDATION: Material(validation, rows, "answer" if scorer in GENERATING else scorer),
-        TEST: Material(task.test, encode(lm, task.test.examples, scorer), scorer),
-        FINALISTS: Material(replace(validation, name=FINALISTS), rows, scorer),
+        VALIDATION: EncodedSplit(validation, rows, "answer" if scorer in GENERATING else scorer),
+        TEST: EncodedSplit(task.test, encode(lm, task.test.examples, scorer), scorer),
+        FINALISTS: EncodedSplit(replace(validation, name=FINALISTS), rows, scorer),
     }
 
 

@@ -7,22 +7,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from laserlm.searching.desk import Desk, Order, Piece
+from laserlm.searching.desk import BlockOrder, WorkerState, WorkItem
 
-__all__ = ["Ahead", "Executor", "GivenUp", "Local", "Needless", "OutOfTimeError"]
+__all__ = ["Executor", "IsCancelled", "LocalExecutor", "OutOfTimeError", "Speculate", "WorkFailure"]
 
 
 class OutOfTimeError(Exception):
     """Ends a search whose time is used up; it is caught within the search."""
 
 
-class GivenUp(str):
+class WorkFailure(str):
     """Why a piece has no result that may have one elsewhere: it ended the processes that were at it."""
 
 
-Needless = Callable[[Any], bool]
+IsCancelled = Callable[[Any], bool]
 """Tells of a piece that it need not be done any more."""
-Ahead = Callable[[], Sequence[Piece]]
+Speculate = Callable[[], Sequence[WorkItem]]
 """Returns what is likely to be asked for next, the likeliest first, for those who would stand idle."""
 
 
@@ -45,16 +45,16 @@ class Executor(Protocol):
     def decompositions(self) -> int:
         """Most bytes that decompositions took in one process."""
 
-    def order(self, material: str) -> Order:
+    def order(self, material: str) -> BlockOrder:
         """Return the blocks in the order in which they run."""
 
     def run(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[WorkItem],
         *,
-        needless: Needless,
+        needless: IsCancelled,
         deadline: float = math.inf,
-        ahead: Ahead | None = None,
+        ahead: Speculate | None = None,
     ) -> Iterator[tuple[Any, Any]]:
         """Yield each piece with its result, as soon as it is there and in any order; a text says why there is none.
 
@@ -72,12 +72,12 @@ class Executor(Protocol):
         """Free the boundaries of a material, which is not asked for again soon."""
 
 
-class Local:
+class LocalExecutor:
     """Does the work in this process, one piece after the other."""
 
     workers = 1
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: WorkerState) -> None:
         self._desk = desk
 
     @property
@@ -95,17 +95,17 @@ class Local:
         """See ``Executor``."""
         return self._desk.cache.peak
 
-    def order(self, material: str) -> Order:
+    def order(self, material: str) -> BlockOrder:
         """See ``Executor``."""
         return self._desk.bench(material).order
 
     def run(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[WorkItem],
         *,
-        needless: Needless,
+        needless: IsCancelled,
         deadline: float = math.inf,
-        ahead: Ahead | None = None,
+        ahead: Speculate | None = None,
     ) -> Iterator[tuple[Any, Any]]:
         """See ``Executor``."""
         for piece in pieces:

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from laserlm.models.language_model import LanguageModel
-from laserlm.scoring.encoding import Row
 from laserlm.scoring.forward import batches, run_rows
+from laserlm.scoring.tokenize import TokenSequence
 
 __all__ = ["input_moments"]
 
 
 @torch.no_grad()
-def input_moments(lm: LanguageModel, rows: Sequence[Row], modules: Sequence[str], *, batch_size: int = 4) -> dict[str, Tensor]:
+def input_moments(
+    lm: LanguageModel, rows: Sequence[TokenSequence], modules: Sequence[str], *, batch_size: int = 4
+) -> dict[str, Tensor]:
     """Return for each linear layer the mean over tokens of x x^T, (n, n), by its path.
 
     Layers that are given the same tensor, as query, key and value are, share one result. One that nothing reaches has none.
@@ -50,7 +52,7 @@ def input_moments(lm: LanguageModel, rows: Sequence[Row], modules: Sequence[str]
 
     batches(lm, rows, batch_size)  # what it tries out on a model, it tries out once, and before anybody counts
     # Rows of one length at a time, for padding would count as tokens.
-    by_length: dict[int, list[Row]] = {}
+    by_length: dict[int, list[TokenSequence]] = {}
     for row in rows:
         by_length.setdefault(len(row.ids), []).append(row)
     with ExitStack() as hooks:

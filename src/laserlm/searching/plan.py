@@ -11,25 +11,25 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from laserlm.algebra.decomposition import basis_of, working
-from laserlm.editing import resolve
+from laserlm.edit import resolve
 from laserlm.errors import ScoringError
+from laserlm.linalg.decomposition import as_float_matrix, basis_of
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix, read
-from laserlm.results import Store
+from laserlm.models.matrices import Matrix, read_matrix
+from laserlm.reductions import Grid, Intervention
 from laserlm.scoring.forward import PLACES
 from laserlm.searching.candidates import Candidate, expand
-from laserlm.searching.course import SCREEN_PASSES, screenings, to_screen
-from laserlm.searching.desk import Desk, Material, Piece, Score, Screening, place_of
-from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, materials_of
-from laserlm.searching.found import Mode, Strategy
-from laserlm.searching.race import RaceOptions, rungs_of
-from laserlm.searching.simulation import Pace, Simulated, simulate
-from laserlm.searching.trials import cut, most_for, rows_between
-from laserlm.spec import Grid, Intervention
+from laserlm.searching.desk import EncodedSplit, ScoreTask, ScreenTask, WorkerState, WorkItem, first_changed_block
+from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
+from laserlm.searching.ledger import cut, max_examples, rows_between
+from laserlm.searching.race import RaceOptions, rung_sizes
+from laserlm.searching.result import Mode, Strategy
+from laserlm.searching.session import SCREEN_PASSES, screen_size, screen_tasks
+from laserlm.searching.simulation import CostModel, Simulation, simulate
+from laserlm.store import Store
 from laserlm.tasks import GENERATING, Scorer, Task
 
-__all__ = ["Plan", "Stage", "calibrate", "plan"]
+__all__ = ["Plan", "Stage", "measure_cost", "plan"]
 
 BASE = Intervention()
 EIGEN = 9
@@ -52,7 +52,7 @@ class Stage:
     """
 
     name: str
-    pieces: tuple[Piece, ...] = field(repr=False)
+    pieces: tuple[WorkItem, ...] = field(repr=False)
 
     @property
     def passes(self) -> float:
@@ -127,16 +127,16 @@ class Plan:
         """Floating-point operations of the decomposition of each matrix, by its id."""
         return {m.id: decomposition_flop(m) for m in self.matrices}
 
-    def simulate(self, workers: int, pace: Pace, **given: Any) -> Simulated:
+    def simulate(self, workers: int, pace: CostModel, **given: Any) -> Simulation:
         """Return how long it takes with so many workers; see ``simulation.simulate``."""
         stages = self.stages_for(workers)
         rungs = [number for number, stage in enumerate(stages) if stage.name.startswith(RUNG)]
         known: dict[Intervention, Mapping[str, float]] = {}
 
-        def needs(piece: Piece) -> Mapping[str, float]:
-            if isinstance(piece, Screening):
+        def needs(piece: WorkItem) -> Mapping[str, float]:
+            if isinstance(piece, ScreenTask):
                 return {c.matrix.id: self.of_matrix[c.matrix.id] for c in piece.candidates}
-            if not isinstance(piece, Score) or not piece.intervention:
+            if not isinstance(piece, ScoreTask) or not piece.intervention:
                 return {}
             if piece.intervention not in known:
                 ids = {e.matrix.id for e in resolve(self.matrices, piece.intervention)}
@@ -207,7 +207,7 @@ def plan(
     options = options or RaceOptions()
     check(lm, task)
     candidates = expand(grid, lm.matrices)
-    materials = materials_of(lm, task, scorer, seed)
+    materials = encode_splits(lm, task, scorer, seed)
     made = _Maker(lm, materials, candidates, strategy, mode, options, memory, batch_size)
     matrices = tuple(dict.fromkeys(c.matrix for c in candidates))
     rows = materials[VALIDATION].rows
@@ -239,7 +239,7 @@ def plan(
     )
 
 
-def calibrate(lm: LanguageModel, made: Plan, task: Task, *, scorer: Scorer | None = None, batch_size: int = 32) -> Pace:
+def measure_cost(lm: LanguageModel, made: Plan, task: Task, *, scorer: Scorer | None = None, batch_size: int = 32) -> CostModel:
     """Time a unit of a plan at the bottom and at the top of the model, a decomposition, and a recording, on this machine.
 
     Args:
@@ -249,14 +249,14 @@ def calibrate(lm: LanguageModel, made: Plan, task: Task, *, scorer: Scorer | Non
         scorer: likewise.
         batch_size: likewise.
     """
-    material = materials_of(lm, task, scorer or task.validation.scorer, 0)[VALIDATION]
-    desk = Desk(lm, {VALIDATION: material}, batch=batch_size)
+    material = encode_splits(lm, task, scorer or task.validation.scorer, 0)[VALIDATION]
+    desk = WorkerState(lm, {VALIDATION: material}, batch=batch_size)
     by_size = sorted(made.matrices, key=decomposition_flop)
     middle = next((m for m in by_size[len(by_size) // 2 :] if decomposition_flop(m) < LONG), by_size[0])
-    weight = working(read(lm.model, middle))
+    weight = as_float_matrix(read_matrix(lm.model, middle))
     n = min(len(task.validation), 4 * batch_size)
-    top = max((p for stage in made.stages for p in stage.pieces if isinstance(p, Score)), key=lambda p: -p.share)
-    whole, high = (Score(VALIDATION, 0, n, i) for i in (BASE, top.intervention))
+    top = max((p for stage in made.stages for p in stage.pieces if isinstance(p, ScoreTask)), key=lambda p: -p.share)
+    whole, high = (ScoreTask(VALIDATION, 0, n, i) for i in (BASE, top.intervention))
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder) / "runs.db") as store:
         settings = {"model": lm.name, "task": task.name}
@@ -280,7 +280,7 @@ def calibrate(lm: LanguageModel, made: Plan, task: Task, *, scorer: Scorer | Non
     # The first time is one of its own: decompositions, boundaries and examples are new then.
     usual = {name: statistics.median(found[1:]) for name, found in times.items()}
     work = max(0.0, usual["whole"] - usual["high"]) / (1 - top.share) / n if top.share < 1 else usual["whole"] / n
-    return Pace(
+    return CostModel(
         work=work,
         example=max(0.0, usual["whole"] / n - work),
         decompose=usual["decompose"] / decomposition_flop(middle),
@@ -299,7 +299,7 @@ class _Maker:
     """Makes the pieces of a search as far as they are known before it."""
 
     lm: LanguageModel
-    materials: Mapping[str, Material]
+    materials: Mapping[str, EncodedSplit]
     candidates: Sequence[Candidate]
     strategy: Strategy
     mode: Mode
@@ -317,20 +317,20 @@ class _Maker:
 
     @property
     def screened(self) -> int:
-        return to_screen(len(self.materials[VALIDATION].split), self.options)
+        return screen_size(len(self.materials[VALIDATION].split), self.options)
 
     def stages(self, workers: int) -> tuple[Stage, ...]:
         n, on_test = (len(self.materials[name].split) for name in (VALIDATION, TEST))
         every = [c.intervention for c in self.candidates]
         stages = [self.scores("unchanged model on test", TEST, [BASE], (0, on_test), workers)]
         if self.screens:
-            shares = screenings(self.candidates, VALIDATION, n - self.screened, SCREEN_PASSES * self.screened, workers)
+            shares = screen_tasks(self.candidates, VALIDATION, n - self.screened, SCREEN_PASSES * self.screened, workers)
             stages.append(Stage("screen", tuple(shares)))
         if self.strategy == "exhaustive":
             stages.append(self.scores("exhaustive", VALIDATION, [BASE, *every], (0, n), workers))
         elif self.strategy == "race":
             alive, start = self.options.width + self.options.controls, 0
-            for stop in rungs_of(n, self.options.first):
+            for stop in rung_sizes(n, self.options.first):
                 stages.append(self.scores(f"{RUNG} {stop}", VALIDATION, [BASE, *_spread(every, alive)], (start, stop), workers))
                 if start:  # those that joined have to catch up
                     joined = self.scores("", VALIDATION, _spread(every, JOINED), (0, start), workers)
@@ -348,11 +348,11 @@ class _Maker:
     def scores(
         self, name: str, material: str, interventions: Sequence[Intervention], where: tuple[int, int], workers: int
     ) -> Stage:
-        shares = {i: 1 - place_of(i, self.lm.matrices, self.blocks) / len(self.blocks) for i in interventions}
-        most = most_for(rows_between(self.materials[material], *where), len(shares), workers, self.batch)
+        shares = {i: 1 - first_changed_block(i, self.lm.matrices, self.blocks) / len(self.blocks) for i in interventions}
+        most = max_examples(rows_between(self.materials[material], *where), len(shares), workers, self.batch)
         chunks = cut(self.lm, self.materials[material], where, memory=self.memory, most=most)
         ordered = sorted(shares, key=lambda i: -shares[i])
-        return Stage(name, tuple(Score(material, a, b, i, shares[i]) for a, b in chunks for i in ordered))
+        return Stage(name, tuple(ScoreTask(material, a, b, i, shares[i]) for a, b in chunks for i in ordered))
 
     def boundary(self, material: str) -> int:
         """Return the bytes of what the frontier keeps: a boundary for every block it has come to, as long as there is room."""
@@ -376,7 +376,7 @@ def _spread(interventions: Sequence[Intervention], n: int) -> list[Intervention]
     return [interventions[(2 * i + 1) * len(interventions) // (2 * n)] for i in range(min(n, len(interventions)))]
 
 
-def _pass_flop(lm: LanguageModel, material: Material) -> float:
+def _pass_flop(lm: LanguageModel, material: EncodedSplit) -> float:
     """Return the floating-point operations of a pass of one example, padding and normalisation not counted."""
     config: Any = lm.model.config
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
@@ -397,7 +397,7 @@ def _pass_flop(lm: LanguageModel, material: Material) -> float:
     return found / len(material.split)
 
 
-def _activations(lm: LanguageModel, materials: Mapping[str, Material], batch: int) -> int:
+def _activations(lm: LanguageModel, materials: Mapping[str, EncodedSplit], batch: int) -> int:
     """Return the bytes of one pass, about: what a block holds of its longest batch, and the logits at the scored places."""
     rows = [row for name, material in materials.items() if name != FINALISTS for row in material.rows]
     longest = sorted((len(r.ids) + len(r.decoder) for r in rows), reverse=True)[:batch]

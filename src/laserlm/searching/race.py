@@ -11,16 +11,16 @@ from itertools import chain
 
 from scipy import stats
 
-from laserlm.editing.applied import Edit
+from laserlm.edit.apply import Edit
 from laserlm.errors import ScoringError
+from laserlm.reductions import Intervention
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate
-from laserlm.searching.found import Metric, Rung, merit
+from laserlm.searching.ledger import ScoreLedger
+from laserlm.searching.result import Metric, RungReport, sort_key
 from laserlm.searching.screen import Prediction
-from laserlm.searching.trials import Trials
-from laserlm.spec import Intervention
 
-__all__ = ["RaceOptions", "beaten", "choose", "race", "rungs_of", "shuffled"]
+__all__ = ["RaceOptions", "choose", "is_significantly_worse", "race", "rung_sizes", "shuffled_order"]
 
 BASE = Intervention()
 
@@ -57,12 +57,12 @@ class RaceOptions:
             raise ScoringError(f"controls must be 0 or more, keep and delta from 0 to 1; got {self}")
 
 
-def shuffled(ids: Sequence[str], seed: int) -> list[int]:
+def shuffled_order(ids: Sequence[str], seed: int) -> list[int]:
     """Return places in an order that depends on the seed and the ids alone."""
     return sorted(range(len(ids)), key=lambda i: hashlib.sha256(f"{seed} {ids[i]}".encode()).digest())
 
 
-def rungs_of(examples: int, first: int) -> list[int]:
+def rung_sizes(examples: int, first: int) -> list[int]:
     """Return the numbers of examples of the rungs: ``first``, doubled until less than a doubling is left, then all."""
     sizes = []
     while 2 * first <= examples:
@@ -87,11 +87,11 @@ def choose(
             sizes[candidate.matrix.id] = sizes.get(candidate.matrix.id, 0) + 1
     taken = {str(c.intervention) for c in chosen}
     others = [c for c in candidates if str(c.intervention) not in taken]
-    order = shuffled([str(c.intervention) for c in others], seed)
+    order = shuffled_order([str(c.intervention) for c in others], seed)
     return chosen, [others[i] for i in order[: options.controls]]
 
 
-def beaten(leader: Evaluation, other: Evaluation, metric: Metric, delta: float) -> bool:
+def is_significantly_worse(leader: Evaluation, other: Evaluation, metric: Metric, delta: float) -> bool:
     """Return whether the leader is better on the same examples, in pairs, with an error of ``delta`` at most.
 
     Accuracy: an exact one-sided McNemar test, a fair coin over the discordant pairs. Loss: a one-sided paired t-test.
@@ -111,13 +111,13 @@ def beaten(leader: Evaluation, other: Evaluation, metric: Metric, delta: float) 
 
 
 def race(
-    trials: Trials,
+    trials: ScoreLedger,
     entered: Sequence[Candidate],
     every: Sequence[Candidate],
     metric: Metric,
     options: RaceOptions,
     on_rung: Callable[[int, int, Sequence[Intervention], int], None] = lambda *_: None,
-) -> Iterator[Rung]:
+) -> Iterator[RungReport]:
     """Score candidates on rungs of examples and drop the worse ones after each; yield the rungs as they end.
 
     The unchanged model runs along to the end. What is left at the end was scored on every example, and so were the
@@ -131,7 +131,7 @@ def race(
         options: how.
         on_rung: called before each rung with its number, how many there are, what runs in it, and its examples.
     """
-    stops = rungs_of(len(trials.split), options.first)
+    stops = rung_sizes(len(trials.split), options.first)
     alive = list(dict.fromkeys(c.intervention for c in entered))
     # What follows looks at no more examples than the rung has, for after an interruption there are scores of later ones.
     seen, out = set(alive), set[Intervention]()
@@ -149,13 +149,13 @@ def race(
         here = [i for i in alive if not trials.fails(i, stop)]
         order = _best_first(trials, [BASE, *here], metric, stop)
         leader, best = order[0], trials.first(order[0], stop)
-        lost = {i for i in here if i != leader and beaten(best, trials.first(i, stop), metric, bound)}
+        lost = {i for i in here if i != leader and is_significantly_worse(best, trials.first(i, stop), metric, bound)}
         out |= lost
         left = [i for i in order if i in here and i not in lost]
         kept = left if last else _promising(trials, left, metric, stop, most)
         new = [] if last else [i for i in _neighbours(leader, every) if i not in seen]
         seen |= set(new)
-        yield Rung(stop, len(alive), len(lost), len(left) - len(kept), len(alive) - len(here), len(new), str(leader))
+        yield RungReport(stop, len(alive), len(lost), len(left) - len(kept), len(alive) - len(here), len(new), str(leader))
         alive = [*kept, *new]
     # The last rung's leader may have neighbours that never ran, or left without proof.
     tried = {*alive, *out}
@@ -166,15 +166,15 @@ def race(
         tried |= set(new)
         here = [i for i in new if not trials.fails(i, stop)]
         leader = _best_first(trials, [leader, *here], metric, stop)[0]
-        yield Rung(stop, len(new), 0, 0, len(new) - len(here), 0, str(leader))
+        yield RungReport(stop, len(new), 0, 0, len(new) - len(here), 0, str(leader))
 
 
-def _best_first(trials: Trials, interventions: Sequence[Intervention], metric: Metric, n: int) -> list[Intervention]:
+def _best_first(trials: ScoreLedger, interventions: Sequence[Intervention], metric: Metric, n: int) -> list[Intervention]:
     """Return interventions by their scores on the first ``n`` examples; of equals the earlier first."""
-    return sorted(interventions, key=lambda i: merit(trials.first(i, n), metric), reverse=True)
+    return sorted(interventions, key=lambda i: sort_key(trials.first(i, n), metric), reverse=True)
 
 
-def _promising(trials: Trials, ranked: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
+def _promising(trials: ScoreLedger, ranked: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
     """Return those that go on: the best by the metric; for accuracy, by turns with the best by loss.
 
     Few examples tell losses apart far better than hit rates, whose leaders on 32 examples are often lucky ones.
@@ -185,7 +185,7 @@ def _promising(trials: Trials, ranked: Sequence[Intervention], metric: Metric, n
     return list(dict.fromkeys(chain.from_iterable(zip(ranked, by_loss, strict=True))))[:most]
 
 
-def _ahead(trials: Trials, alive: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
+def _ahead(trials: ScoreLedger, alive: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
     """Return what the next rung will hold, as far as can be told while this one runs: the unchanged model, and the best."""
     done = [i for i in [BASE, *alive] if trials.n(i) >= n]
     best = _promising(trials, [i for i in _best_first(trials, done, metric, n) if i], metric, n, most)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from laserlm.searching.desk import Piece
+from laserlm.searching.desk import WorkItem
 
 __all__ = ["TRIES", "Schedule"]
 
@@ -34,7 +34,7 @@ RECENT = 64
 class _Unit:
     """Pieces that a worker has, in the order in which it does them, without those it has answered."""
 
-    pieces: deque[Piece]
+    pieces: deque[WorkItem]
     heard: float  # when it last answered, or began
     guessed: bool = False  # begun before it was wanted
 
@@ -52,22 +52,22 @@ class Schedule:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._wanted: dict[Piece, None] = {}
-        self._waiting: dict[Hashable, deque[Piece]] = {}  # by home
+        self._wanted: dict[WorkItem, None] = {}
+        self._waiting: dict[Hashable, deque[WorkItem]] = {}  # by home
         self._load = 0.0  # work of all that waits
         self._units: dict[Hashable, _Unit] = {}
         self._homes: dict[Hashable, Hashable] = {}
-        self._answered: set[Piece] = set()
-        self._held: dict[Piece, Any] = {}  # answers that nobody has asked for yet
-        self._ends: Counter[Piece] = Counter()
-        self._paces: dict[type[Piece], deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._answered: set[WorkItem] = set()
+        self._held: dict[WorkItem, Any] = {}  # answers that nobody has asked for yet
+        self._ends: Counter[WorkItem] = Counter()
+        self._paces: dict[type[WorkItem], deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
 
     @property
     def open(self) -> bool:
         """Whether answers to pieces that are wanted are still to come."""
         return bool(self._wanted)
 
-    def want(self, pieces: Sequence[Piece]) -> list[tuple[Piece, Any]]:
+    def want(self, pieces: Sequence[WorkItem]) -> list[tuple[WorkItem, Any]]:
         """Want these and nothing else from now on; return those whose answer is here already."""
         here = [(piece, self._held.pop(piece)) for piece in pieces if piece in self._held]
         self._held.clear()
@@ -86,7 +86,7 @@ class Schedule:
         """Return whether a worker has nothing to do."""
         return worker not in self._units
 
-    def suspected(self, piece: Piece) -> bool:
+    def suspected(self, piece: WorkItem) -> bool:
         """Return whether a worker may have ended at this piece."""
         return self._ends[piece] > 0
 
@@ -102,8 +102,8 @@ class Schedule:
         worker: Hashable,
         now: float,
         needless: Callable[[Any], bool] = lambda _: False,
-        ahead: Callable[[], Sequence[Piece]] | None = None,
-    ) -> list[Piece]:
+        ahead: Callable[[], Sequence[WorkItem]] | None = None,
+    ) -> list[WorkItem]:
         """Give an idle worker a unit, and return it; nothing where there is nothing to do.
 
         Args:
@@ -119,7 +119,7 @@ class Schedule:
             self._homes[worker] = self._units[worker].pieces[0].home
         return pieces or guessed
 
-    def answer(self, worker: Hashable, piece: Piece, result: Any, now: float) -> bool:
+    def answer(self, worker: Hashable, piece: WorkItem, result: Any, now: float) -> bool:
         """Note an answer; return whether it is the first to a piece that is wanted."""
         unit = self._units[worker]
         unit.pieces.remove(piece)
@@ -137,7 +137,7 @@ class Schedule:
         """Note that a worker has done its unit, or left out what it had not begun; that is waited for again."""
         self._give_back(self._units.pop(worker))
 
-    def lose(self, worker: Hashable, *, begun: bool = True) -> Piece | None:
+    def lose(self, worker: Hashable, *, begun: bool = True) -> WorkItem | None:
         """Note that a worker has ended; return the piece it was at where that is now given up.
 
         The piece it was at is done by itself from then on; after ``TRIES`` such ends nobody gets it any more.
@@ -163,10 +163,10 @@ class Schedule:
         self._answered.add(suspect)
         return suspect
 
-    def _begun(self) -> set[Piece]:
+    def _begun(self) -> set[WorkItem]:
         return {piece for unit in self._units.values() for piece in unit.pieces}
 
-    def _wait(self, piece: Piece, *, first: bool = False) -> None:
+    def _wait(self, piece: WorkItem, *, first: bool = False) -> None:
         waiting = self._waiting.setdefault(piece.home, deque())
         (waiting.appendleft if first else waiting.append)(piece)
         self._load += piece.work
@@ -177,9 +177,9 @@ class Schedule:
             if piece in self._wanted and piece not in begun:
                 self._wait(piece, first=True)
 
-    def _begin(self, worker: Hashable, needless: Callable[[Any], bool]) -> list[Piece]:
+    def _begin(self, worker: Hashable, needless: Callable[[Any], bool]) -> list[WorkItem]:
         """Return the next pieces of a home, as many as make a unit."""
-        unit: list[Piece] = []
+        unit: list[WorkItem] = []
         room = self._load / (SHARE * self.workers)
         while self._waiting:
             home = unit[0].home if unit else self._choose(worker)
@@ -205,11 +205,11 @@ class Schedule:
         busy = Counter(self._homes[other] for other in self._units)
         return min(self._waiting, key=lambda other: busy[other])
 
-    def _fits(self, piece: Piece, unit: Sequence[Piece], room: float) -> bool:
+    def _fits(self, piece: WorkItem, unit: Sequence[WorkItem], room: float) -> bool:
         """Return whether a piece goes into a unit; one that ended a worker goes by itself."""
         return piece.group == unit[0].group and piece.work <= room and not self._ends[piece] and not self._ends[unit[0]]
 
-    def _double(self, now: float) -> list[Piece]:
+    def _double(self, now: float) -> list[WorkItem]:
         """Return what only workers have in hand of whom nothing was heard for far longer than it should take."""
         silent = [unit for unit in self._units.values() if now - unit.heard > self._patience(unit)]
         if not silent:
@@ -229,7 +229,7 @@ class Schedule:
         pace = self._paces[type(piece)]
         return max(PATIENCE, SLOW * median(pace) * (piece.work or 1)) if pace else UNKNOWN
 
-    def _guess(self, ahead: Callable[[], Sequence[Piece]] | None) -> list[Piece]:
+    def _guess(self, ahead: Callable[[], Sequence[WorkItem]] | None) -> list[WorkItem]:
         begun = self._begun() if ahead else set()
         for piece in ahead() if ahead else ():
             if piece not in begun and piece not in self._held and not self._ends[piece]:

@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers.pytorch_utils import Conv1D
 
-from laserlm.algebra.decomposition import Decomposition
-from laserlm.editing.applied import Edit
-from laserlm.editing.cache import DecompositionCache
+from laserlm.edit.apply import Edit
+from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import WeightError
+from laserlm.linalg.decomposition import Decomposition
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix, find_stacks, read, view
-from laserlm.scoring.encoding import Row, answer_row
+from laserlm.models.matrices import Matrix, find_stacks, read_matrix, view
 from laserlm.scoring.forward import Batch, batches, run_rows
-from laserlm.scoring.forward import read as read_off
-from laserlm.scoring.kernels import quick
+from laserlm.scoring.forward import forward_logits as read_off
+from laserlm.scoring.kernels import fast_cpu_kernels
+from laserlm.scoring.tokenize import TokenSequence, answer_row
 from laserlm.searching.candidates import Candidate
 from laserlm.tasks import Example, Scorer
 
@@ -78,7 +78,7 @@ class Prediction:
 def screen(
     lm: LanguageModel,
     examples: Sequence[Example],
-    rows: Sequence[Row],
+    rows: Sequence[TokenSequence],
     scorer: Scorer,
     candidates: Sequence[Candidate],
     *,
@@ -109,7 +109,7 @@ def screen(
     matrices = list({c.matrix.id: c.matrix for c in candidates}.values())
     found: dict[str, Prediction] = {}
     for matrix, total in _contributed(
-        lm, rows, coefficients, len(examples), matrices, lambda m: cache.get(read(lm.model, m)), batch_size
+        lm, rows, coefficients, len(examples), matrices, lambda m: cache.get(read_matrix(lm.model, m)), batch_size
     ):
         if bool(total.isfinite().all()):
             for candidate in by_matrix[matrix.id]:
@@ -118,7 +118,7 @@ def screen(
 
 
 def sensitivities(
-    lm: LanguageModel, rows: Sequence[Row], matrices: Sequence[Matrix], decomposed: Decomposed, *, batch_size: int = 4
+    lm: LanguageModel, rows: Sequence[TokenSequence], matrices: Sequence[Matrix], decomposed: Decomposed, *, batch_size: int = 4
 ) -> dict[str, Tensor]:
     """Return what dropping each component of each matrix costs, (k,), by the matrix's id: half the Fisher information.
 
@@ -147,7 +147,7 @@ def sensitivities(
 
 def _contributed(
     lm: LanguageModel,
-    rows: Sequence[Row],
+    rows: Sequence[TokenSequence],
     coefficients: Sequence[tuple[float, list[float]]],
     examples: int,
     matrices: Sequence[Matrix],
@@ -204,7 +204,7 @@ class _Pass:
 
 
 def _passes(
-    lm: LanguageModel, rows: Sequence[Row], coefficients: Sequence[tuple[float, list[float]]], batch_size: int
+    lm: LanguageModel, rows: Sequence[TokenSequence], coefficients: Sequence[tuple[float, list[float]]], batch_size: int
 ) -> list[_Pass]:
     """Run every batch and take the gradient of the objective down to the output of the last block."""
     passes: list[_Pass] = []
@@ -265,7 +265,7 @@ def _contributions(
     call: int,
     matrices: Sequence[Matrix],
     decomposed: Decomposed,
-    rows: Sequence[Row],
+    rows: Sequence[TokenSequence],
     examples: int,
     squared: bool,
 ) -> Iterator[tuple[Matrix, Tensor]]:
@@ -285,7 +285,7 @@ def _contributions(
         for one in passes:
             of_rows = torch.tensor([rows[i].example for i in one.batch.rows])
             with ExitStack() as stack:
-                stack.enter_context(quick(lm.device, one.batch.length))
+                stack.enter_context(fast_cpu_kernels(lm.device, one.batch.length))
                 for path, of in by_module.items():
                     hook = lm.model.get_submodule(path).register_forward_hook(_watch(of, of_rows, one.batch))
                     stack.callback(hook.remove)
@@ -406,7 +406,12 @@ def _components(w: _Watched, x: Tensor, d: Tensor) -> Tensor:
 
 
 def _coefficients(
-    lm: LanguageModel, examples: Sequence[Example], rows: Sequence[Row], scorer: Scorer, batch_size: int, between: bool
+    lm: LanguageModel,
+    examples: Sequence[Example],
+    rows: Sequence[TokenSequence],
+    scorer: Scorer,
+    batch_size: int,
+    between: bool,
 ) -> list[tuple[float, list[float]]]:
     """Return by what each row's log-probabilities, of its targets and of its options, enter the sum of losses."""
     tokens = Counter[int]()

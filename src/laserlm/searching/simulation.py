@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from laserlm.searching.desk import Piece, Score
+from laserlm.searching.desk import ScoreTask, WorkItem
 from laserlm.searching.schedule import Schedule
 
-__all__ = ["Pace", "Simulated", "simulate"]
+__all__ = ["CostModel", "Simulation", "simulate"]
 
 
 @dataclass(frozen=True)
-class Pace:
+class CostModel:
     """What things take, in seconds.
 
     Args:
@@ -38,7 +38,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Simulated:
+class Simulation:
     """How a search went.
 
     Args:
@@ -61,15 +61,15 @@ class Simulated:
 
 
 def simulate(
-    stages: Sequence[Sequence[Piece]],
+    stages: Sequence[Sequence[WorkItem]],
     workers: int,
-    pace: Pace,
+    pace: CostModel,
     *,
-    decompositions: Callable[[Piece], Mapping[str, float]] = lambda _: {},
+    decompositions: Callable[[WorkItem], Mapping[str, float]] = lambda _: {},
     early: Collection[int] = (),
     failures: float = 0.0,
     seed: int = 0,
-) -> Simulated:
+) -> Simulation:
     """Let the schedule hand out the pieces of one stage after the other, and tell how long it takes.
 
     A worker that comes to a home runs the blocks below its first piece once. A matrix is decomposed by the first worker that
@@ -101,7 +101,7 @@ def simulate(
         boundaries[worker] = {}
         push(when + pace.start, worker, "ready")
 
-    def begin(worker: Hashable, unit: Sequence[Piece], when: float) -> float:
+    def begin(worker: Hashable, unit: Sequence[WorkItem], when: float) -> float:
         """Put the answers of a unit into the queue, or the worker's end; return the time it worked."""
         end = when + draw.expovariate(failures / 3600) if failures else math.inf
         at = when + pace.unit
@@ -133,7 +133,7 @@ def simulate(
             now, _, worker, what, piece = heapq.heappop(queue)
             waits = what != "answer"  # an answer gives nobody anything new to do
             if what == "answer":
-                records = pace.answer * (piece.stop - piece.start) if isinstance(piece, Score) else 0.0
+                records = pace.answer * (piece.stop - piece.start) if isinstance(piece, ScoreTask) else 0.0
                 driver_free = max(driver_free, now) + records
                 driver += records
                 schedule.answer(worker, piece, None, now)
@@ -147,7 +147,7 @@ def simulate(
                 idle.append(worker)
         ends.append(max(now, driver_free))
     seconds = ends[-1] if ends else 0.0
-    return Simulated(
+    return Simulation(
         seconds=seconds,
         stages=tuple(b - a for a, b in zip([0.0, *ends], ends, strict=False)),
         busy=min(1.0, spent / (workers * seconds)) if seconds else 1.0,
@@ -158,10 +158,10 @@ def simulate(
     )
 
 
-def _seconds(piece: Piece, walked: dict[Hashable, float], pace: Pace) -> float:
+def _seconds(piece: WorkItem, walked: dict[Hashable, float], pace: CostModel) -> float:
     """Return how long a worker takes for the passes of a piece, and note how far up it is then."""
     found = piece.work * pace.work
-    if isinstance(piece, Score):
+    if isinstance(piece, ScoreTask):
         examples, below = piece.stop - piece.start, 1 - piece.share
         at = walked.get(piece.home, 0.0)
         found += examples * pace.example + max(0.0, below - at) * examples * pace.work

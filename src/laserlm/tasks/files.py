@@ -19,7 +19,7 @@ from typing import Any
 from laserlm.errors import TaskError
 from laserlm.paths import atomic_file, cache_folder
 
-__all__ = ["FORMATS", "Record", "field", "json_document", "json_lines", "local_file", "read_records", "text_of"]
+__all__ = ["FORMATS", "Record", "field", "json_document", "json_lines", "local_file", "read_records", "read_text"]
 
 Record = tuple[str, dict[str, Any]]
 """Where a row of data comes from, for errors, and the row."""
@@ -72,7 +72,7 @@ def read_records(file: Path) -> list[Record]:
     if kind == ".jsonl":
         return [(f"{file}, line {number}", row) for number, row in json_lines(file)]
     if kind in (".csv", ".tsv"):
-        table = csv.DictReader(io.StringIO(text_of(file), newline=""), delimiter="," if kind == ".csv" else "\t")
+        table = csv.DictReader(io.StringIO(read_text(file), newline=""), delimiter="," if kind == ".csv" else "\t")
         return [(f"{file}, record {number}", row) for number, row in enumerate(table, start=1)]
     if kind == ".parquet":
         from pyarrow import ArrowException, parquet
@@ -85,7 +85,7 @@ def read_records(file: Path) -> list[Record]:
     raise TaskError(f"{file.name} has an unknown format; there are {', '.join(FORMATS)}")
 
 
-def text_of(file: Path) -> str:
+def read_text(file: Path) -> str:
     """Read a UTF-8 text, packed or not.
 
     Raises:
@@ -107,7 +107,7 @@ def json_document(file: Path) -> Any:
         TaskError: if it is not one; the line is named.
     """
     try:
-        return json.loads(text_of(file))
+        return json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise TaskError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
 
@@ -118,7 +118,7 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         TaskError: if a line is not a JSON object; the line is named.
     """
-    for number, line in enumerate(io.StringIO(text_of(file)), start=1):
+    for number, line in enumerate(io.StringIO(read_text(file)), start=1):
         if not line.strip():
             continue
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from laserlm.errors import TaskError
 from laserlm.tasks.example import Example
-from laserlm.tasks.files import text_of
+from laserlm.tasks.files import read_text
 
 __all__ = ["examples"]
 
@@ -23,7 +23,7 @@ def examples(file: Path) -> list[Example]:
     Raises:
         TaskError: if the file holds no text.
     """
-    text = text_of(file)
+    text = read_text(file)
     if not text.strip():
         raise TaskError(f"{file} holds no text; give one with a few thousand characters at least")
     cuts, end = [0], 0

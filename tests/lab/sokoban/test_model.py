@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 import laserlm
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.lab.sokoban.env import Sokoban
 from laserlm.lab.sokoban.episodes import replay, task
 from laserlm.lab.sokoban.levels import CELLS, MOVES, Level, generate
 from laserlm.lab.sokoban.model import LEVEL, SokobanConfig, SokobanForCausalLM, tokenizer
 from laserlm.models import LanguageModel, load
-from laserlm.models.matrices import read
+from laserlm.models.matrices import read_matrix
 from laserlm.scoring import generation
-from laserlm.scoring.encoding import encode
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.forward import run_rows
-from laserlm.searching.frontier import Checks, Frontier
+from laserlm.scoring.prefix_cache import PrefixCache, PrefixCheck
+from laserlm.scoring.tokenize import encode
 
 WALL = "#" * 10
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "channels": 4, "depth": 1}
@@ -320,7 +320,7 @@ def test_the_matrices_of_its_blocks_have_their_names(lm: LanguageModel) -> None:
             "fc_out": block.mlp.c_proj.weight,
         }
         for name, weight in stored.items():
-            assert torch.equal(read(lm.model, found[layer, name]), weight.T)
+            assert torch.equal(read_matrix(lm.model, found[layer, name]), weight.T)
 
 
 def test_a_reduction_changes_scores_and_is_undone(lm: LanguageModel) -> None:
@@ -337,10 +337,10 @@ def test_a_reduction_changes_scores_and_is_undone(lm: LanguageModel) -> None:
 
 def test_the_frontier_moves_through_its_blocks_and_scores_as_whole_passes_do(lm: LanguageModel) -> None:
     rows = encode(lm, task(MADE).every.examples, "answer")
-    checks = Checks(lm, rows)
+    checks = PrefixCheck(lm, rows)
     assert checks.order == [("", 0), ("", 1)]
     assert checks.holds(1)
-    frontier = Frontier(lm, rows, 4, checks)
+    frontier = PrefixCache(lm, rows, 4, checks)
     assert frontier.moves
     frontier.advance("", 1)
     assert frontier.boundary == 1

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 import laserlm
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.errors import TaskError
 from laserlm.lab.sokoban.episodes import outline, replay, task
 from laserlm.lab.sokoban.levels import generate
 from laserlm.lab.sokoban.training import SHIPPED, Recipe, held_out, lessons, train
 from laserlm.models import load
-from laserlm.report.report import write_report
-from laserlm.results import Store
 from laserlm.scoring.evaluate import evaluate
+from laserlm.store import Store
+from laserlm.web.report import write_report
 
 HELD_OUT = "laserlm.lab.sokoban.training.HELD_OUT"
 SMALL = Recipe(

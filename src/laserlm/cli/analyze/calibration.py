@@ -11,8 +11,8 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import bar
 
 if TYPE_CHECKING:
-    from laserlm.analysis.calibration import Calibration, Confidence
-    from laserlm.analysis.scorebook import Scorebook
+    from laserlm.studies.calibration import Calibration, Confidence
+    from laserlm.studies.scores import CachedScorer
 
 ROWS = {"ece": "expected calibration error", "brier": "Brier score", "confidence": "mean confidence", "accuracy": "accuracy"}
 
@@ -29,8 +29,8 @@ def calibration(
 
     Example: laser analyze calibration bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
-    from laserlm.analysis.calibration import calibration as calibration_
-    from laserlm.analysis.calibration import check_scorer
+    from laserlm.studies.calibration import calibration as calibration_
+    from laserlm.studies.calibration import check_scorer
 
     output.check()
     with study.pair() as pair:
@@ -47,10 +47,10 @@ def calibration(
     )
 
 
-def _confidences(pair: Pair, book: Scorebook, text: str) -> list[Confidence]:
+def _confidences(pair: Pair, book: CachedScorer, text: str) -> list[Confidence]:
     """Return the confidences under an intervention, which are kept with its scores."""
-    from laserlm.analysis.calibration import confidences
-    from laserlm.editing import applied
+    from laserlm.edit import applied
+    from laserlm.studies.calibration import confidences
 
     def make() -> list[Confidence]:
         name = text or "the unchanged model"
@@ -78,7 +78,7 @@ def _reliability(found: Calibration) -> list[dict[str, Any]]:
 
 def _figure(found: Calibration, title: str) -> Any:
     """Return the reliability curves, and where those of a model lie that is right as often as it is confident."""
-    from laserlm.analysis.figures import curves
+    from laserlm.studies.figures import curves
 
     sides = {"before": found.curve_before, "after": found.curve_after}
     series = {side: [(b.confidence, b.accuracy) for b in curve] for side, curve in sides.items()}

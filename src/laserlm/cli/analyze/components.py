@@ -12,7 +12,7 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import bar
 
 if TYPE_CHECKING:
-    from laserlm.analysis.components import Bottom, Chunk
+    from laserlm.studies.components import BottomResult, SpectrumRun
     from laserlm.tasks import Example
 
 
@@ -35,17 +35,17 @@ def components(
 
     Example: laser analyze components bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
-    from laserlm.analysis.components import FRACTIONS, bottom_components, chunk_map
-    from laserlm.analysis.figures import components_figure
-    from laserlm.analysis.rank_curve import sizes_of
-    from laserlm.analysis.words import Words
-    from laserlm.tasks.files import local_file, text_of
+    from laserlm.studies.components import FRACTIONS, bottom_components, chunk_map
+    from laserlm.studies.figures import components_figure
+    from laserlm.studies.rank_curve import sizes_of
+    from laserlm.studies.words import Words
+    from laserlm.tasks.files import local_file, read_text
 
     output.check()
-    words = Words.english() if corpus is None else Words.of_text(text_of(local_file(corpus)), corpus.name)
+    words = Words.english() if corpus is None else Words.of_text(read_text(local_file(corpus)), corpus.name)
     wanted = FRACTIONS if fractions is None else tuple(map(str, sizes_of(fractions.split(","))))  # before anything is scored
-    bottom: list[Bottom] = []
-    chunks: list[Chunk] = []
+    bottom: list[BottomResult] = []
+    chunks: list[SpectrumRun] = []
     with study.pair() as pair, pair.book() as book:
         corrected = _corrected(pair.base.scores, pair.edited.scores, pair.examples)
         if corrected:
@@ -89,7 +89,7 @@ def _corrected(before: Any, after: Any, examples: tuple[Example, ...]) -> list[E
     return [e for e in examples if e.id in changed]
 
 
-def _bottom_row(b: Bottom, wide: bool) -> dict[str, Any]:
+def _bottom_row(b: BottomResult, wide: bool) -> dict[str, Any]:
     """Return a row of the table, which has no room for the intervals of all shares."""
     return {
         "fraction": b.fraction,
@@ -100,7 +100,7 @@ def _bottom_row(b: Bottom, wide: bool) -> dict[str, Any]:
     }
 
 
-def _chunk_row(c: Chunk) -> dict[str, Any]:
+def _chunk_row(c: SpectrumRun) -> dict[str, Any]:
     return {
         "matrix": c.matrix,
         "values": f"{c.first}-{c.last}",

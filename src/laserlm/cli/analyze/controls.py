@@ -11,7 +11,7 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import bar
 
 if TYPE_CHECKING:
-    from laserlm.analysis.controls import Control
+    from laserlm.studies.controls import Control
 
 
 @with_options(study=StudyOptions, output=Output)
@@ -24,8 +24,8 @@ def controls(
 
     Example: laser analyze controls bundled --task worldfacts --reduce 29.v_proj@0.75 --limit 300
     """
-    from laserlm.analysis.controls import controls as controls_
-    from laserlm.analysis.figures import controls_figure
+    from laserlm.studies.controls import controls as controls_
+    from laserlm.studies.figures import controls_figure
 
     output.check()
     with study.pair() as pair, pair.book() as score, bar("scoring controls", unit="models") as advance:
@@ -38,7 +38,7 @@ def controls(
 
 
 def _row(c: Control) -> dict[str, Any]:
-    from laserlm.analysis.estimates import Estimate
+    from laserlm.studies.estimates import Estimate
 
     return {
         "control": c.control,

@@ -11,7 +11,7 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import say
 
 if TYPE_CHECKING:
-    from laserlm.analysis.flipping import Flips, Label
+    from laserlm.studies.flipping import Flips, Label
 
 NAMES: dict[Any, str] = {"corrected": "corrected", "broken": "broken", "right": "right twice", "wrong": "wrong twice"}
 
@@ -31,10 +31,10 @@ def flips(
     """
     from dataclasses import asdict
 
-    from laserlm.analysis.figures import flips_figure
-    from laserlm.analysis.flipping import flips as flips_
-    from laserlm.analysis.flipping import likeliest
     from laserlm.errors import ScoringError, TokenizationError
+    from laserlm.studies.figures import flips_figure
+    from laserlm.studies.flipping import flips as flips_
+    from laserlm.studies.flipping import likeliest
 
     output.check()
     with study.pair() as pair:

@@ -13,9 +13,9 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import bar
 
 if TYPE_CHECKING:
-    from laserlm.analysis.estimates import Estimate
-    from laserlm.analysis.frequency import Part
-    from laserlm.analysis.mentions import Mentions
+    from laserlm.studies.estimates import Estimate
+    from laserlm.studies.frequency import Part
+    from laserlm.studies.mentions import Mentions
 
 
 @with_options(study=StudyOptions, output=Output)
@@ -38,9 +38,9 @@ def frequency(
 
     Example: laser analyze frequency bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
-    from laserlm.analysis.figures import curves
-    from laserlm.analysis.frequency import frequency as frequency_
-    from laserlm.analysis.frequency import popularity
+    from laserlm.studies.figures import curves
+    from laserlm.studies.frequency import frequency as frequency_
+    from laserlm.studies.frequency import popularity
 
     output.check()
     with study.pair() as pair:
@@ -81,7 +81,7 @@ def frequency(
 
 
 def _mentions(corpus: str, pair: Pair, workers: int) -> Mentions:
-    from laserlm.analysis.mentions import count_mentions
+    from laserlm.studies.mentions import count_mentions
 
     with bar("reading the corpus", unit="documents") as advance:
 

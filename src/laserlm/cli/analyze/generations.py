@@ -11,7 +11,7 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import bar
 
 if TYPE_CHECKING:
-    from laserlm.analysis.entities import Entities
+    from laserlm.studies.entities import Entities
 
 SETS = {
     "A": "set A: the unchanged model wrong, the reduced one right",
@@ -37,20 +37,20 @@ def generations(
 
     Example: laser analyze generations bundled --task worldfacts --reduce 29.v_proj@0.75 --limit 500
     """
-    from laserlm.analysis.entities import MODELS, PUBLISHED, entities, sets_of
-    from laserlm.analysis.entities import pipeline as pipeline_
-    from laserlm.analysis.figures import entities_figure
-    from laserlm.analysis.writing import written
-    from laserlm.editing import complement
+    from laserlm.edit import removed_part
+    from laserlm.studies.entities import MODELS, PUBLISHED, entities, sets_of
+    from laserlm.studies.entities import pipeline as pipeline_
+    from laserlm.studies.figures import entities_figure
+    from laserlm.studies.writing import generated_texts
 
     output.check()
     find = pipeline_(pipeline)
     with study.pair() as pair, pair.book() as book, bar("writing", unit="models") as advance:
-        alone = str(complement(pair.lm.matrices, pair.intervention))
+        alone = str(removed_part(pair.lm.matrices, pair.intervention))
         sets = sets_of(pair.base, pair.edited, book(alone))
         chosen = [e for e in pair.examples if e.id in sets]
         wanted = dict(zip(MODELS, ("", pair.intervention, alone), strict=True))
-        texts = written(book, pair.results, chosen, wanted, new_tokens=tokens, on_model=advance)
+        texts = generated_texts(book, pair.results, chosen, wanted, new_tokens=tokens, on_model=advance)
     found, said = entities(texts, chosen, sets, find)
     published = [
         {"set": name, "figure": figure, **values} for name, figures in PUBLISHED.items() for figure, values in figures.items()

@@ -11,7 +11,7 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import bar
 
 if TYPE_CHECKING:
-    from laserlm.analysis.rank_curve import Measured, Point
+    from laserlm.studies.rank_curve import LossAtRank, Point
 
 
 @with_options(study=StudyOptions, output=Output)
@@ -30,9 +30,9 @@ def low_rank(
 
     Example: laser analyze low-rank bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
-    from laserlm.analysis.figures import rank_curve_figure
-    from laserlm.analysis.rank_curve import RHOS, rank_curve, sizes_of
     from laserlm.errors import AnalysisError
+    from laserlm.studies.figures import rank_curve_figure
+    from laserlm.studies.rank_curve import RHOS, rank_curve, sizes_of
 
     output.check()
     if map_ and (study.reduce or study.limit or rhos):
@@ -67,10 +67,10 @@ def _row(p: Point) -> dict[str, Any]:
 
 
 def _show_map(study: StudyOptions, output: Output) -> None:
-    from laserlm.analysis.figures import map_figure
-    from laserlm.analysis.rank_curve import loss_map
     from laserlm.errors import AnalysisError
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
+    from laserlm.studies.figures import map_figure
+    from laserlm.studies.rank_curve import loss_map
 
     with Results.open(study.store) as results:
         info = study.find(results)
@@ -91,12 +91,12 @@ def _show_map(study: StudyOptions, output: Output) -> None:
     )
 
 
-def _flat(m: Measured) -> dict[str, Any]:
+def _flat(m: LossAtRank) -> dict[str, Any]:
     start = {"matrix": m.matrix, "layer": m.layer, "name": m.name, "size": m.size, "n": m.gain.n}
     return start | {"gain": m.gain, "change of loss": m.loss_change}
 
 
-def _lowest(found: list[Measured]) -> list[dict[str, Any]]:
+def _lowest(found: list[LossAtRank]) -> list[dict[str, Any]]:
     """Return a row for each layer: the lowest change of loss of each of its matrices."""
     names = list(dict.fromkeys((m.stack, m.name) for m in found))
     rows = []

@@ -12,7 +12,7 @@ from laserlm.cli.options import STORE_DEFAULT, Cache, Store, with_options
 from laserlm.cli.progress import bar, say
 
 if TYPE_CHECKING:
-    from laserlm.analysis import Correlation, MatrixMetrics
+    from laserlm.studies import Correlation, MatrixMetrics
 
 
 @with_options(output=Output)
@@ -37,15 +37,15 @@ def matrices(
 
     Example: laser analyze matrices bundled --type fc_up
     """
-    from laserlm.analysis import correlations, matrix_metrics
-    from laserlm.analysis.figures import matrices_figure
-    from laserlm.models.stored import open_stored
+    from laserlm.models.checkpoint_reader import open_checkpoint
+    from laserlm.studies import correlations, matrix_metrics
+    from laserlm.studies.figures import matrices_figure
 
     output.check()
     _check_drawn(metric)
     magnitudes = _magnitudes(thresholds)
     measured = _Measured() if run is None else _measured(run, model, store)
-    source = open_stored(model, revision=revision, cache=cache, allow_remote_code=allow_remote_code)
+    source = open_checkpoint(model, revision=revision, cache=cache, allow_remote_code=allow_remote_code)
     found: list[MatrixMetrics] = []
     given: dict[str, Any] = {"side": side, "types": types or (), "thresholds": magnitudes}
     with bar("decomposing", unit="matrices") as advance:
@@ -64,8 +64,8 @@ def matrices(
 def _check_drawn(metric: str) -> None:
     from dataclasses import fields
 
-    from laserlm.analysis import MatrixMetrics
     from laserlm.errors import AnalysisError
+    from laserlm.studies import MatrixMetrics
 
     drawn = [f.name for f in fields(MatrixMetrics) if f.type in ("float", "int") and f.name != "layer"]
     if metric not in drawn:
@@ -90,9 +90,9 @@ class _Measured:
 
 
 def _measured(run: str, model: str, store: str) -> _Measured:
-    from laserlm.analysis import best_of_each, gains
     from laserlm.errors import AnalysisError
-    from laserlm.results import Store as Results
+    from laserlm.store import Store as Results
+    from laserlm.studies import best_of_each, gains
 
     with Results.open(store) as results:
         info = results.find(run, kind="search")

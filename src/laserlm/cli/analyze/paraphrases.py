@@ -8,7 +8,7 @@ from laserlm.cli.analyze.study import Output, StudyOptions
 from laserlm.cli.options import with_options
 
 if TYPE_CHECKING:
-    from laserlm.analysis.paraphrases import Paired, Paraphrases
+    from laserlm.studies.paraphrases import Paired, Paraphrases
 
 
 @with_options(study=StudyOptions, output=Output)
@@ -17,8 +17,8 @@ def paraphrases(study: StudyOptions, output: Output) -> None:
 
     Example: laser analyze paraphrases bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
-    from laserlm.analysis.figures import bars
-    from laserlm.analysis.paraphrases import paraphrases as paraphrases_
+    from laserlm.studies.figures import bars
+    from laserlm.studies.paraphrases import paraphrases as paraphrases_
 
     output.check()
     with study.pair() as pair:

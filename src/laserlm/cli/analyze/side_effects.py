@@ -13,7 +13,7 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import bar
 
 if TYPE_CHECKING:
-    from laserlm.analysis.side_effects import OnText, Transfer
+    from laserlm.studies.side_effects import OnText, Transfer
     from laserlm.tasks import Split
 
 
@@ -37,13 +37,13 @@ def side_effects(
 
     Example: laser analyze side-effects bundled --task worldfacts --reduce 29.v_proj@0.75 --limit 300 --on web-of-lies
     """
-    from laserlm.analysis.estimates import Estimate
-    from laserlm.analysis.figures import transfer_figure
-    from laserlm.analysis.side_effects import neutral_prompts
-    from laserlm.tasks.files import text_of
+    from laserlm.studies.estimates import Estimate
+    from laserlm.studies.figures import transfer_figure
+    from laserlm.studies.side_effects import neutral_prompts
+    from laserlm.tasks.files import read_text
 
     output.check()
-    lines = neutral_prompts() if prompts is None else [x for x in text_of(prompts).splitlines() if x.strip()]
+    lines = neutral_prompts() if prompts is None else [x for x in read_text(prompts).splitlines() if x.strip()]
     reader = study.of_other_tasks()
     other = [reader.read(name).test.limit(examples) for name in on or ()]
     passage = None if text is None else reader.read(f"perplexity:{text}").every.limit(passages)
@@ -91,8 +91,8 @@ def side_effects(
 
 
 def _divergence(pair: Pair, lines: list[str]) -> list[float]:
-    from laserlm.analysis.side_effects import divergence
     from laserlm.scoring.identity import digest
+    from laserlm.studies.side_effects import divergence
 
     given: Any = {"batch_size": pair.batch_size, "seed": pair.seed}
     with pair.book() as book, bar("comparing predictions", unit="prompts") as advance:
@@ -104,7 +104,7 @@ def _divergence(pair: Pair, lines: list[str]) -> list[float]:
 
 
 def _on_text(pair: Pair, passage: Split) -> OnText:
-    from laserlm.analysis.side_effects import on_text
+    from laserlm.studies.side_effects import on_text
 
     with pair.book(passage) as book:
         return on_text(book(""), book(pair.intervention))
@@ -118,7 +118,7 @@ def _of_text(found: OnText | None) -> dict[str, Any]:
 
 def _cells(pairs: list[Pair], other: list[Split]) -> list[Transfer]:
     """Return every intervention on every task, their own and the others, each once."""
-    from laserlm.analysis.side_effects import transfer
+    from laserlm.studies.side_effects import transfer
 
     columns: dict[tuple[str, str, str], Split] = {}
     for split in [*(p.split for p in pairs), *other]:

@@ -14,11 +14,11 @@ import typer
 from laserlm.cli.options import STORE_DEFAULT, DataOptions, Listing, LoadOptions, Store, TaskOptions, print_json
 
 if TYPE_CHECKING:
-    from laserlm.analysis.scorebook import Scorebook
     from laserlm.models import LanguageModel
-    from laserlm.results import RunInfo
-    from laserlm.results import Store as Results
     from laserlm.scoring.records import Evaluation
+    from laserlm.store import RunInfo
+    from laserlm.store import Store as Results
+    from laserlm.studies.scores import CachedScorer
     from laserlm.tasks import Example, Scorer, Split
 
 __all__ = ["Output", "Pair", "StudyOptions"]
@@ -39,7 +39,7 @@ class Output(Listing):
 
     def check(self) -> None:
         """Raise an error where what is found could not be shown so, before it is computed."""
-        from laserlm.analysis.figures import check_figure
+        from laserlm.studies.figures import check_figure
 
         if self.table + self.json + self.csv > 1:
             raise typer.BadParameter("--table, --json and --csv exclude each other")
@@ -55,8 +55,8 @@ class Output(Listing):
             lines: sentences that stand above the tables.
             figure: makes the plotly figure; None where there is nothing to draw.
         """
-        from laserlm.analysis.figures import write_figure
         from laserlm.errors import AnalysisError
+        from laserlm.studies.figures import write_figure
 
         if self.json:
             print_json(values)
@@ -74,7 +74,7 @@ class Output(Listing):
 
 
 def _estimated(value: Any) -> bool:
-    from laserlm.analysis.estimates import Estimate
+    from laserlm.studies.estimates import Estimate
 
     return isinstance(value, Estimate)
 
@@ -139,12 +139,12 @@ class Pair:
         """What the scores are of, for the title of a table."""
         return f"{self.intervention} on {self.base.task}, {self.base.split}"
 
-    def book(self, split: Split | None = None, scorer: Scorer | None = None) -> AbstractContextManager[Scorebook]:
+    def book(self, split: Split | None = None, scorer: Scorer | None = None) -> AbstractContextManager[CachedScorer]:
         """Return the scores of the model on these examples, or on others, to which new ones can be added."""
-        from laserlm.analysis.scorebook import scored
+        from laserlm.studies.scores import cached_scorer
 
         same = split is None and scorer in (None, self.base.scorer)
-        return scored(
+        return cached_scorer(
             self.lm,
             split or self.split,
             self.results,
@@ -191,10 +191,10 @@ class StudyOptions(LoadOptions, TaskOptions):
     @contextmanager
     def pair(self) -> Iterator[Pair]:
         """Yield the scores that a search recorded on its test split, or those of a model, made only where they are missing."""
-        from laserlm.analysis.scorebook import scored
         from laserlm.errors import AnalysisError
-        from laserlm.results import Store as Results
-        from laserlm.spec import Intervention
+        from laserlm.reductions import Intervention
+        from laserlm.store import Store as Results
+        from laserlm.studies.scores import cached_scorer
 
         with Results.open(self.store) as results:
             if not self.reduce:
@@ -205,7 +205,7 @@ class StudyOptions(LoadOptions, TaskOptions):
                 raise AnalysisError("no reduction to study: give --reduce SPEC, or the id of a search's run")
             examples = self.split(self.split_name, self.limit)
             lm = self.load_named(self.what)
-            with scored(lm, examples, results, batch_size=self.batch_size) as score:
+            with cached_scorer(lm, examples, results, batch_size=self.batch_size) as score:
                 base, edited = score(""), score(text)
             of = (base, edited, examples.examples, results, self.batch_size, lm.hash)
             yield Pair(lm.name, text, *of, lambda: lm, lambda: examples)

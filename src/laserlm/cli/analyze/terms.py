@@ -12,7 +12,7 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import bar
 
 if TYPE_CHECKING:
-    from laserlm.analysis.terms import GroupTerms
+    from laserlm.studies.terms import GroupTerms
 
 UNCHANGED, REDUCED = "what the unchanged model writes", "what the reduced model writes"
 
@@ -30,9 +30,9 @@ def terms(
 
     Example: laser analyze terms bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
-    from laserlm.analysis.figures import terms_figure
-    from laserlm.analysis.terms import terms as terms_
-    from laserlm.analysis.writing import written
+    from laserlm.studies.figures import terms_figure
+    from laserlm.studies.terms import terms as terms_
+    from laserlm.studies.writing import generated_texts
 
     output.check()
     with study.pair() as pair:
@@ -40,7 +40,7 @@ def terms(
         if generations:
             wanted = {UNCHANGED: "", REDUCED: pair.intervention}
             with pair.book() as book, bar("writing", unit="models") as advance:
-                texts |= written(book, pair.results, pair.examples, wanted, new_tokens=tokens, on_model=advance)
+                texts |= generated_texts(book, pair.results, pair.examples, wanted, new_tokens=tokens, on_model=advance)
     groups = _groups(pair, labels)
     wordless = [name for name, of in texts.items() if not any(c.isalnum() for t in of for c in t)]
     found = {name: terms_(of, groups, top=top) for name, of in texts.items() if name not in wordless}
@@ -64,7 +64,7 @@ def terms(
 
 def _groups(pair: Pair, labels: int) -> Mapping[str, Sequence[int]]:
     """Return the indices of the examples of each flip group and of the most frequent answers."""
-    from laserlm.analysis.flipping import flips
+    from laserlm.studies.flipping import flips
 
     found = flips(pair.base, pair.edited, pair.examples)
     groups: dict[str, list[int]] = {name: [] for name in ("corrected", "broken", "right", "wrong")}

@@ -24,7 +24,7 @@ from laserlm.errors import TaskError
 from laserlm.lab.recall.language import PAD, START, Language, Recipe
 from laserlm.lab.training import check_new, fit
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import load, quiet
+from laserlm.models.loading import load, silence_transformers
 from laserlm.paths import atomic_folder
 
 __all__ = ["trained", "untrained"]
@@ -120,7 +120,7 @@ def trained(
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=50,
             )
-            with quiet():
+            with silence_transformers():
                 lm.model.save_pretrained(part)
                 lm.need_tokenizer().save_pretrained(part)
             (part / "recipe.json").write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laserlm.editing import applied
+from laserlm.edit import applied
 from laserlm.lab.recall.language import DRAWN, Language, Recipe, questions, texts
 from laserlm.models.language_model import LanguageModel
-from laserlm.results import Store
+from laserlm.reductions import GROUPS, Intervention
 from laserlm.scoring.evaluate import Comparison, compare, evaluate
-from laserlm.searching import Found, Step, search
-from laserlm.spec import GROUPS, Intervention
+from laserlm.searching import SearchProgress, SearchResult, search
+from laserlm.store import Store
 from laserlm.tasks import Split, Task
 
-__all__ = ["GRID", "Recalled", "study", "task_of"]
+__all__ = ["GRID", "RecallResult", "study", "task_of"]
 
 GRID = "all.all@0,0.02,0.05,0.1,0.2,0.4,0.6,0.8,0.9"
 """Every matrix, from nothing of it to nearly all."""
@@ -25,7 +25,7 @@ QUESTIONS = 2000
 
 
 @dataclass(frozen=True)
-class Recalled:
+class RecallResult:
     """What was found on one trained model.
 
     Args:
@@ -42,8 +42,8 @@ class Recalled:
     """
 
     recipe: Recipe
-    found: Found
-    race: Found
+    found: SearchResult
+    race: SearchResult
     clean: Comparison
     first: str
     first_clean: Comparison
@@ -84,8 +84,8 @@ def study(
     store: str | Path,
     *,
     restart: bool = False,
-    on_step: Callable[[Step], None] | None = None,
-) -> Recalled:
+    on_step: Callable[[SearchProgress], None] | None = None,
+) -> RecallResult:
     """Try every matrix at every size on clean validation sequences, and measure the best once on others.
 
     Args:
@@ -112,7 +112,7 @@ def study(
     mixed = Task.of("noisy-recall noisy", questions(language, noisy, "noisy", noisy=True)).every
     whole = Task.of("noisy-recall text", texts(language, clean, "asked"), scorer="perplexity").every
     best = found.best
-    return Recalled(
+    return RecallResult(
         recipe,
         found,
         race,

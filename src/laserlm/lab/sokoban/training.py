@@ -17,7 +17,7 @@ from laserlm.lab.sokoban.levels import generate
 from laserlm.lab.sokoban.model import SokobanConfig, SokobanForCausalLM, tokenizer
 from laserlm.lab.training import check_new, fit
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import load, quiet
+from laserlm.models.loading import load, silence_transformers
 from laserlm.paths import atomic_folder
 from laserlm.tasks import Task
 
@@ -139,7 +139,7 @@ def train(
                 warmup_steps=min(100, recipe.steps // 10),
                 weight_decay=0.01,
             )
-            with quiet():
+            with silence_transformers():
                 tokenizer().save_pretrained(part)
                 model.save_pretrained(part)
             shutil.copy(work / "recipe.json", part)

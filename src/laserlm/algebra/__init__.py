@@ -1,6 +1,0 @@
-"""Tensor functions that know no model: ranks, decompositions, truncation."""
-
-from laserlm.algebra.decomposition import Decomposition, basis_of, decompose, reference_truncation
-from laserlm.algebra.ranks import rank_at
-
-__all__ = ["Decomposition", "basis_of", "decompose", "rank_at", "reference_truncation"]

@@ -1,0 +1,239 @@
+"""What a search tells: where it stands, and what it found."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from laserlm.reductions import Intervention
+from laserlm.scoring.evaluate import Comparison
+from laserlm.scoring.records import Evaluation
+from laserlm.scoring.statistics import Interval
+
+__all__ = [
+    "ComposeStep",
+    "Metric",
+    "Mode",
+    "RungReport",
+    "ScreenReport",
+    "SearchProgress",
+    "SearchResult",
+    "Strategy",
+    "sort_key",
+]
+
+Metric = Literal["accuracy", "loss"]
+Strategy = Literal["race", "exhaustive", "compose"]
+Mode = Literal["joint", "greedy"]
+
+
+def sort_key(e: Evaluation, metric: Metric) -> tuple[float, float]:
+    """Return what evaluations are ordered by: accuracy, ties by lower loss; or loss, ties by accuracy. More is better."""
+    return (e.accuracy, -e.loss) if metric == "accuracy" else (-e.loss, e.accuracy)
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """Where a search stands, for a progress display.
+
+    Args:
+        stage: what is being done, such as ``rung 2 of 5``.
+        alive: what is scored in this stage, the unchanged model counted where it is.
+        done: work done in this call, in passes of one example through the whole model.
+        total: work expected; less may turn out to be needed.
+        scored: examples scored in this call, counted for each candidate.
+        best: the best so far, the unchanged model included, on the examples scored so far; None before the first.
+        last: canonical text of what was scored last.
+    """
+
+    stage: str
+    alive: int
+    done: float
+    total: float
+    scored: int
+    best: Evaluation | None
+    last: str
+
+
+@dataclass(frozen=True)
+class RungReport:
+    """One rung of a race.
+
+    Args:
+        examples: number of examples that all candidates in it were scored on, those of earlier rungs included.
+        entered: candidates in it, the unchanged model not counted.
+        beaten: those dropped because the leader beats them beyond the bound.
+        halved: those dropped because others looked better, without proof.
+        failed: those that could not be scored.
+        joined: neighbours in rho of the leader that join in the next rung.
+        leader: canonical text of the best, empty for the unchanged model.
+    """
+
+    examples: int
+    entered: int
+    beaten: int
+    halved: int
+    failed: int
+    joined: int
+    leader: str
+
+
+@dataclass(frozen=True)
+class ScreenReport:
+    """What the first-order screen did, and how well it ranked what the race then measured.
+
+    Args:
+        examples: number of examples its gradient is over.
+        candidates: candidates ranked.
+        chosen: those it sent into the race.
+        controls: others, drawn at random, that were sent too.
+        correlation: Spearman's rank correlation, over all of these, of the expected change of loss with the change
+            measured on the first rung's examples; None for fewer than three.
+        controls_ahead: share of pairs of a control and a chosen one in which the control measured better; 0.5 would mean
+            that the screen knows nothing.
+        seconds: wall time, decompositions included.
+        expected: change of loss that the screen expects, in nats, of all that were sent.
+        measured: change of loss on the first rung's examples.
+    """
+
+    examples: int
+    candidates: int
+    chosen: int
+    controls: int
+    correlation: float | None
+    controls_ahead: float | None
+    seconds: float
+    expected: dict[str, float]
+    measured: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ComposeStep:
+    """One accepted step of a composition.
+
+    Args:
+        added: canonical text of the reduction that was added.
+        intervention: canonical text of all reductions after it.
+        comparison: validation before and after this step alone.
+    """
+
+    added: str
+    intervention: str
+    comparison: Comparison
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {"added": self.added, "intervention": self.intervention, "comparison": _as_best(self.comparison)}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Args:
+        run: id of the run in the store.
+        strategy: how candidates were tried.
+        best: the intervention that was best on validation; empty if that is the unchanged model.
+        candidates: number of candidates that the choice was among, the unchanged model not counted.
+        scored: number of interventions that were scored on some validation examples at least, the unchanged model not
+            counted; a composition's trials are sets of candidates.
+        failed: canonical text and reason of candidates that could not be scored.
+        validation: base against best on the validation examples that both were scored on; the choice was made on them, so
+            it is biased upwards.
+        test: base against best on examples that had no part in the choice.
+        seconds: wall time of this call.
+        complete: whether the search came to its end, and not to that of its time.
+        boundary_bytes: most memory that boundaries of the frontier took.
+        decomposition_bytes: most memory that decompositions took.
+        rungs: of a race.
+        screened: the screen before a race.
+        steps: accepted steps of a composition.
+        finalists: where the scorer judges what the model writes: accuracy on validation, by canonical text, of those that
+            the log-loss of the answers ranked best, and of the unchanged model.
+        settings: all that the result depends on, hashes of the model and of both splits among them.
+    """
+
+    run: str
+    strategy: Strategy
+    best: Intervention
+    candidates: int
+    scored: int
+    failed: dict[str, str]
+    validation: Comparison
+    test: Comparison
+    seconds: float
+    complete: bool
+    boundary_bytes: int
+    decomposition_bytes: int
+    rungs: tuple[RungReport, ...] = ()
+    screened: ScreenReport | None = None
+    steps: tuple[ComposeStep, ...] = ()
+    finalists: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def verdict(self) -> list[str]:
+        """Return in sentences whether the gain holds on the test examples."""
+        of_text = self.settings.get("scorer") == "perplexity"
+        low, high = self.test.interval
+        if not self.best:
+            return ["No candidate beat the unchanged model on validation."]
+        found = []
+        if not of_text and low > 0:
+            found.append("The gain in accuracy holds on questions that had no part in the choice.")
+        elif not of_text and high < 0:
+            found.append("The choice does not hold: it loses on the held-out questions.")
+        elif not of_text:
+            found.append("The held-out questions show no clear change of accuracy: the interval of the gain includes zero.")
+        if self.test.loss_interval.high < 0:
+            found.append("Their loss falls: the interval of its change lies below zero.")
+        elif self.test.loss_interval.low > 0:
+            found.append("Their loss rises: the interval of its change lies above zero.")
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {
+            "run": self.run,
+            "strategy": self.strategy,
+            "best": str(self.best),
+            "candidates": self.candidates,
+            "scored": self.scored,
+            "failed": self.failed,
+            "seconds": self.seconds,
+            "complete": self.complete,
+            "boundary_bytes": self.boundary_bytes,
+            "decomposition_bytes": self.decomposition_bytes,
+            "validation": _as_best(self.validation),
+            "test": _as_best(self.test),
+            "rungs": [asdict(rung) for rung in self.rungs],
+            "screened": asdict(self.screened) if self.screened else None,
+            "steps": [step.as_dict() for step in self.steps],
+            "finalists": self.finalists,
+            "settings": self.settings,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SearchResult:
+        """Return what ``as_dict`` was made of."""
+        return cls(
+            **values
+            | {
+                "best": Intervention.parse(values["best"]),
+                "validation": _comparison(values["validation"]),
+                "test": _comparison(values["test"]),
+                "rungs": tuple(RungReport(**rung) for rung in values["rungs"]),
+                "screened": ScreenReport(**values["screened"]) if values["screened"] else None,
+                "steps": tuple(ComposeStep(**s | {"comparison": _comparison(s["comparison"])}) for s in values["steps"]),
+            }
+        )
+
+
+def _as_best(comparison: Comparison) -> dict[str, Any]:
+    return {key.replace("edited", "best"): value for key, value in comparison.as_dict().items()}
+
+
+def _comparison(values: dict[str, Any]) -> Comparison:
+    named = {key.replace("best", "edited"): value for key, value in values.items()}
+    loss_interval = Interval(*(named["loss_interval"] or (-math.inf, math.inf)))
+    return Comparison(**named | {"interval": Interval(*named["interval"]), "loss_interval": loss_interval})

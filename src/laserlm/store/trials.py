@@ -1,0 +1,231 @@
+"""Write and read the trials of a run: evaluations with their scores, and failures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import func, insert, select
+from sqlalchemy.orm import Session
+
+from laserlm.errors import StoreError
+from laserlm.scoring.records import Evaluation, ExampleScore
+from laserlm.store.database import lock
+from laserlm.store.schema import ExampleRow, ScoreRow, TrialRow
+from laserlm.tasks.example import Example
+
+__all__ = ["check", "find_trial", "load_evaluation", "load_examples", "load_trials", "save_evaluation", "save_failure"]
+
+COLUMNS = ("id", "prompt", "answer", "choices", "group", "fact", "popularity")
+MORE = [f for f in fields(Example) if f.name not in COLUMNS]
+CHUNK = 500  # values in one query; SQLite before 3.32 takes 999
+
+
+def check(evaluation: Evaluation, examples: Sequence[Example]) -> None:
+    """Raise a StoreError unless the scores are those of the examples, in their order, and are numbers."""
+    trial = f"the evaluation of {evaluation.intervention or 'the unchanged model'!r} on {evaluation.split}"
+    if len(examples) != evaluation.n:
+        raise StoreError(
+            f"{trial} has {evaluation.n} scores for {len(examples)} examples; record the examples it was made from"
+        )
+    for position, (score, example) in enumerate(zip(evaluation.scores, examples, strict=True)):
+        if (score.id, score.group) != (example.id, example.group):
+            raise StoreError(
+                f"{trial} has at position {position} the score of {score.id!r} (group {score.group!r}) and the example "
+                f"{example.id!r} (group {example.group!r}); record the examples in the order of the scores"
+            )
+        if math.isnan(score.logprob) or score.tokens < 1:
+            raise StoreError(
+                f"{trial} gives example {score.id!r} the log-probability {score.logprob} over {score.tokens} tokens; "
+                "record a number over one token or more, or the trial as failed"
+            )
+
+
+def find_trial(session: Session, run_id: str, split: str, intervention: str) -> TrialRow | None:
+    """Return the trial, done or failed, or None."""
+    return session.scalars(
+        select(TrialRow).where(TrialRow.run_id == run_id, TrialRow.split == split, TrialRow.intervention == intervention)
+    ).one_or_none()
+
+
+def save_evaluation(session: Session, run_id: str, evaluation: Evaluation, examples: Sequence[Example], start: int) -> None:
+    """Add a trial with its scores, or the next scores to a trial that has ``start`` of them; and the examples that are new."""
+    trial = _open_trial(session, run_id, evaluation.split, evaluation.intervention, start)
+    n = start + evaluation.n
+    trial.status = "done"
+    trial.model = evaluation.model
+    trial.task = evaluation.task
+    trial.scorer = evaluation.scorer
+    trial.n = n
+    trial.accuracy = ((trial.accuracy or 0) * start + evaluation.accuracy * evaluation.n) / n
+    trial.loss = ((trial.loss or 0) * start + evaluation.loss * evaluation.n) / n
+    trial.seconds = (trial.seconds or 0) + evaluation.seconds
+    trial.classes = list(evaluation.classes)
+    session.add(trial)
+    session.flush()
+    ids = _example_ids(session, examples)
+    session.execute(
+        insert(ScoreRow),
+        [
+            {
+                "trial_id": trial.id,
+                "position": position,
+                "example_id": ids[example],
+                "correct": score.correct,
+                "logprob": score.logprob,
+                "tokens": score.tokens,
+                "predicted": score.predicted,
+                "answer": None if score.answer == example.answer else score.answer,
+                "figures": score.figures or None,
+            }
+            for position, (score, example) in enumerate(zip(evaluation.scores, examples, strict=True), start)
+        ],
+    )
+
+
+def save_failure(session: Session, run_id: str, split: str, intervention: str, reason: str, start: int) -> None:
+    """Add a trial that has no scores, or end one that has ``start`` of them, and say why it has no more."""
+    trial = _open_trial(session, run_id, split, intervention, start)
+    trial.status = "failed"
+    trial.reason = reason
+    session.add(trial)
+
+
+def load_evaluation(session: Session, run_id: str, split: str, intervention: str) -> Evaluation | None:
+    """Return the evaluation as it was recorded, or None where there is none or it failed."""
+    trial = find_trial(session, run_id, split, intervention)
+    return None if trial is None or trial.status != "done" else _loaded(session, [trial])[0]
+
+
+def load_trials(session: Session, run_id: str, split: str) -> tuple[dict[str, Evaluation], dict[str, str]]:
+    """Return the scores of every trial of a split that has some, and the reasons of those that failed, by intervention."""
+    trials = session.scalars(
+        select(TrialRow).where(TrialRow.run_id == run_id, TrialRow.split == split).order_by(TrialRow.id)
+    ).all()
+    found = {e.intervention: e for e in _loaded(session, [t for t in trials if t.n])}
+    return found, {t.intervention: t.reason or "" for t in trials if t.status == "failed"}
+
+
+def load_examples(session: Session, run_id: str, split: str) -> tuple[Example, ...]:
+    """Return the examples that the unchanged model was scored on, in the order of its scores; none where it was not."""
+    trial = find_trial(session, run_id, split, "")
+    if trial is None:
+        return ()
+    query = select(ExampleRow).join(ScoreRow, ScoreRow.example_id == ExampleRow.id).where(ScoreRow.trial_id == trial.id)
+    rows = session.scalars(query.order_by(ScoreRow.position))
+    return tuple(map(_example, rows))
+
+
+def _example(row: ExampleRow) -> Example:
+    more = {name: _tupled(value) for name, value in (row.more or {}).items()}
+    return Example(row.name, row.prompt, row.answer, tuple(row.choices), row.group, row.fact, row.popularity, **more)
+
+
+def _tupled(value: Any) -> Any:
+    """Return a JSON value with tuples for its lists, as an example has them."""
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+def _loaded(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:
+    scores: dict[int, list[ExampleScore]] = {trial.id: [] for trial in trials}
+    wanted = list(scores)
+    for first in range(0, len(wanted), CHUNK):
+        rows = session.execute(
+            select(
+                ScoreRow.trial_id,
+                ExampleRow.name,
+                ScoreRow.correct,
+                ScoreRow.logprob,
+                ScoreRow.tokens,
+                ScoreRow.predicted,
+                func.coalesce(ScoreRow.answer, ExampleRow.answer),
+                ExampleRow.group,
+                ScoreRow.figures,
+            )
+            .join(ExampleRow, ScoreRow.example_id == ExampleRow.id)
+            .where(ScoreRow.trial_id.in_(wanted[first : first + CHUNK]))
+            .order_by(ScoreRow.trial_id, ScoreRow.position)
+        )
+        for trial_id, id, correct, logprob, tokens, predicted, answer, group, figures in rows:
+            scores[trial_id].append(ExampleScore(id, correct, logprob, tokens, predicted, answer, group, figures or {}))
+    evaluations: list[Evaluation] = []
+    for trial in trials:
+        if len(scores[trial.id]) != trial.n:
+            raise StoreError(
+                f"run {trial.run_id} has {len(scores[trial.id])} of {trial.n} scores for {trial.intervention!r} on "
+                f"{trial.split}; the database is damaged, restore a copy or start again with another --store"
+            )
+        evaluations.append(
+            Evaluation(
+                trial.model or "",
+                trial.task or "",
+                trial.split,
+                trial.scorer or "",
+                trial.intervention,
+                tuple(scores[trial.id]),
+                trial.seconds or 0.0,
+                tuple(trial.classes or ()),
+            )
+        )
+    return evaluations
+
+
+def _open_trial(session: Session, run_id: str, split: str, intervention: str, start: int) -> TrialRow:
+    """Return a new trial, or the one that has ``start`` scores so far."""
+    earlier = find_trial(session, run_id, split, intervention)
+    if earlier is None and start == 0:
+        return TrialRow(run_id=run_id, split=split, intervention=intervention, created=datetime.now(UTC))
+    if earlier is not None and earlier.status == "done" and earlier.n == start > 0:
+        return earlier
+    trial = f"trial of {intervention or 'the unchanged model'!r} on {split}"
+    has = f"has no {trial}" if earlier is None else f"already has a {trial} ({earlier.status}, {earlier.n or 0} scores)"
+    raise StoreError(
+        f"run {run_id} {has}, which cannot go on from score {start}; look before measuring, or start a new run with --restart"
+    )
+
+
+def _example_ids(session: Session, examples: Iterable[Example]) -> dict[Example, int]:
+    connection = session.connection()
+    lock(connection, "examples", shared=True)  # nobody deletes, as scored by none, what we are about to score
+    digests = {example: _digest(example) for example in examples}
+    ids = _known(session, digests.values())
+    if missing := set(digests.values()) - ids.keys():
+        lock(connection, "new examples")
+        ids |= _known(session, missing)  # what others added until then
+    new = [
+        {
+            "digest": digest,
+            "name": example.id,
+            "prompt": example.prompt,
+            "answer": example.answer,
+            "choices": list(example.choices),
+            "group": example.group,
+            "fact": example.fact,
+            "popularity": example.popularity,
+            "more": {f.name: value for f in MORE if (value := getattr(example, f.name)) != f.default} or None,
+        }
+        for example, digest in digests.items()
+        if digest not in ids
+    ]
+    if new:
+        added = session.execute(insert(ExampleRow).returning(ExampleRow.digest, ExampleRow.id), new)
+        ids.update((digest, id) for digest, id in added)
+    return {example: ids[digest] for example, digest in digests.items()}
+
+
+def _known(session: Session, digests: Iterable[str]) -> dict[str, int]:
+    wanted = list(digests)
+    ids: dict[str, int] = {}
+    for start in range(0, len(wanted), CHUNK):
+        query = select(ExampleRow.digest, ExampleRow.id).where(ExampleRow.digest.in_(wanted[start : start + CHUNK]))
+        ids.update((digest, id) for digest, id in session.execute(query))
+    return ids
+
+
+def _digest(example: Example) -> str:
+    return hashlib.sha256(json.dumps(asdict(example), sort_keys=True).encode()).hexdigest()

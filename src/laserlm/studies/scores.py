@@ -1,0 +1,153 @@
+"""What a model does on one set of examples, kept in the results database and made only where it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from laserlm.edit import applied, resolve
+from laserlm.models.language_model import LanguageModel
+from laserlm.provenance import provenance
+from laserlm.reductions import Intervention
+from laserlm.scoring.evaluate import evaluate, evaluate_rows
+from laserlm.scoring.identity import digest, identity
+from laserlm.scoring.prefix_cache import PrefixCache
+from laserlm.scoring.records import Evaluation
+from laserlm.scoring.tokenize import TokenSequence, encode
+from laserlm.store import Run, Store
+from laserlm.tasks import Scorer, Split
+
+__all__ = ["CachedScorer", "cached_scorer"]
+
+METHOD = 1
+"""Goes up when a change moves scores."""
+MEMORY = 2**30
+"""Bytes that a boundary may take; more examples than fit are scored in whole passes."""
+
+
+class CachedScorer:
+    """The scores of one model on one set of examples, under whatever changes it; made by ``scored``.
+
+    Blocks below the first one that is changed are run once, as in a search.
+
+    Args:
+        lm: the unchanged model.
+        split: the examples.
+        batch_size: sequences in one forward pass.
+        seed: of ``:reference`` decompositions.
+        run: where they are kept.
+        rows: what ``encode`` made of the examples.
+        known: scores that are at hand already, by the text of the intervention.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        run: Run,
+        rows: Sequence[TokenSequence],
+        known: Mapping[str, Evaluation],
+    ) -> None:
+        self.lm = lm
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self._run = run
+        self._rows = rows
+        self._known = dict(known)
+        self._frontier: PrefixCache | None = None
+
+    def __call__(self, name: str, change: AbstractContextManager[Any] | None = None, *, at: str = "") -> Evaluation:
+        """Return scores under an intervention, or under a context that changes the model.
+
+        Args:
+            name: the intervention's text; or what the scores under a context are kept under.
+            change: the context.
+            at: text of an intervention with the matrices that the context changes, and no other; empty where that is not
+                known, which takes longer.
+        """
+        name = name if change is not None else str(Intervention.parse(name))
+        known = self._known.get(name) or self._run.evaluation(self.split.name, name)
+        if known is not None:
+            return known
+        advanced = (change is None or bool(at)) and self._advance(name if change is None else at)
+        with change if change is not None else applied(self.lm, name, seed=self.seed):
+            made = self._evaluated(advanced)
+        found = replace(made, intervention=name)
+        self._run.record(found, self.split.examples)
+        return found
+
+    def remember(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what is kept under a name, or what ``make`` returns, plain JSON values, which is kept from now on."""
+        if name not in self._run.notes:
+            self._run.note(name, make())
+        return self._run.notes[name]
+
+    def _advance(self, intervention: str) -> bool:
+        """Move the frontier just below the first block that an intervention changes; return whether it could."""
+        width = self.lm.width * self.lm.dtype.itemsize
+        # While the boundary moves, the old and the new one are there.
+        if 2 * width * sum(len(row.ids) + len(row.decoder) for row in self._rows) > MEMORY:
+            return False
+        paths = {e.matrix.tied_to or e.matrix.path for e in resolve(self.lm.matrices, intervention)}
+        places = {(m.stack, m.layer) for m in self.lm.matrices if (m.tied_to or m.path) in paths}
+        try:
+            self._frontier = self._frontier or PrefixCache(self.lm, self._rows, self.batch_size)
+            order = self._frontier.checks.order
+            if order and places:
+                self._frontier.advance(*order[min(map(order.index, places))])
+                self._frontier.forget()
+        except torch.OutOfMemoryError:
+            self._frontier = None
+        return self._frontier is not None
+
+    def _evaluated(self, advanced: bool) -> Evaluation:
+        if advanced and self._frontier is not None:
+            run = self._frontier.run
+            try:
+                return evaluate_rows(self.lm, self.split, self.split.scorer, self._rows, run, self.batch_size)
+            except torch.OutOfMemoryError:
+                del run
+                self._frontier = None
+        if self.lm.device.type == "cuda":  # outside the handler, whose traceback holds the failed pass's tensors
+            torch.cuda.empty_cache()
+        return evaluate(self.lm, self.split, batch_size=self.batch_size)
+
+
+@contextmanager
+def cached_scorer(
+    lm: LanguageModel,
+    split: Split,
+    store: Store,
+    *,
+    scorer: Scorer | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    known: Mapping[str, Evaluation] | None = None,
+) -> Iterator[CachedScorer]:
+    """Yield the scores of a model on some examples: those in the store, and new ones that are put there.
+
+    Args:
+        lm: the unchanged model.
+        split: the examples.
+        store: the results database.
+        scorer: None takes the split's own.
+        batch_size: sequences in one forward pass.
+        seed: of ``:reference`` decompositions.
+        known: scores that are at hand already, by the text of the intervention, such as those of a search.
+
+    Raises:
+        RunBusyError: if another process scores the same model on the same examples at the moment.
+    """
+    split = replace(split, scorer=scorer or split.scorer)
+    rows = encode(lm, split.examples, split.scorer)
+    settings = identity(lm, split.scorer, (split,), rows, seed) | {"method": METHOD}
+    made_by = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
+    with store.run(kind="scores", key=digest(settings), settings=settings, provenance=made_by) as run:
+        yield CachedScorer(lm, split, batch_size, seed, run, rows, known or {})

@@ -1,0 +1,58 @@
+"""HTML pages that hold all they need: templates whose values are escaped, styles and scripts within."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+__all__ = ["page", "plot", "plot_library", "script_json"]
+
+
+def page(template: str, **values: Any) -> str:
+    """Return a page made of ``templates/NAME.html``; every value is escaped unless it is ``Markup``."""
+    return _environment().get_template(f"{template}.html").render(**values)
+
+
+def plot(figure: Any, name: str) -> Markup:
+    """Return a plotly figure as an element with this id, for a page that holds ``plot_library``.
+
+    The figure's texts are data: labels of axes and hovers may hold what looks like HTML, which plotly would show as such,
+    so whoever makes the figure escapes them; what is written here cannot leave its script.
+    """
+    figure.update_layout(template="plotly_white", font={"family": "inherit"}, margin={"t": 60, "r": 20})
+    made = figure.to_html(
+        full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False, "responsive": True}
+    )
+    return Markup(made)
+
+
+def plot_library() -> Markup:
+    """Return plotly's script, to stand once in a page before its figures."""
+    return Markup(f"<script>{get_plotlyjs()}</script>")
+
+
+def script_json(value: Any) -> Markup:
+    """Return a value as JSON that can stand within a script element: nothing in it ends the element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("laserlm.web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "percent": lambda x: "" if x is None else f"{x:.1%}",
+        "points": lambda x: "" if x is None else f"{100 * x:+.1f}",
+        "number": lambda x: "" if x is None else f"{x:.3f}",
+        "signed": lambda x: "" if x is None else f"{x:+.3f}",
+    }
+    return environment

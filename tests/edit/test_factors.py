@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ
+from torch import Tensor
+
+from laserlm.edit import applied, factored
+from laserlm.low_rank import LowRankLinear
+from laserlm.models import LanguageModel
+
+Make = Callable[..., LanguageModel]
+
+
+@torch.no_grad()
+def outputs(lm: LanguageModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if lm.family == "decision_transformer":
+        state, action = (torch.randn(1, 4, n, generator=generator) for n in (5, 3))
+        zero = torch.zeros(1, 4, 1)
+        times, mask = torch.arange(4)[None], torch.ones(1, 4)
+        out = lm.model(states=state, actions=action, rewards=zero, returns_to_go=zero + 1, timesteps=times, attention_mask=mask)
+        return out.action_preds
+    ids = torch.randint(5, 400, (2, 9), generator=generator)
+    return lm.model(input_ids=ids, **({"decoder_input_ids": ids[:, :4]} if lm.kind == "encoder-decoder" else {})).logits
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    "text", ["all.all@0.2", "all.all@r0", "all.mlp@0.2:bottom", "all.fc_in@0.25:split4", "1.attn@0.2:reference"]
+)
+def test_two_factors_compute_what_one_matrix_does_and_leave_no_trace(family: str, text: str, make: Make) -> None:
+    lm = make(family)
+    if family.startswith("t5"):
+        text = "+".join(f"{stack}.{text}" for stack in ("encoder", "decoder"))
+    modules = dict(lm.model.named_modules())
+    base = outputs(lm)
+    with applied(lm, text):
+        expected = outputs(lm)
+    with factored(lm, text) as holdings:
+        found = outputs(lm)
+        parameters = sum(p.numel() for p in lm.model.parameters())
+    assert not torch.allclose(expected, base)
+    torch.testing.assert_close(found, expected, atol=3e-5 * float(expected.abs().max()), rtol=0)
+    assert all(lm.model.get_submodule(path) is module for path, module in modules.items())
+    assert torch.equal(outputs(lm), base)
+    saved = sum(h.shape[0] * h.shape[1] - h.parameters for h in holdings)
+    assert parameters == sum(p.numel() for p in lm.model.parameters()) - saved
+    assert (saved > 0) == any(not h.dense for h in holdings)
+
+
+def test_a_matrix_that_would_grow_stays_one_and_says_why(llama: LanguageModel) -> None:
+    with factored(llama, "0.fc_in@r19+1.fc_in@r20") as (first, second):  # 19 x 80 = 1520 < 48 x 32 = 1536 < 20 x 80
+        assert isinstance(llama.model.get_submodule("model.layers.0.mlp.gate_proj"), LowRankLinear)
+        assert not isinstance(llama.model.get_submodule("model.layers.1.mlp.gate_proj"), LowRankLinear)
+    assert (first.parameters, first.dense) == (1520, "")
+    assert second.parameters == 1536
+    assert second.dense == "rank 20 would take 1600 parameters as factors, 1536 as a matrix"
+
+
+def test_experts_in_one_tensor_stay_dense(make: Make) -> None:
+    with factored(make("mixtral"), "1.fc_in@0.1+1.q_proj@0.1") as holdings:
+        reasons = {h.matrix: h.dense for h in holdings}
+    assert reasons["1.q_proj"] == ""
+    assert {reasons[f"1.experts.{e}.fc_in"] for e in range(3)} == {"not the weight of a linear layer"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bloom", "phi3"])
+@pytest.mark.parametrize("text", ["1.qkv@0.2", "1.k_proj@0.2", "1.q_proj@0.2+1.v_proj@0.1"])
+def test_fused_matrices_are_factored_whole_or_in_part_with_their_bias(family: str, text: str, make: Make) -> None:
+    lm = make(family)
+    with applied(lm, text):
+        expected = outputs(lm)
+    with factored(lm, text) as holdings:
+        assert all(not h.dense for h in holdings)
+        torch.testing.assert_close(outputs(lm), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_of_rows_across_heads_stay_dense(make: Make) -> None:
+    with factored(make("bloom"), "1.q_proj@0.2:split2") as (held,):
+        assert held.dense == "its blocks of rows lie across heads"
+
+
+def test_scoring_inside_gives_the_same_flags(make: Make) -> None:
+    from laserlm.scoring.evaluate import evaluate
+    from laserlm.tasks import Example, Task
+
+    examples = [
+        Example(str(i), f"The capital of {c} is", a) for i, (c, a) in enumerate([("France", "Paris"), ("Italy", "Rome")])
+    ]
+    split = Task.of("t", examples).every
+    for family in [*CAUSAL, *MASKED, *SEQ2SEQ][::4]:
+        lm = make(family)
+        text = "decoder.1.mlp@0.2" if family.startswith("t5") else "1.mlp@0.2"
+        with applied(lm, text):
+            one = evaluate(lm, split)
+        with factored(lm, text):
+            other = evaluate(lm, split)
+        assert other.intervention == text
+        assert [s.correct for s in one.scores] == [s.correct for s in other.scores]
+        assert [s.logprob for s in one.scores] == pytest.approx([s.logprob for s in other.scores], abs=1e-3)

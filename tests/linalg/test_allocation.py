@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from laserlm.linalg.allocation import Spectrum, allocate, uniform
+
+
+def price(spectrum: Spectrum, rank: int | None) -> int:
+    return spectrum.whole if rank is None else rank * spectrum.each
+
+
+def loss(spectrum: Spectrum, rank: int | None) -> float:
+    return 0.0 if rank is None else float(spectrum.losses[rank:].sum())
+
+
+def best_by_enumeration(spectra: list[Spectrum], budget: int) -> float:
+    choices = [[*range(s.most + 1), None] for s in spectra]
+    losses = [
+        sum(loss(s, r) for s, r in zip(spectra, ranks, strict=True))
+        for ranks in itertools.product(*choices)
+        if sum(price(s, r) for s, r in zip(spectra, ranks, strict=True)) <= budget
+    ]
+    return min(losses)
+
+
+def some(seed: int) -> list[Spectrum]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(6, 6), (12, 6), (8, 4)]
+    return [Spectrum(s, (torch.rand(min(s), generator=generator) ** 3).sort(descending=True).values) for s in shapes]
+
+
+def test_the_largest_rank_is_the_last_at_which_factors_are_smaller() -> None:
+    assert Spectrum((6, 6), torch.ones(6)).most == 2  # 2 x 12 < 36 = 3 x 12
+    assert Spectrum((48, 32), torch.ones(32)).most == 19  # 19 x 80 = 1520 < 1536
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.95])
+def test_the_budget_holds_and_the_loss_is_near_the_least_there_is(seed: int, share: float) -> None:
+    spectra = some(seed)
+    budget = int(share * sum(s.whole for s in spectra))
+    ranks = allocate(spectra, budget)
+    spent = sum(price(s, r) for s, r in zip(spectra, ranks, strict=True))
+    assert spent <= budget
+    found = sum(loss(s, r) for s, r in zip(spectra, ranks, strict=True))
+    # What is not spent would not pay for more than it costs by the relaxed optimum: one step of a hull.
+    best = best_by_enumeration(spectra, budget)
+    assert best - 1e-6 <= found <= best + float(max(s.losses[:-1].max() for s in spectra))
+    even = uniform([s.shape for s in spectra], share)
+    assert found <= sum(loss(s, r) for s, r in zip(spectra, even, strict=True)) + 1e-6
+
+
+def test_all_the_budget_keeps_all_matrices_whole() -> None:
+    spectra = some(0)
+    assert allocate(spectra, sum(s.whole for s in spectra)) == [None, None, None]
+    assert allocate(spectra, 0) == [0, 0, 0]
+
+
+def test_a_matrix_whose_components_matter_more_gets_more() -> None:
+    flat = torch.full((16,), 1.0)
+    low, high = Spectrum((16, 16), flat), Spectrum((16, 16), 10 * flat)
+    first, second = allocate([low, high], 256)
+    assert (first, second) == (0, None)
+
+
+def test_a_matrix_that_is_of_low_rank_costs_its_rank() -> None:
+    losses = torch.tensor([5.0, 4.0] + [0.0] * 14)
+    assert allocate([Spectrum((16, 16), losses), Spectrum((16, 16), torch.ones(16))], 64 + 256) == [2, None]
+
+
+def test_uniform_ranks_take_the_same_share_of_each() -> None:
+    assert uniform([(48, 32), (32, 32)], 0.5) == [math.floor(0.5 * 48 * 32 / 80), 8]
+    assert uniform([(48, 32)], 1.0) == [None]

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from families import TOKENIZERS, VOCAB
+from searching.support import EVERY
+from torch import nn
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from laserlm.edit import applied
+from laserlm.models import LanguageModel
+from laserlm.models.matrices import find_stacks
+from laserlm.scoring.evaluate import evaluate, evaluate_rows
+from laserlm.scoring.forward import batches
+from laserlm.scoring.prefix_cache import PrefixCache
+from laserlm.scoring.tokenize import encode
+from laserlm.tasks import Example, Split
+
+Make = Callable[..., LanguageModel]
+
+EXAMPLES = tuple(
+    Example(str(i), prompt, answer)
+    for i, (prompt, answer) in enumerate(
+        [
+            ("The capital of France is", "Paris"),
+            ("The capital of Spain, which is a country, is", "Madrid"),
+            ("Rome is", "a city in Italy"),
+            ("Oslo", "is the capital"),
+            ("The capital of Norway is a city and the capital of Portugal is", "Lisbon"),
+        ]
+    )
+)
+SPLIT = Split("made", "all", EXAMPLES, "answer")
+
+
+def forwards(lm: LanguageModel) -> dict[str, Any]:
+    return {name: module.__dict__.get("forward") for name, module in lm.model.named_modules()}
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_every_candidate_scores_as_in_a_whole_pass(family: str, make: Make) -> None:
+    lm = make(family)
+    before = forwards(lm)
+    rows = encode(lm, EXAMPLES, "answer")
+    frontier = PrefixCache(lm, rows, 2)
+    blocks = [(name, layer) for name, _, stack in find_stacks(lm.model) for layer in range(len(stack))]
+    for count, (stack, layer) in enumerate(blocks):
+        frontier.advance(stack, layer)
+        assert frontier.boundary == count
+        for m in lm.matrices:
+            if (m.stack, m.layer) == (stack, layer) and not m.parts:
+                with applied(lm, f"{m.id}@0.3"):
+                    whole = evaluate(lm, SPLIT, batch_size=2)
+                    short = evaluate_rows(lm, SPLIT, "answer", rows, frontier.run)
+                assert [s.correct for s in short.scores] == [s.correct for s in whole.scores]
+                assert [s.logprob for s in short.scores] == pytest.approx([s.logprob for s in whole.scores], abs=1e-4)
+                assert [s.predicted for s in short.scores] == [s.predicted for s in whole.scores]
+    assert forwards(lm) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta", "t5"])
+def test_blocks_below_the_boundary_are_not_run_and_the_boundary_is_one_output_a_stack(family: str, make: Make) -> None:
+    lm = make(family)
+    rows = encode(lm, EXAMPLES, "answer")
+    frontier = PrefixCache(lm, rows, 2)
+    calls: list[tuple[str, int]] = []
+    for name, _, stack in find_stacks(lm.model):
+        for layer, block in enumerate(stack):
+            inner = next(m for m in block.modules() if isinstance(m, nn.Linear))
+            inner.register_forward_hook(lambda *_, place=(name, layer): calls.append(place))
+    name, _, stack = find_stacks(lm.model)[-1]
+    frontier.advance(name, len(stack) - 1)
+    calls.clear()
+    frontier.run()
+    assert set(calls) == {(name, len(stack) - 1)}
+    assert len(calls) == 3  # one for each batch of two
+    hidden = sum(b.inputs["input_ids"].numel() for b in batches(lm, rows, 2)) * 32 * 4
+    if family == "t5":
+        assert frontier.bytes > hidden
+    else:
+        assert frontier.bytes == hidden
+
+
+def test_below_where_it_is_the_boundary_starts_again(llama: LanguageModel) -> None:
+    frontier = PrefixCache(llama, encode(llama, EXAMPLES, "answer"), 8)
+    frontier.advance("", 2)
+    expected = frontier.run()
+    for layer in (1, 0, 2):
+        frontier.advance("", layer)
+        assert frontier.boundary == layer
+        assert frontier.run() == expected
+
+
+def test_what_is_left_behind_serves_the_way_down_until_it_is_forgotten(llama: LanguageModel) -> None:
+    frontier = PrefixCache(llama, encode(llama, EXAMPLES, "answer"), 8)
+    runs: list[int] = []
+    llama.model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(0))
+    frontier.advance("", 1)
+    one = frontier.bytes
+    below = frontier.run()
+    frontier.advance("", 2)
+    above = frontier.run()
+    assert frontier.bytes == 2 * one
+    runs.clear()
+    frontier.advance("", 1)
+    assert frontier.run() == below
+    frontier.advance("", 2)
+    assert frontier.run() == above
+    assert runs == []
+    while frontier.forget():
+        pass
+    assert frontier.bytes == one
+    assert frontier.run() == above
+    frontier.advance("", 1)
+    assert runs
+    assert frontier.run() == below
+
+
+def test_an_error_inside_a_pass_puts_the_blocks_back(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    frontier = PrefixCache(llama, encode(llama, EXAMPLES, "answer"), 8)
+    frontier.advance("", 1)
+    before = forwards(llama)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(llama.model.model.norm, "forward", broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        frontier.run()
+    monkeypatch.undo()
+    assert {k: v for k, v in forwards(llama).items() if k != "model.norm"} == {
+        k: v for k, v in before.items() if k != "model.norm"
+    }
+
+
+def test_a_model_that_passes_things_by_its_blocks_is_run_whole_and_said_so(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = make("gptj")
+    first, last = lm.model.transformer.h[0], lm.model.transformer.h[2]
+    aside: list[torch.Tensor] = []
+    # The last block adds what the first one put aside: no block gives it out.
+    first.mlp.register_forward_hook(lambda _m, _a, out: aside.append(out))
+    last.mlp.register_forward_hook(lambda _m, _a, out: out + aside.pop() if aside else 3 * out)
+    rows = encode(lm, EXAMPLES, "answer")
+    frontier = PrefixCache(lm, rows, 2)
+    with caplog.at_level(logging.WARNING):
+        frontier.advance("", 1)
+    assert "every pass is a whole one" in caplog.text
+    assert not frontier.moves
+    frontier.advance("", 2)
+    assert frontier.boundary == 0
+    whole = evaluate(lm, SPLIT, batch_size=2)
+    assert replace(evaluate_rows(lm, SPLIT, "answer", rows, frontier.run), seconds=0) == replace(whole, seconds=0)
+
+
+def test_a_block_that_runs_twice_is_run_whole(make: Make) -> None:
+    lm = make("llama")
+    lm.model.model.layers[2] = lm.model.model.layers[1]
+    rows = encode(lm, EXAMPLES, "answer")
+    frontier = PrefixCache(lm, rows, 8)
+    frontier.advance("", 2)
+    assert frontier.boundary == 0
+    assert evaluate_rows(lm, SPLIT, "answer", rows, frontier.run).loss == pytest.approx(evaluate(lm, SPLIT).loss, abs=1e-6)
+
+
+def test_an_unknown_architecture_needs_no_code() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("codegen", n_embd=32, n_head=4, n_layer=3, rotary_dim=4, vocab_size=VOCAB, n_positions=64)
+    lm = LanguageModel(
+        model=AutoModelForCausalLM.from_config(config), tokenizer=TOKENIZERS["causal"](), name="codegen", kind="causal"
+    )
+    rows = encode(lm, EXAMPLES, "answer")
+    frontier = PrefixCache(lm, rows, 3)
+    frontier.advance("", 2)
+    assert frontier.boundary == 2
+    with applied(lm, "2.mlp.fc_in@r3"):
+        short = evaluate_rows(lm, SPLIT, "answer", rows, frontier.run)
+        whole = evaluate(lm, SPLIT, batch_size=3)
+    assert replace(short, seconds=0) == replace(whole, seconds=0)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from laserlm.edit import applied, removed_part
+from laserlm.errors import AnalysisError
+from laserlm.models import LanguageModel, read_matrix
+from laserlm.scoring.evaluate import compare, evaluate
+from laserlm.store import Store
+from laserlm.studies import cached_scorer
+from laserlm.studies.controls import CONTROLS, changed, controls
+from laserlm.tasks import Example, Split, Task
+
+Make = Callable[..., LanguageModel]
+TEXT = "1.fc_in@0.25"
+
+
+@pytest.fixture
+def split() -> Split:
+    pairs = zip("abcdefgh", ["Paris", "Rome"] * 4, strict=True)
+    return Task.of("t", [Example(c, f"The capital of {c} is", a) for c, a in pairs]).every
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_each_control_changes_the_matrix_by_as_much_and_nothing_else(family: str, make: Make) -> None:
+    lm = make(family)
+    before = {name: p.detach().clone() for name, p in lm.model.named_parameters()}
+    matrix = next(m for m in lm.matrices if m.id == "1.fc_in")
+    W = read_matrix(lm.model, matrix).clone()
+    with applied(lm, TEXT):
+        kept = read_matrix(lm.model, matrix).clone()
+    with applied(lm, removed_part(lm.matrices, TEXT)):
+        removed = read_matrix(lm.model, matrix).clone()
+    size = float((W - kept).norm())
+    found = {}
+    for name in CONTROLS:
+        sizes: list[float] = []
+        with changed(lm, TEXT, name, 0, sizes):
+            found[name] = read_matrix(lm.model, matrix).clone()
+            others = [n for n, p in lm.model.named_parameters() if not torch.equal(p, before[n])]
+        assert others == [matrix.path]
+        assert sizes[0] == pytest.approx(float((W - found[name]).norm() / W.norm()), rel=1e-5)
+    assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters())
+    torch.testing.assert_close(found["low rank"], kept)
+    torch.testing.assert_close(found["removed part alone"], removed, atol=1e-5, rtol=1e-4)
+    largest = float(W.abs().max())
+    for name in ("smallest entries zero", "random entries zero", "Gaussian noise"):
+        assert float((W - found[name]).norm()) == pytest.approx(size, abs=largest), name
+    for name in ("smallest entries zero", "random entries zero"):
+        changed_entries = found[name] != W
+        assert (found[name][changed_entries] == 0).all()
+    gone = found["smallest entries zero"] == 0
+    assert W[gone].abs().max() <= W[~gone].abs().min()
+    assert int(torch.linalg.matrix_rank(found["random subspace"])) == int(0.25 * matrix.max_rank)
+    assert not found["all zero"].any()
+    with changed(lm, TEXT, "Gaussian noise", 1):
+        assert not torch.equal(read_matrix(lm.model, matrix), found["Gaussian noise"])
+
+
+def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as score:
+        found = {c.control: c for c in controls(llama, TEXT, score, draws=2)}
+        calls = []
+
+        def counted(name: str, change: object = None, at: str = "") -> object:
+            calls.append(name)
+            return score(name, change, at=at) if change else score(name)
+
+        again = controls(llama, TEXT, counted, draws=2)  # type: ignore[arg-type]
+    assert again == list(found.values())
+    assert len(calls) == 1 + 4 + 3 * 2
+    assert {name: c.draws for name, c in found.items()} == {name: 2 if random else 1 for name, (random, _) in CONTROLS.items()}
+    base = evaluate(llama, split)
+    with applied(llama, TEXT):
+        edited = evaluate(llama, split)
+    c = compare(base, edited)
+    one = found["low rank"]
+    assert (one.gain, one.accuracy) == (c.gain, c.edited)
+    assert one.loss == pytest.approx(c.edited_loss)
+    assert one.loss_interval == pytest.approx(c.loss_interval)
+    assert (one.interval, one.behind, one.draws) == (c.interval, 0, 1)
+    noisy = []
+    for seed in range(2):
+        with changed(llama, TEXT, "Gaussian noise", seed):
+            noisy.append(evaluate(llama, split))
+    two = found["Gaussian noise"]
+    assert two.accuracy == pytest.approx(sum(e.accuracy for e in noisy) / 2)
+    assert two.loss_change == pytest.approx(sum(e.loss for e in noisy) / 2 - base.loss)
+    assert two.least <= two.gain <= two.most
+    pairs = [compare(e, edited) for e in noisy]
+    assert two.behind == pytest.approx(sum(p.gain for p in pairs) / 2)
+    assert two.behind_interval.low == pytest.approx(sum(p.interval.low for p in pairs) / 2)
+
+
+def test_a_reduction_that_changes_nothing_has_no_controls(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
+    with (
+        Store.open(tmp_path / "runs.db") as store,
+        cached_scorer(llama, split, store) as score,
+        pytest.raises(AnalysisError, match="changes nothing"),
+    ):
+        controls(llama, "1.fc_in@1", score)
+
+
+def test_a_random_subspace_is_of_the_shorter_side_and_of_all_ranks_kept(llama: LanguageModel) -> None:
+    for text, rank in (("1.k_proj@0.25", 4), ("1.fc_in@0.25:split4", 12)):  # 16 x 32, and 4 blocks of 12 x 32
+        matrix = next(m for m in llama.matrices if text.startswith(m.id + "@"))
+        W = read_matrix(llama.model, matrix).clone()
+        with changed(llama, text, "random subspace", 0):
+            found = read_matrix(llama.model, matrix).clone()
+        assert int(torch.linalg.matrix_rank(found)) == rank
+        # A projection changes nothing of what it keeps: the change is orthogonal to what is left.
+        assert float(((W - found) * found).sum().abs()) < 1e-4 * float(W.square().sum())

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from laserlm.errors import AnalysisError
+from laserlm.studies.terms import terms
+
+TEXTS = ["the red house", "a red car", "red wine and bread", "red ink", "the red sea", "a red sky"]
+TEXTS += [
+    "the blue house",
+    "a blue car",
+    "blue ink",
+    "the sea is blue",
+    "a blue sky",
+    "bread and cheese",
+]
+
+
+def test_the_word_that_marks_a_group_comes_first_with_welch_s_interval() -> None:
+    red, rest = terms(TEXTS, {"red": range(6), "rest": range(6, 12)}, top=3)
+    assert (red.n, red.others, red.few) == (6, 6, False)
+    assert [t.term for t in red.terms] == ["red"]
+    assert [t.term for t in rest.terms] == ["blue"]
+    X = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit(TEXTS)
+    column = X.transform(TEXTS).toarray()[:, X.vocabulary_["red"]]
+    expected = stats.ttest_ind(column[:6], column[6:], equal_var=False)
+    low, high = expected.confidence_interval(0.95)
+    found = red.terms[0]
+    assert found.weight == pytest.approx(column[:6].mean())
+    assert found.ahead.value == pytest.approx(column[:6].mean() - column[6:].mean())
+    assert found.ahead.interval == pytest.approx((low, high))
+    assert (found.texts, found.ahead.n) == (6, 6)
+
+
+def test_a_word_in_all_texts_of_a_group_and_no_other_has_no_error() -> None:
+    (found,) = terms(["red"] * 5 + ["blue"] * 6, {"red": range(5)})
+    assert [(t.term, t.ahead.value, t.ahead.interval) for t in found.terms] == [("red", 1.0, (1.0, 1.0))]
+
+
+def test_groups_too_small_to_say_anything_have_no_words() -> None:
+    small, large = terms(TEXTS, {"small": range(4), "all but four": range(8)})
+    assert (small.few, small.terms) == (True, ())
+    assert large.few  # what is outside it is too small
+    (empty,) = terms(TEXTS, {"empty": []})
+    assert (empty.n, empty.few) == (0, True)
+    assert empty.as_dict() == {"group": "empty", "n": 0, "others": 12, "few": True, "terms": []}
+
+
+def test_of_random_groups_few_words_are_ahead() -> None:
+    generator = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(40)]
+    texts = [" ".join(generator.choice(words, 6)) for _ in range(200)]
+    (found,) = terms(texts, {"half": range(100)}, top=40)
+    assert len(found.terms) <= 4  # one in forty by chance
+
+
+def test_texts_without_words_are_an_error() -> None:
+    with pytest.raises(AnalysisError, match="holds a word"):
+        terms(["...", ""], {"all": [0]})

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laserlm.errors import ReportError, StoreError
+from laserlm.models import LanguageModel
+from laserlm.scoring.records import Evaluation, ExampleScore
+from laserlm.searching import search
+from laserlm.store import RunInfo, Store
+from laserlm.tasks import Example, Task
+from laserlm.web import explorer
+
+HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\"'`${alert(3)}{{value}}"
+EXAMPLES = tuple(Example(f"e{i}", f"Prompt {i} {HOSTILE} is", f"answer {i}") for i in range(6))
+
+
+def evaluation(text: str, losses: Sequence[float], right: str = "", split: str = "validation") -> Evaluation:
+    """Return scores with these losses; ``right`` holds the places of the correct ones."""
+    scores = tuple(
+        ExampleScore(e.id, str(i) in right, -2 * loss, 2, f"said {i} {text or 'base'}", e.answer)
+        for i, (e, loss) in enumerate(zip(EXAMPLES, losses, strict=False))
+    )
+    return Evaluation("some/model", "facts", split, "answer", text, scores, 1.0)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "runs.db") as results:
+        yield results
+
+
+@pytest.fixture
+def record(results: Store) -> Callable[..., RunInfo]:
+    """Record a search that made some evaluations."""
+
+    def record(*made: Evaluation, best: str | None = None, kind: str = "search", fail: Sequence[str] = ()) -> RunInfo:
+        settings = {"model": "some/model", "task": "facts"}
+        with results.run(kind=kind, key=f"{len(results.runs())}", settings=settings, provenance={}) as run:
+            for e in made:
+                run.record(e, EXAMPLES[: e.n])
+            for text in fail:
+                run.fail("validation", text, "a log-probability of nan", start=len(run.trials("validation")[0][text].scores))
+            if best is not None:
+                run.finish({"best": best, "test": {"gain": 0.0}})
+        return results.find(run.id)
+
+    return record
+
+
+BASE = evaluation("", [1, 2, 3, 4, 5, 6], right="01")
+TRIALS = (
+    evaluation("0.fc_in@0.5", [0, 1, 2, 3, 4, 5], right="013"),  # loss less by 1
+    evaluation("0.fc_in@0.1", [3, 4, 5, 6, 7, 8], right=""),  # more by 2
+    evaluation("2.fc_in@r3", [1.5, 2], right="1"),  # more by 0.25, on two examples
+    evaluation("2.v_proj@0.5:bottom", [5, 6, 7, 8, 9, 10], right="0"),  # more by 4
+    evaluation("0.fc_in@0.5+2.v_proj@0.5", [1, 2, 3, 4, 5, 6]),  # no place on a map
+)
+
+
+def test_a_map_has_of_every_matrix_the_size_of_the_lowest_loss(results: Store, record: Callable[..., RunInfo]) -> None:
+    run = record(BASE, *TRIALS)
+    found = explorer.measured(results, run.id)
+    assert sorted(map(explorer.text_of, found)) == sorted(t.intervention for t in TRIALS[:4])
+    assert explorer.sizes(found) == ["0.1", "0.5", "0.5:bottom", "r3"]
+    shown = explorer.grid(found)
+    assert shown.columns == ("v_proj", "fc_in")
+    cells = {
+        block: [m and (explorer.text_of(m), m.loss_change.value, m.loss_change.n) for m in row] for block, row in shown.rows
+    }
+    assert cells == {
+        "0": [None, ("0.fc_in@0.5", -1.0, 6)],
+        "2": [("2.v_proj@0.5:bottom", 4.0, 6), ("2.fc_in@r3", 0.25, 2)],
+    }
+    assert shown.end == 4  # the larger of the fall, 1, and the median rise
+    assert shown.colour(4) == shown.colour(40) == "hsl(28 80% 60%)"
+    assert shown.colour(-2) == "hsl(205 80% 81%)"
+    assert shown.colour(0) == "hsl(28 80% 100%)"
+
+
+def test_one_size_is_shown_by_itself(results: Store, record: Callable[..., RunInfo]) -> None:
+    found = explorer.measured(results, record(BASE, *TRIALS).id)
+    shown = explorer.grid(found, "0.1")
+    assert [m.loss_change.value for _, row in shown.rows for m in row if m is not None] == [2]
+    assert [block for block, _ in shown.rows] == ["0", "2"]
+    with pytest.raises(ReportError, match=r"nothing at size '0.9'; it has 0.1, 0.5, 0.5:bottom, r3"):
+        explorer.grid(found, "0.9")
+
+
+def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
+    results: Store, record: Callable[..., RunInfo]
+) -> None:
+    run = record(BASE, *TRIALS)
+    whole = explorer.changes(results, run.id, "0.fc_in@0.5")
+    assert [f.id for f in whole.of("corrected")] == ["e3"]
+    assert [(f.prompt, f.answer, f.before, f.after) for f in whole.of("corrected")] == [
+        (EXAMPLES[3].prompt, "answer 3", "said 3 base", "said 3 0.fc_in@0.5")
+    ]
+    assert whole.of("broken") == []
+    dropped = explorer.changes(results, run.id, "2.fc_in@r3")
+    assert (dropped.comparison.n, dropped.comparison.base, dropped.comparison.edited) == (2, 1.0, 0.5)
+    assert [f.id for f in dropped.of("broken")] == ["e0"]
+    told = explorer.summary(dropped)
+    assert told["examples"] == "2 of validation, which the search chose by"
+    assert told["gain"].startswith("-50.0 points, 95 % interval -")
+    assert told["change of loss"].startswith("+0.2500 nats per token")
+    single = explorer.changes(results, record(BASE, evaluation("1.v_proj@0.5", [3])).id, "1.v_proj@0.5")
+    assert explorer.summary(single)["change of loss"] == "+2.0000 nats per token (a single example)"
+    for text, missing in (("1.fc_in@0.5", "'1.fc_in@0.5'"), ("", "''")):
+        with pytest.raises(ReportError, match=f"no scores of {missing} on validation"):
+            explorer.changes(results, run.id, text)
+
+
+def test_trials_that_failed_are_not_offered(results: Store, record: Callable[..., RunInfo]) -> None:
+    run = record(BASE, *TRIALS, fail=["0.fc_in@0.5"])
+    assert "0.fc_in@0.5" not in explorer.candidates(results, run.id)
+    assert "0.fc_in@0.5" not in map(explorer.text_of, explorer.measured(results, run.id))
+    assert explorer.candidates(results, run.id) == [t.intervention for t in TRIALS[1:]]
+
+
+def test_what_the_best_corrects_on_test_is_given_where_it_has_a_prompt(
+    results: Store, record: Callable[..., RunInfo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = [evaluation(text, [1] * 6, right, "test") for text, right in (("", "0"), ("0.fc_in@0.5", "024"))]
+    run = record(BASE, *TRIALS, *sides, best="0.fc_in@0.5")
+    assert [f.id for f in explorer.corrected(results, run)] == ["e2", "e4"]
+    monkeypatch.setattr(results, "examples", lambda *_: tuple(replace(e, prompt=e.prompt * (e.id != "e2")) for e in EXAMPLES))
+    assert [f.id for f in explorer.corrected(results, run)] == ["e4"]
+    assert explorer.corrected(results, record(BASE, best="")) == []
+    assert explorer.corrected(results, record(BASE)) == []
+
+
+def test_searches_are_listed_newest_first_by_name(results: Store, record: Callable[..., RunInfo]) -> None:
+    first, _, last = record(BASE, best="0.fc_in@0.5"), record(BASE, kind="scores"), record(BASE)
+    assert [r.id for r in explorer.searches(results)] == [last.id, first.id]
+    assert explorer.name_of(first) == f"{first.id}: some/model on facts, {first.created:%Y-%m-%d}, 0.fc_in@0.5"
+    assert explorer.name_of(last).endswith("interrupted")
+    assert explorer.name_of(record(BASE, best="")).endswith("the unchanged model")
+
+
+def test_what_has_no_map_is_told(results: Store, record: Callable[..., RunInfo]) -> None:
+    with pytest.raises(ReportError, match="has not scored the unchanged model yet"):
+        explorer.measured(results, record().id)
+    with pytest.raises(ReportError, match="nothing to map"):
+        explorer.measured(results, record(BASE, TRIALS[-1]).id)
+    with pytest.raises(StoreError, match="no run 'abc'"):
+        explorer.measured(results, "abc")
+
+
+class Tags(HTMLParser):
+    """Collects the elements and attributes of a page, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.names: set[str] = set()
+        self.picks: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.names |= {name for name, _ in attrs}
+        self.picks += [value or "" for name, value in attrs if name == "data-pick"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_map_is_buttons_that_hold_their_reduction_and_nothing_else(results: Store, record: Callable[..., RunInfo]) -> None:
+    found = explorer.measured(results, record(BASE, *TRIALS).id)
+    hostile = [replace(m, name=HOSTILE, matrix=f"{m.layer}.{HOSTILE}") for m in found]
+    seen = Tags()
+    seen.feed(explorer.grid_html(explorer.grid(hostile, "0.5")))
+    assert seen.picks == [f"0.{HOSTILE}@0.5"]
+    assert seen.tags == {"p", "div", "table", "thead", "tbody", "tr", "th", "td", "button"}
+    assert {name for name in seen.names if name.startswith("on")} == set()
+    assert HOSTILE in seen.text
+
+
+def test_a_search_is_explored(llama: LanguageModel, tmp_path: Path) -> None:
+    cities = ["Paris", "Rome", "Oslo", "Lisbon", "Madrid"]
+    rows = [Example(f"{i}", f"The capital of {a} is", cities[i % 5], fact=f"{i}") for i, a in enumerate("abcdefghijklmnopqrst")]
+    found: Any = search(
+        llama,
+        Task.of("made", rows, scorer="first_token"),
+        strategy="exhaustive",
+        grid="1-2.mlp@0.5,0.1",
+        metric="loss",
+        store=tmp_path / "real.db",
+    )
+    with Store.open(tmp_path / "real.db") as results:
+        shown = explorer.grid(explorer.measured(results, found.run))
+        cells = [m for _, row in shown.rows for m in row if m is not None]
+        assert len(cells) == 6
+        lowest = min(cells, key=lambda m: m.loss_change.value)
+        assert explorer.text_of(lowest) == str(found.best)
+        assert lowest.loss_change.value == pytest.approx(found.validation.edited_loss - found.validation.base_loss)
+        for cell in cells:
+            told = explorer.changes(results, found.run, explorer.text_of(cell))
+            assert told.comparison.gain == cell.gain.value
+        test = explorer.corrected(results, results.find(found.run))
+        assert len(test) == found.test.corrected

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from laserlm.errors import ReportError, StoreError
+from laserlm.models import LanguageModel
+from laserlm.searching import SearchResult, search
+from laserlm.store import Store
+from laserlm.studies.side_effects import divergence
+from laserlm.tasks import Example, Task
+from laserlm.web.pages import script_json
+from laserlm.web.report import write_report
+
+Make = Callable[..., LanguageModel]
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def task(name: str = "capitals", extra: str = "") -> Task:
+    cities = ["Paris", "Rome", "true", "false"] * 10
+    return Task.of(name, [Example(str(i), f"The capital {extra}{i} is", a, group=f"{extra}{a}") for i, a in enumerate(cities)])
+
+
+def searched(lm: LanguageModel, store: Path, made: Task, **given: object) -> SearchResult:
+    options = {"grid": "all.mlp@0.2,0.5", "metric": "loss", "strategy": "exhaustive", "store": store} | given
+    return search(lm, made, **options)  # type: ignore[arg-type]
+
+
+class Tags(HTMLParser):
+    """Counts elements, and collects the text outside of scripts and styles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside not in ("script", "style"):
+            self.text += data + " "
+
+
+def parsed(file: Path) -> Tags:
+    tags = Tags()
+    tags.feed(file.read_text(encoding="utf-8"))
+    return tags
+
+
+def test_the_report_holds_what_the_search_found(llama: LanguageModel, tmp_path: Path) -> None:
+    found = searched(llama, tmp_path / "runs.db", task())
+    assert found.best
+    with Store.open(tmp_path / "runs.db") as store:
+        assert write_report(store, found.run, tmp_path / "r.html") == tmp_path / "r.html"
+    page = parsed(tmp_path / "r.html")
+    text = re.sub(r"\s+", " ", page.text)
+    for said in (
+        found.run,
+        str(found.best),
+        f"{found.test.base_loss:.3f}",
+        f"{found.test.edited_loss:.3f}",
+        f"{found.validation.edited_loss - found.validation.base_loss:+.3f}",
+        "18 candidates",
+        found.settings["model_hash"],
+        found.settings["test"],
+        f"laser save {llama.name} --run {found.run}",
+        "Loss map",
+        "Not measured yet",
+        *found.verdict(),
+    ):
+        assert said in text, said
+    assert "src=" not in (tmp_path / "r.html").read_text(encoding="utf-8").replace(HOSTILE, "")[:3000]
+    assert not re.findall(
+        r"<(?:link|script|img)[^>]+(?:href|src)=[\"'](?!data:)", (tmp_path / "r.html").read_text(encoding="utf-8")
+    )
+
+
+def test_a_race_with_its_screen_a_composition_and_no_gain(llama: LanguageModel, tmp_path: Path) -> None:
+    for strategy, said in (("race", "The screen against what was measured"), ("compose", "What was asked")):
+        found = searched(llama, tmp_path / "runs.db", task(), strategy=strategy)
+        with Store.open(tmp_path / "runs.db") as store:
+            write_report(store, found.run, tmp_path / "r.html")
+        assert said in parsed(tmp_path / "r.html").text
+    none = searched(llama, tmp_path / "runs.db", task("other"), grid="0.fc_in@0", metric="accuracy")
+    if not none.best:
+        with Store.open(tmp_path / "runs.db") as store:
+            write_report(store, none.run, tmp_path / "r.html")
+        assert "No candidate beat the unchanged model" in parsed(tmp_path / "r.html").text
+
+
+def test_everything_from_data_stays_text(llama: LanguageModel, tmp_path: Path) -> None:
+    llama.name = f"model {HOSTILE}"
+    found = searched(llama, tmp_path / "runs.db", task(f"task {HOSTILE}", HOSTILE))
+    with Store.open(tmp_path / "runs.db") as store:
+        write_report(store, found.run, tmp_path / "hostile.html")
+    llama.name = "model"
+    plain = searched(llama, tmp_path / "plain.db", task("task", "x "))
+    with Store.open(tmp_path / "plain.db") as store:
+        write_report(store, plain.run, tmp_path / "plain.html")
+    hostile, other = parsed(tmp_path / "hostile.html"), parsed(tmp_path / "plain.html")
+    assert "img" not in hostile.tags
+    assert hostile.tags.count("script") == other.tags.count("script")
+    assert HOSTILE in hostile.text
+
+
+def test_side_effects_that_were_measured_are_in_the_report(llama: LanguageModel, tmp_path: Path) -> None:
+    from laserlm.studies import cached_scorer
+
+    found = searched(llama, tmp_path / "runs.db", task())
+    best = str(found.best)
+    other = task("seats", "seat ").test
+    with Store.open(tmp_path / "runs.db") as store:
+        with cached_scorer(llama, other, store) as book:
+            base, reduced = book(""), book(best)
+            kept = book.remember(f"divergence under {best} on x", lambda: divergence(llama, ["Rome is old."] * 5, best))
+        write_report(store, found.run, tmp_path / "r.html")
+    text = re.sub(r"\s+", " ", parsed(tmp_path / "r.html").text)
+    assert "Not measured yet" not in text
+    assert f"on 5 neutral prompts: {kept[0]:.3f}" in text
+    assert f"{reduced.loss - base.loss:+.3f}" in text
+    assert "seats" in text
+
+
+def test_what_cannot_be_reported_is_an_error(llama: LanguageModel, tmp_path: Path) -> None:
+    found = searched(llama, tmp_path / "runs.db", task())
+    with Store.open(tmp_path / "runs.db") as store:
+        with pytest.raises(ReportError, match="no/such/folder"):
+            write_report(store, found.run, Path("no/such/folder/r.html"))
+        with pytest.raises(StoreError, match="nothing"):
+            write_report(store, "nothing", tmp_path / "r.html")
+        settings = {"model": "m", "task": "t"}
+        with store.run(kind="search", key="k", settings=settings, provenance={}) as run:
+            pass
+        with pytest.raises(ReportError, match="interrupted"):
+            write_report(store, run.id, tmp_path / "r.html")
+        with store.run(kind="search", key="old", settings=settings, provenance={}) as run:
+            run.finish({"best": "", "test": {}})
+        with pytest.raises(ReportError, match="older laserlm"):
+            write_report(store, run.id, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_json_in_a_script_cannot_end_it() -> None:
+    value = {"a": "</script><!--", "b": ["\u2028", "&", 1.5, None]}
+    text = str(script_json(value))
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == value
+    with pytest.raises(ValueError, match="JSON"):
+        script_json(float("nan"))

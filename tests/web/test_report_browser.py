@@ -1,0 +1,63 @@
+"""A report in a real browser: the map is there, its hover works, nothing leaves the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laserlm.models import LanguageModel
+from laserlm.searching import search
+from laserlm.store import Store
+from laserlm.tasks import Example, Task
+from laserlm.web.report import write_report
+
+pytestmark = pytest.mark.browser
+HOSTILE = "<img src=x onerror='window.hit=1'>"
+
+
+@pytest.fixture
+def report(llama: LanguageModel, tmp_path: Path) -> Path:
+    answers = ["Paris", "Rome", "true", "false"] * 10
+    examples = [Example(str(i), f"{HOSTILE} number {i} is", a, group=a) for i, a in enumerate(answers)]
+    made = Task.of(f"capitals {HOSTILE}", examples)
+    found = search(llama, made, grid="all.all@0.2,0.5", metric="loss", strategy="race", store=tmp_path / "runs.db")
+    with Store.open(tmp_path / "runs.db") as store:
+        return write_report(store, found.run, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_map_is_there_its_hover_works_and_nothing_leaves_the_machine(browser_page: Any, report: Path, width: int) -> None:
+    page = browser_page.page
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(report.as_uri())
+    page.wait_for_selector("#map .heatmaplayer image", state="attached")
+    assert page.locator("#map .subplot").count() >= 2
+    page.locator("#map").scroll_into_view_if_needed()
+    box = page.locator("#map .nsewdrag").first.bounding_box()
+    hover = page.locator("#map .hoverlayer .hovertext")
+    for step in range(1, 40):  # a race leaves cells empty; some cell of the panel has a value
+        page.mouse.move(box["x"] + box["width"] * step / 40, box["y"] + box["height"] * (0.25 if step % 2 else 0.75))
+        if hover.count():
+            break
+    assert "change of loss" in hover.first.text_content()
+    assert "gain" in hover.first.text_content()
+    assert page.locator("#screen .scatterlayer .point").count() >= 3
+    assert page.evaluate("window.hit") is None
+    assert HOSTILE in page.locator("h1").text_content()
+    # The page itself does not scroll sideways; wide tables and figures do within.
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser_page.requests == [report.as_uri()]
+    assert browser_page.errors == browser_page.dialogs == []
+
+
+def test_without_scripts_the_tables_are_there(browser_page: Any, report: Path) -> None:
+    context = browser_page.page.context.browser.new_context(java_script_enabled=False)
+    try:
+        bare = context.new_page()
+        bare.goto(report.as_uri())
+        assert bare.locator("table").count() >= 6
+        assert "The lowest change of loss of each block and matrix" in bare.locator("body").text_content()
+    finally:
+        context.close()
