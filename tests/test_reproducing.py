@@ -105,7 +105,7 @@ def rows() -> list[Row]:
 
 def shipped() -> list[tuple[object, ...]]:
     """Read the table that ships, by other means than laserlm does."""
-    text = (files("laserlm.scoring") / "data" / "published_results.csv").read_text(encoding="utf-8")
+    text = (files("laserlm.studies") / "data" / "published_results.csv").read_text(encoding="utf-8")
     head, *lines = csv.reader(text.splitlines())
     found: list[tuple[object, ...]] = []
     for line in lines:
