@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import laserlm as laser
-from laserlm.export.compression import Allocation, Method, fit_ranks, perplexity, texts
+from laserlm.export.compression import Allocation, Method, fit_ranks, perplexity, read_calibration_text
 
 WAYS: list[tuple[Method, Allocation]] = [
     ("plain", "uniform"),
@@ -29,7 +29,7 @@ def main() -> None:
     given = parser.parse_args()
     lm = laser.load("bundled")
     ratios = [float(r) for r in given.ratios.split(",")]
-    text = texts(lm, given.text, tokens=given.tokens)
+    text = read_calibration_text(lm, given.text, tokens=given.tokens)
     held = sum(len(row.targets) for row in text.held_out)
     print(f"{sum(len(row.targets) for row in text.calibration)} tokens to calibrate on, {held} held out")
     print("|".join(["decomposition, ranks", *(f"{r:g}" for r in ratios), "calibration, s"]))

@@ -22,7 +22,7 @@ REDUCTION = "28.fc_up@0.05"
 
 def brute_force(lm: LanguageModel, file: Path, records: int) -> tuple[float, float, float]:
     """Return first-token accuracy, loss (nats) and seconds of a plain loop over the rewrite prompts."""
-    tokenizer = lm.need_tokenizer()
+    tokenizer = lm.require_tokenizer()
     hits, losses = 0, 0.0
     start = time.perf_counter()
     with torch.no_grad():

@@ -29,7 +29,7 @@ def main() -> None:
     blocks = 1 + max(m.layer for m in lm.matrices)
     print(f"{'block':>5} {'whole pass, s':>14} {'from the frontier, s':>21} {'ratio':>6} {'boundary, MB':>13}  same scores")
     for layer in (0, blocks // 3, 2 * blocks // 3, blocks - 5, blocks - 1):
-        frontier.advance("", layer)
+        frontier.move_to("", layer)
         with laser.applied(lm, f"{layer}.fc_in@0.1"):
             whole, short, same = [], [], True
             for _ in range(REPEATS):

@@ -152,11 +152,11 @@ def whole_models(name: str, rhos: list[str], kinds: list[str], rounds: int, fold
             }
             times = speeds(models, rounds)
             ratios = [f"{median_ratio(times['dense'][i], times[k][i]):.2f}" for k in ("factored", "out") for i in (0, 1)]
-            kept = sum(not h.dense for h in saved.holdings)
-            held = [(h.rank * sum(h.shape), h.shape[0] * h.shape[1]) for h in saved.holdings]
+            kept = sum(not h.reason_kept_dense for h in saved.matrices)
+            held = [(h.rank * sum(h.shape), h.shape[0] * h.shape[1]) for h in saved.matrices]
             theory = width * (base.parameters - sum(whole - min(factors, whole) for factors, whole in held))
             figures = [f"{saved.parameters / 1e6:.1f}", f"{saved.bytes / 2**20:.1f}", f"{theory / 2**20:.1f}"]
-            figures += [f"{memory(saved.folder) / 2**20:.0f}", f"{kept} of {len(saved.holdings)}"]
+            figures += [f"{memory(saved.folder) / 2**20:.0f}", f"{kept} of {len(saved.matrices)}"]
             print("|".join([text, *figures, *ratios]), flush=True)
 
 

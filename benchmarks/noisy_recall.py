@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from laserlm.edit import applied
-from laserlm.lab.recall.language import DRAWN, TRIGGER, Language, Recipe, questions
-from laserlm.lab.recall.model import trained
-from laserlm.lab.recall.study import RecallResult, study
+from laserlm.lab.recall.language import QUESTION_SEED_OFFSET, TRIGGER, Language, RecallConfig, questions
+from laserlm.lab.recall.model import load_or_train
+from laserlm.lab.recall.study import RecallResult, run_study
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import evaluate
 from laserlm.store import Store
@@ -38,10 +38,10 @@ def main() -> None:
     parts[given.part](given.seeds, given.out, given.figure)
 
 
-def studied(recipe: Recipe, out: Path) -> tuple[LanguageModel, RecallResult]:
+def studied(config: RecallConfig, out: Path) -> tuple[LanguageModel, RecallResult]:
     """Train, unless it was done before, and search."""
-    lm = trained(recipe, out / f"{recipe.learnt}-{recipe.alpha:g}-{recipe.learning_rate:g}-{recipe.seed}")
-    return lm, study(lm, recipe, out / "runs.db")
+    lm = load_or_train(config, out / f"{config.loss_on}-{config.alpha:g}-{config.learning_rate:g}-{config.seed}")
+    return lm, run_study(lm, config, out / "runs.db")
 
 
 def alpha(seeds: int, out: Path, figure: Path | None) -> None:
@@ -49,13 +49,13 @@ def alpha(seeds: int, out: Path, figure: Path | None) -> None:
     shares: dict[str, list[tuple[float, Estimate]]] = {"unchanged": [], "reduced": []}
     print("| alpha | seed | best | clean, before | after | gain | noisy loss, before | after |\n" + "|---" * 8 + "|")
     for value in ALPHAS:
-        found = [studied(Recipe(alpha=value, seed=seed), out)[1] for seed in range(seeds)]
+        found = [studied(RecallConfig(alpha=value, seed=seed), out)[1] for seed in range(seeds)]
         for name, of in (("unchanged", [r.clean.base for r in found]), ("reduced", [r.clean.edited for r in found])):
             shares[name].append((value, Estimate.mean(of)))
         for seed, r in enumerate(found):
             c, low, high = r.clean, *r.clean.interval
             print(
-                f"| {value:g} | {seed} | `{r.found.best or 'unchanged'}` | {c.base:.1%} | {c.edited:.1%} | "
+                f"| {value:g} | {seed} | `{r.exhaustive.best or 'unchanged'}` | {c.base:.1%} | {c.edited:.1%} | "
                 f"{c.gain:+.1%} [{low:+.1%}, {high:+.1%}] | {r.noisy.base_loss:.3f} | {r.noisy.edited_loss:.3f} |",
                 flush=True,
             )
@@ -64,13 +64,13 @@ def alpha(seeds: int, out: Path, figure: Path | None) -> None:
         write_figure(curves(shares, title, "probability of noise in training", "share"), figure)
 
 
-def corrupted(recipe: Recipe) -> Iterator[tuple[str, Split]]:
+def corrupted(config: RecallConfig) -> Iterator[tuple[str, Split]]:
     """Yield questions, answered by the output of the sequence, on inputs that are corrupted in some way."""
-    language = Language(recipe)
+    language = Language(config)
     ways = [(f"noise {a:g}", {"alpha": a}) for a in (0.0, 0.35, 0.65, 0.9)]
     ways += [(f"{s:.0%} of the words swapped", {"alpha": 0.0, "swapped": s}) for s in (0.1, 0.3, 1.0)]
     for number, (name, how) in enumerate(ways):
-        drawn = language.draw(2000, seed=(10 + number) * DRAWN + recipe.seed, **how)
+        drawn = language.draw(2000, seed=(10 + number) * QUESTION_SEED_OFFSET + config.seed, **how)
         yield name, Task.of(name, questions(language, drawn, name)).every
 
 
@@ -78,8 +78,8 @@ def inputs(seeds: int, out: Path, _: Path | None) -> None:
     """Print how often the output is named where the sequence before it is corrupted."""
     print(f"| input | seed | output shown before | unchanged | `{EDIT}` |\n" + "|---" * 5 + "|")
     for seed in range(seeds):
-        lm = trained(Recipe(seed=seed), out / f"outputs-0.65-0.05-{seed}")
-        for name, split in corrupted(Recipe(seed=seed)):
+        lm = load_or_train(RecallConfig(seed=seed), out / f"outputs-0.65-0.05-{seed}")
+        for name, split in corrupted(RecallConfig(seed=seed)):
             base = evaluate(lm, split)
             with applied(lm, EDIT):
                 edited = evaluate(lm, split)
@@ -93,15 +93,15 @@ def calibrated(seeds: int, out: Path, _: Path | None) -> None:
         "| questions | seed | ECE, before | after | Brier, before | after | confidence, before | after |\n" + "|---" * 8 + "|"
     )
     for seed in range(seeds):
-        recipe = Recipe(seed=seed)
-        lm, language = trained(recipe, out / f"outputs-0.65-0.05-{seed}"), Language(recipe)
+        config = RecallConfig(seed=seed)
+        lm, language = load_or_train(config, out / f"outputs-0.65-0.05-{seed}"), Language(config)
         for name, a, noisy in (("clean", 0.0, False), ("noisy", None, True)):
-            drawn = language.draw(2000, seed=20 * DRAWN + seed, alpha=a)
+            drawn = language.draw(2000, seed=20 * QUESTION_SEED_OFFSET + seed, alpha=a)
             split = Task.of(name, questions(language, drawn, name, noisy=noisy)).every
             before = confidences(lm, split)
             with applied(lm, EDIT):
                 found = calibration(before, confidences(lm, split))
-            b, a_ = found.before, found.after
+            b, a_ = found.base, found.edited
             print(
                 f"| {name} | {seed} | {b.ece} | {a_.ece} | {b.brier.value:.3f} | {a_.brier.value:.3f} | "
                 f"{b.confidence.value:.3f} | {a_.confidence.value:.3f} |",
@@ -113,13 +113,14 @@ def interior(seeds: int, out: Path, figure: Path | None) -> None:
     """Print what every size of the last MLP does where all words were learnt: to all words, and to the questions."""
     series: dict[str, list[tuple[float, Estimate]]] = {}
     for seed in range(seeds):
-        recipe = Recipe(learnt="all", learning_rate=RATE_OF_ALL, seed=seed)
-        lm, r = studied(recipe, out)
-        language = Language(recipe)
-        asked = Task.of("asked", questions(language, language.draw(1000, seed=30 * DRAWN + seed, alpha=0.0), "asked")).every
+        config = RecallConfig(loss_on="all", learning_rate=RATE_OF_ALL, seed=seed)
+        lm, r = studied(config, out)
+        language = Language(config)
+        drawn = language.draw(1000, seed=30 * QUESTION_SEED_OFFSET + seed, alpha=0.0)
+        asked = Task.of("asked", questions(language, drawn, "asked")).every
         base = evaluate(lm, asked)
         with Store.open(out / "runs.db") as results:
-            trials = results.evaluations(r.found.run, "validation")
+            trials = results.evaluations(r.exhaustive.run, "validation")
         print(f"seed {seed}: unchanged {trials[''].loss:.4f} nats per word, {base.accuracy:.1%} of {base.n} questions")
         print("| reduction | all words, change of loss | questions | change of loss |\n" + "|---" * 4 + "|")
         for matrix in ("1.fc_in", "1.fc_out"):
@@ -132,10 +133,11 @@ def interior(seeds: int, out: Path, figure: Path | None) -> None:
                 words = paired_estimates(trials[""], trials[text])[1]
                 print(f"| `{text}` | {words} | {edited.accuracy:.1%} ({gain.value:+.1%}) | {change} |", flush=True)
             series[f"seed {seed}, {matrix}"] = sorted(points)
-        t = r.found.test
+        t = r.exhaustive.test
         low, high = t.loss_interval
         print(
-            f"seed {seed}: best for all words {r.found.best or 'unchanged'}, test {t.base_loss:.4f} -> {t.edited_loss:.4f} "
+            f"seed {seed}: best for all words {r.exhaustive.best or 'unchanged'}, "
+            f"test {t.base_loss:.4f} -> {t.edited_loss:.4f} "
             f"({t.edited_loss - t.base_loss:+.4f} [{low:+.4f}, {high:+.4f}]), "
             f"questions {r.clean.base:.1%} -> {r.clean.edited:.1%}",
             flush=True,

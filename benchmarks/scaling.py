@@ -30,13 +30,15 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausa
 import laserlm as laser
 from laserlm.models import LanguageModel
 from laserlm.reductions import Intervention
+from laserlm.searching import SearchConfig
 from laserlm.searching.cluster import on_ray
-from laserlm.searching.desk import ScoreTask, WorkerState
 from laserlm.searching.driver import VALIDATION, encode_splits
 from laserlm.searching.executors import LocalExecutor
 from laserlm.searching.plan import Plan, measure_cost, plan
 from laserlm.searching.schedule import Schedule
+from laserlm.searching.scorer import PrefixScorer
 from laserlm.searching.simulation import CostModel
+from laserlm.searching.work import ScoreTask
 from laserlm.tasks import Task
 
 TURNS = 3
@@ -82,13 +84,13 @@ def scoring(barrier: Any, seconds: Any) -> None:
     torch.set_num_threads(1)
     lm = laser.load("bundled")
     made = task(64)
-    desk = WorkerState(lm, encode_splits(lm, made, made.validation.scorer, 0))
-    piece = ScoreTask(VALIDATION, 0, 64, Intervention())
-    piece.do(desk)
+    scorer = PrefixScorer(lm, encode_splits(lm, made, SearchConfig()))
+    item = ScoreTask(VALIDATION, 0, 64, Intervention())
+    item.execute(scorer)
     barrier.wait()
     begun = time.perf_counter()
     for _ in range(6):
-        piece.do(desk)
+        item.execute(scorer)
     seconds.put(time.perf_counter() - begun)
 
 
@@ -124,41 +126,41 @@ def efficiency() -> None:
 
 @dataclass(frozen=True)
 class Nothing:
-    """A piece that is no work."""
+    """A work item without work."""
 
     number: int
-    home: str = "home"
-    work: float = 1.0
+    affinity: str = "all"
+    cost: float = 1.0
 
     @property
-    def group(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         return self.number
 
-    def do(self, desk: WorkerState) -> int:
+    def execute(self, scorer: PrefixScorer) -> int:
         return self.number
 
 
 def overhead() -> None:
     lm = laser.load("bundled")
     made = task(300)
-    materials = encode_splits(lm, made, made.validation.scorer, 0)
-    scores = ScoreTask(VALIDATION, 0, 300, Intervention()).do(WorkerState(lm, materials))
+    splits = encode_splits(lm, made, SearchConfig())
+    scores = ScoreTask(VALIDATION, 0, 300, Intervention()).execute(PrefixScorer(lm, splits))
     print(f"scores of 300 examples: {len(pickle.dumps(scores)) / 300:.0f} bytes an example")
-    print(f"the material of 300 + 32 examples, sent once: {len(pickle.dumps(materials)) / 2**20:.2f} MiB")
+    print(f"the tokens of 300 + 32 examples, sent once: {len(pickle.dumps(splits)) / 2**20:.2f} MiB")
     for workers in (1, 2):
         begun = time.perf_counter()
-        with on_ray(laser.Ray(workers=workers), lm, materials, batch=32, memory=2**30, seed=0) as executor:
-            executor.order(VALIDATION)
+        with on_ray(laser.Ray(workers=workers), lm, splits, SearchConfig()) as executor:
+            executor.block_order(VALIDATION)
             print(f"{workers} workers: {time.perf_counter() - begun:.1f} s until the first has the model and answers")
             for unit in (1, 16):
                 pieces = [_Grouped(i, unit) for i in range(1000)]
-                list(executor.run(pieces[:50], needless=lambda _: False))
+                list(executor.run(pieces[:50], is_cancelled=lambda _: False))
                 begun = time.perf_counter()
-                assert len(list(executor.run(pieces, needless=lambda _: False))) == 1000
+                assert len(list(executor.run(pieces, is_cancelled=lambda _: False))) == 1000
                 print(f"{workers} workers, groups of {unit}: {time.perf_counter() - begun:.3f} s for 1,000 pieces")
     begun = time.perf_counter()
     assert (
-        len(list(LocalExecutor(WorkerState(lm, materials)).run([Nothing(i) for i in range(1000)], needless=lambda _: False)))
+        len(list(LocalExecutor(PrefixScorer(lm, splits)).run([Nothing(i) for i in range(1000)], is_cancelled=lambda _: False)))
         == 1000
     )
     print(f"this process: {1e6 * (time.perf_counter() - begun) / 1000:.1f} microseconds a piece")
@@ -173,7 +175,7 @@ class _Grouped(Nothing):
         object.__setattr__(self, "size", size)
 
     @property
-    def group(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         return self.number // self.size
 
 
@@ -205,7 +207,7 @@ def race() -> None:
                 if ahead:
                     seconds, _, found = searched(2, made)
                 else:
-                    with mock.patch("laserlm.searching.race._ahead", nothing):
+                    with mock.patch("laserlm.searching.race._likely_next", nothing):
                         seconds, _, found = searched(2, made)
             times[name].append(seconds)
             times[f"{name}, share of time without work"].append(Watched.idle_seconds / 2 / seconds)
@@ -219,8 +221,8 @@ def planned() -> None:
     lm = laser.load("bundled")
     for strategy, made in (("race", task(300, 1000)), ("exhaustive", task(64))):
         given: dict[str, Any] = {"strategy": strategy, "grid": "fine" if strategy == "race" else GRID}
-        ahead = plan(lm, made, **given)
-        warm = replace(measure_cost(lm, ahead, made), decompose=0.0)
+        ahead = plan(lm, made, SearchConfig(**given))
+        warm = replace(measure_cost(lm, ahead, made, SearchConfig(**given)), decompose=0.0)
         expected = ahead.simulate(1, warm).seconds
         laser.search(lm, made, metric="loss", **given)
         begun = time.perf_counter()
@@ -236,9 +238,10 @@ def simulation() -> None:
     made = task(300, 1000)
     torch.set_num_threads(1)
     for strategy in ("exhaustive", "race"):
-        ahead = plan(lm, made, strategy=strategy)
-        pace = replace(measure_cost(lm, ahead, made), start=15.0, unit=0.005)
-        print(f"{strategy}, {ahead.pieces} pieces, {ahead.passes:.0f} passes, {pace}")
+        config = SearchConfig(strategy=strategy)
+        ahead = plan(lm, made, config)
+        pace = replace(measure_cost(lm, ahead, made, config), start=15.0, unit=0.005)
+        print(f"{strategy}, {ahead.n_items} pieces, {ahead.passes:.0f} passes, {pace}")
         _table(ahead, pace)
 
 
@@ -250,7 +253,7 @@ def _table(made: Plan, pace: CostModel, numbers: Sequence[int] = WORKERS) -> Non
             found = made.simulate(workers, pace, failures=failures)
             shown.append(
                 f"{found.seconds:9.0f} s, efficiency {alone / workers / found.seconds:4.0%}, driver {found.driver:4.0%}, "
-                f"{found.lost} lost, {found.given_up} given up"
+                f"{found.lost} lost, {found.gave_up} given up"
             )
         print(" | ".join(shown), flush=True)
 
@@ -281,7 +284,7 @@ def models() -> None:
             model = build().to(torch.float16)
         lm = LanguageModel(model, tokenizer, name, "causal")
         for strategy, grid in (("exhaustive", "paper"), ("race", "fine")):
-            ahead = plan(lm, made, strategy=strategy, grid=grid, memory=4 * 2**30)  # type: ignore[arg-type]
+            ahead = plan(lm, made, SearchConfig(strategy=strategy, grid=grid, memory=8 * 2**30))  # type: ignore[arg-type]
             pace = CostModel(work=ahead.pass_flop / rate, decompose=1 / decompose, start=120, unit=0.005, answer=RECORD)
             found = {k: v for k, v in ahead.as_dict().items() if k not in ("stages",)}
             print(name, strategy, found)

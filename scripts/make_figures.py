@@ -165,7 +165,7 @@ def time_blocks(lm: LanguageModel) -> list[Timed]:
     frontier = PrefixCache(lm, rows, BATCH)
     found = []
     for layer in sorted({m.layer for m in lm.matrices}):
-        frontier.advance("", layer)
+        frontier.move_to("", layer)
         times = [time.process_time()]
         with laser.applied(lm, f"{layer}.fc_in@0.1"):
             times.append(time.process_time())

@@ -1,7 +1,7 @@
 """Pages of the documentation site that are made from what is there already; mkdocs calls ``on_files`` and ``on_page_markdown``.
 
 The home page is the README; the changelog, the contributing guide and the notes on clusters are the repository's files; the
-command line's reference comes from the code; the notebooks are shown with their stored outputs.
+command line's reference comes from the code; the notebooks are shown with their stored outputs, the example as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ PAGES = {
     "LICENSE": "license.md",
     "examples/cluster/README.md": "cluster.md",
 }
+SCRIPTS = {"examples/laser_in_150_lines.py": "laser_in_150_lines.md"}
 NOTEBOOKS = {f"examples/{name}.ipynb": f"{name}.md" for name in ("ten_minutes", "one_reduction")}
 
 
@@ -48,7 +49,7 @@ def linked(text: str, folder: Path) -> str:
         if file.is_relative_to(DOCS):
             path = str(file.relative_to(DOCS))
         elif file.is_relative_to(ROOT):
-            path = (PAGES | NOTEBOOKS).get(str(file.relative_to(ROOT)), path)
+            path = (PAGES | SCRIPTS | NOTEBOOKS).get(str(file.relative_to(ROOT)), path)
         return f"]({path}{mark}{anchor})"
 
     return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", target, text)
@@ -73,6 +74,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made: dict[str, str | bytes] = {"cli.md": command_line()}
     for source, target in PAGES.items():
         made[target] = linked((ROOT / source).read_text(encoding="utf-8"), (ROOT / source).parent)
+    for source, target in SCRIPTS.items():
+        made[target] = f"# LASER in 150 lines\n\n```python\n{(ROOT / source).read_text(encoding='utf-8')}```\n"
     for source, target in NOTEBOOKS.items():
         text, pictures = notebook(source)
         made |= {target: text, Path(source).name: (ROOT / source).read_bytes(), **pictures}

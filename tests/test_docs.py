@@ -40,7 +40,6 @@ from laserlm.cli import app
 from laserlm.cli import search as search_command
 from laserlm.export import load_in_subprocess
 from laserlm.paths import cache_folder
-from laserlm.searching import RaceOptions
 
 Run = Callable[..., tuple[int, str, str]]
 Load = Callable[..., laserlm.LanguageModel]
@@ -51,6 +50,8 @@ LANGUAGES = {"sh", "python", "text", "json", "jsonl", "yaml"}
 
 WIDTH = 4
 """Candidates that a search's screen sends on."""
+TEXT_LENGTH = 20_000
+"""Characters that are kept of a text that a page makes."""
 SHORT = {
     "search": f"--limit 12 --width {WIDTH}",
     "evaluate bundled --task humaneval": "--limit 2 --new-tokens 32",
@@ -300,7 +301,7 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     search = laserlm.search
 
     def narrow(*given: Any, **named: Any) -> laserlm.SearchResult:
-        return search(*given, **{"options": RaceOptions(width=WIDTH)} | named)
+        return search(*given, **{"candidates": WIDTH} | named)
 
     if not (named.real and page in FIRST):
         monkeypatch.setattr(laserlm, "search", narrow)
@@ -308,6 +309,10 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     monkeypatch.setattr(laserlm, "task", few)
     monkeypatch.setattr(laserlm, "load", named.load)
     monkeypatch.setattr("laserlm.models.load", named.load)
+    # The lab's own sizes take minutes; its figures are tested in tests/lab.
+    monkeypatch.setattr("laserlm.lab.recall.study.N_SEQUENCES", 100)
+    monkeypatch.setattr("laserlm.lab.recall.study.GRID", "1.mlp@0,0.5")
+    monkeypatch.setattr("laserlm.lab.sokoban.training.N_HELD_OUT", 60)
     monkeypatch.setattr(search_command, "DEMO_VALIDATION", 36 if named.real else 12)
     monkeypatch.setattr(search_command, "DEMO_TEST", 24 if named.real else 12)
     return folder
@@ -397,6 +402,8 @@ def do(command: str, run: Run, where: str, *, real: bool) -> None:
     if words[0] != "laser":
         made = subprocess.run(["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True, check=False)
         assert made.returncode == 0, f"{said}\n{made.stderr}"
+        for text in Path().glob("*.txt"):
+            text.write_text(text.read_text(encoding="utf-8")[:TEXT_LENGTH], encoding="utf-8")
     elif any(words_of in command for words_of in (ONLY_READ if real else ONLY_READ | ONLY_BUNDLED)):
         if words[1] != "lm-eval":
             parse(words[1:])

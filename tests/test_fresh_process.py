@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = tmp_path_factory.mktemp("fresh")
     llama = build("llama")
     llama.model.save_pretrained(made / "llama")
-    llama.need_tokenizer().save_pretrained(made / "llama")
+    llama.require_tokenizer().save_pretrained(made / "llama")
     laserlm.save(llama, "all.mlp@0.2", made / "dense")
     laserlm.save(llama, "all.mlp@0.2", made / "factored", form="factored")
     laserlm.save(build("gpt2"), "1.v_proj@0.2", made / "fused", form="factored")  # one matrix of one block is enough
@@ -87,6 +87,7 @@ try:
 except SystemExit as left:
     told["code"] = left.code
 sys.stdout.flush()
+told["lab after an ordinary model"] = [name for name in sys.modules if name.startswith("laserlm.lab")]
 
 import laserlm
 from laserlm.tasks import Example, Task
@@ -141,13 +142,18 @@ def test_the_shuffled_split_does_not_depend_on_the_hash_seed(command: dict[str, 
     assert command["validation"] == [e.id for e in task.validation]
 
 
+def test_loading_an_ordinary_model_imports_nothing_of_the_lab(command: dict[str, Any]) -> None:
+    assert command["code"] in (0, None)
+    assert command["lab after an ordinary model"] == []
+
+
 @torch.no_grad()
 def test_a_model_of_the_lab_loads_in_a_process_that_knows_nothing_of_the_lab(
     command: dict[str, Any], folders: dict[str, str]
 ) -> None:
     lm = laserlm.load(folders["lab"])
     for found, text in zip(command["logits"], LEVELS, strict=True):
-        expected = lm.model(lm.need_tokenizer()(text, return_tensors="pt").input_ids).logits[0, -3]
+        expected = lm.model(lm.require_tokenizer()(text, return_tensors="pt").input_ids).logits[0, -3]
         assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 

@@ -26,7 +26,7 @@ import laserlm
 from laserlm.edit.apply import Edit
 from laserlm.reductions import FINE_RHO
 from laserlm.scoring.tokenize import TokenSequence, encode
-from laserlm.searching import RaceOptions
+from laserlm.searching import SearchConfig
 from laserlm.searching.candidates import expand
 from laserlm.searching.driver import encode_splits
 from laserlm.store import Store
@@ -39,7 +39,7 @@ SMALL = {
 }
 GRID = "all.all@0.9,0.75,0.6,0.5,0.4,0.25,0.1,0.075"
 """No rank 0: to first order, a block loses the same without either of two matrices that multiply each other."""
-OPTIONS = RaceOptions(width=16, sizes=2, first=8, controls=0, delta=0)
+OPTIONS = SearchConfig(candidates=16, sizes_per_matrix=2, first_rung=8, random_candidates=0, delta=0)
 """What ``SMALL`` makes of the script, which has no controls and no bound."""
 ANSWERS = {"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Norway": "Oslo", "Portugal": "a city or Lisbon"}
 STARTED = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
@@ -65,7 +65,7 @@ def save_model(folder: Path, tokenizer: Any, learn: list[dict[str, Any]] | None 
     if learn:
         rows = encode(lm, [laserlm.Example(id=str(i), **q) for i, q in enumerate(learn)], "answer")
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)  # (B, T)
-        rows_of, places = zip(*[(i, place) for i, row in enumerate(rows) for place in row.places], strict=True)
+        rows_of, places = zip(*[(i, place) for i, row in enumerate(rows) for place in row.positions], strict=True)
         targets = torch.tensor([token for row in rows for token in row.targets])  # (N,)
         optimizer = torch.optim.Adam(lm.model.parameters(), lr=3e-3)
         for _ in range(12):
@@ -127,7 +127,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     with redirect_stdout(StringIO()) as printed:
         names = execute(model, file, folder / "out", SMALL)
     lm = laserlm.load(model, device="cpu", cache=folder / "cache")
-    found = laserlm.search(lm, laserlm.task(f"jsonl:{file}"), grid=GRID, store=folder / "runs.db", options=OPTIONS)
+    found = laserlm.search(lm, laserlm.task(f"jsonl:{file}"), grid=GRID, store=folder / "runs.db", config=OPTIONS)
     with Store.open(folder / "runs.db") as store:
         predictions = store.notes(found.run)["screen"]["predictions"]
         scores = store.evaluations(found.run, "validation")
@@ -150,11 +150,11 @@ def test_without_its_three_arguments_it_says_how_it_is_called(monkeypatch: pytes
 
 
 def test_its_settings_are_those_of_a_search() -> None:
-    text, usual = SCRIPT.read_text(encoding="utf-8"), RaceOptions()
+    text, usual = SCRIPT.read_text(encoding="utf-8"), SearchConfig()
     assert f"KEPT = ({FINE_RHO.replace(',', ', ')}) " in text
-    assert f"SCREENED = {usual.screened} " in text
-    assert f"WIDTH, SIZES = {usual.width}, {usual.sizes} " in text
-    assert f"FIRST, KEEP = {usual.first}, {usual.keep} " in text
+    assert f"SCREENED = {usual.screen_examples} " in text
+    assert f"WIDTH, SIZES = {usual.candidates}, {usual.sizes_per_matrix} " in text
+    assert f"FIRST, KEEP = {usual.first_rung}, {usual.keep} " in text
 
 
 def test_the_screen_expects_the_same_of_every_candidate(both: Both) -> None:
@@ -185,7 +185,7 @@ def test_the_rungs_have_the_same_leaders(both: Both) -> None:
     )
     leaders = [(int(n), int(alive), (path, int(rank)) if path else None) for n, alive, rank, path in printed]
     assert leaders == [(rung.examples, rung.entered, both.candidates[rung.leader]) for rung in both.found.rungs]
-    assert any(rung.joined for rung in both.found.rungs)
+    assert any(rung.added for rung in both.found.rungs)
 
 
 def test_the_proof_has_the_same_figures(both: Both) -> None:
@@ -216,7 +216,7 @@ def test_what_it_saves_is_what_laserlm_saves_and_loads_by_itself(both: Both, tmp
 
 
 def tokens(rows: list[TokenSequence]) -> list[tuple[list[int], int]]:
-    return [([*row.ids, row.targets[-1]], row.places[0] + 1) for row in rows]
+    return [([*row.ids, row.targets[-1]], row.positions[0] + 1) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def test_questions_are_split_and_tokenized_alike(tmp_path: Path, make: Any) -> N
     )
     names = execute(model, file, tmp_path / "out", {"WIDTH, SIZES = 48, 3": "WIDTH, SIZES = 1, 1"})
     lm = laserlm.load(model, device="cpu", cache=tmp_path)
-    materials = encode_splits(lm, laserlm.task(f"jsonl:{file}"), "answer", 0)
+    materials = encode_splits(lm, laserlm.task(f"jsonl:{file}"), SearchConfig(scorer="answer"))
     validation, test = ([(ids[0].tolist(), place) for ids, place in names[split]] for split in ("validation", "test"))
-    assert validation == tokens(materials["validation"].rows)
-    assert sorted(test) == sorted(tokens(materials["test"].rows))
+    assert validation == tokens(materials["validation"].sequences)
+    assert sorted(test) == sorted(tokens(materials["test"].sequences))
 
 
 def test_where_no_copy_is_better_the_unchanged_model_stays_and_nothing_is_saved(tmp_path: Path) -> None:

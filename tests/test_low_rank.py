@@ -66,7 +66,7 @@ def test_rank_zero_gives_the_bias_alone() -> None:
 
 @pytest.mark.parametrize(("rows", "groups"), [(6, 1), (8, 1), (7, 2)])
 def test_parts_must_make_up_the_rows(rows: int, groups: int) -> None:
-    with pytest.raises(ValueError, match="do not make"):
+    with pytest.raises(ValueError, match="do not sum to"):
         LowRankLinear(5, 7, [Part(rows, 2)], groups=groups)
 
 
@@ -96,9 +96,9 @@ def test_it_loads_without_its_head_in_another_dtype_and_spread_over_devices(fold
     half = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(outputs(half), outputs(model), atol=0.15, rtol=0.05)
-    places = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb", "model.layers.0"), "cpu")
-    places |= {"model.layers.1": "disk", "model.layers.2": "cpu"}
-    spread = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
+    devices = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb", "model.layers.0"), "cpu")
+    devices |= {"model.layers.1": "disk", "model.layers.2": "cpu"}
+    spread = AutoModelForCausalLM.from_pretrained(folder, device_map=devices, offload_folder=tmp_path / "offload")
     assert torch.equal(outputs(spread), outputs(model))
     assert model.half().dtype == torch.float16  # which transformers forbids for weights that are truly quantised
 

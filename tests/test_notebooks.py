@@ -172,14 +172,14 @@ def test_ten_minutes_runs_from_top_to_bottom(execute: Execute, named: Named) -> 
     facts = """print(json.dumps({
         "best": str(found.best) in lowest,
         "counts": [found.candidates, found.validation.n, found.test.n],
-        "mapped": [len(measured), found.scored],
+        "mapped": [len(loss_map), found.scored],
         "questions": [s.answer for s in own_base.scores],
         "figures": [first.loss_change.value, found.validation.edited_loss - found.validation.base_loss],
         "saved": [dense.parameters, dense.base_parameters, factored.parameters],
         "gone": not folder.exists(),
         "same": lm.hash == before and not lm.active,
     }))"""
-    lowest = """whole = [m for m in measured if m.loss_change.n == found.validation.n]
+    lowest = """whole = [m for m in loss_map if m.loss_change.n == found.validation.n]
 first = min(whole, key=lambda m: m.loss_change.value)
 # Nothing is left of two small matrices, and it is the same whichever of them it is.
 lowest = [f"{m.matrix}@{m.size}" for m in whole if m.loss_change.value == first.loss_change.value]"""

@@ -33,12 +33,12 @@ def source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_versions_are_those_of_the_imported_packages() -> None:
-    found = versions()
-    assert found["python"] == platform.python_version()
-    assert found["torch"] == torch.__version__
-    assert found["transformers"] == transformers.__version__
-    assert found["laserlm"] == laserlm.__version__
-    assert {"tokenizers", "safetensors"} <= set(found)
+    by_package = versions()
+    assert by_package["python"] == platform.python_version()
+    assert by_package["torch"] == torch.__version__
+    assert by_package["transformers"] == transformers.__version__
+    assert by_package["laserlm"] == laserlm.__version__
+    assert {"tokenizers", "safetensors"} <= set(by_package)
 
 
 def test_a_package_that_is_missing_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:

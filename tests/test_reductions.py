@@ -199,7 +199,7 @@ def test_a_rank_that_is_no_number_is_a_laser_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "said"),
+    ("size", "expected"),
     [
         ({}, "either a fraction or a rank"),
         ({"rho": Decimal("0.5"), "rank": 3}, "either a fraction or a rank"),
@@ -207,8 +207,8 @@ def test_a_rank_that_is_no_number_is_a_laser_error(text: str) -> None:
         ({"rho": Decimal("1.000001")}, "rho 1.000001 is out of range"),
     ],
 )
-def test_a_size_made_by_hand_is_checked_as_text_is(size: dict[str, object], said: str) -> None:
-    with pytest.raises(SpecError, match=said):
+def test_a_size_made_by_hand_is_checked_as_text_is(size: dict[str, object], expected: str) -> None:
+    with pytest.raises(SpecError, match=expected):
         Size(**size)  # type: ignore[arg-type]
 
 
@@ -225,21 +225,21 @@ def test_a_size_made_by_hand_is_checked_as_text_is(size: dict[str, object], said
     ],
 )
 def test_layers_of_a_stack(text: str, blocks: int, layers: list[int]) -> None:
-    assert list(Layers.parse(text).within(blocks)) == layers
+    assert list(Layers.parse(text).indices(blocks)) == layers
 
 
 @pytest.mark.parametrize(
-    ("text", "blocks", "said"),
+    ("text", "blocks", "expected"),
     [
         ("28", 28, "no layer 28: this model's layers are 0 to 27"),
         ("20-40", 28, "no layer 40: this model's layers are 0 to 27"),
-        ("top5", 4, "top5 asks for more blocks than the 4 there are; write top4"),
+        ("top5", 4, "top5 selects more blocks than the 4 of this model; write top4"),
     ],
 )
-def test_a_layer_that_the_stack_lacks_is_named(text: str, blocks: int, said: str) -> None:
+def test_a_layer_that_the_stack_lacks_is_named(text: str, blocks: int, expected: str) -> None:
     with pytest.raises(MatrixError) as caught:
-        Layers.parse(text).within(blocks)
-    assert said in str(caught.value)
+        Layers.parse(text).indices(blocks)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "-1", "3-", "1-2-3", "top", "topmost", "3.5", "ALL"])
@@ -297,21 +297,22 @@ def test_an_intervention_is_read_from_texts_a_reduction_or_itself() -> None:
 
 def test_the_paper_grid_is_table_5() -> None:
     grid = Grid.parse("paper")
-    assert [(str(p.layers), p.matrix) for p in grid.parts] == [("all", "fc_in"), ("all", "fc_out")]
+    assert [(str(part[0].layers), part[0].matrix) for part in grid.parts] == [("all", "fc_in"), ("all", "fc_out")]
     for part in grid.parts:
-        assert [str(s) for s in part.sizes] == ["0.9", "0.8", "0.6", "0.4", "0.2", "0.1", "0.05", "0.01"]
+        assert [str(reduction.size) for reduction in part] == ["0.9", "0.8", "0.6", "0.4", "0.2", "0.1", "0.05", "0.01"]
 
 
 def test_the_mlp_grid_has_the_sizes_of_the_paper_for_the_whole_group() -> None:
     (part,) = Grid.parse("mlp").parts
-    assert (str(part.layers), part.matrix, part.sizes) == ("all", "mlp", Grid.parse("paper").parts[0].sizes)
+    assert {(str(reduction.layers), reduction.matrix) for reduction in part} == {("all", "mlp")}
+    assert [reduction.size for reduction in part] == [reduction.size for reduction in Grid.parse("paper").parts[0]]
 
 
 def test_the_fine_grid_has_fifteen_sizes_for_every_matrix() -> None:
     (part,) = Grid.parse("fine").parts
     sizes = [".9", ".75", ".6", ".5", ".4", ".25", ".1", ".075", ".05", ".025", ".02", ".015", ".01", ".005", ".0025"]
-    assert (str(part.layers), part.matrix) == ("all", "all")
-    assert [s.rho for s in part.sizes] == [Decimal(s) for s in sizes]
+    assert {(str(reduction.layers), reduction.matrix) for reduction in part} == {("all", "all")}
+    assert [reduction.size.rho for reduction in part] == [Decimal(s) for s in sizes]
 
 
 @pytest.mark.parametrize("name", ["paper", "mlp", "fine"])
@@ -323,8 +324,8 @@ def test_a_named_grid_equals_its_text(name: str) -> None:
 
 def test_a_grid_keeps_its_parts_and_sizes_in_the_order_written() -> None:
     grid = Grid.parse("29.mlp@r5,0.50+27-28.attn@.05:bottom")
-    assert [[str(s) for s in p.sizes] for p in grid.parts] == [["r5", "0.5"], ["0.05"]]
-    assert [p.keep for p in grid.parts] == ["top", "bottom"]
+    assert [[str(reduction.size) for reduction in part] for part in grid.parts] == [["r5", "0.5"], ["0.05"]]
+    assert [[reduction.keep for reduction in part] for part in grid.parts] == [["top", "top"], ["bottom"]]
     assert str(grid) == "29.mlp@r5,0.5+27-28.attn@0.05:bottom"
 
 

@@ -386,7 +386,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def saved(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
         tiny(name).model.save_pretrained(folder)
-        tiny(name).need_tokenizer().save_pretrained(folder)
+        tiny(name).require_tokenizer().save_pretrained(folder)
         return folder
 
     return saved
@@ -432,7 +432,7 @@ def test_pickled_weights_become_a_folder_of_the_same_weights(run: Run, tmp_path:
     (line,) = [c for c in commands() if "--allow-pickle" in c and "--out gpt-j-6b" in c]
     lm = tiny("gpt-j-6b")
     lm.model.save_pretrained(tmp_path / "hub")
-    lm.need_tokenizer().save_pretrained(tmp_path / "hub")
+    lm.require_tokenizer().save_pretrained(tmp_path / "hub")
     (tmp_path / "hub" / "model.safetensors").unlink()
     torch.save({name: tensor.half() for name, tensor in lm.model.state_dict().items()}, tmp_path / "hub" / "pytorch_model.bin")
     words = shlex.split(line)[1:]

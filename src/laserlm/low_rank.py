@@ -1,8 +1,8 @@
-"""Linear layers held as two factors, and how transformers loads a model that has them.
+"""Linear layers with weights stored as two factors, and the hook with which transformers loads them.
 
-A checkpoint names them in the ``quantization_config`` of its ``config.json``. Importing laserlm registers this module
-with transformers, so that plain ``from_pretrained`` puts the layers in place before it reads the weights. Without laserlm
-that fails: the weight of such a layer has another shape than that of the linear layer it stands for.
+A checkpoint lists these layers in the ``quantization_config`` of its ``config.json``. Importing laserlm registers this
+module with transformers, so that ``from_pretrained`` creates the layers before it reads the weights. Without laserlm,
+loading fails because the weights have other shapes than those of the linear layers.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from laserlm.errors import ModelError
 __all__ = ["METHOD", "LowRankConfig", "LowRankLinear", "LowRankQuantizer", "Part"]
 
 METHOD = "laserlm"
-"""Name of the ``quant_method`` in a checkpoint's config."""
+"""The ``quant_method`` in a checkpoint's config."""
 FORMAT = 1
-"""Goes up when a checkpoint changes so that an older laserlm would misread it."""
+"""Version of the checkpoint format. It rises when an older laserlm would misread a new checkpoint."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a weight that are held alike.
+    """Rows of a weight that are stored in the same form.
 
     Args:
         rows: number of output features.
-        rank: number of columns of their second factor, or None where they are held as they are.
+        rank: number of columns of the second factor, or None if the rows are dense.
     """
 
     rows: int
@@ -42,28 +42,28 @@ class Part:
 
     @property
     def width(self) -> int:
-        """Rows that the part takes in the first product."""
+        """Number of rows in the stored weight."""
         return self.rows if self.rank is None else self.rank
 
 
 class LowRankLinear(nn.Linear):
-    """A linear layer whose weight (m, n) is two factors, or several such pairs and dense rows in turn.
+    """A linear layer whose weight (m, n) is stored as pairs of factors and dense rows, part by part.
 
-    One product with ``weight`` (R, n) holds, part by part, the first factor (r, n) of its rows, or its rows themselves;
-    ``up0``, ``up1`` and so on (rows, r) are the second factors of the parts that have one. A pair costs r (m + n)
-    parameters instead of m n, and the two are never multiplied out.
+    ``weight`` (R, n) stacks the parts: the first factor (r, n) of a part with a rank, else the rows themselves. ``up0``,
+    ``up1`` and so on (rows, r) are the second factors of the parts with a rank. A pair has r (m + n) parameters instead of
+    m n. The forward pass never multiplies its factors out.
 
     Args:
         in_features: n.
         out_features: m, the sum of the parts' rows.
-        parts: how the rows are held.
-        groups: a fused weight is seen as (groups, m / groups, n): a part holds, group by group, rows of each of them.
-        bias: whether there is a bias (m,).
-        device: of the parameters, which are not initialised.
-        dtype: likewise.
+        parts: the form of the rows, in order.
+        groups: number of groups in a fused weight (groups, m / groups, n); every part has equally many rows in each group.
+        bias: whether the layer has a bias (m,).
+        device: device of the uninitialised parameters.
+        dtype: dtype of the parameters.
 
     Raises:
-        ValueError: if no part has a rank, or the parts' rows are not all the rows, or not equally many of each group.
+        ValueError: if no part has a rank, the parts' rows do not sum to m, or they do not divide into the groups.
     """
 
     up0: Tensor
@@ -81,9 +81,9 @@ class LowRankLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         if sum(p.rows for p in parts) != out_features or any(p.rows % groups for p in parts):
-            raise ValueError(f"parts of {[p.rows for p in parts]} rows do not make {out_features} rows in {groups} groups")
+            raise ValueError(f"parts of {[p.rows for p in parts]} rows do not sum to {out_features} rows in {groups} groups")
         if all(p.rank is None for p in parts):
-            raise ValueError("no part is held as two factors; a plain linear layer holds dense rows")
+            raise ValueError("no part has a rank; use a plain linear layer for dense rows")
         self.in_features = in_features
         self.out_features = out_features
         self.parts = tuple(parts)
@@ -103,42 +103,42 @@ class LowRankLinear(nn.Linear):
         inner = F.linear(x, self.weight)  # (..., R)
         if len(self.parts) == 1:
             return F.linear(inner, self.up0, self.bias)
-        pieces = inner.split([p.width for p in self.parts], -1)
+        by_part = inner.split([p.width for p in self.parts], -1)
         outs = [
-            piece if p.rank is None else F.linear(piece, getattr(self, f"up{i}"))  # (..., rows)
-            for i, (p, piece) in enumerate(zip(self.parts, pieces, strict=True))
+            x if p.rank is None else F.linear(x, getattr(self, f"up{i}"))  # (..., rows)
+            for i, (p, x) in enumerate(zip(self.parts, by_part, strict=True))
         ]
         out = torch.cat([y.unflatten(-1, (self.groups, -1)) for y in outs], -1).flatten(-2)  # (..., m)
         return out if self.bias is None else out + self.bias
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """Return the weight (m, n) multiplied out, in float32 or wider."""
+        """Return the weight (m, n), multiplied out in float32 or wider."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        pieces = self.weight.to(wide).split([p.width for p in self.parts])
+        by_part = self.weight.to(wide).split([p.width for p in self.parts])
         rows = [
-            piece if p.rank is None else getattr(self, f"up{i}").to(wide) @ piece  # (rows, n)
-            for i, (p, piece) in enumerate(zip(self.parts, pieces, strict=True))
+            down if p.rank is None else getattr(self, f"up{i}").to(wide) @ down  # (rows, n)
+            for i, (p, down) in enumerate(zip(self.parts, by_part, strict=True))
         ]
         return torch.cat([r.unflatten(0, (self.groups, -1)) for r in rows], 1).flatten(0, 1)
 
     def extra_repr(self) -> str:
-        """Describe the shape and the ranks."""
+        """Return the shape and the ranks as text."""
         ranks = ", ".join(str(p.rank) for p in self.parts)
         return f"in_features={self.in_features}, out_features={self.out_features}, ranks={ranks}, bias={self.bias is not None}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint's config says of the layer."""
+        """Return the layer's entry in a checkpoint's config."""
         return {"parts": [[p.rows, p.rank] for p in self.parts], "groups": self.groups}
 
 
 @register_quantization_config(METHOD)
 class LowRankConfig(QuantizationConfigMixin):
-    """The entry of a checkpoint's config that names its low-rank layers.
+    """The entry of a checkpoint's config that lists its low-rank layers.
 
     Args:
-        modules: by path in the model that was saved, what ``LowRankLinear.as_dict`` gives.
-        format: version of the checkpoint's form.
+        modules: the value of ``LowRankLinear.as_dict`` of each layer, by path in the saved model.
+        format: version of the checkpoint format.
 
     Raises:
         ModelError: if the checkpoint was written by a newer laserlm.
@@ -147,7 +147,7 @@ class LowRankConfig(QuantizationConfigMixin):
     def __init__(self, modules: Mapping[str, Any], format: int = FORMAT, **_: Any) -> None:
         if format > FORMAT:
             raise ModelError(
-                f"the checkpoint's low-rank layers are of format {format}; this laserlm reads up to {FORMAT}: install a newer"
+                f"the checkpoint's low-rank layers are of format {format}; this laserlm reads up to {FORMAT}: upgrade laserlm"
             )
         self.quant_method: Any = METHOD
         self.format = format
@@ -156,40 +156,41 @@ class LowRankConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class LowRankQuantizer(HfQuantizer):
-    """Puts the low-rank layers of a checkpoint in place before its weights are loaded."""
+    """Creates the low-rank layers of a checkpoint before transformers loads its weights."""
 
     quantization_config: LowRankConfig
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         prefix = f"{model.base_model_prefix}."
         modules = dict(model.named_modules())
-        for path, held in self.quantization_config.modules.items():
-            # A checkpoint loads with another head, or none, than it was saved with.
-            at = next((p for p in (path, path.removeprefix(prefix), prefix + path) if p in modules), None)
-            if at is None:
+        for saved_path, layer in self.quantization_config.modules.items():
+            # A checkpoint may load with another head than it was saved with, or without one.
+            candidates = (saved_path, saved_path.removeprefix(prefix), prefix + saved_path)
+            path = next((p for p in candidates if p in modules), None)
+            if path is None:
                 raise ModelError(
-                    f"the checkpoint holds {path} as two factors; {type(model).__name__} has no such layer: load it as "
+                    f"the checkpoint stores {saved_path} as factors, but {type(model).__name__} has no such layer; load it as "
                     f"{' or '.join(model.config.architectures or ['the class it was saved as'])}"
                 )
-            parts = [Part(*part) for part in held["parts"]]
-            old = modules[at]
+            parts = [Part(*part) for part in layer["parts"]]
+            old = modules[path]
             n = old.in_features if isinstance(old, nn.Linear) else old.nx  # Conv1D
             m = sum(p.rows for p in parts)
             new = LowRankLinear(
-                int(n), m, parts, groups=held["groups"], bias=old.bias is not None, device="meta", dtype=old.weight.dtype
+                int(n), m, parts, groups=layer["groups"], bias=old.bias is not None, device="meta", dtype=old.weight.dtype
             )
-            model.set_submodule(at, new)
+            model.set_submodule(path, new)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        model.is_quantized = False  # the factors are ordinary floats: they can be cast and trained
+        model.is_quantized = False  # the factors are ordinary floats that can be cast and trained
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Tell that ``save_pretrained`` works."""
+        """Return True: ``save_pretrained`` works."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Tell that the factors can be trained."""
+        """Whether the factors can be trained."""
         return True

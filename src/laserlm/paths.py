@@ -1,4 +1,4 @@
-"""Where files are kept, and how they are written so that an interruption leaves nothing that is taken for whole."""
+"""Locations of laserlm's files, and atomic writing, so that an interruption leaves no partial file or folder."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Literal
 
 import platformdirs
 
-__all__ = ["atomic_file", "atomic_folder", "cache_folder", "cached", "default_store", "lab_folder"]
+__all__ = ["atomic_file", "atomic_folder", "cache_folder", "cached_files", "default_store", "lab_folder"]
 
 Existing = Literal["keep", "refuse", "replace"]
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder of laserlm (not necessarily there yet)."""
+    """Return the user's cache folder of laserlm, which may not exist yet."""
     return platformdirs.user_cache_path("laserlm", appauthor=False)
 
 
-def cached(cache: Path) -> dict[str, list[Path]]:
-    """Return what laserlm itself has put into a cache folder, by kind, and nothing else that may lie there."""
+def cached_files(cache: Path) -> dict[str, list[Path]]:
+    """Return the files and folders that laserlm wrote to a cache folder, by kind. Other files there are left out."""
     patterns = {
         "decompositions": f"decompositions/{'[0-9a-f]' * 64}.safetensors",
         "models": f"models/smollm2-135m-instruct-{'[0-9a-f]' * 12}",
@@ -32,21 +32,21 @@ def cached(cache: Path) -> dict[str, list[Path]]:
 
 
 def default_store() -> Path:
-    """Return the results database that the command line uses unless told otherwise (not necessarily there yet)."""
+    """Return the default results database of the command line, which may not exist yet."""
     return platformdirs.user_data_path("laserlm", appauthor=False) / "runs.db"
 
 
 def lab_folder(name: str) -> Path:
-    """Return the folder in which a study of the lab keeps its models unless told otherwise (not necessarily there yet)."""
+    """Return the default folder for the models of a study of the lab, which may not exist yet."""
     return platformdirs.user_data_path("laserlm", appauthor=False) / "lab" / name
 
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target`` and move it there at the end; after an exception ``target`` is as before."""
+    """Yield a temporary path next to ``target`` and rename it to ``target`` at the end, unless an exception is raised."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = _part_of(target)
-    part.touch(exist_ok=False)  # not mkstemp, which would keep the file from all other users
+    part = _temporary_path(target)
+    part.touch(exist_ok=False)  # mkstemp would make the file unreadable for other users
     try:
         yield part
         part.replace(target)
@@ -56,16 +56,16 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path, *, existing: Existing = "keep") -> Iterator[Path]:
-    """Yield a temporary folder beside ``target`` and move it there at the end.
+    """Yield a temporary folder next to ``target`` and rename it to ``target`` at the end.
 
     Args:
-        target: where the folder shall be.
-        existing: what becomes of a ``target`` that is there by then, an empty one aside: ``keep`` it and drop the new one,
-            ``refuse`` with a FileExistsError, or ``replace`` it once the new one is whole.
+        target: path of the folder.
+        existing: what to do if ``target`` exists by then and is not empty: ``keep`` it and drop the new folder, ``refuse``
+            with an OSError, or ``replace`` it by the complete new folder.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    part, old = _part_of(target), _part_of(target)
+    part, old = _temporary_path(target), _temporary_path(target)
     part.mkdir()
     try:
         yield part
@@ -83,5 +83,5 @@ def atomic_folder(target: Path, *, existing: Existing = "keep") -> Iterator[Path
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _part_of(target: Path) -> Path:
+def _temporary_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")

@@ -1,4 +1,4 @@
-"""What every saved thing records about how it was made."""
+"""Record how a result was made: versions, revision, machine, command and time."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["masked", "provenance", "versions"]
+__all__ = ["mask_credentials", "provenance", "versions"]
 
 PACKAGES = ("laserlm", "torch", "transformers", "tokenizers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, laserlm and the packages that decide its numbers."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python, laserlm and the packages that affect its numbers."""
+    by_package = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            by_package[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            by_package[package] = "not installed"
+    return by_package
 
 
 def git_revision() -> str | None:
-    """Return the git revision of the source tree laserlm runs from, or None for an installed copy."""
+    """Return the git revision of laserlm's source tree, or None for an installed copy."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        process = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
-def masked(text: str) -> str:
-    """Return a text without the user name and password of a URL in it."""
+def mask_credentials(text: str) -> str:
+    """Return the text with the user name and password of URLs masked."""
     return re.sub(r"(?<=password=)[^&\s]*", "***", re.sub(r"(?<=://)\S*@", "***@", text))
 
 
@@ -53,6 +53,6 @@ def provenance(*, device: str, dtype: str, seed: int | None = None) -> dict[str,
         "device": device,
         "dtype": dtype,
         "seed": seed,
-        "command": [masked(argument) for argument in sys.argv],
+        "command": [mask_credentials(argument) for argument in sys.argv],
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -15,7 +15,7 @@ def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "model"
     lm = build("llama")
     lm.model.save_pretrained(folder)
-    lm.need_tokenizer().save_pretrained(folder)
+    lm.require_tokenizer().save_pretrained(folder)
     return folder
 
 

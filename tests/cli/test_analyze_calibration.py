@@ -73,7 +73,7 @@ def test_calibration_of_a_run_and_of_what_has_no_answer(run: Run, asked: tuple[o
         "analyze", "calibration", folder, "--task", f"perplexity:{text}", "--store", store, "--reduce", REDUCTION
     )
     assert code == 1
-    assert "perplexity reads neither; give a model, --reduce SPEC and --scorer choice" in err
+    assert "perplexity reads neither. Give a model, --reduce SPEC and --scorer choice" in err
 
 
 def test_paraphrases_as_json_csv_and_figure(run: Run, asked: tuple[object, ...], tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_run_stands_for_model_task_and_reduction(
     assert "leave out --phrasings, --scorer" in err
     code, _, err = run("analyze", "low-rank", "last", "--map", *store, "--limit", 3)
     assert code == 1
-    assert "leave out --reduce, --limit" in err
+    assert "Leave out --reduce, --limit" in err
     code, out, _ = run("runs", "list", *store, "--json")
     assert {r["status"] for r in json.loads(out) if r["kind"] == "scores"} == {"open"}
 

@@ -33,7 +33,7 @@ def test_what_a_search_finds_is_saved_and_computes_the_same_in_transformers(
     code, printed, err = run("save", "bundled", "--run", found["run"], *store, "--out", out, "--json")
     assert code == 0, err
     model = AutoModelForCausalLM.from_pretrained(out).eval()
-    ids = bundled.need_tokenizer()("The capital of France is Paris, and that of Italy is", return_tensors="pt").input_ids
+    ids = bundled.require_tokenizer()("The capital of France is Paris, and that of Italy is", return_tensors="pt").input_ids
     unchanged = bundled.model(input_ids=ids).logits
     with applied(bundled, found["best"]):
         expected = bundled.model(input_ids=ids).logits

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_matrices_as_json_csv_and_table(run: Run, folder: Path) -> None:
 
 def test_fused_matrices_are_listed_with_their_parts(run: Run, make: Make, tmp_path: Path) -> None:
     make("gpt2").model.save_pretrained(tmp_path / "gpt2")
-    make("gpt2").need_tokenizer().save_pretrained(tmp_path / "gpt2")
+    make("gpt2").require_tokenizer().save_pretrained(tmp_path / "gpt2")
     rows = json.loads(run("matrices", tmp_path / "gpt2", "--json")[1])
     assert rows[0] | {"path": ""} == {
         "layer": 0,
@@ -178,7 +179,7 @@ def test_what_is_typed_by_others_shows_as_text(run: Run, folder: Path) -> None:
         (["evaluate", "MODEL", "--task", "jsonl:/no/file"], 1, "no data file '/no/file'"),
         (["evaluate", "MODEL", "--task", "nothing"], 1, "no task 'nothing'; there are worldfacts"),
         (["evaluate", "MODEL", "--split", "train"], 1, "no split 'train'; there are validation, test and all"),
-        (["evaluate", "MODEL", "--scorer", "f1"], 1, "cannot take 'f1'; write one of next_token"),
+        (["evaluate", "MODEL", "--scorer", "f1"], 1, "cannot take 'f1'. Write one of next_token"),
         (["evaluate", "MODEL", "--limit", "0"], 2, "--limit"),
         (["evaluate", "MODEL", "--scores", "/no/folder/scores.jsonl"], 2, "no folder /no/folder"),
         (["evaluate", "/no/model", "--reduce", "1.fc_in"], 1, "cannot read the reduction"),
@@ -202,12 +203,17 @@ def test_errors_say_the_next_step_and_leave_their_code(
 
 
 def test_defaults_of_the_command_are_those_of_the_library() -> None:
-    from laserlm.cli.search import search
-    from laserlm.searching import RaceOptions
+    from laserlm.cli.search import SearchOptions, search
+    from laserlm.reductions import Grid
+    from laserlm.searching import SearchConfig
 
     given = {name: p.default for name, p in inspect.signature(search).parameters.items()}
-    options = RaceOptions()
-    assert (given["width"], given["keep"], given["delta"]) == (options.width, options.keep, options.delta)
+    options = SearchConfig()
+    shared = ("strategy", "mode", "delta", "seed", "budget", "metric", "grid")
+    assert {name: given[name] for name in shared} == {name: getattr(options, name) for name in shared}
+    assert given["memory"] * 2**30 == options.memory
+    assert given["effort"] == "normal"
+    assert SearchOptions().config(32) == replace(options, grid=Grid.parse("fine"))
 
 
 def test_race_and_composition_print_how_they_went(run: Run, folder: Path, questions: Path, store: str) -> None:
@@ -302,7 +308,7 @@ def _scores(file: Path) -> int:
 def test_an_interruption_leaves_130_and_says_how_to_go_on(
     run: Run, folder: Path, questions: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from laserlm.searching import desk
+    from laserlm.searching import scorer
 
     calls: list[str] = []
 
@@ -312,13 +318,13 @@ def test_an_interruption_leaves_130_and_says_how_to_go_on(
             raise KeyboardInterrupt
         return evaluate_rows(lm, *args, **kwargs)
 
-    monkeypatch.setattr(desk, "evaluate_rows", interrupted)
+    monkeypatch.setattr(scorer, "evaluate_rows", interrupted)
     asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--strategy", "exhaustive")
     asked = (*asked, "--store", store, "--json")
     code, out, err = run(*asked)
     assert (code, out) == (130, "")
-    assert "best so far on validation: " in err
-    assert "goes on where this one stopped" in err
+    assert "Best so far on validation: " in err
+    assert "Run the same command without --restart to resume" in err
     assert [r["status"] for r in json.loads(run("runs", "list", "--store", store, "--json")[1])] == ["interrupted"]
     assert run(*asked)[0] == 0
     # The unchanged model on test and on validation, then the candidates; the winner is the last to meet the test split.
@@ -355,11 +361,13 @@ def test_setup_says_where_the_bundled_model_is(run: Run, monkeypatch: pytest.Mon
 
 
 def test_a_password_in_a_database_url_is_not_shown() -> None:
-    from laserlm.provenance import masked
+    from laserlm.provenance import mask_credentials
 
-    assert masked("postgresql://me:se/cr@et@host/db") == "postgresql://***@host/db"
-    assert masked("postgresql://host/db?user=me&password=secret&x=1") == "postgresql://host/db?user=me&password=***&x=1"
-    assert masked("/home/me@work/runs.db") == "/home/me@work/runs.db"
+    assert mask_credentials("postgresql://me:se/cr@et@host/db") == "postgresql://***@host/db"
+    assert (
+        mask_credentials("postgresql://host/db?user=me&password=secret&x=1") == "postgresql://host/db?user=me&password=***&x=1"
+    )
+    assert mask_credentials("/home/me@work/runs.db") == "/home/me@work/runs.db"
 
 
 def test_one_example_gives_json_that_any_reader_takes(run: Run, folder: Path, questions: Path) -> None:

@@ -36,10 +36,10 @@ def test_a_reduction_is_saved_checked_and_made_again(
     out = tmp_path / "out"
     code, printed, _ = run("save", folder, "--reduce", "all.mlp@0.2", "--form", "factored", "--out", out, "--json")
     assert code == 0
-    told = json.loads(printed)
-    assert told["form"] == "factored"
-    assert told["parameters"] < told["base_parameters"]
-    assert len(told["matrices"]) == 9
+    output = json.loads(printed)
+    assert output["form"] == "factored"
+    assert output["parameters"] < output["base_parameters"]
+    assert len(output["matrices"]) == 9
     code, printed, err = run("save", folder, "--reduce", "all.mlp@0.2", "--out", out)
     assert (code, printed) == (1, "")
     assert "exists already" in err
@@ -91,8 +91,8 @@ def test_what_a_search_found_is_saved_with_its_gain_and_scored_again(
 
 
 def test_nothing_or_two_things_to_save_is_an_error(run: Run, folder: Path, tmp_path: Path) -> None:
-    for given in ((), ("--reduce", "1.mlp@0.5", "--run", "last")):
-        code, _, err = run("save", folder, *given, "--out", tmp_path / "out")
+    for options in ((), ("--reduce", "1.mlp@0.5", "--run", "last")):
+        code, _, err = run("save", folder, *options, "--out", tmp_path / "out")
         assert code == 1
         assert "give --reduce SPEC, or --run ID" in err
     code, _, err = run("save", folder, "--run", "last", "--store", tmp_path / "none.db", "--out", tmp_path / "out")
@@ -104,9 +104,9 @@ def test_a_whole_model_is_compressed_to_a_budget(run: Run, folder: Path, text: P
     out = tmp_path / "out"
     code, printed, err = run("compress", folder, "--ratio", 0.5, "--calibration", text, "--out", out, "--json")
     assert code == 0, err
-    told = json.loads(printed)
-    assert told["parameters"] < 0.8 * told["base_parameters"]
-    assert told["perplexity"] != told["base_perplexity"]
+    output = json.loads(printed)
+    assert output["parameters"] < 0.8 * output["base_parameters"]
+    assert output["perplexity"] != output["base_perplexity"]
     code, printed, _ = run("reproduce", out)
     assert code == 0
     code, _, err = run("compress", folder, "--out", tmp_path / "other")

@@ -42,7 +42,7 @@ BOXOBAN = """; 0
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few held-out levels, which every command makes."""
-    monkeypatch.setattr(training, "HELD_OUT", 20)
+    monkeypatch.setattr(training, "N_HELD_OUT", 20)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model that was trained for two steps."""
     folder = tmp_path_factory.mktemp("sokoban") / "player"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "HELD_OUT", 20)
-        training.train(training.Recipe(levels=8, steps=2), folder)
+        patch.setattr(training, "N_HELD_OUT", 20)
+        training.train(training.TrainingConfig(levels=8, steps=2), folder)
     return folder
 
 
@@ -121,7 +121,7 @@ def test_boxoban_levels_are_solved_for_their_lengths_and_played(run: Run, player
 def test_other_models_and_levels_that_are_not_there_are_refused(run: Run, player: Path, folder: Path) -> None:
     code, _, err = run("lab", "sokoban", "evaluate", folder)
     assert code == 1
-    assert "plays no Sokoban" in err
+    assert "not a Sokoban model" in err
     code, _, err = run("lab", "sokoban", "play", player, "--level", 16)
     assert code == 1
     assert "no level 16" in err
@@ -129,8 +129,8 @@ def test_other_models_and_levels_that_are_not_there_are_refused(run: Run, player
 
 def test_unknown_choices_are_refused(run: Run, tmp_path: Path) -> None:
     code, _, err = run("lab", "noisy-recall", "--learnt", "some", "--out", tmp_path)
-    assert code == 1
+    assert code == 2
     assert "outputs or all" in err
     code, _, err = run("lab", "rank-constraint", "chess")
-    assert code == 1
+    assert code == 2
     assert "recall or worldfacts" in err

@@ -33,7 +33,7 @@ def test_the_app_is_served_until_it_is_interrupted(folder: Path, tmp_path: Path)
             process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "")
-    assert err.splitlines() == [f"loading {folder}", "Ctrl-C ends it"]
+    assert err.splitlines() == [f"loading {folder}", "Press Ctrl-C to stop."]
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run: Run, tmp_pa
         code, out, err = run("app", "no/such/model", "--port", port, "--store", tmp_path / "runs.db")
     assert (code, out) == (1, "")
     assert f"cannot listen on 127.0.0.1:{port}" in err
-    assert "give another with --port" in err
+    assert "give another port with --port" in err
     assert not (tmp_path / "runs.db").exists()
 
 

@@ -90,7 +90,7 @@ def test_masked_and_encoder_decoder_examples_are_shown(run: Run, make: Make, dat
     for family, expected in (("roberta", "The claim is[ true]"), ("t5", "The claim is => <unk>[true]")):
         lm = make(family)
         lm.model.save_pretrained(tmp_path / family)
-        lm.need_tokenizer().save_pretrained(tmp_path / family)
+        lm.require_tokenizer().save_pretrained(tmp_path / family)
         code, out, err = run("tasks", "show", "fever", "--data", data, "--model", tmp_path / family, "-n", 1)
         assert code == 0, err
         assert expected.replace(" ", "") in out.replace(" ", "").replace("</s>", "")
@@ -148,7 +148,7 @@ def test_a_search_where_the_model_writes_shows_its_finalists(run: Run, folder: P
     asked = ("search", folder, "--task", "popqa", "--data", data, "--new-tokens", 3, "--grid", "2.mlp@0.5,0.1")
     code, out, err = run(*asked, "--store", tmp_path / "runs.db")
     assert code == 0, err
-    assert "What the model writes decides" in out
+    assert "Generated text decides" in out
     assert "the unchanged model" in out
 
 

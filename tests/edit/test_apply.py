@@ -30,8 +30,8 @@ def assert_same(lm: LanguageModel, before: dict[str, tuple[int, Tensor]]) -> Non
 
 def truncated(weight: Tensor, rank: int, keep: str = "top") -> np.ndarray:
     U, S, Vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
-    kept = slice(0, rank) if keep == "top" else slice(len(S) - rank, None)
-    return U[:, kept] * S[kept] @ Vh[kept]
+    components = slice(0, rank) if keep == "top" else slice(len(S) - rank, None)
+    return U[:, components] * S[components] @ Vh[components]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -57,11 +57,11 @@ def test_a_fused_matrix_reduced_whole_differs_from_its_parts(family: str, make: 
     fused = next(m for m in lm.matrices if m.id == "1.qkv")
     original = read_matrix(lm.model, fused).clone()
     with applied(lm, "1.qkv@r4"):
-        whole = read_matrix(lm.model, fused).clone()
+        full = read_matrix(lm.model, fused).clone()
     with applied(lm, "1.q_proj@r4+1.k_proj@r4+1.v_proj@r4"):
         parts = read_matrix(lm.model, fused).clone()
-    np.testing.assert_allclose(whole.numpy(), truncated(original, 4), atol=2e-6)
-    assert torch.linalg.matrix_rank(whole) == 4
+    np.testing.assert_allclose(full.numpy(), truncated(original, 4), atol=2e-6)
+    assert torch.linalg.matrix_rank(full) == 4
     assert torch.linalg.matrix_rank(parts) == 12
 
 
@@ -156,12 +156,12 @@ def test_what_top_and_bottom_keep_adds_up_to_the_matrix(make: Make) -> None:
     assert str(other) == "0.q_proj@r29:bottom+1.fc_in@r23:bottom+1.q_proj@r29:bottom+2.q_proj@r29:bottom"
     for id in ("1.fc_in", "0.q_proj", "2.q_proj"):
         m = next(m for m in lm.matrices if m.id == id)
-        whole = read_matrix(lm.model, m).clone()
+        full = read_matrix(lm.model, m).clone()
         with applied(lm, text):
             top = read_matrix(lm.model, m).clone()
         with applied(lm, other):
             bottom = read_matrix(lm.model, m).clone()
-        torch.testing.assert_close(top + bottom, whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(top + bottom, full, atol=1e-5, rtol=0)
     assert [e.rank for e in resolve(lm.matrices, removed_part(lm.matrices, other))] == [3, 9, 3, 3]
 
 
@@ -176,19 +176,19 @@ def test_reference_uses_the_iterations_of_the_published_code(family: str, make: 
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "said"),
+    ("text", "error", "message"),
     [
         ("1.fc_in@0.5+1.mlp@0.2", MatrixError, "are the same weights; reduce a matrix once"),
-        ("1.fc_in@r40", MatrixError, "asks for rank 40; the matrices it means have 32 at most"),
+        ("1.fc_in@r40", MatrixError, "asks for rank 40; the selected matrices have 32 at most"),
         ("1.fc_in@1.5", SpecError, "out of range"),
         ("7.fc_in@0.5", MatrixError, "no layer 7"),
     ],
 )
 def test_an_intervention_that_cannot_be_applied_changes_nothing(
-    text: str, error: type[Exception], said: str, llama: LanguageModel
+    text: str, error: type[Exception], message: str, llama: LanguageModel
 ) -> None:
     before = snapshot(llama)
-    with pytest.raises(error, match=said), applied(llama, text):
+    with pytest.raises(error, match=message), applied(llama, text):
         pass
     assert_same(llama, before)
 
@@ -244,10 +244,10 @@ def test_blocks_of_rows_are_reduced_each_by_itself(keep: str, make: Make) -> Non
     original = read_matrix(lm.model, m).clone()
     suffix = ":bottom" if keep == "bottom" else ""
     with applied(lm, f"1.fc_in@0.25{suffix}:split4"):
-        found = read_matrix(lm.model, m).numpy()
+        actual = read_matrix(lm.model, m).numpy()
     # Four blocks of 12 rows and 12 singular values, of which a quarter, 3, is kept.
     expected = np.concatenate([truncated(original[i : i + 12], 3, keep) for i in (0, 12, 24, 36)])
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
     assert_same(lm, before)
     (edit,) = resolve(lm.matrices, "1.fc_in@0.25:split4")
     assert (edit.rank, edit.max_rank, edit.is_identity) == (3, 12, False)

@@ -54,19 +54,19 @@ def test_a_damaged_file_is_said_and_made_again(
 ) -> None:
     expected = DecompositionCache(tmp_path).get(matrix())
     file = next(tmp_path.glob("*.safetensors"))
-    whole = file.read_bytes()
+    content = file.read_bytes()
     damaged = {
-        "flipped bits": whole[:-5] + bytes(255 - b for b in whole[-5:]),
-        "cut short": whole[: len(whole) // 2],
+        "flipped bits": content[:-5] + bytes(255 - b for b in content[-5:]),
+        "cut short": content[: len(content) // 2],
         "no file of this kind": b"hello",
         "empty": b"",
     }[damage]
     file.write_bytes(damaged)
     with caplog.at_level(logging.WARNING):
-        found = DecompositionCache(tmp_path).get(matrix())
-    assert "making it again" in caplog.text
+        decomposition = DecompositionCache(tmp_path).get(matrix())
+    assert "it is computed again" in caplog.text
     assert str(file) in caplog.text
-    assert torch.equal(found.left, expected.left)
+    assert torch.equal(decomposition.left, expected.left)
     monkeypatch.setattr(module, "basis_of", refuse)
     assert torch.equal(DecompositionCache(tmp_path).get(matrix()).left, expected.left)
 
@@ -80,9 +80,9 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(
 
     monkeypatch.setattr(module, "save_file", full)
     with caplog.at_level(logging.WARNING):
-        found = DecompositionCache(tmp_path).get(matrix())
+        decomposition = DecompositionCache(tmp_path).get(matrix())
     assert "No space left on device" in caplog.text
-    torch.testing.assert_close(found.left @ found.right, matrix(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(decomposition.left @ decomposition.right, matrix(), atol=1e-5, rtol=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,9 +91,9 @@ def test_a_folder_that_cannot_be_made_costs_the_cache_and_nothing_else(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING):
-        found = DecompositionCache(tmp_path / "file" / "cache").get(matrix())
-    assert "cannot keep a decomposition" in caplog.text
-    torch.testing.assert_close(found.left @ found.right, matrix(), atol=1e-5, rtol=0)
+        decomposition = DecompositionCache(tmp_path / "file" / "cache").get(matrix())
+    assert "cannot write a decomposition" in caplog.text
+    torch.testing.assert_close(decomposition.left @ decomposition.right, matrix(), atol=1e-5, rtol=0)
 
 
 def test_memory_holds_what_fits_and_drops_the_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,30 +39,30 @@ def test_two_factors_compute_what_one_matrix_does_and_leave_no_trace(family: str
     base = outputs(lm)
     with applied(lm, text):
         expected = outputs(lm)
-    with factored(lm, text) as holdings:
-        found = outputs(lm)
+    with factored(lm, text) as stored:
+        actual = outputs(lm)
         parameters = sum(p.numel() for p in lm.model.parameters())
     assert not torch.allclose(expected, base)
-    torch.testing.assert_close(found, expected, atol=3e-5 * float(expected.abs().max()), rtol=0)
+    torch.testing.assert_close(actual, expected, atol=3e-5 * float(expected.abs().max()), rtol=0)
     assert all(lm.model.get_submodule(path) is module for path, module in modules.items())
     assert torch.equal(outputs(lm), base)
-    saved = sum(h.shape[0] * h.shape[1] - h.parameters for h in holdings)
+    saved = sum(m.shape[0] * m.shape[1] - m.parameters for m in stored)
     assert parameters == sum(p.numel() for p in lm.model.parameters()) - saved
-    assert (saved > 0) == any(not h.dense for h in holdings)
+    assert (saved > 0) == any(not m.reason_kept_dense for m in stored)
 
 
 def test_a_matrix_that_would_grow_stays_one_and_says_why(llama: LanguageModel) -> None:
     with factored(llama, "0.fc_in@r19+1.fc_in@r20") as (first, second):  # 19 x 80 = 1520 < 48 x 32 = 1536 < 20 x 80
         assert isinstance(llama.model.get_submodule("model.layers.0.mlp.gate_proj"), LowRankLinear)
         assert not isinstance(llama.model.get_submodule("model.layers.1.mlp.gate_proj"), LowRankLinear)
-    assert (first.parameters, first.dense) == (1520, "")
+    assert (first.parameters, first.reason_kept_dense) == (1520, "")
     assert second.parameters == 1536
-    assert second.dense == "rank 20 would take 1600 parameters as factors, 1536 as a matrix"
+    assert second.reason_kept_dense == "rank 20 would take 1600 parameters as factors, 1536 as a matrix"
 
 
 def test_experts_in_one_tensor_stay_dense(make: Make) -> None:
-    with factored(make("mixtral"), "1.fc_in@0.1+1.q_proj@0.1") as holdings:
-        reasons = {h.matrix: h.dense for h in holdings}
+    with factored(make("mixtral"), "1.fc_in@0.1+1.q_proj@0.1") as stored:
+        reasons = {m.matrix: m.reason_kept_dense for m in stored}
     assert reasons["1.q_proj"] == ""
     assert {reasons[f"1.experts.{e}.fc_in"] for e in range(3)} == {"not the weight of a linear layer"}
 
@@ -73,14 +73,14 @@ def test_fused_matrices_are_factored_whole_or_in_part_with_their_bias(family: st
     lm = make(family)
     with applied(lm, text):
         expected = outputs(lm)
-    with factored(lm, text) as holdings:
-        assert all(not h.dense for h in holdings)
+    with factored(lm, text) as stored:
+        assert all(not m.reason_kept_dense for m in stored)
         torch.testing.assert_close(outputs(lm), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_blocks_of_rows_across_heads_stay_dense(make: Make) -> None:
-    with factored(make("bloom"), "1.q_proj@0.2:split2") as (held,):
-        assert held.dense == "its blocks of rows lie across heads"
+    with factored(make("bloom"), "1.q_proj@0.2:split2") as (projection,):
+        assert projection.reason_kept_dense == "its blocks of rows lie across heads"
 
 
 def test_scoring_inside_gives_the_same_flags(make: Make) -> None:

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from laserlm.errors import ExportError
 from laserlm.export import compress, reproduce
-from laserlm.export.compression import fit_ranks, perplexity, texts
+from laserlm.export.compression import fit_ranks, perplexity, read_calibration_text
 from laserlm.export.load_in_subprocess import fingerprint
 from laserlm.models import LanguageModel, read_matrix
 from laserlm.searching.moments import input_moments
@@ -35,36 +35,36 @@ def spent(lm: LanguageModel) -> int:
 
 
 def test_the_text_is_cut_into_passages_and_its_end_is_held_out(llama: LanguageModel, file: Path) -> None:
-    text = texts(llama, file, tokens=1000, held_out_tokens=300)
+    text = read_calibration_text(llama, file, tokens=1000, held_out_tokens=300)
     window = 127  # the tiny tokenizer takes 128 tokens
     assert [len(text.calibration), len(text.held_out)] == [1000 // window, 300 // window]
     assert {len(row.targets) for row in (*text.calibration, *text.held_out)} == {window}
-    tokenizer = llama.need_tokenizer()
+    tokenizer = llama.require_tokenizer()
     content = file.read_text()
     first = tokenizer.decode(text.calibration[0].targets)
-    held = tokenizer.decode(text.held_out[0].targets)
+    passage = tokenizer.decode(text.held_out[0].targets)
     assert content.startswith(first)
-    assert content[int(0.8 * len(content)) :].startswith(held)
+    assert content[int(0.8 * len(content)) :].startswith(passage)
     assert text.calibration[0].ids[1:] == text.calibration[0].targets[:-1]
 
 
 @pytest.mark.parametrize("family", [f for f in CAUSAL if f != "mixtral"])
 def test_every_family_keeps_its_budget_and_all_of_it_is_the_model_itself(family: str, make: Make, file: Path) -> None:
     lm = make(family)
-    rows = texts(lm, file, tokens=500).calibration
+    rows = read_calibration_text(lm, file, tokens=500).calibration
     ids = torch.tensor([rows[0].ids[:20]])
     with torch.no_grad():
         base = lm.model(input_ids=ids).logits
     before = spent(lm)
     for method in ("plain", "whitened"):
-        found = fit_ranks(lm, rows, method=method)
-        assert found.parameters == sum(m.shape[0] * m.shape[1] for m in found.matrices)
+        compression = fit_ranks(lm, rows, method=method)
+        assert compression.parameters == sum(m.shape[0] * m.shape[1] for m in compression.matrices)
         for ratio in (0.5, 0.9):
-            with found.applied(lm, ratio), torch.no_grad():
-                assert before - spent(lm) >= (1 - ratio) * found.parameters - 1e-6
-                assert before - spent(lm) <= (1 - ratio) * found.parameters + 200  # one more rank of the largest matrix
+            with compression.applied(lm, ratio), torch.no_grad():
+                assert before - spent(lm) >= (1 - ratio) * compression.parameters - 1e-6
+                assert before - spent(lm) <= (1 - ratio) * compression.parameters + 200  # one more rank of the largest matrix
                 assert not torch.allclose(lm.model(input_ids=ids).logits, base, atol=1e-5)
-        with found.applied(lm, 1.0), torch.no_grad():
+        with compression.applied(lm, 1.0), torch.no_grad():
             torch.testing.assert_close(lm.model(input_ids=ids).logits, base, atol=1e-4, rtol=1e-3)
         assert spent(lm) == before
         assert lm.active == []
@@ -73,65 +73,65 @@ def test_every_family_keeps_its_budget_and_all_of_it_is_the_model_itself(family:
 def test_the_dense_form_computes_what_the_factors_do(make: Make, file: Path) -> None:
     for family in ("llama", "gpt2"):
         lm = make(family)
-        found = fit_ranks(lm, texts(lm, file, tokens=500).calibration)
+        compression = fit_ranks(lm, read_calibration_text(lm, file, tokens=500).calibration)
         outputs = []
         for form in ("factored", "dense"):
-            with found.applied(lm, 0.5, form):
+            with compression.applied(lm, 0.5, form):
                 outputs.append(torch.tensor(fingerprint(lm.model)))
         torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-3)
 
 
 def test_whitened_decompositions_change_the_outputs_of_every_layer_less(llama: LanguageModel, file: Path) -> None:
-    rows = texts(llama, file, tokens=2000).calibration
+    rows = read_calibration_text(llama, file, tokens=2000).calibration
     plain, white = (fit_ranks(llama, rows, method=method, allocation="uniform") for method in ("plain", "whitened"))
     paths = {m.id: m.path.rpartition(".")[0] for m in plain.matrices}
     moments = input_moments(llama, rows, list(paths.values()))
     for m in plain.matrices:
         errors = []
-        for found in (plain, white):
-            rank = found.ranks(0.7)[m.id]
+        for compression in (plain, white):
+            rank = compression.ranks(0.7)[m.id]
             assert rank is not None
-            left = (read_matrix(llama.model, m) - found.decompositions[m.id].truncate(rank)).double()
+            left = (read_matrix(llama.model, m) - compression.decompositions[m.id].truncate(rank)).double()
             errors.append(float((left @ moments[paths[m.id]] @ left.T).trace()))
         assert errors[1] <= errors[0] * (1 + 1e-4), m.id
 
 
 def test_sensitivity_expects_less_loss_than_uniform_ranks_of_the_same_budget(llama: LanguageModel, file: Path) -> None:
-    found = fit_ranks(llama, texts(llama, file, tokens=1000).calibration)
-    even = replace(found, allocation="uniform").ranks(0.7)
+    compression = fit_ranks(llama, read_calibration_text(llama, file, tokens=1000).calibration)
+    even = replace(compression, allocation="uniform").ranks(0.7)
 
     def expected(ranks: dict[str, int | None]) -> float:
-        return sum(float(found.losses[name][rank:].sum()) for name, rank in ranks.items() if rank is not None)
+        return sum(float(compression.losses[name][rank:].sum()) for name, rank in ranks.items() if rank is not None)
 
-    assert expected(found.ranks(0.7)) < 0.9 * expected(even)
+    assert expected(compression.ranks(0.7)) < 0.9 * expected(even)
 
 
 @pytest.mark.parametrize("form", ["factored", "dense"])
 def test_a_compressed_model_is_saved_told_and_made_again(form: str, llama: LanguageModel, file: Path, tmp_path: Path) -> None:
-    found = compress(llama, tmp_path / "out", ratio=0.6, calibration=file, tokens=1000, form=form)
-    assert found.perplexity is not None
-    assert found.base_perplexity == pytest.approx(perplexity(llama, texts(llama, file).held_out))
-    model = AutoModelForCausalLM.from_pretrained(found.saved.folder)
+    result = compress(llama, tmp_path / "out", ratio=0.6, calibration=file, tokens=1000, form=form)
+    assert result.perplexity is not None
+    assert result.base_perplexity == pytest.approx(perplexity(llama, read_calibration_text(llama, file).held_out))
+    model = AutoModelForCausalLM.from_pretrained(result.saved.folder)
     torch.testing.assert_close(
-        torch.tensor(fingerprint(model.eval())), torch.tensor(found.saved.record["fingerprint"]), atol=1e-4, rtol=1e-3
+        torch.tensor(fingerprint(model.eval())), torch.tensor(result.saved.record["fingerprint"]), atol=1e-4, rtol=1e-3
     )
     record = json.loads((tmp_path / "out" / "laser.json").read_text())
-    assert record["compression"]["perplexity"]["compressed"] == found.perplexity
+    assert record["compression"]["perplexity"]["compressed"] == result.perplexity
     assert "laser compress llama --dtype float32 --ratio 0.6 --method whitened" in record["command"]
     assert record["compression"]["text"]["calibrated_on"] == 1000 // 127 * 127
     assert "60% of the parameters" in (tmp_path / "out" / "README.md").read_text()
-    assert reproduce(found.saved.folder, llama).agrees
+    assert reproduce(result.saved.folder, llama).agrees
     moved = file.rename(tmp_path / "moved.txt")
     with pytest.raises(ExportError, match="give --calibration"):
-        reproduce(found.saved.folder, llama)
-    assert reproduce(found.saved.folder, llama, calibration=moved).agrees
+        reproduce(result.saved.folder, llama)
+    assert reproduce(result.saved.folder, llama, calibration=moved).agrees
 
 
 def test_plain_and_uniform_needs_no_text(llama: LanguageModel, tmp_path: Path) -> None:
-    found = compress(llama, tmp_path / "out", ratio=0.5, method="plain", allocation="uniform")
-    assert found.perplexity is None
-    assert {h.rank for h in found.saved.holdings if h.matrix.endswith("fc_in")} == {int(0.5 * 48 * 32 / 80)}
-    assert reproduce(found.saved.folder, llama).identical
+    result = compress(llama, tmp_path / "out", ratio=0.5, method="plain", allocation="uniform")
+    assert result.perplexity is None
+    assert {h.rank for h in result.saved.matrices if h.matrix.endswith("fc_in")} == {int(0.5 * 48 * 32 / 80)}
+    assert reproduce(result.saved.folder, llama).identical
 
 
 def test_what_cannot_be_compressed_is_told(llama: LanguageModel, make: Make, file: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_what_cannot_be_compressed_is_told(llama: LanguageModel, make: Make, fil
         compress(llama, tmp_path / "out", ratio=0.5)
     with pytest.raises(ExportError, match="above 0 and at most 1"):
         compress(llama, tmp_path / "out", ratio=1.5, calibration=file)
-    with pytest.raises(ExportError, match="no 'clever'"):
+    with pytest.raises(ExportError, match="no method 'clever'"):
         compress(llama, tmp_path / "out", ratio=0.5, calibration=file, method="clever")
     with pytest.raises(ExportError, match="causal"):
         compress(make("bert"), tmp_path / "out", ratio=0.5, calibration=file)
@@ -153,15 +153,15 @@ def test_what_cannot_be_compressed_is_told(llama: LanguageModel, make: Make, fil
 
 def test_experts_are_left_out_with_the_reason(make: Make, file: Path) -> None:
     lm = make("mixtral")
-    found = fit_ranks(lm, texts(lm, file, tokens=500).calibration, method="plain")
-    assert set(found.left_out.values()) == {"not the weight of a linear layer"}
-    assert {m.type for m in found.left_out} == {"gate_up", "fc_out"}
-    fixed = sum(m.shape[0] * m.shape[1] for m in found.left_out)
-    whole = found.parameters + fixed
+    compression = fit_ranks(lm, read_calibration_text(lm, file, tokens=500).calibration, method="plain")
+    assert set(compression.left_out.values()) == {"not the weight of a linear layer"}
+    assert {m.type for m in compression.left_out} == {"gate_up", "fc_out"}
+    fixed = sum(m.shape[0] * m.shape[1] for m in compression.left_out)
+    total = compression.parameters + fixed
     before = spent(lm)
-    with found.applied(lm, 0.9) as holdings:
-        assert before - spent(lm) >= 0.1 * whole - 1
-        assert {h.dense for h in holdings if "experts" in h.matrix} == {"not the weight of a linear layer"}
+    with compression.applied(lm, 0.9) as stored:
+        assert before - spent(lm) >= 0.1 * total - 1
+        assert {h.reason_kept_dense for h in stored if "experts" in h.matrix} == {"not the weight of a linear layer"}
     with pytest.raises(ExportError, match="cannot be reached"):
-        found.ranks(0.3)
-    assert {m.name for m in found.matrices} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+        compression.ranks(0.3)
+    assert {m.name for m in compression.matrices} == {"q_proj", "k_proj", "v_proj", "out_proj"}

@@ -30,8 +30,8 @@ from laserlm.tasks import Example, Task
 Make = Callable[..., LanguageModel]
 
 
-def close(found: object, recorded: object, tolerance: float = 1e-5) -> bool:
-    a, b = torch.tensor(found), torch.tensor(recorded)
+def close(outputs: object, recorded: object, tolerance: float = 1e-5) -> bool:
+    a, b = torch.tensor(outputs), torch.tensor(recorded)
     return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
@@ -80,7 +80,7 @@ def test_another_dtype_is_that_of_the_weights_and_of_the_config(form: str, llama
 
 
 def test_the_folder_has_all_that_a_checkpoint_has_and_how_it_was_made(llama: LanguageModel, tmp_path: Path) -> None:
-    tokenizer = llama.need_tokenizer()
+    tokenizer = llama.require_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     saved = save(llama, "1.fc_in@0.25", tmp_path / "out")
     assert {f.name for f in saved.folder.iterdir()} == {
@@ -123,11 +123,11 @@ def test_the_folder_has_all_that_a_checkpoint_has_and_how_it_was_made(llama: Lan
 def test_what_a_search_found_is_saved_with_its_gain(llama: LanguageModel, tmp_path: Path) -> None:
     pairs = zip("abcdefghijklmnopqrst", ["Paris", "Rome"] * 10, strict=True)
     task = Task.of("capitals", [Example(c, f"The capital of {c} is", a) for c, a in pairs])
-    found = search(llama, task, grid="1.fc_in@0.1,0.5", strategy="exhaustive")
+    result = search(llama, task, grid="1.fc_in@0.1,0.5", strategy="exhaustive")
     with pytest.raises(ExportError, match="nothing better"):
-        save(llama, replace(found, best=Intervention()), tmp_path / "none")
-    found = replace(found, best=Intervention.parse("1.fc_in@0.1:reference"), settings=found.settings | {"seed": 3})
-    saved = save(llama, found, tmp_path / "out")
+        save(llama, replace(result, best=Intervention()), tmp_path / "none")
+    result = replace(result, best=Intervention.parse("1.fc_in@0.1:reference"), settings=result.settings | {"seed": 3})
+    saved = save(llama, result, tmp_path / "out")
     assert saved.record["found"]["test"]["n"] == 16
     assert saved.record["found"]["settings"]["test"] == task.test.hash
     card = (saved.folder / "README.md").read_text()
@@ -137,7 +137,7 @@ def test_what_a_search_found_is_saved_with_its_gain(llama: LanguageModel, tmp_pa
     assert "## Gain on capitals" in card
     assert "| test (held out) | 16 |" in card
     assert "best of 2 candidates" in card
-    other = replace(found, settings=found.settings | {"model_hash": "0"})
+    other = replace(result, settings=result.settings | {"model_hash": "0"})
     with pytest.raises(ExportError, match="another model"):
         save(llama, other, tmp_path / "other")
 
@@ -168,7 +168,7 @@ def test_an_interrupted_save_leaves_nothing(
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(type(llama.need_tokenizer()), "save_pretrained", stop)  # after the weights
+    monkeypatch.setattr(type(llama.require_tokenizer()), "save_pretrained", stop)  # after the weights
     with pytest.raises((KeyboardInterrupt, ExportError)):
         save(llama, "all.all@0.2", tmp_path / "out", form="factored")
     assert list(tmp_path.glob("*out*")) == []
@@ -180,7 +180,7 @@ def test_an_interrupted_save_leaves_nothing(
 def test_a_killed_save_leaves_nothing_of_that_name(make: Make, tmp_path: Path) -> None:
     lm = make("llama")
     lm.model.save_pretrained(tmp_path / "model")
-    lm.need_tokenizer().save_pretrained(tmp_path / "model")
+    lm.require_tokenizer().save_pretrained(tmp_path / "model")
     code = (
         "import sys, time; import laserlm; from laserlm.export import checkpoint; from pathlib import Path\n"
         "checkpoint.fingerprint = lambda _: (print('written', flush=True), time.sleep(60))\n"
@@ -204,14 +204,14 @@ def test_a_killed_save_leaves_nothing_of_that_name(make: Make, tmp_path: Path) -
 
 def test_errors_come_before_anything_is_written(llama: LanguageModel, tmp_path: Path) -> None:
     wrong = [
-        ({"what": "9.fc_in@0.1"}, MatrixError),
+        ({"intervention": "9.fc_in@0.1"}, MatrixError),
         ({"form": "sparse"}, ExportError),
         ({"dtype": "float7"}, ModelError),
         ({"shard_size": "5gigs"}, ExportError),
     ]
-    for given, error in wrong:
+    for arguments, error in wrong:
         with pytest.raises(error):
-            save(llama, given.pop("what", "1.fc_in@0.1"), tmp_path / "out", **given)
+            save(llama, arguments.pop("intervention", "1.fc_in@0.1"), tmp_path / "out", **arguments)
     with applied(llama, "1.fc_in@0.1"), pytest.raises(ModelError, match="changed by"):
         save(llama, "1.fc_up@0.1", tmp_path / "out")
     assert list(tmp_path.glob("*out*")) == []
@@ -225,7 +225,7 @@ def test_a_factored_model_is_used_but_not_reduced_again(llama: LanguageModel, tm
         pass
     with applied(lm, "1.fc_up@0.1"):
         pass
-    with pytest.raises(ExportError, match="two factors already"):
+    with pytest.raises(ExportError, match=r"already stores .* as two factors"):
         save(lm, "1.fc_up@0.1", tmp_path / "twice")
 
 
@@ -252,9 +252,9 @@ def test_reproducing_tells_another_base_and_other_weights(llama: LanguageModel, 
 def test_load_check_imports_laserlm_in_its_process_only_where_that_is_needed(
     form: str, llama: LanguageModel, tmp_path: Path
 ) -> None:
-    found = load_check(save(llama, "all.all@0.2", tmp_path / "out", form=form).folder)
-    assert found.agrees
-    assert found.imported_laserlm == (form == "factored")
+    check = load_check(save(llama, "all.all@0.2", tmp_path / "out", form=form).folder)
+    assert check.agrees
+    assert check.imported_laserlm == (form == "factored")
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
@@ -263,18 +263,18 @@ def test_load_check_sees_what_was_changed(
 ) -> None:
     check_here(monkeypatch)
     saved = save(llama, "all.all@0.2", tmp_path / "out", form=form)
-    found = load_check(saved.folder)
-    assert found.agrees
-    assert found.changed == ()
-    assert found.form == form
+    check = load_check(saved.folder)
+    assert check.agrees
+    assert check.changed == ()
+    assert check.form == form
     (saved.folder / "README.md").write_text("mine")
     model = modeling_auto.AutoModelForCausalLM.from_pretrained(saved.folder)
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
     model.save_pretrained(saved.folder)
-    found = load_check(saved.folder)
-    assert not found.agrees
-    assert {"README.md", "model.safetensors"} <= set(found.changed)
+    check = load_check(saved.folder)
+    assert not check.agrees
+    assert {"README.md", "model.safetensors"} <= set(check.changed)
     (saved.folder / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(ExportError, match="does not load"):
         load_check(saved.folder)

@@ -38,8 +38,8 @@ def with_adapter(folder: Path, **options: Any) -> Any:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=IDS).logits
-    return found
+        outputs: torch.Tensor = model(input_ids=IDS).logits
+    return outputs
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""LASER after training against a constraint during it: the ways, what they are measured on, and what is learnt."""
+"""LASER after training against a constraint during training: the methods, their test questions and their labels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from laserlm.lab import constrained
-from laserlm.lab.constrained import TrainingResult, on_recall, on_worldfacts
-from laserlm.lab.recall.language import Recipe
+from laserlm.lab.constrained import TrainingResult, compare_on_recall, compare_on_worldfacts
+from laserlm.lab.recall.language import RecallConfig
 from laserlm.models import LanguageModel
 from laserlm.reductions import Intervention
 from laserlm.tasks import Example, Task, task
 
-SMALL = Recipe(words=6, length=16, width=16, steps=4, batch_size=8)
+SMALL = RecallConfig(words=6, length=16, width=16, steps=4, batch_size=8)
 
 
 def find(patch: pytest.MonkeyPatch, text: str) -> None:
@@ -55,16 +55,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Training
     with pytest.MonkeyPatch.context() as patch:
         few_questions(patch)
         find(patch, "1.fc_in@0.25")
-        return folder, list(on_recall(SMALL, folder, penalties=(0.0, 1e6)))
+        return folder, list(compare_on_recall(SMALL, folder, penalties=(0.0, 1e6)))
 
 
 class Begun(Exception):
     """Stands for a training that begins, with what it would learn from."""
 
 
-def test_each_way_has_its_rank_and_is_measured_on_the_same_questions(whole: tuple[Path, list[TrainingResult]]) -> None:
-    _, arms = whole
-    assert [(a.name, a.intervention) for a in arms] == [
+def test_each_method_has_its_rank_and_is_measured_on_the_same_questions(whole: tuple[Path, list[TrainingResult]]) -> None:
+    _, results = whole
+    assert [(a.name, a.intervention) for a in results] == [
         ("plain", ""),
         ("LASER after it", "1.fc_in@0.25"),
         ("constraint", "1.fc_in@0.25"),
@@ -75,15 +75,15 @@ def test_each_way_has_its_rank_and_is_measured_on_the_same_questions(whole: tupl
         ("penalty 1e+06", "1.fc_in@0.25"),
         ("penalty 1e+06, LASER after it", "1.fc_in@0.25"),
     ]
-    tails = [a.tails["1.fc_in"] for a in arms]
-    assert tails[0] > 0.1
-    assert tails[5] == tails[0]  # a penalty of zero changes nothing
-    assert [tails[i] for i in (1, 2, 3, 4, 6, 7, 8)] == pytest.approx([0] * 7, abs=1e-9)
-    for a in arms:
-        assert a.sides["clean"].base == arms[0].sides["clean"].base
-        assert a.sides["noisy"].n == arms[0].sides["noisy"].n
-    assert arms[5].sides["clean"].edited_loss == arms[0].sides["clean"].edited_loss
-    assert arms[2].sides["clean"].edited_loss != arms[1].sides["clean"].edited_loss
+    energies = [a.residual_energy["1.fc_in"] for a in results]
+    assert energies[0] > 0.1
+    assert energies[5] == energies[0]  # a penalty of zero changes nothing
+    assert [energies[i] for i in (1, 2, 3, 4, 6, 7, 8)] == pytest.approx([0] * 7, abs=1e-9)
+    for a in results:
+        assert a.comparisons["clean"].base == results[0].comparisons["clean"].base
+        assert a.comparisons["noisy"].n == results[0].comparisons["noisy"].n
+    assert results[5].comparisons["clean"].edited_loss == results[0].comparisons["clean"].edited_loss
+    assert results[2].comparisons["clean"].edited_loss != results[1].comparisons["clean"].edited_loss
 
 
 @pytest.mark.usefixtures("few")
@@ -93,16 +93,16 @@ def test_models_are_used_again_but_not_those_of_another_constraint(
     folder = shutil.copytree(whole[0], tmp_path / "models")
     found("1.fc_in@0.25")
     told: list[str] = []
-    list(on_recall(SMALL, folder, penalties=(), on_progress=lambda name, *_: told.append(name)))
+    list(compare_on_recall(SMALL, folder, penalties=(), on_progress=lambda name, *_: told.append(name)))
     assert not told
-    list(on_recall(SMALL, folder, penalties=(), every=2, on_progress=lambda name, *_: told.append(name)))
+    list(compare_on_recall(SMALL, folder, penalties=(), every=2, on_progress=lambda name, *_: told.append(name)))
     assert set(told) == {"constraint-1.fc_in@0.25-2", "constraint-1.fc_in@0.1-2"}
 
 
 @pytest.mark.usefixtures("few")
 def test_where_nothing_is_found_there_is_the_plain_model_alone(tmp_path: Path, found: Callable[[str], None]) -> None:
     found("")
-    assert [a.name for a in on_recall(SMALL, tmp_path)] == ["plain"]
+    assert [a.name for a in compare_on_recall(SMALL, tmp_path)] == ["plain"]
 
 
 def test_answers_are_learnt_and_nothing_else(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +116,11 @@ def test_answers_are_learnt_and_nothing_else(llama: LanguageModel, monkeypatch: 
     monkeypatch.setattr(constrained, "task", lambda *_, **__: made)
     monkeypatch.setattr(constrained, "fit", fit)
     with pytest.raises(Begun) as begun:
-        list(on_worldfacts(0, test=2))
+        list(compare_on_worldfacts(0, test=2))
     (lessons,) = begun.value.args
     examples = made.test.examples[2:]
     assert len(lessons) == len(examples) == 3
-    tokenizer = llama.need_tokenizer()
+    tokenizer = llama.require_tokenizer()
     for e, item in zip(examples, [lessons[i] for i in range(3)], strict=True):
         ids = item["input_ids"][item["attention_mask"].bool()].tolist()
         answer = [t for t in item["labels"].tolist() if t != -100]
@@ -145,8 +145,8 @@ def test_the_bundled_model_is_tuned_on_other_facts_than_it_is_measured_on(
         return plain(lm, examples, *given)
 
     monkeypatch.setattr(constrained, "encode", watched)
-    arms = list(on_worldfacts(0, steps=2, batch_size=2, validation=4, test=6, penalties=(1e9,), every=1))
-    assert [a.name for a in arms] == [
+    results = list(compare_on_worldfacts(0, steps=2, batch_size=2, validation=4, test=6, penalties=(1e9,), every=1))
+    assert [a.name for a in results] == [
         "not tuned",
         "plain",
         "LASER after it",
@@ -157,8 +157,8 @@ def test_the_bundled_model_is_tuned_on_other_facts_than_it_is_measured_on(
     facts = task("worldfacts", phrasings="rewrite")
     assert seen
     assert not set(seen) & {e.fact for e in (*facts.test.limit(6), *facts.validation)}
-    assert [a.tails["29.v_proj"] for a in arms[2:]] == pytest.approx([0] * 4, abs=1e-9)
-    assert arms[0].tails["29.v_proj"] > 0.01
-    assert arms[0].sides["test"].n == 6
-    assert arms[0].sides["test"].edited_loss != arms[1].sides["test"].edited_loss
+    assert [a.residual_energy["29.v_proj"] for a in results[2:]] == pytest.approx([0] * 4, abs=1e-9)
+    assert results[0].residual_energy["29.v_proj"] > 0.01
+    assert results[0].comparisons["test"].n == 6
+    assert results[0].comparisons["test"].edited_loss != results[1].comparisons["test"].edited_loss
     assert bundled.hash == replace(bundled).hash

@@ -10,7 +10,7 @@ from laserlm.linalg.allocation import Spectrum, allocate, uniform
 
 
 def price(spectrum: Spectrum, rank: int | None) -> int:
-    return spectrum.whole if rank is None else rank * spectrum.each
+    return spectrum.dense_parameters if rank is None else rank * spectrum.component_parameters
 
 
 def loss(spectrum: Spectrum, rank: int | None) -> float:
@@ -18,7 +18,7 @@ def loss(spectrum: Spectrum, rank: int | None) -> float:
 
 
 def best_by_enumeration(spectra: list[Spectrum], budget: int) -> float:
-    choices = [[*range(s.most + 1), None] for s in spectra]
+    choices = [[*range(s.max_rank + 1), None] for s in spectra]
     losses = [
         sum(loss(s, r) for s, r in zip(spectra, ranks, strict=True))
         for ranks in itertools.product(*choices)
@@ -34,29 +34,29 @@ def some(seed: int) -> list[Spectrum]:
 
 
 def test_the_largest_rank_is_the_last_at_which_factors_are_smaller() -> None:
-    assert Spectrum((6, 6), torch.ones(6)).most == 2  # 2 x 12 < 36 = 3 x 12
-    assert Spectrum((48, 32), torch.ones(32)).most == 19  # 19 x 80 = 1520 < 1536
+    assert Spectrum((6, 6), torch.ones(6)).max_rank == 2  # 2 x 12 < 36 = 3 x 12
+    assert Spectrum((48, 32), torch.ones(32)).max_rank == 19  # 19 x 80 = 1520 < 1536
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.95])
 def test_the_budget_holds_and_the_loss_is_near_the_least_there_is(seed: int, share: float) -> None:
     spectra = some(seed)
-    budget = int(share * sum(s.whole for s in spectra))
+    budget = int(share * sum(s.dense_parameters for s in spectra))
     ranks = allocate(spectra, budget)
     spent = sum(price(s, r) for s, r in zip(spectra, ranks, strict=True))
     assert spent <= budget
-    found = sum(loss(s, r) for s, r in zip(spectra, ranks, strict=True))
+    total = sum(loss(s, r) for s, r in zip(spectra, ranks, strict=True))
     # What is not spent would not pay for more than it costs by the relaxed optimum: one step of a hull.
     best = best_by_enumeration(spectra, budget)
-    assert best - 1e-6 <= found <= best + float(max(s.losses[:-1].max() for s in spectra))
+    assert best - 1e-6 <= total <= best + float(max(s.losses[:-1].max() for s in spectra))
     even = uniform([s.shape for s in spectra], share)
-    assert found <= sum(loss(s, r) for s, r in zip(spectra, even, strict=True)) + 1e-6
+    assert total <= sum(loss(s, r) for s, r in zip(spectra, even, strict=True)) + 1e-6
 
 
 def test_all_the_budget_keeps_all_matrices_whole() -> None:
     spectra = some(0)
-    assert allocate(spectra, sum(s.whole for s in spectra)) == [None, None, None]
+    assert allocate(spectra, sum(s.dense_parameters for s in spectra)) == [None, None, None]
     assert allocate(spectra, 0) == [0, 0, 0]
 
 

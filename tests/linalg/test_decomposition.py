@@ -35,8 +35,8 @@ def with_spectrum(m: int, n: int, sigma: list[float] | np.ndarray[Any, Any], see
 def numpy_truncation(weight: Tensor, rank: int, keep: Keep = "top") -> Tensor:
     """Return the truncation from numpy's U S Vh in float64."""
     U, S, Vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
-    kept = slice(0, rank) if keep == "top" else slice(len(S) - rank, None)
-    return torch.from_numpy((U[:, kept] * S[kept]) @ Vh[kept])
+    components = slice(0, rank) if keep == "top" else slice(len(S) - rank, None)
+    return torch.from_numpy((U[:, components] * S[components]) @ Vh[components])
 
 
 def sigma_of(weight: Tensor) -> np.ndarray[Any, Any]:
@@ -100,8 +100,8 @@ def test_rank_zero_is_the_zero_matrix_and_full_rank_the_matrix(weight: Tensor) -
     keeps: tuple[Keep, ...] = ("top", "bottom")
     for keep in keeps:
         assert torch.equal(decomposition.truncate(0, keep), torch.zeros_like(weight))
-        whole = decomposition.truncate(decomposition.max_rank, keep)
-        assert torch.linalg.matrix_norm(whole - weight).item() <= 1e-13 * scale
+        full = decomposition.truncate(decomposition.max_rank, keep)
+        assert torch.linalg.matrix_norm(full - weight).item() <= 1e-13 * scale
 
 
 def test_a_truncation_has_no_more_than_its_rank(weight: Tensor) -> None:
@@ -234,7 +234,7 @@ def test_nan_and_inf_are_refused_with_their_number_and_the_next_step(
 
 @pytest.mark.parametrize("decomposed", [decompose, lambda w: reference_truncation(w, 1)], ids=["exact", "reference"])
 @pytest.mark.parametrize(
-    ("weight", "said"),
+    ("weight", "message"),
     [
         (torch.ones(2, 3, dtype=torch.int8), "shape (2, 3) of torch.int8"),
         (torch.ones(2, 3, dtype=torch.complex64), "shape (2, 3) of torch.complex64"),
@@ -244,11 +244,11 @@ def test_nan_and_inf_are_refused_with_their_number_and_the_next_step(
     ids=["integers", "complex", "three axes", "one axis"],
 )
 def test_what_is_no_matrix_of_floats_is_refused_with_its_shape_and_dtype(
-    decomposed: Callable[[Tensor], object], weight: Tensor, said: str
+    decomposed: Callable[[Tensor], object], weight: Tensor, message: str
 ) -> None:
     with pytest.raises(WeightError) as caught:
         decomposed(weight)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30), (12, 12)])
@@ -380,19 +380,19 @@ def test_whitening_by_inputs_alike_in_all_directions_is_the_plain_decomposition(
 def test_whitening_survives_inputs_that_never_use_a_direction(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     moments = torch.diag(torch.tensor([1.0] * 3 + [0.0] * (shape[1] - 3)))
-    found = whitened(weight, moments).truncate(3)
-    assert found.isfinite().all()
-    torch.testing.assert_close(found[:, :3], weight[:, :3], atol=1e-4, rtol=1e-3)
+    approximation = whitened(weight, moments).truncate(3)
+    assert approximation.isfinite().all()
+    torch.testing.assert_close(approximation[:, :3], weight[:, :3], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_whitening_survives_fewer_tokens_than_inputs_and_rounded_moments(tokens: int) -> None:
     weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
     X = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)) * 10
-    found = whitened(weight, (X.T @ X / tokens).float()).truncate(tokens)  # float32: its least eigenvalue is below zero
-    assert found.isfinite().all()
+    approximation = whitened(weight, (X.T @ X / tokens).float()).truncate(tokens)  # float32: its least eigenvalue is below zero
+    assert approximation.isfinite().all()
     Y = X @ weight.T
-    assert float((X @ found.T - Y).norm() / Y.norm()) < 1e-2
+    assert float((X @ approximation.T - Y).norm() / Y.norm()) < 1e-2
 
 
 def test_inputs_that_overflowed_are_an_error_that_tells_the_next_step() -> None:

@@ -7,17 +7,17 @@ from fractions import Fraction
 
 import pytest
 
-from laserlm.linalg.ranks import rank_at, rank_of
+from laserlm.linalg.decomposition import rank_at, rank_of
 from laserlm.reductions import Grid, Size
 
 WIDTHS = range(64, 4097)
-RHOS = [str(size) for name in ("paper", "fine") for part in Grid.parse(name).parts for size in part.sizes]
+RHOS = [str(reduction.size) for name in ("paper", "fine") for part in Grid.parse(name).parts for reduction in part]
 
 
 @pytest.mark.parametrize("rho", [*dict.fromkeys(RHOS), "0", "0.33", "0.999", "1"])
 def test_the_rank_is_the_floor_of_the_exact_product_at_every_width(rho: str) -> None:
-    whole, _, decimals = rho.partition(".")
-    numerator, denominator = int(whole + decimals), 10 ** len(decimals)
+    integer, _, decimals = rho.partition(".")
+    numerator, denominator = int(integer + decimals), 10 ** len(decimals)
     ranks = [rank_at(Decimal(rho), width) for width in WIDTHS]
     assert ranks == [numerator * width // denominator for width in WIDTHS]
     assert ranks == [Fraction(rho) * width // 1 for width in WIDTHS]

@@ -63,9 +63,9 @@ def test_the_noise_level_is_found_and_the_edge_is_where_noise_ends(shape: tuple[
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pure_noise_keeps_nothing(shape: tuple[int, int]) -> None:
-    kept = [rank_beyond(values(gaussian(shape, seed)), shape) for seed in range(40)]
-    assert sum(kept) <= 1
-    assert sum(kept[:3]) == 0
+    ranks = [rank_beyond(values(gaussian(shape, seed)), shape) for seed in range(40)]
+    assert sum(ranks) <= 1
+    assert sum(ranks[:3]) == 0
     assert sum(gavish_donoho(values(gaussian(shape, seed)), shape) for seed in range(10)) == 0
 
 
@@ -87,9 +87,9 @@ def test_the_threshold_is_that_of_the_published_table(beta: float, published: fl
     large = 1000
     shape = (int(beta * large), large)
     S = torch.tensor([2.0, 1.0, 0.5])  # median 1
-    for factor, kept in ((0.999, 1), (1.001, 0)):
+    for factor, ranks in ((0.999, 1), (1.001, 0)):
         S[0] = published / factor
-        assert gavish_donoho(S, shape) == kept
+        assert gavish_donoho(S, shape) == ranks
 
 
 def test_layers_that_share_directions_span_fewer() -> None:

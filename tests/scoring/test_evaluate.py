@@ -16,7 +16,7 @@ from laserlm.edit import applied
 from laserlm.errors import ModelError, ScoringError, TokenizationError
 from laserlm.models import LanguageModel, load
 from laserlm.scoring import forward, tokenize
-from laserlm.scoring.evaluate import compare, evaluate
+from laserlm.scoring.evaluate import compare, evaluate, text_perplexity
 from laserlm.scoring.generation import generate_for
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.tokenize import encode
@@ -76,8 +76,8 @@ def by_hand(lm: LanguageModel, prompt: str, answer: str) -> tuple[list[float], l
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_batches_score_what_single_unpadded_passes_score(family: str, batch_size: int, make: Make) -> None:
     lm = make(family)
-    found = evaluate(lm, split(), batch_size=batch_size)
-    for score, (prompt, answer) in zip(found.scores, PROMPTS, strict=True):
+    result = evaluate(lm, split(), batch_size=batch_size)
+    for score, (prompt, answer) in zip(result.scores, PROMPTS, strict=True):
         logprobs, hits = by_hand(lm, prompt, answer)
         assert score.tokens == len(logprobs)
         assert score.logprob == pytest.approx(sum(logprobs), abs=1e-4)
@@ -93,16 +93,16 @@ def test_batches_score_what_single_unpadded_passes_score(family: str, batch_size
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "roberta", "t5"])
 def test_a_choice_is_right_when_its_summed_logprob_is_strictly_the_highest(family: str, make: Make) -> None:
     lm = make(family)
-    found = evaluate(lm, split("choice", CHOICES), batch_size=4)
-    assert len({s.predicted for s in found.scores}) > 1 or lm.kind != "causal"
-    for i, (score, (prompt, _)) in enumerate(zip(found.scores, PROMPTS, strict=True)):
+    result = evaluate(lm, split("choice", CHOICES), batch_size=4)
+    assert len({s.predicted for s in result.scores}) > 1 or lm.kind != "causal"
+    for i, (score, (prompt, _)) in enumerate(zip(result.scores, PROMPTS, strict=True)):
         totals = {c: sum(by_hand(lm, prompt, c)[0]) for c in CHOICES}
         answer = CHOICES[i % 3]
         assert score.predicted == max(totals, key=totals.__getitem__)
         assert score.correct == (score.predicted == answer)
         assert score.logprob == pytest.approx(totals[answer], abs=1e-4)
         assert score.tokens == len(by_hand(lm, prompt, answer)[0])
-    assert found.classes == CHOICES
+    assert result.classes == CHOICES
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "bert"])
@@ -112,7 +112,7 @@ def test_single_token_choices_are_read_off_one_pass_and_score_the_same(family: s
     one = split("choice", choices)
     rows = encode(lm, one.examples, "choice")
     assert len(rows) == len(PROMPTS)
-    assert all(len(r.options) == 3 for r in rows)
+    assert all(len(r.choice_tokens) == 3 for r in rows)
     for i, (score, (prompt, _)) in enumerate(zip(evaluate(lm, one).scores, PROMPTS, strict=True)):
         totals = {c: sum(by_hand(lm, prompt, c)[0]) for c in choices}
         assert score.predicted == max(totals, key=totals.__getitem__)
@@ -135,9 +135,9 @@ def test_a_tie_is_wrong(make: Make) -> None:
 
 def test_equal_logits_cost_the_log_of_the_vocabulary_for_each_token(make: Make) -> None:
     lm = silent(make("llama"))  # its output layer is tied: the embeddings are zero too, and the logits stay equal
-    found = evaluate(lm, split())
-    assert found.loss == pytest.approx(6.238325, abs=1e-5)  # ln 512
-    assert [s.loss for s in found.scores] == pytest.approx([6.238325] * 7, abs=1e-5)
+    result = evaluate(lm, split())
+    assert result.loss == pytest.approx(6.238325, abs=1e-5)  # ln 512
+    assert [s.loss for s in result.scores] == pytest.approx([6.238325] * 7, abs=1e-5)
 
 
 def test_next_token_compares_text_without_case_and_outer_spaces(make: Make) -> None:
@@ -153,7 +153,7 @@ def test_next_token_compares_text_without_case_and_outer_spaces(make: Make) -> N
 
 def test_the_prediction_stops_at_the_first_token_that_greedy_decoding_misses(make: Make) -> None:
     lm = make("llama")
-    tok = lm.need_tokenizer()
+    tok = lm.require_tokenizer()
     prompt = PROMPTS[0][0]
     ids = tok(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_a_masked_prompt_may_hold_its_own_mask(make: Make) -> None:
     own = Example("0", "The capital of <mask> is Paris", "France")
     appended = Example("1", "The capital of", "France")
     rows = encode(lm, [own, appended], "answer")
-    tok = lm.need_tokenizer()
+    tok = lm.require_tokenizer()
     assert tok.decode(rows[0].ids).count("<mask>") == tok.decode(rows[1].ids).count("<mask>") == len(rows[0].targets)
     assert rows[0].targets == rows[1].targets
     assert tok.decode(rows[0].ids).endswith("is Paris</s>")
@@ -194,19 +194,19 @@ def test_word_marks_of_sentencepiece_belong_to_the_answer(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("example", "error", "said"),
+    ("example", "error", "message"),
     [
         (Example("q7", "The capital of France is ", "Paris"), TokenizationError, "'q7': the answer 'Paris' straddles"),
         (Example("q7", "", "Paris"), TokenizationError, "empty prompt"),
-        (Example("q7", "The" + " capital" * 200, "Paris"), ScoringError, "takes 128: shorten the prompt"),
+        (Example("q7", "The" + " capital" * 200, "Paris"), ScoringError, "takes 128. Shorten the prompt"),
     ],
 )
-def test_an_example_that_cannot_be_scored_is_named(example: Example, error: type[Exception], said: str, make: Make) -> None:
-    with pytest.raises(error, match=said):
+def test_an_example_that_cannot_be_scored_is_named(example: Example, error: type[Exception], message: str, make: Make) -> None:
+    with pytest.raises(error, match=message):
         evaluate(make("gpt2"), replace(split(), examples=(example,)))
 
 
-def test_what_cannot_be_scored_is_told(make: Make, llama: LanguageModel) -> None:
+def test_inputs_that_cannot_be_scored_are_errors(make: Make, llama: LanguageModel) -> None:
     with pytest.raises(ScoringError, match="cannot be scored by choice"):
         evaluate(llama, split(), scorer="choice")
     with pytest.raises(ScoringError, match="empty"):
@@ -247,10 +247,10 @@ def test_memory_that_runs_out_halves_the_batch(llama: LanguageModel, monkeypatch
 
     small.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
     monkeypatch.setattr(type(llama.model), "forward", small)
-    found = evaluate(llama, split(), batch_size=7)
+    result = evaluate(llama, split(), batch_size=7)
     assert max(sizes) == 7
-    assert [s.correct for s in found.scores] == [s.correct for s in expected.scores]
-    assert [s.logprob for s in found.scores] == pytest.approx([s.logprob for s in expected.scores], abs=1e-4)
+    assert [s.correct for s in result.scores] == [s.correct for s in expected.scores]
+    assert [s.logprob for s in result.scores] == pytest.approx([s.logprob for s in expected.scores], abs=1e-4)
 
 
 @pytest.mark.parametrize("family", list(CAUSAL))
@@ -275,51 +275,51 @@ def test_models_that_padding_would_change_are_scored_without_it(model_type: str,
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
     lm = LanguageModel(model=model, tokenizer=TOKENIZERS["causal"](), name=model_type, kind="causal")
-    found = evaluate(lm, split())
+    result = evaluate(lm, split())
     assert lm.pads_exactly is False
-    for score, (prompt, answer) in zip(found.scores, PROMPTS, strict=True):
+    for score, (prompt, answer) in zip(result.scores, PROMPTS, strict=True):
         assert score.logprob == pytest.approx(sum(by_hand(lm, prompt, answer)[0]), abs=1e-4)
 
 
 def test_a_decoder_that_begins_with_two_tokens_is_scored_after_both(make: Make) -> None:
     lm = make("t5")
     lm.model.generation_config.forced_bos_token_id = 7
-    found = evaluate(lm, split())
-    tok = lm.need_tokenizer()
+    result = evaluate(lm, split())
+    tok = lm.require_tokenizer()
     prompt, answer = PROMPTS[0]
     targets = tok(answer, add_special_tokens=False).input_ids
     source = torch.tensor([tok(prompt).input_ids])
     with torch.no_grad():
         logits = lm.model(input_ids=source, decoder_input_ids=torch.tensor([[0, 7, *targets[:-1]]])).logits[0, 1:]
     expected = sum(logits.log_softmax(-1)[i, t].item() for i, t in enumerate(targets))
-    assert found.scores[0].logprob == pytest.approx(expected, abs=1e-4)
+    assert result.scores[0].logprob == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_masked_model_has_one_mask_for_the_next_token(make: Make) -> None:
     lm = make("bert")
     example = Example("0", "Rome is", "a city in Italy")
     [row] = encode(lm, [example], "next_token")
-    [whole] = encode(lm, [example], "answer")
-    mask = lm.need_tokenizer().mask_token_id
+    [full] = encode(lm, [example], "answer")
+    mask = lm.require_tokenizer().mask_token_id
     assert row.ids.count(mask) == len(row.targets) == 1
-    assert whole.ids.count(mask) == len(whole.targets) > 1
+    assert full.ids.count(mask) == len(full.targets) > 1
 
 
-def test_progress_is_told_to_the_end(llama: LanguageModel) -> None:
-    told: list[tuple[int, int]] = []
-    evaluate(llama, split(), batch_size=3, on_progress=lambda done, total: told.append((done, total)))
-    assert [total for _, total in told] == [7] * len(told)
-    steps = [b - a for a, b in pairwise([0, *(done for done, _ in told)])]
+def test_progress_is_reported_to_the_end(llama: LanguageModel) -> None:
+    progress: list[tuple[int, int]] = []
+    evaluate(llama, split(), batch_size=3, on_progress=lambda done, total: progress.append((done, total)))
+    assert [total for _, total in progress] == [7] * len(progress)
+    steps = [b - a for a, b in pairwise([0, *(done for done, _ in progress)])]
     assert sum(steps) == 7
     assert all(1 <= step <= 3 for step in steps)
 
 
 def test_figures_agree_with_a_count_by_hand(llama: LanguageModel) -> None:
-    found = evaluate(llama, split("choice", ("true", "false")))
-    right = [s.correct for s in found.scores]
-    assert found.accuracy == sum(right) / 7
-    assert found.majority_rate == pytest.approx(4 / 7)  # the choices alternate over seven examples
-    assert found.balanced_accuracy == pytest.approx((sum(right[::2]) / 4 + sum(right[1::2]) / 3) / 2)
+    result = evaluate(llama, split("choice", ("true", "false")))
+    right = [s.correct for s in result.scores]
+    assert result.accuracy == sum(right) / 7
+    assert result.majority_rate == pytest.approx(4 / 7)  # the choices alternate over seven examples
+    assert result.balanced_accuracy == pytest.approx((sum(right[::2]) / 4 + sum(right[1::2]) / 3) / 2)
     assert evaluate(llama, split()).balanced_accuracy is None
 
 
@@ -331,22 +331,22 @@ def test_compare_counts_pairs(llama: LanguageModel) -> None:
         intervention="1.fc_in@0.5",
         scores=tuple(replace(s, correct=s.correct ^ (i in flips), logprob=s.logprob - 1) for i, s in enumerate(base.scores)),
     )
-    found = compare(base, edited)
+    result = compare(base, edited)
     broken = sum(base.scores[i].correct for i in flips)
-    assert (found.corrected, found.broken, found.n) == (3 - broken, broken, 7)
-    assert found.gain == pytest.approx(edited.accuracy - base.accuracy)
-    assert found.edited_loss - found.base_loss == pytest.approx(1 / 1)
-    assert found.loss_interval == pytest.approx((1, 1))
+    assert (result.corrected, result.broken, result.n) == (3 - broken, broken, 7)
+    assert result.gain == pytest.approx(edited.accuracy - base.accuracy)
+    assert result.edited_loss - result.base_loss == pytest.approx(1 / 1)
+    assert result.loss_interval == pytest.approx((1, 1))
     with pytest.raises(ScoringError, match="same examples"):
         compare(base, replace(edited, scores=edited.scores[::-1]))
     with pytest.raises(ScoringError, match="same examples"):
         compare(base, replace(edited, scorer="answer"))
 
 
-def test_an_evaluation_knows_what_was_applied(llama: LanguageModel) -> None:
+def test_an_evaluation_names_its_intervention(llama: LanguageModel) -> None:
     with applied(llama, "0-1.mlp@.50"):
-        found: Evaluation = evaluate(llama, split())
-    assert found.intervention == "0-1.mlp@0.5"
+        result: Evaluation = evaluate(llama, split())
+    assert result.intervention == "0-1.mlp@0.5"
 
 
 @pytest.mark.bundled
@@ -368,33 +368,43 @@ def logprobs_of(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
     return logits.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
+def test_a_text_has_the_perplexity_of_its_file(llama: LanguageModel, tmp_path: Path) -> None:
+    text = "The capital of France is Paris and the capital of Spain is Madrid, says Rome.\n" * 80
+    file = tmp_path / "book.txt"
+    file.write_text(text)
+    of_file = evaluate(llama, task(f"perplexity:{file}").every)
+    of_text = text_perplexity(llama, text)
+    assert (of_text.perplexity, of_text.tokens) == (of_file.perplexity, of_file.tokens)
+    assert of_text.n == 3
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_text_is_read_in_windows_that_score_each_token_once(family: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize, "WINDOW", 16)
-    monkeypatch.setattr(tokenize, "STRIDE", 6)
+    monkeypatch.setattr(tokenize, "WINDOW_TOKENS", 16)
+    monkeypatch.setattr(tokenize, "STRIDE_TOKENS", 6)
     lm = make(family)
-    tok = lm.need_tokenizer()
+    tok = lm.require_tokenizer()
     texts = ["The capital of France is Paris and the capital of Spain is Madrid, says Rome.\n"] * 3 + ["Oslo is the capital.\n"]
     rows = [Example(str(i), "".join(texts[:i]), t) for i, t in enumerate(texts)]
-    found = evaluate(lm, Split("text", "all", tuple(rows), "perplexity"), batch_size=3)
+    result = evaluate(lm, Split("text", "all", tuple(rows), "perplexity"), batch_size=3)
     ids = [list(tok(t).input_ids) for t in texts]
     total = 0.0
     for i, of in enumerate(ids):
         before = [t for earlier in ids[:i] for t in earlier]
-        whole = before + of
+        full = before + of
         expected = 0.0
-        for at in range(len(before), len(whole), 6):
-            context = whole[max(0, at - 10) : at] or [tok.eos_token_id]
-            scored = whole[at : at + 6]
+        for at in range(len(before), len(full), 6):
+            context = full[max(0, at - 10) : at] or [tok.eos_token_id]
+            scored = full[at : at + 6]
             expected += logprobs_of(lm, context + scored)[-len(scored) :].sum().item()
-        assert found.scores[i].tokens == len(of)
-        assert found.scores[i].logprob == pytest.approx(expected, abs=1e-3)
+        assert result.scores[i].tokens == len(of)
+        assert result.scores[i].logprob == pytest.approx(expected, abs=1e-3)
         total += expected
-    assert found.tokens == sum(map(len, ids))
-    assert found.words == sum(len(t.split()) for t in texts)
-    assert found.perplexity == pytest.approx(math.exp(-total / found.tokens), rel=1e-4)
-    assert found.as_dict()["perplexity"] == found.perplexity
-    assert "perplexity" in str(found)
+    assert result.tokens == sum(map(len, ids))
+    assert result.words == sum(len(t.split()) for t in texts)
+    assert result.perplexity == pytest.approx(math.exp(-total / result.tokens), rel=1e-4)
+    assert result.as_dict()["perplexity"] == result.perplexity
+    assert "perplexity" in str(result)
 
 
 def test_perplexity_needs_a_causal_model(make: Make) -> None:
@@ -407,13 +417,13 @@ def test_passes_score_no_more_places_than_memory_is_meant_for(llama: LanguageMod
     rows = [Example(str(i), "Rome is", "a city in Italy and the capital of Italy") for i in range(12)]
     one = Split("text", "all", tuple(rows), "answer")
     expected = evaluate(llama, one)
-    places = len(encode(llama, rows, "answer")[0].places)
-    monkeypatch.setattr(forward, "PLACES", 3 * places)
-    made = forward.batches(llama, encode(llama, rows, "answer"), 32)
-    assert max(b.at.shape[1] for b in made) <= 3 * places
+    places = len(encode(llama, rows, "answer")[0].positions)
+    monkeypatch.setattr(forward, "MAX_SCORED_POSITIONS", 3 * places)
+    split_ = forward.batches(llama, encode(llama, rows, "answer"), 32)
+    assert max(b.positions.shape[1] for b in split_) <= 3 * places
     again = evaluate(llama, one)
     assert [s.logprob for s in again.scores] == pytest.approx([s.logprob for s in expected.scores], abs=1e-5)
-    monkeypatch.setattr(forward, "PLACES", 1)
+    monkeypatch.setattr(forward, "MAX_SCORED_POSITIONS", 1)
     assert all(len(b.rows) == 1 for b in forward.batches(llama, encode(llama, rows, "answer"), 32))
 
 
@@ -423,21 +433,21 @@ def test_top_k_counts_the_tokens_before_the_answers_first(family: str, make: Mak
     ranks = []
     for score, row in zip(evaluate(lm, split("first_token")).scores, encode(lm, split().examples, "first_token"), strict=True):
         with torch.no_grad():
-            given = {"input_ids": torch.tensor([row.ids])}
+            inputs = {"input_ids": torch.tensor([row.ids])}
             if row.decoder:
-                given["decoder_input_ids"] = torch.tensor([row.decoder])
-            logits = lm.model(**given).logits[0, row.places[0]]
+                inputs["decoder_input_ids"] = torch.tensor([row.decoder])
+            logits = lm.model(**inputs).logits[0, row.positions[0]]
         ranks.append(int((logits > logits[row.targets[0]]).sum()))
         assert score.correct == (ranks[-1] == 0)
     for scorer, k in (("top5", 5), ("top10", 10)):
-        found = evaluate(lm, split(), scorer=scorer)  # type: ignore[arg-type]
-        assert [s.correct for s in found.scores] == [r < k for r in ranks]
+        result = evaluate(lm, split(), scorer=scorer)  # type: ignore[arg-type]
+        assert [s.correct for s in result.scores] == [r < k for r in ranks]
     assert any(r >= 10 for r in ranks)
     assert [outcome.ranks[0] for outcome in forward.run_rows(lm, encode(lm, split().examples, "top5"), 3)] == ranks
 
 
-def test_what_joins_prompt_and_answer_may_be_nothing(llama: LanguageModel) -> None:
-    tok = llama.need_tokenizer()
+def test_the_separator_may_be_empty(llama: LanguageModel) -> None:
+    tok = llama.require_tokenizer()
     (row,) = encode(llama, [Example("a", "The capital of France is:", "Paris", joint="")], "answer")
     assert tok.decode([*row.ids, row.targets[-1]]) == "The capital of France is:Paris"
     (row,) = encode(llama, [Example("a", "The capital of France is:", "Paris")], "answer")
@@ -446,35 +456,35 @@ def test_what_joins_prompt_and_answer_may_be_nothing(llama: LanguageModel) -> No
 
 def test_a_masked_model_reads_the_end_of_a_passage_in_its_own_text(make: Make) -> None:
     lm = make("roberta")
-    tok = lm.need_tokenizer()
+    tok = lm.require_tokenizer()
     passage = " ".join(["Rome is a city in Italy and"] * 20) + " Oslo."
     e = Example("a", "never seen", "Paris", masked="Text: {passage} It is {mask}.", passage=passage)
     (row,) = encode(lm, [e], "answer")
-    kept = tok.decode(tok(passage, add_special_tokens=False).input_ids[-50:]).strip()
-    assert passage.endswith(kept)
-    assert len(kept) < len(passage)
+    remaining = tok.decode(tok(passage, add_special_tokens=False).input_ids[-50:]).strip()
+    assert passage.endswith(remaining)
+    assert len(remaining) < len(passage)
     masks = " ".join(["<mask>"] * len(row.targets))
-    assert list(row.ids) == tok(f"Text: {kept} It is {masks}.").input_ids
+    assert list(row.ids) == tok(f"Text: {remaining} It is {masks}.").input_ids
     assert tok.decode(row.targets).strip() == "Paris"
     (row,) = encode(lm, [Example("b", "Rome is", "Paris", masked="Rome is {mask}")], "next_token")
     assert list(row.ids) == tok("Rome is <mask>").input_ids
 
 
-def test_what_is_written_is_judged_and_the_answers_loss_stands_beside_it(llama: LanguageModel) -> None:
+def test_generated_text_is_graded_and_the_loss_is_that_of_the_answer(llama: LanguageModel) -> None:
     texts = generate_for(llama, split().examples, Decoding(new_tokens=6))
     rows = [replace(e, answer=t.split()[0]) if i % 2 else e for i, (e, [t]) in enumerate(zip(split(), texts, strict=True))]
-    made = Split("made", "all", tuple(rows), "contains", Decoding(new_tokens=6))
-    told: list[tuple[int, int]] = []
-    found = evaluate(llama, made, batch_size=3, on_progress=lambda a, b: told.append((a, b)))
-    for i, (e, score, [text]) in enumerate(zip(rows, found.scores, texts, strict=True)):
+    split_ = Split("made", "all", tuple(rows), "contains", Decoding(new_tokens=6))
+    progress: list[tuple[int, int]] = []
+    result = evaluate(llama, split_, batch_size=3, on_progress=lambda a, b: progress.append((a, b)))
+    for i, (e, score, [text]) in enumerate(zip(rows, result.scores, texts, strict=True)):
         assert score.predicted == text.strip()
         assert score.correct == (e.answer.lower() in text.lower())
         assert score.correct or not i % 2
         logprobs, _ = by_hand(llama, e.prompt, e.answer)
         assert score.logprob == pytest.approx(sum(logprobs), abs=1e-4)
-    assert set(found.figures) == {"accuracy_reference", "exact_match", "f1", "f1_reference"}
-    assert found.as_dict()["accuracy_reference"] == found.figures["accuracy_reference"] >= found.accuracy
-    assert told[-1] == (len(rows), len(rows))
+    assert set(result.figures) == {"accuracy_reference", "exact_match", "f1", "f1_reference"}
+    assert result.as_dict()["accuracy_reference"] == result.figures["accuracy_reference"] >= result.accuracy
+    assert progress[-1] == (len(rows), len(rows))
 
 
 def test_programs_are_not_written_where_they_may_not_be_run(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,12 +495,12 @@ def test_programs_are_not_written_where_they_may_not_be_run(llama: LanguageModel
 
 
 def test_the_tokens_of_a_program_are_its_own(llama: LanguageModel) -> None:
-    tok = llama.need_tokenizer()
+    tok = llama.require_tokenizer()
     e = Example("p", "def one():\n", "    return 1\n", program="assert one() == 1\n")
     (row,) = encode(llama, [e], "program")
     assert list(row.targets) == tok("    return 1\n").input_ids
     assert list(row.ids) == [*tok("def one():\n").input_ids, *row.targets[:-1]]
-    with pytest.raises(ScoringError, match="has nothing that program could go by"):
+    with pytest.raises(ScoringError, match="cannot be scored by program: it has no tests"):
         encode(llama, [replace(e, program="")], "program")
 
 
@@ -512,6 +522,6 @@ def test_answer_tokens_of_a_published_prompt_hold_the_space_or_the_word_mark(met
     lm.tokenizer = bpe({"pad_token": "<pad>", "eos_token": "</s>"}, metaspace=metaspace)
     prompt = "Consider the following claim: Rome is a city. Is this claim true or false. The claim is"
     (row,) = encode(lm, [Example("a", prompt, "true", ("true", "false"))], "choice")
-    marks = lm.tokenizer.convert_ids_to_tokens(list(row.options))
+    marks = lm.tokenizer.convert_ids_to_tokens(list(row.choice_tokens))
     assert marks == (["▁true", "▁false"] if metaspace else ["Ġtrue", "Ġfalse"])
-    assert row.targets == row.options[:1]
+    assert row.targets == row.choice_tokens[:1]

@@ -22,24 +22,24 @@ PROMPTS = ["The capital of France is", "Rome is a city in Italy and the capital 
 @pytest.mark.parametrize("family", [*CAUSAL, *SEQ2SEQ])
 def test_a_batch_continues_as_plain_greedy_decoding_does(family: str, make: Make) -> None:
     lm = make(family)
-    tok = lm.need_tokenizer()
+    tok = lm.require_tokenizer()
     expected = []
     for prompt in PROMPTS:
         ids = tok(prompt).input_ids
-        made = [0] if lm.kind == "encoder-decoder" else list(ids)
-        start = len(made)
+        tokens = [0] if lm.kind == "encoder-decoder" else list(ids)
+        start = len(tokens)
         with torch.no_grad():
-            while len(made) < start + 6:
-                given = {"input_ids": torch.tensor([made])}
+            while len(tokens) < start + 6:
+                inputs = {"input_ids": torch.tensor([tokens])}
                 if lm.kind == "encoder-decoder":
-                    given = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([made])}
-                logits = lm.model(**given).logits[0, -1]
-                if len(made) == start:
+                    inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([tokens])}
+                logits = lm.model(**inputs).logits[0, -1]
+                if len(tokens) == start:
                     logits[tok.eos_token_id] = -torch.inf  # one new token at least
-                made.append(int(logits.argmax()))
-                if made[-1] == lm.model.generation_config.eos_token_id:
+                tokens.append(int(logits.argmax()))
+                if tokens[-1] == lm.model.generation_config.eos_token_id:
                     break
-        expected.append(tok.decode(made[start:], skip_special_tokens=True))
+        expected.append(tok.decode(tokens[start:], skip_special_tokens=True))
     assert generate(lm, PROMPTS, max_new_tokens=6) == expected
 
 
@@ -52,12 +52,12 @@ def test_settings_of_the_checkpoint_do_not_change_greedy_decoding(make: Make) ->
     assert generate(lm, PROMPTS) == plain
 
 
-def test_what_cannot_be_generated_is_told(make: Make, llama: LanguageModel) -> None:
+def test_inputs_without_a_generation_are_errors(make: Make, llama: LanguageModel) -> None:
     with pytest.raises(ScoringError, match="does not generate"):
         generate(make("bert"), PROMPTS)
     with pytest.raises(ScoringError, match="nothing to generate"):
         generate(llama, [""])
-    with pytest.raises(ScoringError, match="are more than the 128"):
+    with pytest.raises(ScoringError, match="and gpt2 takes 128"):
         generate(make("gpt2"), PROMPTS, max_new_tokens=128)
 
 
@@ -72,11 +72,11 @@ def test_batches_write_token_for_token_what_single_prompts_write(family: str, ba
     lm = make(family)
     prompts = [*PROMPTS, "The claim is", "Is the capital of Italy the city of Rome? The claim is", "Lisbon is", "Madrid is the"]
     rows = [Example(str(i), p, "Paris") for i, p in enumerate(prompts)]
-    told: list[int] = []
-    found = generate_for(lm, rows, Decoding(new_tokens=8), batch_size, lambda done, _: told.append(done))
-    assert found == [[text] for text in plain(lm, prompts, 8)]
-    assert told[-1] == len(prompts)
-    assert len(set(map(tuple, found))) > 1
+    progress: list[int] = []
+    result = generate_for(lm, rows, Decoding(new_tokens=8), batch_size, lambda done, _: progress.append(done))
+    assert result == [[text] for text in plain(lm, prompts, 8)]
+    assert progress[-1] == len(prompts)
+    assert len(set(map(tuple, result))) > 1
 
 
 def test_a_model_that_takes_no_padding_writes_for_prompts_of_one_length_at_a_time(
@@ -87,9 +87,9 @@ def test_a_model_that_takes_no_padding_writes_for_prompts_of_one_length_at_a_tim
     lengths: list[int] = []
     plainly = module.generate
 
-    def seen(lm: LanguageModel, prompts: list[str], **given: Any) -> list[str]:
-        lengths.append(len({len(ids) for ids in lm.need_tokenizer()(prompts).input_ids}))
-        return plainly(lm, prompts, **given)
+    def seen(lm: LanguageModel, prompts: list[str], **inputs: Any) -> list[str]:
+        lengths.append(len({len(ids) for ids in lm.require_tokenizer()(prompts).input_ids}))
+        return plainly(lm, prompts, **inputs)
 
     monkeypatch.setattr(module, "generate", seen)
     rows = [Example(str(i), p, "Paris") for i, p in enumerate([*PROMPTS, *PROMPTS])]
@@ -97,60 +97,60 @@ def test_a_model_that_takes_no_padding_writes_for_prompts_of_one_length_at_a_tim
     assert set(lengths) == {1}
 
 
-def test_a_text_ends_before_what_stops_it(llama: LanguageModel) -> None:
-    (whole,) = generate(llama, PROMPTS[:1], max_new_tokens=20)
-    for stop in (whole[5:8], whole[12:13]):
+def test_a_text_ends_before_its_stop_string(llama: LanguageModel) -> None:
+    (full,) = generate(llama, PROMPTS[:1], max_new_tokens=20)
+    for stop in (full[5:8], full[12:13]):
         (text,) = generate(llama, PROMPTS[:1], max_new_tokens=20, stops=[stop, "not there"])
-        assert text == whole[: whole.index(stop)]
-    together = generate(llama, PROMPTS, max_new_tokens=20, stops=[whole[5:8]])
-    assert together == [t.partition(whole[5:8])[0] for t in generate(llama, PROMPTS, max_new_tokens=20)]
+        assert text == full[: full.index(stop)]
+    together = generate(llama, PROMPTS, max_new_tokens=20, stops=[full[5:8]])
+    assert together == [t.partition(full[5:8])[0] for t in generate(llama, PROMPTS, max_new_tokens=20)]
 
 
 def test_new_tokens_are_as_many_as_there_is_room_for(make: Make) -> None:
     lm = make("gpt2")
-    tokenizer = lm.need_tokenizer()
+    tokenizer = lm.require_tokenizer()
     long = " ".join(["Rome"] * 120)
     n = len(tokenizer(long).input_ids)
     assert n < 128
     ((text,),) = generate_for(lm, [Example("long", long, "Paris")], Decoding(new_tokens=50))
     assert text == plain(lm, [long], 128 - n)[0]
-    with pytest.raises(ScoringError, match=r"example 'longer' has \d+ tokens; gpt2 takes 128: shorten the prompt"):
+    with pytest.raises(ScoringError, match=r"example 'longer' has \d+ tokens, and gpt2 takes 128\. Shorten the prompt"):
         generate_for(lm, [Example("longer", " ".join(["Rome"] * 200), "Paris")], Decoding())
 
 
 def test_samples_differ_and_come_again_with_their_seed(llama: LanguageModel) -> None:
     rows = [Example(str(i), p, "Paris") for i, p in enumerate(PROMPTS)]
     state = torch.random.get_rng_state()
-    found = generate_for(llama, rows, Decoding(new_tokens=6, samples=4))
-    assert all(len(of) == 4 and len(set(of)) > 1 for of in found)
-    assert generate_for(llama, rows, Decoding(new_tokens=6, samples=4)) == found
-    assert generate_for(llama, rows, Decoding(new_tokens=6, samples=4, seed=1)) != found
+    result = generate_for(llama, rows, Decoding(new_tokens=6, samples=4))
+    assert all(len(of) == 4 and len(set(of)) > 1 for of in result)
+    assert generate_for(llama, rows, Decoding(new_tokens=6, samples=4)) == result
+    assert generate_for(llama, rows, Decoding(new_tokens=6, samples=4, seed=1)) != result
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_masked_model_fills_all_masks_at_once(make: Make) -> None:
     lm = make("roberta")
-    tok = lm.need_tokenizer()
+    tok = lm.require_tokenizer()
     rows = [Example("a", "Rome is", "x", masked="Rome is {mask}"), Example("b", "The capital of France is", "x")]
-    found = generate_for(lm, rows, Decoding(masks=3))
+    result = generate_for(lm, rows, Decoding(masks=3))
     texts = ["Rome is <mask> <mask> <mask>", "The capital of France is <mask> <mask> <mask>."]
-    for text, [given] in zip(texts, found, strict=True):
+    for text, [inputs] in zip(texts, result, strict=True):
         ids = torch.tensor([tok(text).input_ids])
         with torch.no_grad():
             best = lm.model(ids).logits[0].argmax(-1)
         assert (ids == tok.mask_token_id).sum() == 3
-        assert given == tok.decode(best[ids[0] == tok.mask_token_id], skip_special_tokens=True)
+        assert inputs == tok.decode(best[ids[0] == tok.mask_token_id], skip_special_tokens=True)
 
 
 def test_memory_that_runs_out_halves_the_batch_of_prompts(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     plainly = module.generate
     sizes: list[int] = []
 
-    def small(lm: LanguageModel, prompts: list[str], **given: Any) -> list[str]:
+    def small(lm: LanguageModel, prompts: list[str], **inputs: Any) -> list[str]:
         sizes.append(len(prompts))
         if len(prompts) > 1:
             raise torch.OutOfMemoryError
-        return plainly(lm, prompts, **given)
+        return plainly(lm, prompts, **inputs)
 
     monkeypatch.setattr(module, "generate", small)
     rows = [Example(str(i), p, "Paris") for i, p in enumerate(PROMPTS)]
@@ -163,7 +163,7 @@ def test_memory_that_runs_out_halves_the_batch_of_prompts(llama: LanguageModel, 
         evaluate(llama, Split("made", "all", tuple(rows), "contains"))
 
 
-def test_a_space_at_the_start_of_what_is_written_is_kept(make: Make) -> None:
+def test_a_space_at_the_start_of_a_generation_is_kept(make: Make) -> None:
     lm = make("llama")
     lm.tokenizer = bpe({"pad_token": "<pad>", "eos_token": "</s>"}, metaspace=True)
     tok = lm.tokenizer
@@ -171,19 +171,19 @@ def test_a_space_at_the_start_of_what_is_written_is_kept(make: Make) -> None:
     for prompt, text in zip(prompts, generate(lm, prompts, max_new_tokens=5), strict=True):
         ids = tok(prompt).input_ids
         with torch.no_grad():
-            made = list(ids)
+            tokens = list(ids)
             for step in range(5):
-                logits = lm.model(torch.tensor([made])).logits[0, -1]
+                logits = lm.model(torch.tensor([tokens])).logits[0, -1]
                 if not step:
                     logits[tok.eos_token_id] = -torch.inf
-                made.append(int(logits.argmax()))
-        assert prompt + text == tok.decode(made, skip_special_tokens=True)
+                tokens.append(int(logits.argmax()))
+        assert prompt + text == tok.decode(tokens, skip_special_tokens=True)
     # Decoded by itself, a word at the start has no space before it.
     assert continuation(tok, tok("Rome").input_ids, tok("Rome is").input_ids) == " is"
     assert tok.decode(tok("Rome is").input_ids[1:]) == "is"
 
 
-def test_no_end_token_stands_between_a_prompt_and_what_is_written(make: Make) -> None:
+def test_no_end_token_is_between_a_prompt_and_its_generation(make: Make) -> None:
     lm = make("llama")
     expected = generate(lm, PROMPTS)
     ends = bpe({"pad_token": "<pad>", "eos_token": "</s>"})
@@ -198,7 +198,7 @@ def test_no_end_token_stands_between_a_prompt_and_what_is_written(make: Make) ->
 def test_a_prompt_with_little_room_takes_none_from_the_others(make: Make) -> None:
     lm = make("gpt2")
     rows = [Example("long", " ".join(["Rome"] * 120), "Paris"), *(Example(p, p, "Paris") for p in PROMPTS)]
-    n = len(lm.need_tokenizer()(rows[0].prompt).input_ids)
-    found = generate_for(lm, rows, Decoding(new_tokens=20))
+    n = len(lm.require_tokenizer()(rows[0].prompt).input_ids)
+    result = generate_for(lm, rows, Decoding(new_tokens=20))
     assert n + 20 > 128
-    assert found[1:] == [[t] for t in plain(lm, PROMPTS, 20)]
+    assert result[1:] == [[t] for t in plain(lm, PROMPTS, 20)]

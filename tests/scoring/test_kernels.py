@@ -73,13 +73,13 @@ def test_the_output_layer_given_the_scored_places_alone_says_the_same(family: st
     lm = make(family)
     rows = encode(lm, EXAMPLES, "answer")
     batch = batches(lm, rows, 5)[0]
-    assert lm.reads_places is True
+    assert lm.reads_positions is True
     seen: list[int] = []
     head = lm.model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape[:-1].numel()))
     placed = run_batch(lm, batch)
     head.remove()
-    assert seen == [sum(len(r.places) for r in rows)]
-    lm.reads_places = False
+    assert seen == [sum(len(r.positions) for r in rows)]
+    lm.reads_positions = False
     for a, b in zip(placed, run_batch(lm, batch), strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
         assert a.argmax == b.argmax
@@ -115,7 +115,7 @@ def test_a_model_that_works_on_its_logits_by_place_gets_all_places(make: Make, m
     monkeypatch.setattr(lm.model, "forward", by_place)
     monkeypatch.setattr(forward.inspect, "signature", lambda _: type("S", (), {"parameters": {"use_cache": 1}}))
     batches(lm, encode(lm, EXAMPLES, "answer"), 5)
-    assert lm.reads_places is False
+    assert lm.reads_positions is False
 
 
 def test_threads_take_turns_and_the_setting_is_put_back() -> None:

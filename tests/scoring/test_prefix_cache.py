@@ -51,16 +51,16 @@ def test_every_candidate_scores_as_in_a_whole_pass(family: str, make: Make) -> N
     frontier = PrefixCache(lm, rows, 2)
     blocks = [(name, layer) for name, _, stack in find_stacks(lm.model) for layer in range(len(stack))]
     for count, (stack, layer) in enumerate(blocks):
-        frontier.advance(stack, layer)
+        frontier.move_to(stack, layer)
         assert frontier.boundary == count
         for m in lm.matrices:
             if (m.stack, m.layer) == (stack, layer) and not m.parts:
                 with applied(lm, f"{m.id}@0.3"):
-                    whole = evaluate(lm, SPLIT, batch_size=2)
+                    full = evaluate(lm, SPLIT, batch_size=2)
                     short = evaluate_rows(lm, SPLIT, "answer", rows, frontier.run)
-                assert [s.correct for s in short.scores] == [s.correct for s in whole.scores]
-                assert [s.logprob for s in short.scores] == pytest.approx([s.logprob for s in whole.scores], abs=1e-4)
-                assert [s.predicted for s in short.scores] == [s.predicted for s in whole.scores]
+                assert [s.correct for s in short.scores] == [s.correct for s in full.scores]
+                assert [s.logprob for s in short.scores] == pytest.approx([s.logprob for s in full.scores], abs=1e-4)
+                assert [s.predicted for s in short.scores] == [s.predicted for s in full.scores]
     assert forwards(lm) == before
 
 
@@ -75,7 +75,7 @@ def test_blocks_below_the_boundary_are_not_run_and_the_boundary_is_one_output_a_
             inner = next(m for m in block.modules() if isinstance(m, nn.Linear))
             inner.register_forward_hook(lambda *_, place=(name, layer): calls.append(place))
     name, _, stack = find_stacks(lm.model)[-1]
-    frontier.advance(name, len(stack) - 1)
+    frontier.move_to(name, len(stack) - 1)
     calls.clear()
     frontier.run()
     assert set(calls) == {(name, len(stack) - 1)}
@@ -89,42 +89,42 @@ def test_blocks_below_the_boundary_are_not_run_and_the_boundary_is_one_output_a_
 
 def test_below_where_it_is_the_boundary_starts_again(llama: LanguageModel) -> None:
     frontier = PrefixCache(llama, encode(llama, EXAMPLES, "answer"), 8)
-    frontier.advance("", 2)
+    frontier.move_to("", 2)
     expected = frontier.run()
     for layer in (1, 0, 2):
-        frontier.advance("", layer)
+        frontier.move_to("", layer)
         assert frontier.boundary == layer
         assert frontier.run() == expected
 
 
-def test_what_is_left_behind_serves_the_way_down_until_it_is_forgotten(llama: LanguageModel) -> None:
+def test_earlier_boundaries_serve_the_way_down_until_they_are_freed(llama: LanguageModel) -> None:
     frontier = PrefixCache(llama, encode(llama, EXAMPLES, "answer"), 8)
     runs: list[int] = []
     llama.model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(0))
-    frontier.advance("", 1)
+    frontier.move_to("", 1)
     one = frontier.bytes
     below = frontier.run()
-    frontier.advance("", 2)
+    frontier.move_to("", 2)
     above = frontier.run()
     assert frontier.bytes == 2 * one
     runs.clear()
-    frontier.advance("", 1)
+    frontier.move_to("", 1)
     assert frontier.run() == below
-    frontier.advance("", 2)
+    frontier.move_to("", 2)
     assert frontier.run() == above
     assert runs == []
-    while frontier.forget():
+    while frontier.free_lowest():
         pass
     assert frontier.bytes == one
     assert frontier.run() == above
-    frontier.advance("", 1)
+    frontier.move_to("", 1)
     assert runs
     assert frontier.run() == below
 
 
 def test_an_error_inside_a_pass_puts_the_blocks_back(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     frontier = PrefixCache(llama, encode(llama, EXAMPLES, "answer"), 8)
-    frontier.advance("", 1)
+    frontier.move_to("", 1)
     before = forwards(llama)
 
     def broken(*_: Any, **__: Any) -> Any:
@@ -151,13 +151,13 @@ def test_a_model_that_passes_things_by_its_blocks_is_run_whole_and_said_so(
     rows = encode(lm, EXAMPLES, "answer")
     frontier = PrefixCache(lm, rows, 2)
     with caplog.at_level(logging.WARNING):
-        frontier.advance("", 1)
-    assert "every pass is a whole one" in caplog.text
-    assert not frontier.moves
-    frontier.advance("", 2)
+        frontier.move_to("", 1)
+    assert "every pass is a complete one" in caplog.text
+    assert not frontier.is_enabled
+    frontier.move_to("", 2)
     assert frontier.boundary == 0
-    whole = evaluate(lm, SPLIT, batch_size=2)
-    assert replace(evaluate_rows(lm, SPLIT, "answer", rows, frontier.run), seconds=0) == replace(whole, seconds=0)
+    full = evaluate(lm, SPLIT, batch_size=2)
+    assert replace(evaluate_rows(lm, SPLIT, "answer", rows, frontier.run), seconds=0) == replace(full, seconds=0)
 
 
 def test_a_block_that_runs_twice_is_run_whole(make: Make) -> None:
@@ -165,7 +165,7 @@ def test_a_block_that_runs_twice_is_run_whole(make: Make) -> None:
     lm.model.model.layers[2] = lm.model.model.layers[1]
     rows = encode(lm, EXAMPLES, "answer")
     frontier = PrefixCache(lm, rows, 8)
-    frontier.advance("", 2)
+    frontier.move_to("", 2)
     assert frontier.boundary == 0
     assert evaluate_rows(lm, SPLIT, "answer", rows, frontier.run).loss == pytest.approx(evaluate(lm, SPLIT).loss, abs=1e-6)
 
@@ -178,9 +178,9 @@ def test_an_unknown_architecture_needs_no_code() -> None:
     )
     rows = encode(lm, EXAMPLES, "answer")
     frontier = PrefixCache(lm, rows, 3)
-    frontier.advance("", 2)
+    frontier.move_to("", 2)
     assert frontier.boundary == 2
     with applied(lm, "2.mlp.fc_in@r3"):
         short = evaluate_rows(lm, SPLIT, "answer", rows, frontier.run)
-        whole = evaluate(lm, SPLIT, batch_size=3)
-    assert replace(short, seconds=0) == replace(whole, seconds=0)
+        full = evaluate(lm, SPLIT, batch_size=3)
+    assert replace(short, seconds=0) == replace(full, seconds=0)

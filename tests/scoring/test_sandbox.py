@@ -60,7 +60,7 @@ def test_a_sandbox_that_does_not_start_is_an_error_and_not_a_failed_program(monk
         run_program(GOOD)
 
 
-def test_what_a_program_made_of_its_folder_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_may_leave_anything_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = "import os\nfor i in range(1200):\n    os.mkdir('a')\n    os.chdir('a')\n"
     assert run_program(program) == ""
@@ -72,7 +72,7 @@ def test_what_a_program_made_of_its_folder_is_no_trouble(tmp_path: Path, monkeyp
 
 def test_a_program_fills_no_disk() -> None:
     if not namespaces():
-        pytest.skip("this system lets no process have namespaces of its own")
+        pytest.skip("this system does not allow namespaces")
     fill = "for i in range(200):\n    with open(str(i), 'wb') as f: f.write(b'x' * 1_000_000)"
     assert "No space left" in run_program(fill)
 
@@ -136,8 +136,8 @@ def test_its_own_folder_is_its_own_but_not_for_huge_files() -> None:
 
 
 def test_the_folder_is_empty_and_gone_afterwards(tmp_path: Path) -> None:
-    said = run_program("import os\nassert False, os.getcwd() + str(os.listdir())")
-    folder = said.removeprefix("AssertionError: ").removesuffix("[]")
+    message = run_program("import os\nassert False, os.getcwd() + str(os.listdir())")
+    folder = message.removeprefix("AssertionError: ").removesuffix("[]")
     assert "laser-" in folder
     assert not os.path.exists(folder)
 
@@ -181,10 +181,10 @@ def test_it_inherits_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_program_cannot_say_that_it_passed() -> None:
-    said = (
+    message = (
         'import os\nfor fd in range(64):\n    try: os.write(fd, b\'{"token": "x", "error": ""}\')\n    except OSError: pass\n'
     )
-    assert run_program(said + "os._exit(0)") != ""
+    assert run_program(message + "os._exit(0)") != ""
 
 
 def test_threads_left_behind_are_not_waited_for() -> None:
@@ -201,7 +201,7 @@ CONFINED = """
 import os, socket, sys
 sys.path.insert(0, {scripts!r})
 import confined
-confined.read_only_but({folder!r})
+confined.mount_read_only_except({folder!r})
 failed = []
 for name, attack in [
     ("write", lambda: open({outside!r}, "w")),
@@ -217,7 +217,7 @@ print(*failed, *os.listdir({folder!r}))
 
 def test_namespaces_hold_also_where_the_interpreter_refuses_nothing(tmp_path: Path) -> None:
     if not namespaces():
-        pytest.skip("this system lets no process have namespaces of its own")
+        pytest.skip("this system does not allow namespaces")
     (tmp_path / "own").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = CONFINED.format(
@@ -243,7 +243,7 @@ def test_without_namespaces_the_interpreter_still_refuses(monkeypatch: pytest.Mo
         "import os\nos.fork()",
         "import socket\nsocket.socket()",
         "import os\nos.kill(1, 9)",
-        "import __main__, os\n__main__.REFUSED.clear()\n__main__.CHANGES.clear()\nos.kill(1, 9)",
+        "import __main__, os\n__main__.REFUSED_EVENTS.clear()\n__main__.FILE_EVENTS.clear()\nos.kill(1, 9)",
     ):
         assert "not allowed here" in run_program(attack), attack
     assert "AttributeError" in run_program("import os\nos.pidfd_open(1)")
@@ -256,7 +256,7 @@ def test_a_system_without_namespaces_says_so(monkeypatch: pytest.MonkeyPatch, ca
     namespaces.cache_clear()
     try:
         assert namespaces() == ()
-        assert "confined by the interpreter alone" in caplog.text
+        assert "only the interpreter confines programs" in caplog.text
     finally:
         namespaces.cache_clear()
 

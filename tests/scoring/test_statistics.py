@@ -216,11 +216,11 @@ def test_more_confidence_takes_a_wider_interval() -> None:
 
 
 def test_no_examples_have_no_interval() -> None:
-    said = r"no interval over 0 (examples|pairs); the split is empty"
-    with pytest.raises(ScoringError, match=said):
+    message = r"no interval over 0 (examples|pairs); the split is empty"
+    with pytest.raises(ScoringError, match=message):
         wilson(0, 0)
-    with pytest.raises(ScoringError, match=said):
+    with pytest.raises(ScoringError, match=message):
         paired_difference(0, 0, 0)
-    with pytest.raises(ScoringError, match=said):
+    with pytest.raises(ScoringError, match=message):
         paired_mean([])
     assert issubclass(ScoringError, LaserError)

@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cluster") / "llama"
     lm = build("llama")
     lm.model.save_pretrained(folder)
-    lm.need_tokenizer().save_pretrained(folder)
+    lm.require_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 from families import SCORED
 
 from laserlm.models import LanguageModel
-from laserlm.searching import RaceOptions, SearchResult
+from laserlm.searching import SearchResult
 from laserlm.searching import search as search_
 from laserlm.store import Store
 from laserlm.tasks import Example, Task
@@ -24,7 +24,7 @@ Scores = dict[tuple[str, str], Any]
 Scored = tuple[SearchResult, Scores]
 GIVEN: dict[str, dict[str, Any]] = {
     "exhaustive": {"strategy": "exhaustive", "grid": "0-1.mlp@0.5,0.3"},
-    "race": {"strategy": "race", "grid": "all.all@0.5,0.3", "options": RaceOptions(width=8, first=2, controls=2)},
+    "race": {"strategy": "race", "grid": "all.all@0.5,0.3", "candidates": 8, "first_rung": 2, "random_candidates": 2},
 }
 """Searches that are made on a cluster and in one process."""
 

@@ -21,7 +21,7 @@ from searching.support import GIVEN, Scored, made_task, same, search
 import laserlm.models
 from laserlm.errors import MissingExtraError, ModelError, ScoringError
 from laserlm.models import LanguageModel, load
-from laserlm.searching import RaceOptions, Ray, cluster, schedule
+from laserlm.searching import Ray, cluster, schedule
 from laserlm.store import Store
 from laserlm.tasks import Decoding, Split, Task
 
@@ -34,9 +34,9 @@ Meets = Callable[..., list[Any]]
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker is slow after half a second, and a sign of life is with the driver at once."""
-    monkeypatch.setattr(cluster, "TICK", 0.02)
-    monkeypatch.setattr(cluster, "SIGN", 0.0)
-    monkeypatch.setattr(schedule, "PATIENCE", 0.5)
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(cluster, "SIGN_OF_LIFE_SECONDS", 0.0)
+    monkeypatch.setattr(schedule, "PATIENCE_SECONDS", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_what_the_model_writes_and_choices_of_several_rows_are_the_same(
         "choice": Task.of("chosen", [replace(e, choices=cities) for e in task.every], scorer="choice"),
         "contains": Task.of("written", list(task.every), scorer="contains", decoding=Decoding(new_tokens=3)),
     }[scorer]
-    given: dict[str, Any] = {"grid": "0-2.mlp@0.5", "options": RaceOptions(width=4, first=3)}
+    given: dict[str, Any] = {"grid": "0-2.mlp@0.5", "candidates": 4, "first_rung": 3}
     expected, scored = search(lm, made, tmp_path / "local.db", **given)
     found, ours = search(lm, made, tmp_path / "ray.db", executor=Ray("auto", workers=2), **given)
     assert (found.best, found.finalists) == (expected.best, expected.finalists)
@@ -302,7 +302,8 @@ def test_an_unchanged_model_that_ends_every_worker_is_told_and_can_go_on(
     met: Meets,
 ) -> None:
     met(die, once=False, at="".__eq__)
-    with pytest.raises(ScoringError, match=r"the unchanged model could not be scored on test: 3 workers ended at it.*goes on"):
+    message = r"the unchanged model could not be scored on test: 3 workers ended at it.*continues"
+    with pytest.raises(ScoringError, match=message):
         on_cluster()
     _, ours = search(lm, task, tmp_path / "ray.db", **GIVEN["exhaustive"])
     same(ours, local[1])
@@ -329,7 +330,7 @@ def test_a_worker_that_could_not_start_is_tried_again(
         return found_there(*arguments, **given)
 
     monkeypatch.setattr(laserlm.models, "load", loaded)
-    monkeypatch.setattr(cluster, "RETRY", 0.0)
+    monkeypatch.setattr(cluster, "RETRY_SECONDS", 0.0)
     with caplog.at_level(logging.WARNING):
         _, ours = on_cluster()
     assert "a worker could not start, another one is tried: the worker has ended" in caplog.text

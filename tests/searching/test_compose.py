@@ -8,7 +8,7 @@ import pytest
 from laserlm.edit import applied
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate
-from laserlm.searching import RaceOptions, expand, search
+from laserlm.searching import SearchConfig, expand, search
 from laserlm.searching.compose import in_order
 from laserlm.searching.screen import Prediction
 from laserlm.tasks import Example, Task
@@ -29,7 +29,7 @@ def task() -> Task:
 def test_greedy_goes_from_the_last_block_and_the_smallest_size(llama: LanguageModel) -> None:
     candidates = expand("1-2.mlp@0.5,0.1", llama.matrices)
     names = [f"{layer}.{m}@{size}" for layer in (2, 1) for m in ("fc_in", "fc_up", "fc_out") for size in ("0.1", "0.5")]
-    assert [str(c.intervention) for c in in_order(candidates, "greedy", {}, RaceOptions())] == names
+    assert [str(c.intervention) for c in in_order(candidates, {}, SearchConfig(mode="greedy"))] == names
 
 
 def test_joint_takes_what_the_screen_expects_most_of(llama: LanguageModel) -> None:
@@ -39,9 +39,9 @@ def test_joint_takes_what_the_screen_expects_most_of(llama: LanguageModel) -> No
         "2.fc_in@0.1": Prediction(-3, 0, 9),
         "1.fc_in@0.1": Prediction(-2, 0, 9),
     }
-    order = in_order(candidates, "joint", predictions, RaceOptions(width=2))
+    order = in_order(candidates, predictions, SearchConfig(candidates=2))
     assert [str(c.intervention) for c in order] == ["2.fc_in@0.1", "1.fc_in@0.1"]
-    order = in_order(candidates, "joint", predictions, RaceOptions(sizes=1))
+    order = in_order(candidates, predictions, SearchConfig(sizes_per_matrix=1))
     assert [str(c.intervention) for c in order] == ["2.fc_in@0.1", "1.fc_in@0.1"]
 
 
@@ -52,8 +52,8 @@ def test_steps_are_accepted_where_validation_improves_and_the_rest_is_undone(
 ) -> None:
     before = {name: p.detach().clone() for name, p in llama.model.named_parameters()}
     pointers = {name: p.data_ptr() for name, p in llama.model.named_parameters()}
-    options = RaceOptions(first=4)
-    found = search(llama, task, strategy="compose", mode=mode, grid="all.all@0.5,0.2", metric=metric, options=options)
+    options = SearchConfig(first_rung=4)
+    found = search(llama, task, strategy="compose", mode=mode, grid="all.all@0.5,0.2", metric=metric, config=options)
     for name, p in llama.model.named_parameters():
         assert p.data_ptr() == pointers[name]
         assert bool((p == before[name]).all())
@@ -84,6 +84,6 @@ def test_steps_are_accepted_where_validation_improves_and_the_rest_is_undone(
 def test_a_fused_matrix_and_its_part_are_not_reduced_both(make: Make, task: Task) -> None:
     found = search(
         make("gpt2"), task, strategy="compose", mode="greedy", grid="all.qkv@0.5+all.attn@0.5", metric="loss",
-        options=RaceOptions(first=4),
+        first_rung=4,
     )  # fmt: skip
     assert found.failed == {}

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from laserlm.models import LanguageModel
 from laserlm.reductions import Intervention
 from laserlm.scoring.forward import run_rows
-from laserlm.searching import RaceOptions, SearchProgress, search
-from laserlm.searching.desk import ScoreTask
+from laserlm.searching import SearchConfig, SearchProgress, search
 from laserlm.searching.driver import VALIDATION, encode_splits
 from laserlm.searching.plan import Plan, decomposition_flop, measure_cost, plan
 from laserlm.searching.simulation import CostModel, simulate
+from laserlm.searching.work import ScoreTask
 from laserlm.tasks import Task
 
 Make = Callable[..., LanguageModel]
@@ -31,28 +31,28 @@ def of(made: Plan, name: str) -> float:
 
 
 def test_an_exhaustive_search_takes_what_was_planned(llama: LanguageModel, task: Task) -> None:
-    made = plan(llama, task, strategy="exhaustive", grid=GRID)
+    made = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID))
     steps: list[SearchProgress] = []
     found = search(llama, task, strategy="exhaustive", grid=GRID, metric="loss", on_step=steps.append)
-    assert (made.candidates, made.about, len(made.matrices)) == (27, False, 9)
+    assert (made.candidates, made.is_estimate, len(made.matrices)) == (27, False, 9)
     (best,) = found.best.reductions
     share = 1 - best.layers.first / 3  # type: ignore[operator]
     assert steps[-1].done == pytest.approx(made.passes - of(made, "best on test") + share * len(task.test))
-    assert found.boundary_bytes <= made.boundary
+    assert found.boundary_bytes <= made.activations
     assert found.decomposition_bytes <= made.decompositions
     assert made.weights == sum(p.numel() * p.element_size() for p in llama.model.parameters())
-    bound = plan(llama, task, strategy="exhaustive", grid=GRID, memory=4000)
-    assert bound.boundary <= 4000
-    assert bound.pieces > made.pieces
+    bound = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID, memory=4000))
+    assert bound.activations <= 4000
+    assert bound.n_items > made.n_items
     assert bound.passes == pytest.approx(made.passes)
 
 
 def test_a_race_takes_about_what_was_planned(llama: LanguageModel, task: Task) -> None:
-    given: dict[str, Any] = {"grid": "all.all@0.5,0.3,0.1", "options": RaceOptions(width=8, first=2, controls=2)}
-    made = plan(llama, task, **given)
+    given: dict[str, Any] = {"grid": "all.all@0.5,0.3,0.1", "candidates": 8, "first_rung": 2, "random_candidates": 2}
+    made = plan(llama, task, SearchConfig(**given))
     steps: list[SearchProgress] = []
     search(llama, task, metric="loss", on_step=steps.append, **given)
-    assert made.about
+    assert made.is_estimate
     assert steps[-1].done == pytest.approx(made.passes - of(made, "screen"), rel=0.3)
     names = [stage.name for stage in made.stages]
     assert names == [
@@ -67,7 +67,7 @@ def test_a_race_takes_about_what_was_planned(llama: LanguageModel, task: Task) -
 
 def test_a_composition_is_planned_trial_by_trial(llama: LanguageModel, task: Task) -> None:
     for mode, trials in (("joint", 9), ("greedy", 27)):
-        made = plan(llama, task, strategy="compose", mode=mode, grid=GRID, options=RaceOptions(width=8))  # type: ignore[arg-type]
+        made = plan(llama, task, SearchConfig(strategy="compose", mode=mode, grid=GRID, candidates=8))  # type: ignore[arg-type]
         assert [stage.name for stage in made.stages].count("trial") == trials + (mode == "greedy")
         assert ("screen" in [stage.name for stage in made.stages]) == (mode == "joint")
 
@@ -76,8 +76,8 @@ def test_a_composition_is_planned_trial_by_trial(llama: LanguageModel, task: Tas
 def test_operations_of_a_pass_are_what_pytorch_counts(family: str, make: Make, task: Task) -> None:
     lm = make(family)
     task = replace(task, validation=replace(task.validation, scorer="answer"), test=replace(task.test, scorer="answer"))
-    made = plan(lm, task, strategy="exhaustive", grid="all.all@0.5")
-    rows = encode_splits(lm, task, "answer", 0)[VALIDATION].rows
+    made = plan(lm, task, SearchConfig(strategy="exhaustive", grid="all.all@0.5"))
+    rows = encode_splits(lm, task, SearchConfig())[VALIDATION].sequences
     if family == "mixtral":
         lm.model.set_experts_implementation("eager")  # the counter does not know the other ways
     run_rows(lm, rows, 1)  # whatever is found out at the first scoring
@@ -98,8 +98,8 @@ def test_operations_of_a_decomposition_hold_its_products(llama: LanguageModel) -
 
 
 def test_a_unit_is_timed_and_nothing_is_left_behind(llama: LanguageModel, task: Task) -> None:
-    made = plan(llama, task, strategy="exhaustive", grid=GRID)
-    pace = measure_cost(llama, made, task)
+    made = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID))
+    pace = measure_cost(llama, made, task, SearchConfig())
     assert pace.work + pace.example > 0
     assert min(pace.work, pace.example) >= 0
     assert pace.decompose > 0
@@ -155,7 +155,7 @@ def test_what_a_lost_worker_had_not_decomposed_is_decomposed_again() -> None:
     needs = {"a": 1.0}
     pace = CostModel(work=0.001, decompose=100.0)
     times = [simulate([scores(1)], 1, pace, decompositions=lambda _: needs, failures=30, seed=s) for s in range(20)]
-    lost = [found.seconds for found in times if found.lost and not found.given_up]
+    lost = [found.seconds for found in times if found.lost and not found.gave_up]
     assert lost
     assert min(lost) > 100
 

@@ -15,12 +15,12 @@ from laserlm.models import LanguageModel
 from laserlm.reductions import Intervention
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.scoring.tokenize import encode
-from laserlm.searching import Candidate, RaceOptions, expand, search
-from laserlm.searching.desk import EncodedSplit, WorkerState
+from laserlm.searching import Candidate, SearchConfig, expand, search
 from laserlm.searching.executors import LocalExecutor
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import choose, is_significantly_worse, race, rung_sizes, shuffled_order
 from laserlm.searching.result import Metric, RungReport
+from laserlm.searching.scorer import EncodedSplit, PrefixScorer
 from laserlm.searching.screen import Prediction
 from laserlm.store import Store
 from laserlm.tasks import Example, Split, Task
@@ -87,8 +87,8 @@ def candidates(llama: LanguageModel) -> list[Candidate]:
 def test_the_screen_sends_its_best_few_sizes_a_matrix_and_some_others(candidates: list[Candidate]) -> None:
     texts = [str(c.intervention) for c in candidates]
     predictions = {t: Prediction(-1.0 * i, 0.0, 9) for i, t in enumerate(texts)}
-    options = RaceOptions(width=5, sizes=2, controls=3)
-    chosen, controls = choose(candidates, predictions, options, seed=0)
+    options = SearchConfig(candidates=5, sizes_per_matrix=2, random_candidates=3)
+    chosen, controls = choose(candidates, predictions, options)
     assert [str(c.intervention) for c in chosen] == [
         "1.fc_out@0.2",
         "1.fc_out@0.4",
@@ -98,11 +98,11 @@ def test_the_screen_sends_its_best_few_sizes_a_matrix_and_some_others(candidates
     ]
     assert len(controls) == 3
     assert not {str(c.intervention) for c in controls} & {str(c.intervention) for c in chosen}
-    assert choose(candidates, predictions, options, seed=0)[1] == controls
-    assert choose(candidates, predictions, options, seed=3)[1] != controls
+    assert choose(candidates, predictions, options)[1] == controls
+    assert choose(candidates, predictions, replace(options, seed=3))[1] != controls
     # What could not be screened may still be drawn.
     only = {t: p for t, p in predictions.items() if t.startswith("0.fc_in")}
-    assert {c.matrix.id for c in choose(candidates, only, options, seed=0)[0]} == {"0.fc_in"}
+    assert {c.matrix.id for c in choose(candidates, only, options)[0]} == {"0.fc_in"}
 
 
 def test_a_large_spread_over_the_examples_makes_the_screen_expect_less() -> None:
@@ -146,7 +146,7 @@ class Table:
 def run(table: Table, candidates: list[Candidate], entered: list[str], **options: float) -> list[RungReport]:
     by_text = {str(c.intervention): c for c in candidates}
     given: dict[str, float] = {"first": 8, "keep": 0.5, "delta": 0.05, **options}
-    settings = RaceOptions(first=int(given["first"]), keep=given["keep"], delta=given["delta"])
+    settings = SearchConfig(first_rung=int(given["first"]), keep=given["keep"], delta=given["delta"])
     trials: ScoreLedger = table  # type: ignore[assignment]
     return list(race(trials, [by_text[t] for t in entered], candidates, "loss", settings))
 
@@ -173,7 +173,7 @@ def test_half_leave_without_proof_and_neighbours_of_the_leader_join(candidates: 
     losses |= {"0.fc_in@0.6": [2.0] * 64, "0.fc_in@0.4": [1.5] * 64, "0.fc_in@0.2": [1.4] * 64}
     entered = ["0.fc_in@0.6", "1.fc_in@0.6", "1.fc_up@0.6", "1.fc_out@0.6"]
     rungs = run(Table(losses), candidates, entered, delta=1e-9)
-    assert (rungs[0].leader, rungs[0].halved, rungs[0].joined) == ("0.fc_in@0.6", 2, 2)
+    assert (rungs[0].leader, rungs[0].pruned, rungs[0].added) == ("0.fc_in@0.6", 2, 2)
     assert rungs[1].leader == "0.fc_in@0.4"
     assert rungs[-1].leader == "0.fc_in@0.2"
     assert all(r.entered <= 4 for r in rungs)
@@ -182,7 +182,7 @@ def test_half_leave_without_proof_and_neighbours_of_the_leader_join(candidates: 
 def test_no_more_than_the_share_go_on_where_it_is_no_whole_number(candidates: list[Candidate]) -> None:
     losses = {"": noisy(3, 0)} | {str(c.intervention): noisy(2.9, i, spread=3) for i, c in enumerate(candidates, 1)}
     rungs = run(Table(losses), candidates, ["0.fc_in@0.6", "1.fc_in@0.6", "1.fc_up@0.6"], delta=1e-9)
-    assert (rungs[0].entered, rungs[0].halved) == (3, 2)
+    assert (rungs[0].entered, rungs[0].pruned) == (3, 2)
 
 
 def test_the_error_probability_is_shared_among_candidates_and_rungs(candidates: list[Candidate]) -> None:
@@ -193,8 +193,8 @@ def test_the_error_probability_is_shared_among_candidates_and_rungs(candidates: 
     losses = {str(c.intervention): [9.0] * 64 for c in candidates} | {"": [9.0] * 64, "0.fc_in@0.6": [2.0] * 64}
     losses["1.fc_in@0.6"] = [2 + d for d in difference] * 8
     entered = ["0.fc_in@0.6", "1.fc_in@0.6"]
-    assert run(Table(losses), candidates, entered, keep=1)[0].beaten == 0
-    assert run(Table(losses), candidates, entered, keep=1, delta=0.9999)[0].beaten == (p <= 0.9999 / 100)
+    assert run(Table(losses), candidates, entered, keep=1)[0].eliminated == 0
+    assert run(Table(losses), candidates, entered, keep=1, delta=0.9999)[0].eliminated == (p <= 0.9999 / 100)
 
 
 def test_the_unchanged_model_runs_along_and_may_lead(candidates: list[Candidate]) -> None:
@@ -232,9 +232,30 @@ def test_scores_of_later_rungs_do_not_change_the_race(known: int, candidates: li
 
 
 def test_options_that_mean_nothing_are_refused() -> None:
-    for wrong in ({"first": 0}, {"width": 0}, {"screened": 0}, {"keep": 1.5}, {"delta": -0.1}, {"controls": -1}):
-        with pytest.raises(ScoringError):
-            RaceOptions(**wrong)  # type: ignore[arg-type]
+    for wrong, message in (
+        ({"first_rung": 0}, "first_rung 0 leaves a race with nothing to do"),
+        ({"candidates": 0}, "candidates 0"),
+        ({"sizes_per_matrix": 0}, "sizes_per_matrix 0"),
+        ({"screen_examples": 0}, "screen_examples 0"),
+        ({"keep": 1.5}, "keep and delta from 0 to 1"),
+        ({"delta": -0.1}, "keep and delta from 0 to 1"),
+        ({"random_candidates": -1}, "random_candidates must be 0 or more"),
+        ({"strategy": "luck"}, "no strategy 'luck'; there are race, exhaustive, compose"),
+        ({"mode": "any"}, "no mode 'any'; there are joint, greedy"),
+        ({"metric": "speed"}, "no metric 'speed'; there are accuracy, loss"),
+        ({"width": 3}, "a search has no setting 'width'; it has strategy, grid"),
+        ({"effort": "huge"}, "no effort 'huge'; there are quick, normal, thorough"),
+    ):
+        with pytest.raises(ScoringError, match=message):
+            SearchConfig.of(**wrong)  # type: ignore[arg-type]
+
+
+def test_an_effort_sets_what_is_not_given() -> None:
+    assert SearchConfig.of() == SearchConfig.of("normal") == SearchConfig()
+    quick, thorough = SearchConfig.of("quick"), SearchConfig.of("thorough")
+    for name in ("candidates", "sizes_per_matrix", "screen_examples", "first_rung", "keep"):
+        assert getattr(quick, name) < getattr(SearchConfig(), name) < getattr(thorough, name)
+    assert SearchConfig.of("quick", candidates=99, metric="loss").candidates == 99
 
 
 def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama: LanguageModel, tmp_path: Path) -> None:
@@ -250,9 +271,9 @@ def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama
     for metric in ("accuracy", "loss"):
         chosen: Metric = metric  # type: ignore[assignment]
         whole = search(llama, task, strategy="exhaustive", grid="all.mlp@0.5,0.2", metric=chosen)
-        options = RaceOptions(width=99, keep=1, first=8)
+        options = SearchConfig(candidates=99, keep=1, first_rung=8)
         store = tmp_path / f"{metric}.db"
-        found = search(llama, task, grid="all.mlp@0.5,0.2", metric=chosen, options=options, store=store)
+        found = search(llama, task, grid="all.mlp@0.5,0.2", metric=chosen, config=options, store=store)
         assert found.best == whole.best
         assert found.test.corrected == whole.test.corrected
         assert found.validation.n == whole.validation.n
@@ -275,7 +296,7 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
         with store.run(**work) as run_:  # type: ignore[arg-type]
             rows = encode(llama, split.examples, "answer")
             material = EncodedSplit(split, rows, "answer")
-            local = LocalExecutor(WorkerState(llama, {"made": material}))
+            local = LocalExecutor(PrefixScorer(llama, {"made": material}))
             trials = ScoreLedger(llama, run_, "made", material, local)
             trials.extend(parts, 2)
             trials.extend(parts[:2], 5)
@@ -283,7 +304,7 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
             trials.extend(parts, 6)
             stepwise = trials.scores
             # Of three blocks: all for the unchanged model, two above block 0, one above block 1.
-            assert trials.work == pytest.approx(6 * (1 + 1 / 3 + 2 / 3))
+            assert trials.cost == pytest.approx(6 * (1 + 1 / 3 + 2 / 3))
         with store.run(**{**work, "key": "other"}) as run_:  # type: ignore[arg-type]
             at_once = ScoreLedger(llama, run_, "made", material, local)
             at_once.extend(parts[::-1], 6)

@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 
-from laserlm.searching.desk import WorkerState
-from laserlm.searching.schedule import PATIENCE, TRIES, UNKNOWN, Schedule
+from laserlm.searching.schedule import FIRST_PATIENCE_SECONDS, MAX_TRIES, PATIENCE_SECONDS, Schedule
+from laserlm.searching.scorer import PrefixScorer
 
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of work that is nothing but its name."""
+    """A work item that is nothing but its name."""
 
     name: str
-    home: str = "home"
-    group: str = "group"
-    work: float = 1.0
+    affinity: str = "all"
+    batch_key: str = "all"
+    cost: float = 1.0
 
-    def do(self, desk: WorkerState) -> Any:
+    def execute(self, scorer: PrefixScorer) -> Any:
         raise AssertionError
 
 
@@ -29,8 +29,8 @@ def jobs(n: int, **given: Any) -> list[Job]:
     return [Job(str(i), **given) for i in range(n)]
 
 
-def names(pieces: list[Any]) -> list[str]:
-    return [piece.name for piece in pieces]
+def names(items: list[Any]) -> list[str]:
+    return [item.name for item in items]
 
 
 def test_units_grow_small_towards_the_end() -> None:
@@ -39,23 +39,23 @@ def test_units_grow_small_towards_the_end() -> None:
     sizes = []
     while unit := schedule.take("a", 0):
         sizes.append(len(unit))
-        for piece in unit:
-            assert schedule.answer("a", piece, None, 0)
+        for item in unit:
+            assert schedule.answer("a", item, None, 0)
         schedule.finish("a")
     assert sizes == [4, 3, 2, 1, 1, 1, 1, 1, 1, 1]
     assert not schedule.open
 
 
-def test_a_unit_is_of_one_home_and_one_group() -> None:
+def test_a_unit_has_one_affinity_and_one_batch_key() -> None:
     schedule = Schedule(1)
-    schedule.want([Job("0"), Job("1"), Job("2", group="other"), Job("3", home="far"), Job("4", home="far")])
+    schedule.want([Job("0"), Job("1"), Job("2", batch_key="other"), Job("3", affinity="far"), Job("4", affinity="far")])
     assert names(schedule.take("a", 0)) == ["0", "1"]
     assert names(schedule.take("b", 0)) == ["3"]
 
 
 def test_a_worker_stays_where_it_is_and_others_go_where_nobody_is() -> None:
     schedule = Schedule(9)
-    schedule.want([Job(f"{home}{i}", home=home, group=str(i)) for home in "xyz" for i in range(4)])
+    schedule.want([Job(f"{home}{i}", affinity=home, batch_key=str(i)) for home in "xyz" for i in range(4)])
     taken = {worker: schedule.take(worker, 0)[0].name for worker in "abcd"}
     assert taken == {"a": "x0", "b": "y0", "c": "z0", "d": "x1"}
     for worker in "ab":
@@ -83,28 +83,28 @@ def test_a_piece_that_ends_every_worker_is_given_up_and_the_rest_goes_on() -> No
     workers = iter(range(100))
     while schedule.open:
         worker = next(workers)
-        for piece in schedule.take(worker, 0):
-            if piece.name == "2":  # type: ignore[attr-defined]
-                given_up = schedule.lose(worker)
-                lost.append(given_up.name if given_up else "")  # type: ignore[attr-defined]
+        for item in schedule.take(worker, 0):
+            if item.name == "2":  # type: ignore[attr-defined]
+                gave_up = schedule.lose(worker)
+                lost.append(gave_up.name if gave_up else "")  # type: ignore[attr-defined]
                 break
-            schedule.answer(worker, piece, None, 0)
-            answered.append(piece.name)  # type: ignore[attr-defined]
+            schedule.answer(worker, item, None, 0)
+            answered.append(item.name)  # type: ignore[attr-defined]
         else:
             schedule.finish(worker)
-    assert lost == [""] * (TRIES - 1) + ["2"]
+    assert lost == [""] * (MAX_TRIES - 1) + ["2"]
     assert sorted(answered) == ["0", "1", "3", "4"]
 
 
 def test_a_slow_workers_pieces_are_doubled_once_and_the_first_answer_counts() -> None:
     schedule = Schedule(4)
-    schedule.want(jobs(8, group="same"))
+    schedule.want(jobs(8, batch_key="same"))
     slow = schedule.take("slow", 0)
     now = 0.0
     while unit := schedule.take("quick", now):
-        for piece in unit:
+        for item in unit:
             now += 1
-            schedule.answer("quick", piece, None, now)
+            schedule.answer("quick", item, None, now)
         schedule.finish("quick")
         if unit == slow:
             break
@@ -120,14 +120,14 @@ def test_a_slow_workers_pieces_are_doubled_once_and_the_first_answer_counts() ->
 def test_pieces_of_two_workers_that_hang_go_to_a_third() -> None:
     schedule = Schedule(4)
     schedule.want(jobs(3))
-    for piece in schedule.take("quick", 0):
-        schedule.answer("quick", piece, None, 0.1)
+    for item in schedule.take("quick", 0):
+        schedule.answer("quick", item, None, 0.1)
     schedule.finish("quick")
     hung = schedule.take("hung", 0.1)
     assert schedule.take("other", 0.2) != hung
     schedule.finish("other")
-    for piece in schedule.take("other", 0.3):
-        schedule.answer("other", piece, None, 0.4)
+    for item in schedule.take("other", 0.3):
+        schedule.answer("other", item, None, 0.4)
     schedule.finish("other")
     assert schedule.take("doubles", 10) == hung
     assert schedule.take("third", 10.5) == []
@@ -141,34 +141,34 @@ def test_pieces_of_two_workers_that_hang_go_to_a_third() -> None:
 def test_a_first_piece_has_ten_minutes() -> None:
     schedule = Schedule(1)
     schedule.want(jobs(1))
-    (piece,) = schedule.take("hung", 0)
-    assert schedule.take("other", UNKNOWN - 1) == []
-    assert schedule.take("other", UNKNOWN + 1) == [piece]
+    (item,) = schedule.take("hung", 0)
+    assert schedule.take("other", FIRST_PATIENCE_SECONDS - 1) == []
+    assert schedule.take("other", FIRST_PATIENCE_SECONDS + 1) == [item]
 
 
 def test_who_had_not_begun_is_not_to_blame() -> None:
     schedule = Schedule(1)
     schedule.want(jobs(1))
-    for worker in range(2 * TRIES):
-        (piece,) = schedule.take(worker, 0)
-        assert schedule.suspected(piece) == (worker > 0)
+    for worker in range(2 * MAX_TRIES):
+        (item,) = schedule.take(worker, 0)
+        assert schedule.suspected(item) == (worker > 0)
         assert schedule.lose(worker, begun=False) is None
-    for worker in range(10, 10 + TRIES - 1):
+    for worker in range(10, 10 + MAX_TRIES - 1):
         assert len(schedule.take(worker, 0)) == 1
-        given_up = schedule.lose(worker)
-    assert given_up is not None
+        gave_up = schedule.lose(worker)
+    assert gave_up is not None
     assert not schedule.open
 
 
 def test_nobody_is_slow_within_seconds() -> None:
     schedule = Schedule(1)
-    schedule.want(jobs(2, group="same"))
-    for piece in schedule.take("a", 0):
-        schedule.answer("a", piece, None, 0.001)
+    schedule.want(jobs(2, batch_key="same"))
+    for item in schedule.take("a", 0):
+        schedule.answer("a", item, None, 0.001)
     schedule.finish("a")
     assert len(schedule.take("b", 0)) == 1
-    assert schedule.take("c", PATIENCE / 2) == []
-    assert len(schedule.take("c", PATIENCE * 2)) == 1
+    assert schedule.take("c", PATIENCE_SECONDS / 2) == []
+    assert len(schedule.take("c", PATIENCE_SECONDS * 2)) == 1
 
 
 def test_idle_workers_begin_what_may_come_and_it_is_not_done_twice() -> None:
@@ -177,9 +177,9 @@ def test_idle_workers_begin_what_may_come_and_it_is_not_done_twice() -> None:
     schedule.want(now)
     schedule.take("a", 0)
     for worker, expected in (("b", "next"), ("c", "never"), ("d", "soon")):
-        assert names(schedule.take(worker, 0, ahead=lambda: later)) == [expected]
+        assert names(schedule.take(worker, 0, speculate=lambda: later)) == [expected]
         assert not schedule.useless(worker)
-    assert schedule.take("e", 0, ahead=lambda: later) == []
+    assert schedule.take("e", 0, speculate=lambda: later) == []
     assert not schedule.answer("b", later[0], "early", 1)
     schedule.finish("b")
     assert schedule.answer("a", now[0], "now", 1)
@@ -196,15 +196,15 @@ def test_idle_workers_begin_what_may_come_and_it_is_not_done_twice() -> None:
 def test_what_is_needless_is_not_begun() -> None:
     schedule = Schedule(1)
     schedule.want(jobs(4))
-    assert names(schedule.take("a", 0, needless=lambda piece: piece.name != "2")) == ["2"]
-    assert schedule.take("b", 0, needless=lambda piece: piece.name != "2") == []
+    assert names(schedule.take("a", 0, is_cancelled=lambda item: item.name != "2")) == ["2"]
+    assert schedule.take("b", 0, is_cancelled=lambda item: item.name != "2") == []
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_every_piece_is_answered_once(seed: int) -> None:
     draw = random.Random(seed)
     wanted = [
-        Job(f"{home}-{i}", home=str(home), group=str(i // 3), work=draw.uniform(0.5, 4))
+        Job(f"{home}-{i}", affinity=str(home), batch_key=str(i // 3), cost=draw.uniform(0.5, 4))
         for home in range(draw.randint(1, 4))
         for i in range(draw.randint(1, 30))
     ]
@@ -213,7 +213,7 @@ def test_whatever_happens_every_piece_is_answered_once(seed: int) -> None:
     assert schedule.want(wanted) == []
     units: dict[int, list[Any]] = {i: [] for i in range(schedule.workers)}
     answered: list[Any] = []
-    given_up: list[Any] = []
+    gave_up: list[Any] = []
     numbers = iter(range(100, 10**6))
     now = 0.0
     while schedule.open:
@@ -226,14 +226,14 @@ def test_whatever_happens_every_piece_is_answered_once(seed: int) -> None:
         elif units[worker][0] in poison or draw.random() < 0.1:
             found = schedule.lose(worker)
             if found is not None:
-                given_up.append(found)
+                gave_up.append(found)
             del units[worker]
             units[next(numbers)] = []
         elif draw.random() < 0.8:  # the others are slow
-            piece = units[worker].pop(0)
-            if schedule.answer(worker, piece, None, now):
-                answered.append(piece)
+            item = units[worker].pop(0)
+            if schedule.answer(worker, item, None, now):
+                answered.append(item)
     assert len(answered) == len(set(answered))
-    assert sorted(j.name for j in {*answered, *given_up}) == sorted(j.name for j in wanted)
-    assert not set(answered) & set(given_up)
+    assert sorted(j.name for j in {*answered, *gave_up}) == sorted(j.name for j in wanted)
+    assert not set(answered) & set(gave_up)
     assert poison.isdisjoint(answered)

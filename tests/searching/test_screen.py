@@ -52,7 +52,7 @@ def by_hand(lm: LanguageModel, grid: str) -> dict[str, tuple[float, float]]:
     for row in rows:
         lm.model.zero_grad()
         (batch,) = batches(lm, [row], 1)
-        (-read_off(lm, batch, placed=False).logprobs.mean()).backward()
+        (-read_off(lm, batch, scored_only=False).logprobs.mean()).backward()
         for candidate in expand(grid, lm.matrices):
             m = candidate.matrix
             gradient = lm.model.get_parameter(m.path).grad
@@ -108,8 +108,8 @@ def test_choices_of_one_token_or_several_are_screened_by_their_loss(between: boo
             totals = []
             for row in of:
                 (batch,) = batches(lm, [row], 1)
-                reading = read_off(lm, batch, placed=False)
-                totals += [reading.options[0, c] for c in range(len(row.options))] or [reading.logprobs.sum()]
+                reading = read_off(lm, batch, scored_only=False)
+                totals += [reading.choice_logprobs[0, c] for c in range(len(row.choice_tokens))] or [reading.logprobs.sum()]
             right = e.choices.index(e.answer)
             tokens = 1 if len(of) == 1 else len(of[right].targets)
             losses.append(-torch.stack(totals).log_softmax(0)[right] if between else -totals[right] / tokens)
@@ -126,15 +126,15 @@ def test_choices_of_one_token_or_several_are_screened_by_their_loss(between: boo
 
 
 def test_windows_of_a_text_are_screened_by_their_tokens(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laserlm.scoring.tokenize.WINDOW", 16)
-    monkeypatch.setattr("laserlm.scoring.tokenize.STRIDE", 8)
+    monkeypatch.setattr("laserlm.scoring.tokenize.WINDOW_TOKENS", 16)
+    monkeypatch.setattr("laserlm.scoring.tokenize.STRIDE_TOKENS", 8)
     lm = make("llama")
     e = Example("a", "", "The capital of France is Paris and the capital of Spain is Madrid and Rome is a city in Italy.")
     rows = encode(lm, [e], "perplexity")
     assert len({len(row.targets) for row in rows}) > 1
     lm.model.requires_grad_(True)
     parameter = lm.model.get_parameter("model.layers.1.mlp.gate_proj.weight")
-    every = torch.cat([read_off(lm, *batches(lm, [row], 1), placed=False).logprobs for row in rows])
+    every = torch.cat([read_off(lm, *batches(lm, [row], 1), scored_only=False).logprobs for row in rows])
     loss = -every.mean()
     (G,) = torch.autograd.grad(loss, parameter)
     lm.model.requires_grad_(False)

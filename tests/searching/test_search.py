@@ -18,7 +18,7 @@ from laserlm.edit import applied
 from laserlm.errors import MatrixError, ScoringError
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate
-from laserlm.searching import RaceOptions, SearchProgress, SearchResult, expand
+from laserlm.searching import SearchConfig, SearchProgress, SearchResult, expand
 from laserlm.searching import search as search_
 from laserlm.store import Store
 from laserlm.tasks import Decoding, Example, Split, Task
@@ -136,8 +136,8 @@ def test_the_unchanged_model_can_win(strategy: str, llama: LanguageModel, task: 
 @pytest.mark.parametrize("family", EVERY)
 def test_a_race_runs_on_every_family(family: str, make: Make, task: Task) -> None:
     lm = make(family)
-    options = RaceOptions(first=3, width=6, controls=2)
-    found = search(lm, task, strategy="race", grid="all.all@0.6,0.3", metric="loss", options=options, scorer="answer")
+    options = SearchConfig(first_rung=3, candidates=6, random_candidates=2)
+    found = search(lm, task, strategy="race", grid="all.all@0.6,0.3", metric="loss", config=options, scorer="answer")
     assert found.failed == {}
     assert found.complete
     whole = brute_force(lm, replace(task.validation, scorer="answer"), ["", str(found.best)])
@@ -150,13 +150,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "exhaustive": {"strategy": "exhaustive", "grid": "0-1.fc_in@0.5,0.1"},
     "small memory": {"strategy": "exhaustive", "grid": "1.fc_in@0.5,0.1", "memory": 9000},
     "race": {
-        "strategy": "race", "grid": "all.mlp@0.5,0.1", "options": RaceOptions(width=4, first=2, controls=1), "metric": "loss",
+        "strategy": "race", "grid": "all.mlp@0.5,0.1", "candidates": 4, "first_rung": 2, "random_candidates": 1,
+        "metric": "loss",
     },
     "greedy": {
-        "strategy": "compose", "mode": "greedy", "grid": "1-2.fc_in@0.5,0.1", "options": RaceOptions(first=2), "metric": "loss",
+        "strategy": "compose", "mode": "greedy", "grid": "1-2.fc_in@0.5,0.1", "first_rung": 2, "metric": "loss",
     },
     "joint": {
-        "strategy": "compose", "mode": "joint", "grid": "all.mlp@0.5,0.1", "options": RaceOptions(first=2, width=4),
+        "strategy": "compose", "mode": "joint", "grid": "all.mlp@0.5,0.1", "first_rung": 2, "candidates": 4,
         "metric": "loss",
     },
 }  # fmt: skip
@@ -289,7 +290,7 @@ def test_other_weights_rows_or_grids_are_another_search(make: Make, task: Task, 
         search(make("llama"), task, grid="1.fc_in@0.5", metric="loss", store=store).run,
         search(make("llama"), task, grid="1.fc_in@0.50", store=store).run,
         search(make("llama"), task, grid="1.fc_in@0.5", strategy="race", store=store).run,
-        search(make("llama"), task, grid="1.fc_in@0.5", strategy="race", options=RaceOptions(keep=1), store=store).run,
+        search(make("llama"), task, grid="1.fc_in@0.5", strategy="race", keep=1, store=store).run,
         search(make("llama"), task, grid="1.fc_in@0.5", seed=1, store=store).run,
         search(
             make("llama"), replace(task, validation=replace(task.validation, examples=aliased)), grid="1.fc_in@0.5", store=store
@@ -309,7 +310,7 @@ def test_a_candidate_that_fails_is_recorded_and_passed_over(
             raise ScoringError("no room")
 
     before_scoring(broken)
-    found = search(llama, task, strategy=strategy, store=tmp_path / "runs.db", options=RaceOptions(first=4, keep=1))
+    found = search(llama, task, strategy=strategy, store=tmp_path / "runs.db", first_rung=4, keep=1)
     if strategy == "compose":
         assert any("0.fc_up@0.5" in text and "nan" in reason for text, reason in found.failed.items())
     else:
@@ -340,7 +341,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(llama: Language
 
 
 def test_memory_that_runs_out_in_the_screen_halves_its_batch(llama: LanguageModel, task: Task) -> None:
-    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "options": RaceOptions(first=3)}
+    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "first_rung": 3}
     expected = search(llama, task, **given)
     tried: list[int] = []
     most = [2]
@@ -406,8 +407,8 @@ def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
 
 def test_a_race_tells_its_rungs(llama: LanguageModel, task: Task) -> None:
     steps: list[SearchProgress] = []
-    options = RaceOptions(first=2, width=6, controls=2)
-    found = search(llama, task, strategy="race", grid="all.all@0.5,0.1", metric="loss", options=options, on_step=steps.append)
+    options = SearchConfig(first_rung=2, candidates=6, random_candidates=2)
+    found = search(llama, task, strategy="race", grid="all.all@0.5,0.1", metric="loss", config=options, on_step=steps.append)
     rungs = [s for s in steps if s.stage.startswith("rung")]
     assert list(dict.fromkeys(s.stage for s in rungs))[:2] == ["rung 1 of 2", "rung 2 of 2"]
     assert rungs[0].alive == 9  # the unchanged model among them
@@ -433,7 +434,7 @@ def test_a_search_out_of_time_measures_the_best_so_far(
         scored.append(split.name)
 
     before_scoring(timed)
-    given = {"strategy": strategy, "budget": 5, "metric": "loss", "options": RaceOptions(first=3)}
+    given = {"strategy": strategy, "budget": 5, "metric": "loss", "first_rung": 3}
     found = search(llama, task, store=tmp_path / "runs.db", **given)
     assert not found.complete
     assert 5 <= scored.count("validation") <= 6
@@ -462,8 +463,8 @@ def test_rows_that_cannot_be_scored_on_test_are_told_before_the_search(llama: La
 def test_a_leader_that_fails_later_is_not_what_is_found_when_time_is_up(
     llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch, before_scoring: BeforeScoring
 ) -> None:
-    options = RaceOptions(first=3, keep=1)
-    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "grid": "0.mlp@0.5,0.1", "options": options}
+    options = SearchConfig(first_rung=3, keep=1)
+    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "grid": "0.mlp@0.5,0.1", "config": options}
     leader = search(llama, task, **given).rungs[0].leader
     assert leader
     clock = [0.0]
@@ -568,10 +569,10 @@ def test_where_the_model_writes_the_loss_ranks_and_writing_decides(
     task = replace(task, test=task.test.limit(7))
     splits = {name: replace(getattr(task, name), scorer="contains", decoding=how) for name in ("validation", "test", "every")}
     made = replace(task, **splits)
-    small = RaceOptions(width=6, first=3)
+    small = SearchConfig(candidates=6, first_rung=3)
     store = tmp_path / "runs.db"
     steps: list[SearchProgress] = []
-    found = search_(llama, made, strategy=strategy, metric=metric, grid=GRID, store=store, options=small, on_step=steps.append)
+    found = search_(llama, made, strategy=strategy, metric=metric, grid=GRID, store=store, config=small, on_step=steps.append)
     assert {"finalists", "test"} <= {s.stage for s in steps}
     assert str(found.best) in found.finalists
     assert "" in found.finalists
@@ -595,7 +596,7 @@ def test_where_the_model_writes_the_loss_ranks_and_writing_decides(
         best = sorted(losses, key=losses.__getitem__)[: 4 if metric == "accuracy" else 1]
         assert set(best) <= set(found.finalists)
     assert SearchResult.from_dict(json.loads(json.dumps(found.as_dict()))) == found
-    again = search_(llama, made, strategy=strategy, metric=metric, grid=GRID, store=store, options=small)
+    again = search_(llama, made, strategy=strategy, metric=metric, grid=GRID, store=store, config=small)
     assert again == found
 
 
@@ -611,8 +612,8 @@ def test_what_is_written_at_another_length_is_another_search(llama: LanguageMode
 
 
 def test_a_perplexity_is_searched_by_its_loss(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laserlm.scoring.tokenize.WINDOW", 64)
-    monkeypatch.setattr("laserlm.scoring.tokenize.STRIDE", 48)
+    monkeypatch.setattr("laserlm.scoring.tokenize.WINDOW_TOKENS", 64)
+    monkeypatch.setattr("laserlm.scoring.tokenize.STRIDE_TOKENS", 48)
     words = "Paris Rome Oslo Lisbon Madrid is the capital of Norway and a city in Italy".split()
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 30)) + ".\n" for i in range(1, 150)]
     (tmp_path / "text.txt").write_text("".join(lines))

@@ -39,7 +39,7 @@ def test_the_migrations_make_the_tables_of_the_models(store, store_url):
 
 def test_a_database_of_a_newer_version_asks_for_an_upgrade(store, store_url, sql):
     sql("update alembic_version set version_num = '9999'")
-    with pytest.raises(StoreError, match="has schema 9999, this laserlm knows up to 0003; upgrade laserlm"):
+    with pytest.raises(StoreError, match="has schema 9999, this laserlm knows schemas up to 0003; upgrade laserlm"):
         Store.open(store_url)
 
 
@@ -143,7 +143,7 @@ def test_a_bad_url_is_refused_without_its_password(where):
 
 @pytest.mark.parametrize("driver", ["nosuch", "sqlite+nosuch", "mysql+mysqlconnector", "postgresql+psycopg2"])
 def test_another_database_is_refused_without_the_password(driver):
-    with pytest.raises(StoreError, match=r"cannot keep results in .*; write a file path, or a URL that begins") as raised:
+    with pytest.raises(StoreError, match=r"cannot store results in .*; write a file path, or a URL that begins") as raised:
         Store.open(f"{driver}://me:secret@host/runs?password=secret")
     assert "secret" not in str(raised.value)
 
@@ -155,7 +155,7 @@ def test_a_missing_driver_is_said(monkeypatch):
 
 
 def test_a_locked_database_says_so(path, sample, monkeypatch):
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(database, "LOCK_TIMEOUT_SECONDS", 0.05)
     with Store.open(path) as store, store.run(**sample.work()) as run:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
@@ -187,7 +187,7 @@ def test_opening_waits_for_a_process_that_is_writing_a_new_file(path, monkeypatc
 
 
 def test_the_first_error_is_the_one_raised_where_the_release_fails_too(path, sample, monkeypatch):
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(database, "LOCK_TIMEOUT_SECONDS", 0.05)
     other = sqlite3.connect(path, isolation_level=None)
 
     def lock_and_interrupt():

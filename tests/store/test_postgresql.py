@@ -45,7 +45,7 @@ def test_the_driver_need_not_be_named(store_url, sample, driver):
 
 def test_a_missing_database_is_said_without_the_password(store_url):
     url = make_url(store_url).set(password="secret", database="nosuch").update_query_dict({"sslpassword": "secret"})
-    with pytest.raises(StoreError, match=r'could not open .*/nosuch: .*"nosuch" does not exist; make it on the') as raised:
+    with pytest.raises(StoreError, match=r'could not open .*/nosuch: .*"nosuch" does not exist; create it on the') as raised:
         Store.open(url.render_as_string(hide_password=False))
     assert "secret" not in str(raised.value)
 
@@ -85,7 +85,7 @@ def test_the_isolation_does_not_depend_on_the_server(store_url, sql, sample):
 
 
 def test_waiting_for_another_writer_ends(store_url, sample, monkeypatch):
-    monkeypatch.setitem(database.WRITING["postgresql"], "laserlm_begin", "SET LOCAL lock_timeout = '50ms'")
+    monkeypatch.setitem(database.WRITE_OPTIONS["postgresql"], "laserlm_begin", "SET LOCAL lock_timeout = '50ms'")
     with Store.open(store_url) as store, store.run(**sample.work()) as run:
         with store.database.write() as session:
             session.execute(text("select * from runs for update"))
@@ -126,7 +126,7 @@ def test_the_heartbeat_survives_a_lost_connection(store_url, sample, end_connect
         real(session, *arguments, **values)
         beaten.set()
 
-    monkeypatch.setattr(claim, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(claim, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(claim, "update_owned", hold)
     with Store.open(store_url) as store, store.run(**sample.work()) as run:
         assert beaten.wait(30)

@@ -43,24 +43,24 @@ def test_a_kill_before_the_commit_leaves_nothing_half_written(store_url, start, 
 
 
 def test_kills_at_any_moment_lose_and_repeat_nothing(store_url, start, go, sample):
-    said = 0
+    printed = 0
     for _ in range(3):
         process = start("endless")
         go(process)
         for _ in range(7):
-            assert process.stdout.readline() == f"{said}\n"
-            said += 1
+            assert process.stdout.readline() == f"{printed}\n"
+            printed += 1
         process.kill()
         # What was printed is recorded; the last ones may have been recorded and not read here.
-        said += len(process.stdout.read().splitlines())
+        printed += len(process.stdout.read().splitlines())
         process.wait()
         with Store.open(store_url) as store:
             (info,) = store.runs()
             names = [t.intervention for t in store.trials(info.id)]
             assert names == [str(i) for i in range(len(names))]
-            assert said <= len(names) <= said + 1
+            assert printed <= len(names) <= printed + 1
             assert all(store.evaluation(info.id, "validation", n) == sample.evaluation(n) for n in names)
-            said = len(names)
+            printed = len(names)
 
 
 def test_two_processes_record_different_runs_together(store_url, start, go, sample):
@@ -101,8 +101,8 @@ def test_processes_that_open_a_new_database_together_agree(store_url, start, go)
 def test_of_processes_that_claim_a_run_together_one_gets_it(store_url, start, go):
     processes = [start("claim") for _ in range(3)]
     go(*processes)
-    said = [p.stdout.readline() for p in processes]
-    assert sorted(said) == ["busy\n", "busy\n", "claimed\n"]
+    printed = [p.stdout.readline() for p in processes]
+    assert sorted(printed) == ["busy\n", "busy\n", "claimed\n"]
     for process in processes:
         process.communicate("\n")
     with Store.open(store_url) as store:

@@ -103,12 +103,12 @@ def test_keys_are_apart(store, sample):
 
 def test_a_run_has_one_owner_even_within_a_process(store, store_url, sample):
     with store.run(**sample.work()) as run, Store.open(store_url) as other:
-        for place in (store, other):
+        for handle in (store, other):
             busy = pytest.raises(
                 RunBusyError,
                 match=rf"run {run.id} is .* process {os.getpid()} on {socket.gethostname()} since 2.*--store",
             )
-            with busy, place.run(**sample.work()):
+            with busy, handle.run(**sample.work()):
                 pass
         run.record(sample.evaluation("a"), sample.EXAMPLES)
 
@@ -116,7 +116,7 @@ def test_a_run_has_one_owner_even_within_a_process(store, store_url, sample):
 def test_a_left_run_takes_nothing_more(store, sample):
     with store.run(**sample.work()) as run:
         pass
-    with pytest.raises(RunBusyError, match="no longer held"):
+    with pytest.raises(RunBusyError, match="no longer owns"):
         run.record(sample.evaluation("a"), sample.EXAMPLES)
     assert store.trials(run.id) == []
 
@@ -141,7 +141,7 @@ def test_a_run_without_heartbeat_is_taken_over_and_its_old_owner_stopped(store, 
                 lambda: old.fail("validation", "b", "no"),
                 lambda: old.finish({}),
             ):
-                with pytest.raises(RunBusyError, match="taken over"):
+                with pytest.raises(RunBusyError, match="another process claimed it"):
                     write()
             old.release("interrupted")
             assert store.runs()[0].status == "running"
@@ -178,7 +178,7 @@ def test_a_process_of_another_host_counts_as_alive_while_it_beats(store, sql, sa
 
 
 def test_a_thread_renews_the_heartbeat(store, sample, monkeypatch):
-    monkeypatch.setattr(claim, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(claim, "HEARTBEAT_SECONDS", 0.01)
     with store.run(**sample.work()):
         age(store, 61)
         stop = datetime.now(UTC) + timedelta(seconds=30)
@@ -199,7 +199,7 @@ def test_a_missed_heartbeat_is_logged_and_tried_again(store, sql, sample, monkey
         real(*arguments, **values)
         beaten.set()
 
-    monkeypatch.setattr(claim, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(claim, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(claim, "update_owned", hold)
     with store.run(**sample.work()):
         assert beaten.wait(30)

@@ -87,10 +87,10 @@ def test_trials_are_listed_in_order_with_their_figures(store, sample):
         assert run.trials("validation")[1] == {"a": "matrix has NaN"}
         assert run.evaluation("validation", "a") is None
     done, failed = store.trials(run.id)
-    made = sample.evaluation("b")
+    scored = sample.evaluation("b")
     assert (done.split, done.intervention, done.status, done.reason) == ("validation", "b", "done", None)
-    assert (done.n, done.accuracy, done.loss) == (made.n, made.accuracy, made.loss)
-    assert (done.seconds, done.scorer) == (made.seconds, "answer")
+    assert (done.n, done.accuracy, done.loss) == (scored.n, scored.accuracy, scored.loss)
+    assert (done.seconds, done.scorer) == (scored.seconds, "answer")
     assert dataclasses.astuple(failed) == ("validation", "a", "failed", "matrix has NaN", *[None] * 5)
 
 
@@ -113,17 +113,17 @@ def test_a_trial_is_recorded_once(store, sql, sample, first, second):
 
 
 def test_a_trial_goes_on_where_its_scores_end(store, sql, sample):
-    whole = sample.evaluation("a")
-    first, rest = (dataclasses.replace(whole, scores=part, seconds=2.0) for part in (whole.scores[:4], whole.scores[4:]))
+    full = sample.evaluation("a")
+    first, rest = (dataclasses.replace(full, scores=part, seconds=2.0) for part in (full.scores[:4], full.scores[4:]))
     with store.run(**sample.work()) as run:
-        with pytest.raises(StoreError, match="has no trial of 'a' on validation, which cannot go on from score 4"):
+        with pytest.raises(StoreError, match="has no trial of 'a' on validation, but 4 scores were expected"):
             run.record(rest, sample.EXAMPLES[4:], start=4)
         run.record(first, sample.EXAMPLES[:4])
         for start in (0, 3, 5):
-            with pytest.raises(StoreError, match=f"done, 4 scores.*from score {start}"):
+            with pytest.raises(StoreError, match=f"done, 4 scores.*but {start} scores were expected"):
                 run.record(rest, sample.EXAMPLES[4:], start=start)
         run.record(rest, sample.EXAMPLES[4:], start=4)
-        assert run.evaluation("validation", "a") == dataclasses.replace(whole, seconds=4.0)
+        assert run.evaluation("validation", "a") == dataclasses.replace(full, seconds=4.0)
         run.record(sample.evaluation("b"), sample.EXAMPLES)
         run.fail("validation", "b", "no room", start=10)
         run.record(sample.evaluation(""), sample.EXAMPLES)
@@ -134,8 +134,8 @@ def test_a_trial_goes_on_where_its_scores_end(store, sql, sample):
         assert run.trials("test") == ({}, {})
     listed = {t.intervention: t for t in store.trials(run.id)}
     assert (listed["a"].n, listed["a"].seconds) == (10, 4.0)
-    assert listed["a"].accuracy == pytest.approx(whole.accuracy)
-    assert listed["a"].loss == pytest.approx(whole.loss)
+    assert listed["a"].accuracy == pytest.approx(full.accuracy)
+    assert listed["a"].loss == pytest.approx(full.loss)
     assert (listed["b"].status, listed["b"].reason, listed["b"].n) == ("failed", "no room", 10)
     assert sql("select count(*) from scores") == [(30,)]
 
@@ -151,15 +151,15 @@ def test_notes_last_until_the_run_goes_on(store, sample):
 
 
 def test_scores_must_belong_to_the_examples(store, sample):
-    made = sample.evaluation("a")
-    nan = (dataclasses.replace(made.scores[0], logprob=math.nan), *made.scores[1:])
+    scored = sample.evaluation("a")
+    nan = (dataclasses.replace(scored.scores[0], logprob=math.nan), *scored.scores[1:])
     with store.run(**sample.work()) as run:
         with pytest.raises(StoreError, match="10 scores for 9 examples"):
-            run.record(made, sample.EXAMPLES[:9])
+            run.record(scored, sample.EXAMPLES[:9])
         with pytest.raises(StoreError, match=r"at position 0 the score of 'capital-0'.*'capital-9'"):
-            run.record(made, sample.EXAMPLES[::-1])
+            run.record(scored, sample.EXAMPLES[::-1])
         with pytest.raises(StoreError, match="log-probability nan over 1 tokens"):
-            run.record(dataclasses.replace(made, scores=nan), sample.EXAMPLES)
+            run.record(dataclasses.replace(scored, scores=nan), sample.EXAMPLES)
     assert store.trials(run.id) == []
 
 
@@ -181,18 +181,18 @@ def test_text_and_figures_that_databases_refuse_come_back(store, sample):
     odd = "a\0b\x1a0\x1a1\x1a\0\\u0000 \u2028"
     figures = {"inf": math.inf, "low": -math.inf, odd: 1.5}
     example = Example(odd, odd, odd, (odd, "\ud800"), odd, odd, math.inf, aliases=(odd,))
-    made = sample.evaluation(odd, examples=[example], classes=(odd, "\ud800"))
-    made = dataclasses.replace(made, scores=(dataclasses.replace(made.scores[0], predicted=odd, figures=figures),))
-    base = dataclasses.replace(made, intervention="")
+    scored = sample.evaluation(odd, examples=[example], classes=(odd, "\ud800"))
+    scored = dataclasses.replace(scored, scores=(dataclasses.replace(scored.scores[0], predicted=odd, figures=figures),))
+    base = dataclasses.replace(scored, intervention="")
     with store.run(**sample.work(odd)) as run:
-        run.record(made, [example])
+        run.record(scored, [example])
         run.record(base, [example])
         run.fail("test", odd, odd)
         run.note(odd, [odd, math.inf])
     with store.run(**sample.work(odd)) as run:
         assert run.resumed
         assert run.notes == {odd: [odd, math.inf]}
-        assert run.trials("validation") == ({odd: made, "": base}, {})
+        assert run.trials("validation") == ({odd: scored, "": base}, {})
         assert run.trials("test")[1] == {odd: odd}
         run.note("nan", math.nan)
     assert math.isnan(store.notes(run.id)["nan"])
@@ -249,7 +249,7 @@ def test_a_run_is_found_by_a_prefix(store, sql, sample):
     assert store.find("123456789abc").key == "three"
     with pytest.raises(StoreError, match="2 runs: abd000000000, abc000000000"):
         store.find("ab")
-    with pytest.raises(StoreError, match=r"no run '123456789abd' .*near it are 123456789abc; see 'laser runs list'"):
+    with pytest.raises(StoreError, match=r"no run '123456789abd' .*similar ids are 123456789abc; see 'laser runs list'"):
         store.find("123456789abd")
     for odd in ("", "%", "_bc"):
         with pytest.raises(StoreError, match="no run"):
@@ -273,12 +273,12 @@ def test_an_export_holds_everything_as_json(store, sample):
     base, edited, failed = exported["trials"]
     assert (failed["status"], failed["reason"], failed["scores"]) == ("failed", "why not", [])
     assert base["intervention"] == ""
-    made = sample.evaluation("3.fc_in@0.1")
-    assert edited["loss"] == made.loss
+    scored = sample.evaluation("3.fc_in@0.1")
+    assert edited["loss"] == scored.loss
     assert [
         (exported["examples"][s["example"]]["id"], s["correct"], s["logprob"], s["tokens"], s["predicted"], s["answer"])
         for s in edited["scores"]
-    ] == [(s.id, s.correct, s.logprob, s.tokens, s.predicted, s.answer) for s in made.scores]
+    ] == [(s.id, s.correct, s.logprob, s.tokens, s.predicted, s.answer) for s in scored.scores]
 
 
 def test_deleting_a_run_leaves_nothing_of_it_and_all_of_the_others(store, sql, sample):

@@ -43,7 +43,7 @@ def evaluation(
         ExampleScore(e.id, (seed + i) % 3 == 0, -seed / (i + 0.7), i % 3 + 1, f"p{i}", e.answer, e.group)
         for i, e in enumerate(examples)
     )
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "model": "tiny",
         "task": "capitals",
         "split": split,
@@ -52,7 +52,7 @@ def evaluation(
         "scores": scores,
         "seconds": seed / 7,
     }
-    return Evaluation(**(given | changes))
+    return Evaluation(**(values | changes))
 
 
 def work(key: str = "work", **more: Any) -> dict[str, Any]:

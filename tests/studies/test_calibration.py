@@ -11,6 +11,7 @@ import torch
 
 from laserlm.edit import applied
 from laserlm.errors import AnalysisError, ScoringError
+from laserlm.jsonable import to_json
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.statistics import paired_mean, wilson
@@ -40,7 +41,7 @@ def split(scorer: Scorer, choices: tuple[str, ...] = ()) -> Split:
 
 def by_hand(lm: LanguageModel, prompt: str, answer: str, *, first: bool) -> tuple[list[torch.Tensor], list[int]]:
     """Return the probabilities of all tokens at each of the answer's places, one plain pass each, and its tokens."""
-    tok = lm.need_tokenizer()
+    tok = lm.require_tokenizer()
     before = tok(prompt, add_special_tokens=False).input_ids
     targets = tok(f"{prompt} {answer}", add_special_tokens=False).input_ids[len(before) :]
     if lm.kind == "encoder-decoder":
@@ -109,7 +110,7 @@ def test_a_tie_between_choices_is_wrong(llama: LanguageModel) -> None:
 
 @pytest.mark.parametrize("scorer", ["perplexity", "lm_eval", "lm_eval_text", "program", "rollout"])
 def test_what_has_no_answer_to_be_confident_of_is_told(scorer: Scorer, llama: LanguageModel) -> None:
-    with pytest.raises(AnalysisError, match=f"and {scorer} reads neither; give a model, --reduce SPEC and --scorer"):
+    with pytest.raises(AnalysisError, match=f"and scorer {scorer} reads neither. Give a model, --reduce SPEC and --scorer"):
         confidences(llama, split(scorer))
 
 
@@ -129,24 +130,24 @@ def test_calibration_worked_out_by_hand() -> None:
     mixed = [pair for both in zip(LOW, HIGH, strict=True) for pair in both]
     found = calibration(mixed, [(0.5, right) for _, right in mixed], bins=2)
     # Lower bin: 0.2 against 0.2; upper bin: 0.8 against 0.4; each is half of the examples.
-    assert found.before.ece.value == pytest.approx(0.2)
-    assert found.before.brier.value == pytest.approx((4 * 0.04 + 0.64 + 2 * 0.04 + 3 * 0.64) / 10)
-    assert (found.before.confidence.value, found.before.accuracy.value) == (pytest.approx(0.5), 0.3)
-    assert found.before.accuracy.interval == wilson(3, 10)
-    assert [(b.confidence, b.accuracy.value, b.accuracy.n) for b in found.curve_before] == [
+    assert found.base.ece.value == pytest.approx(0.2)
+    assert found.base.brier.value == pytest.approx((4 * 0.04 + 0.64 + 2 * 0.04 + 3 * 0.64) / 10)
+    assert (found.base.confidence.value, found.base.accuracy.value) == (pytest.approx(0.5), 0.3)
+    assert found.base.accuracy.interval == wilson(3, 10)
+    assert [(b.confidence, b.accuracy.value, b.accuracy.n) for b in found.curve_base] == [
         (pytest.approx(0.2), 0.2, 5),
         (pytest.approx(0.8), 0.4, 5),
     ]
     # Afterwards all are equal and keep their order: the first five hold one "low" and two "high" that are right.
-    assert [b.accuracy.value for b in found.curve_after] == [0.4, 0.2]
-    assert found.after.ece.value == pytest.approx((0.1 + 0.3) / 2)
-    assert found.after.brier.value == pytest.approx(0.25)
+    assert [b.accuracy.value for b in found.curve_edited] == [0.4, 0.2]
+    assert found.edited.ece.value == pytest.approx((0.1 + 0.3) / 2)
+    assert found.edited.brier.value == pytest.approx(0.25)
     assert (found.change.ece.value, found.change.brier.value) == (pytest.approx(0), pytest.approx(0.25 - 0.28))
     changes = [0.25 - (c - right) ** 2 for c, right in mixed]
     assert found.change.brier.interval == pytest.approx(paired_mean(changes))
     assert (found.change.accuracy.value, found.change.confidence.value) == (0, pytest.approx(0))
-    plain = json.loads(json.dumps(found.as_dict()))
-    assert plain["before"]["ece"]["value"] == found.before.ece.value
+    plain = json.loads(json.dumps(to_json(found)))
+    assert plain["before"]["ece"]["value"] == found.base.ece.value
     assert plain["change"]["ece"]["interval"] == list(found.change.ece.interval)
     assert plain["curve_after"][0]["accuracy"]["n"] == 5
 
@@ -155,8 +156,8 @@ def test_calibration_worked_out_by_hand() -> None:
 def test_bins_hold_as_many_examples_and_not_too_few(n: int, bins: int, sizes: list[int]) -> None:
     given = [(i / n, i % 2 == 0) for i in range(n)]
     found = calibration(given, given[::-1], bins=bins)
-    assert [b.accuracy.n for b in found.curve_before] == sizes
-    assert [b.accuracy.n for b in found.curve_after] == sizes
+    assert [b.accuracy.n for b in found.curve_base] == sizes
+    assert [b.accuracy.n for b in found.curve_edited] == sizes
 
 
 def drawn(n: int, generator: np.random.Generator, factor: float = 1.0, low: float = 0.0) -> list[Confidence]:
@@ -171,11 +172,11 @@ def test_brier_score_and_curve_are_those_of_scikit_learn(bins: int) -> None:
     given = drawn(200, np.random.default_rng(0), 0.7)
     found = calibration(given, given, bins=bins)
     right, confidence = [r for _, r in given], [c for c, _ in given]
-    assert found.before.brier.value == pytest.approx(metrics.brier_score_loss(right, confidence))
+    assert found.base.brier.value == pytest.approx(metrics.brier_score_loss(right, confidence))
     share, mean = curves.calibration_curve(right, confidence, n_bins=bins, strategy="quantile")
-    assert [b.accuracy.value for b in found.curve_before] == pytest.approx(share.tolist())
-    assert [b.confidence for b in found.curve_before] == pytest.approx(mean.tolist())
-    assert found.before.ece.value == pytest.approx(float(np.abs(share - mean).mean()))
+    assert [b.accuracy.value for b in found.curve_base] == pytest.approx(share.tolist())
+    assert [b.confidence for b in found.curve_base] == pytest.approx(mean.tolist())
+    assert found.base.ece.value == pytest.approx(float(np.abs(share - mean).mean()))
     assert (found.change.ece.value, *found.change.brier.interval) == (0, 0, 0)
 
 
@@ -189,7 +190,7 @@ def test_intervals_hold_their_level(monkeypatch: pytest.MonkeyPatch) -> None:
         covered = np.zeros(3)
         for i in range(100):
             found = calibration(*(drawn(200, generator, *side) for side in sides), seed=i)
-            three = zip((found.before, found.after, found.change), (*true, true[1] - true[0]), strict=True)
+            three = zip((found.base, found.edited, found.change), (*true, true[1] - true[0]), strict=True)
             covered += [m.ece.interval.low <= value <= m.ece.interval.high for m, value in three]
         assert covered.min() >= 0.92 * 100, sides
 
@@ -200,16 +201,16 @@ def test_a_change_that_is_certain_is_seen_and_is_the_same_again(monkeypatch: pyt
     found = calibration(before, after)
     assert 0.1 < found.change.ece.interval.low < 0.25 < found.change.ece.interval.high < 0.35
     assert found == calibration(before, after)
-    monkeypatch.setattr(module, "DRAWN", 10_000)  # in parts, which are other draws
+    monkeypatch.setattr(module, "EXAMPLES_AT_ONCE", 10_000)  # in parts, which are other draws
     parts = calibration(before, after).change.ece.interval
     assert parts == pytest.approx(found.change.ece.interval, abs=0.01)
 
 
 def test_a_single_example_tells_nothing() -> None:
     found = calibration([(0.7, True)], [(0.4, False)])
-    assert found.before.ece.value == pytest.approx(0.3)
-    assert found.before.ece.interval == (0, 1)
-    assert found.change.as_dict()["ece"] == {"value": pytest.approx(0.1), "interval": None, "n": 1}
+    assert found.base.ece.value == pytest.approx(0.3)
+    assert found.base.ece.interval == (0, 1)
+    assert to_json(found.change)["ece"] == {"value": pytest.approx(0.1), "interval": None, "n": 1}
 
 
 def test_what_makes_no_pairs_is_told(llama: LanguageModel) -> None:

@@ -31,7 +31,7 @@ def split() -> Split:
 
 def winners(lm: LanguageModel, e: Example) -> tuple[int, float]:
     """Return the likeliest next token and the probability of the answer's first, by a plain pass."""
-    tokenizer = lm.need_tokenizer()
+    tokenizer = lm.require_tokenizer()
     before = tokenizer(e.prompt).input_ids
     target = tokenizer(f"{e.prompt} {e.answer}").input_ids[len(before)]
     logits = lm.model(torch.tensor([before])).logits[0, -1].float()
@@ -42,9 +42,9 @@ def test_the_bottom_of_the_spectrum_answers_as_a_plain_pass_of_it_does(
     llama: LanguageModel, split: Split, tmp_path: Path
 ) -> None:
     chosen = split.examples[:6]
-    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as book:
-        found = bottom_components(book, chosen, "1.fc_in@0.25", NOTHING, fractions=("1", "0.5", "0"))
-        again = bottom_components(book, chosen, "1.fc_in@0.25", NOTHING, fractions=("0", "0.50", "1"))
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
+        found = bottom_components(scorer, chosen, "1.fc_in@0.25", NOTHING, fractions=("1", "0.5", "0"))
+        again = bottom_components(scorer, chosen, "1.fc_in@0.25", NOTHING, fractions=("0", "0.50", "1"))
     assert again == found
     assert [b.fraction for b in found] == ["0", "0.5", "1"]
     weight = llama.model.get_input_embeddings().weight.detach()
@@ -53,10 +53,10 @@ def test_the_bottom_of_the_spectrum_answers_as_a_plain_pass_of_it_does(
             expected = [winners(llama, e) for e in chosen]
         assert b.probability.value == pytest.approx(sum(p for _, p in expected) / 6, rel=1e-4)
         assert b.probability.n == b.n == 6
-        tokens = [llama.need_tokenizer().decode([w]) for w, _ in expected]
+        tokens = [llama.require_tokenizer().decode([w]) for w, _ in expected]
         assert sum(count for _, count in b.winners) == 6
         assert {token for token, _ in b.winners} == set(tokens)
-        targets = [llama.need_tokenizer()(f" {e.answer}", add_special_tokens=False).input_ids[0] for e in chosen]
+        targets = [llama.require_tokenizer()(f" {e.answer}", add_special_tokens=False).input_ids[0] for e in chosen]
         cosines = [
             float(torch.cosine_similarity(weight[w], weight[t], dim=0)) for (w, _), t in zip(expected, targets, strict=True)
         ]
@@ -65,7 +65,7 @@ def test_the_bottom_of_the_spectrum_answers_as_a_plain_pass_of_it_does(
 
 
 def test_winners_fall_into_classes(llama: LanguageModel, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = llama.need_tokenizer()
+    tokenizer = llama.require_tokenizer()
 
     def token(text: str) -> int:
         (found,) = tokenizer(text, add_special_tokens=False).input_ids
@@ -74,10 +74,10 @@ def test_winners_fall_into_classes(llama: LanguageModel, split: Split, tmp_path:
     says = {"a": " Paris", "b": " Paris", "c": " Rome", "d": " the", "e": " is", "f": " Rome"}
     examples = [replace(e, group="x" if e.id in "abd" else "y") for e in split.examples[:6]]
     inside = replace(split, examples=tuple(examples))
-    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, inside, store) as book:
-        monkeypatch.setattr(book, "remember", lambda name, make: [(token(says[e.id]), math.log(0.5)) for e in examples])
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, inside, store) as scorer:
+        monkeypatch.setattr(scorer, "cached", lambda name, make: [(token(says[e.id]), math.log(0.5)) for e in examples])
         words = Words(frozenset({"the"}), "a list")
-        (found,) = bottom_components(book, examples, "1.fc_in@0.25", words, fractions=("0.5",))
+        (found,) = bottom_components(scorer, examples, "1.fc_in@0.25", words, fractions=("0.5",))
     # a: Paris is right; b: asks for Rome, and Paris is another answer of its group x; c, in y, asks for Paris, and Rome is
     # the answer of f there; d: a frequent word; e: neither; f: right.
     classes = {name: round(share.value * 6) for name, share in found.classes.items()}
@@ -136,32 +136,32 @@ def test_a_fused_matrix_and_a_split_one_are_cut_too(make: Make, split: Split, tm
 def test_other_examples_are_other_tokens_and_a_reference_reduction_has_a_bottom(
     llama: LanguageModel, split: Split, tmp_path: Path
 ) -> None:
-    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as book:
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
         given: dict[str, Any] = {"intervention": "1.fc_in@0.25:reference", "words": NOTHING, "fractions": ("0.5",)}
-        first = bottom_components(book, split.examples[:5], **given)
-        other = bottom_components(book, split.examples[3:8], **given)
-        fresh = bottom_components(book, split.examples[:5], "1.fc_in@0.25", NOTHING, fractions=("0.5",))
+        first = bottom_components(scorer, split.examples[:5], **given)
+        other = bottom_components(scorer, split.examples[3:8], **given)
+        fresh = bottom_components(scorer, split.examples[:5], "1.fc_in@0.25", NOTHING, fractions=("0.5",))
     assert other[0].probability != first[0].probability
     assert fresh == first  # the bottom is of the exact decomposition
 
 
 def test_scores_that_overflow_are_an_error(make: Make, split: Split, tmp_path: Path) -> None:
     lm = make("llama")
-    with Store.open(tmp_path / "runs.db") as store, cached_scorer(lm, split, store) as book:
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(lm, split, store) as scorer:
         with torch.no_grad():
             lm.model.get_parameter("model.norm.weight").fill_(torch.inf)
         with pytest.raises(ScoringError, match="overflows"):
-            bottom_components(book, split.examples, "1.fc_in@0.25", NOTHING, fractions=("0.5",))
+            bottom_components(scorer, split.examples, "1.fc_in@0.25", NOTHING, fractions=("0.5",))
 
 
 def test_what_cannot_be_studied_is_an_error(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
-    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as book:
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
         with pytest.raises(AnalysisError, match="no example"):
-            bottom_components(book, [], "1.fc_in@0.25", NOTHING)
+            bottom_components(scorer, [], "1.fc_in@0.25", NOTHING)
         with pytest.raises(AnalysisError, match="rank"):
-            bottom_components(book, split.examples, "1.fc_in@0.25", NOTHING, fractions=("r5",))
+            bottom_components(scorer, split.examples, "1.fc_in@0.25", NOTHING, fractions=("r5",))
         with pytest.raises(AnalysisError, match="1 or more"):
-            chunk_map("1.fc_in@0.25", book, chunk=0)
+            chunk_map("1.fc_in@0.25", scorer, chunk=0)
 
 
 def test_words_that_make_half_of_a_text() -> None:

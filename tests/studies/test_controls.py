@@ -66,9 +66,9 @@ def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split
         found = {c.control: c for c in controls(llama, TEXT, score, draws=2)}
         calls = []
 
-        def counted(name: str, change: object = None, at: str = "") -> object:
+        def counted(name: str, change: object = None, matrices_of: str = "") -> object:
             calls.append(name)
-            return score(name, change, at=at) if change else score(name)
+            return score(name, change, matrices_of=matrices_of) if change else score(name)
 
         again = controls(llama, TEXT, counted, draws=2)  # type: ignore[arg-type]
     assert again == list(found.values())
@@ -82,7 +82,7 @@ def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split
     assert (one.gain, one.accuracy) == (c.gain, c.edited)
     assert one.loss == pytest.approx(c.edited_loss)
     assert one.loss_interval == pytest.approx(c.loss_interval)
-    assert (one.interval, one.behind, one.draws) == (c.interval, 0, 1)
+    assert (one.interval, one.deficit, one.draws) == (c.interval, 0, 1)
     noisy = []
     for seed in range(2):
         with changed(llama, TEXT, "Gaussian noise", seed):
@@ -90,10 +90,10 @@ def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split
     two = found["Gaussian noise"]
     assert two.accuracy == pytest.approx(sum(e.accuracy for e in noisy) / 2)
     assert two.loss_change == pytest.approx(sum(e.loss for e in noisy) / 2 - base.loss)
-    assert two.least <= two.gain <= two.most
+    assert two.min_gain <= two.gain <= two.max_gain
     pairs = [compare(e, edited) for e in noisy]
-    assert two.behind == pytest.approx(sum(p.gain for p in pairs) / 2)
-    assert two.behind_interval.low == pytest.approx(sum(p.interval.low for p in pairs) / 2)
+    assert two.deficit == pytest.approx(sum(p.gain for p in pairs) / 2)
+    assert two.deficit_interval.low == pytest.approx(sum(p.interval.low for p in pairs) / 2)
 
 
 def test_a_reduction_that_changes_nothing_has_no_controls(llama: LanguageModel, split: Split, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from laserlm.edit import applied
 from laserlm.errors import AnalysisError
+from laserlm.jsonable import to_json
 from laserlm.models import LanguageModel
 from laserlm.scoring.generation import generate
 from laserlm.scoring.records import Evaluation, ExampleScore
@@ -48,8 +49,8 @@ def test_counts_and_shares_worked_out_by_hand() -> None:
     assert found["B", "base"] == (0.5, 0.5, 0.5, 2)
     assert found["B", "reduced"] == (1, 1, 0, 2)
     assert [s.sets for s in said] == [("A",), ("A", "B"), ("B",)]
-    assert said[0].found["reduced"] == ("Rome", "Oslo")
-    assert all(r.entities.few for r in rows)
+    assert said[0].entities["reduced"] == ("Rome", "Oslo")
+    assert all(r.entities.is_small for r in rows)
     with pytest.raises(AnalysisError, match="corrects nothing"):
         entities({"base": []}, [], {}, lambda given: [])
 
@@ -57,7 +58,7 @@ def test_counts_and_shares_worked_out_by_hand() -> None:
 def test_an_empty_set_has_no_figures() -> None:
     rows, _ = entities({"base": ["x"]}, [Example("1", "p", "Rome")], {"1": ("A",)}, lambda given: [[]])
     assert rows[1].set == "B"
-    assert rows[1].as_dict()["entities"] == {"value": None, "interval": None, "n": 0}
+    assert to_json(rows[1])["entities"] == {"value": None, "interval": None, "n": 0}
 
 
 def test_the_published_tables_are_of_the_same_models() -> None:
@@ -75,13 +76,13 @@ def test_spacy_finds_names_and_says_what_it_cannot_load() -> None:
 def test_texts_are_those_that_the_model_writes_and_are_kept(llama: LanguageModel, tmp_path: Path) -> None:
     examples = [Example(c, f"The capital of {c} is", "Paris") for c in "abcdef"]
     split = Task.of("t", examples).every
-    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as book:
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
         wanted = {"base": "", "reduced": "1.fc_in@0.1"}
-        found = generated_texts(book, store, split.examples[:4], wanted, new_tokens=3)
+        found = generated_texts(scorer, store, split.examples[:4], wanted, new_tokens=3)
         runs = len(store.runs())
-        assert generated_texts(book, store, split.examples[:4], wanted, new_tokens=3) == found
+        assert generated_texts(scorer, store, split.examples[:4], wanted, new_tokens=3) == found
         assert len(store.runs()) == runs
-        assert generated_texts(book, store, [], wanted) == {"base": [], "reduced": []}
+        assert generated_texts(scorer, store, [], wanted) == {"base": [], "reduced": []}
     for name, text in wanted.items():
         with applied(llama, text):
             expected = [generate(llama, [e.prompt], max_new_tokens=3, stops=("\n",))[0].strip() for e in examples[:4]]
@@ -91,16 +92,16 @@ def test_texts_are_those_that_the_model_writes_and_are_kept(llama: LanguageModel
 def test_texts_that_the_book_itself_holds_are_not_written_twice(llama: LanguageModel, tmp_path: Path) -> None:
     how = Decoding(new_tokens=3, stops=("\n",))
     split = Task.of("t", [Example(c, f"The capital of {c} is", "Paris") for c in "ab"], scorer="contains", decoding=how).every
-    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as book:
-        found = generated_texts(book, store, split.examples, {"base": ""}, new_tokens=3)
-        assert found["base"] == [s.predicted for s in book("").scores]
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
+        found = generated_texts(scorer, store, split.examples, {"base": ""}, new_tokens=3)
+        assert found["base"] == [s.predicted for s in scorer("").scores]
         assert len(store.runs()) == 1
 
 
 def test_where_the_task_judges_what_is_written_its_own_texts_are_taken(llama: LanguageModel, tmp_path: Path) -> None:
     examples = [Example(c, f"The capital of {c} is", "Paris") for c in "abcdef"]
     split = Task.of("t", examples, scorer="contains", decoding=Decoding(new_tokens=4)).every
-    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as book:
-        found = generated_texts(book, store, split.examples[2:4], {"base": ""})
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
+        found = generated_texts(scorer, store, split.examples[2:4], {"base": ""})
         assert len(store.runs()) == 1
-        assert found["base"] == [s.predicted for s in book("").scores[2:4]]
+        assert found["base"] == [s.predicted for s in scorer("").scores[2:4]]

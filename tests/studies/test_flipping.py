@@ -9,6 +9,7 @@ import torch
 
 from laserlm.edit import applied
 from laserlm.errors import AnalysisError
+from laserlm.jsonable import to_json
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.records import Evaluation, ExampleScore
@@ -38,21 +39,21 @@ def test_what_was_corrected_broken_and_said_instead_worked_out_by_hand() -> None
     assert found.of("right") == []
     assert found.flips[0].prompt == "prompt 1"
     assert (found.comparison.corrected, found.comparison.broken) == (2, 1)
-    assert (found.outside_before.value, found.outside_after.value) == (0.5, 0.25)  # "the" is nobody's answer
-    assert found.outside_before.interval == wilson(2, 4)
-    assert found.same.value == 0.25
+    assert (found.off_list_base.value, found.off_list_edited.value) == (0.5, 0.25)  # "the" is nobody's answer
+    assert found.off_list_base.interval == wilson(2, 4)
+    assert found.unchanged.value == 0.25
     assert found.majority.value == 0.5
-    assert [(x.label, x.answers, x.before, x.after) for x in found.labels] == [
+    assert [(x.label, x.answers, x.base, x.edited) for x in found.labels] == [
         ("rome", 2, 2, 1),
         ("paris", 1, 0, 2),
         ("oslo", 1, 0, 0),
         ("the", 0, 2, 1),
     ]
-    assert [(g.group, g.comparison.n, g.comparison.corrected, g.few) for g in found.groups] == [
+    assert [(g.group, g.comparison.n, g.comparison.corrected, g.is_small) for g in found.groups] == [
         ("a", 3, 2, True),
         ("b", 1, 0, True),
     ]
-    assert found.as_dict()["counts"] == {"corrected": 2, "broken": 1, "right": 0, "wrong": 1}
+    assert to_json(found)["counts"] == {"corrected": 2, "broken": 1, "right": 0, "wrong": 1}
 
 
 def test_an_example_that_is_not_there_is_told() -> None:
@@ -70,7 +71,7 @@ def test_the_likeliest_tokens_are_those_of_a_plain_pass(family: str, make: Make)
     assert [len(side) for pair in found for side in pair] == [3] * 4
     if family != "llama":
         return
-    tokenizer = lm.need_tokenizer()
+    tokenizer = lm.require_tokenizer()
     for e, sides in zip(examples, found, strict=True):
         for intervention, side in zip(("", text), sides, strict=True):
             with applied(lm, intervention), torch.no_grad():
@@ -94,8 +95,8 @@ def test_scores_are_made_once_and_kept(llama: LanguageModel, split: Split, tmp_p
             assert score("1.fc_in@0.10").scores == expected.scores
             assert score("").intervention == ""
             assert score("named", applied(llama, "1.fc_in@0.1")).scores == expected.scores
-            assert score("another", applied(llama, "1.fc_in@0.1"), at="1.fc_in@0.5").scores == expected.scores
-            assert score.remember("a text", lambda: passes.append("computed") or ["kept"]) == ["kept"]
+            assert score("another", applied(llama, "1.fc_in@0.1"), matrices_of="1.fc_in@0.5").scores == expected.scores
+            assert score.cached("a text", lambda: passes.append("computed") or ["kept"]) == ["kept"]
         made.append(list(passes))
     assert set(made[0]) == {"1.fc_in@0.1", "", "computed"}
     assert made[1] == made[0]  # the second time everything comes from the store
@@ -133,7 +134,7 @@ def of(scorer: str, rows: list[tuple[str, bool, str]], examples: list[Example]) 
     )
     one = Evaluation("m", "t", "test", scorer, "", scores, 0.0)
     found = flips(one, one, examples)
-    return round(found.outside_before.value * found.outside_before.n), [(x.label, x.answers, x.before) for x in found.labels]
+    return round(found.off_list_base.value * found.off_list_base.n), [(x.label, x.answers, x.base) for x in found.labels]
 
 
 def test_what_is_outside_of_all_answers_goes_by_what_the_scorer_reads() -> None:

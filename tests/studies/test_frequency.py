@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from laserlm.cli.analyze.frequency import frequency as command
 from laserlm.errors import AnalysisError, ScoringError
+from laserlm.jsonable import to_json
 from laserlm.models import LanguageModel
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.scoring.statistics import paired_difference, wilson
@@ -50,9 +51,9 @@ def test_bins_worked_out_by_hand() -> None:
     before = [False, False, True, True, False, True, True, True]
     after = [True, True, False, True, True, True, False, True]
     found = study(how_often, before, after, bins=2, fall=[1, 2, 3, 9, -1, -1, 0, 0.5])
-    assert [(p.low, p.high, p.n, p.few) for p in found.bins] == [(0, 0, 3, True), (1, 2, 2, True), (3, 4, 2, True)]
+    assert [(p.low, p.high, p.n, p.is_small) for p in found.bins] == [(0, 0, 3, True), (1, 2, 2, True), (3, 4, 2, True)]
     zero, _, last = found.bins
-    assert (zero.before.value, zero.before.interval, zero.after.value) == (1 / 3, wilson(1, 3), 2 / 3)
+    assert (zero.base.value, zero.base.interval, zero.edited.value) == (1 / 3, wilson(1, 3), 2 / 3)
     assert (zero.gain.value, zero.gain.interval) == (1 / 3, paired_difference(2, 1, 3))
     assert zero.loss.value == -2
     assert (last.gain.value, last.loss.value) == (-1 / 2, -0.25)
@@ -62,12 +63,12 @@ def test_bins_worked_out_by_hand() -> None:
         (0, 4, 7, 1 / 7),
     ]
     assert (found.without, found.facts, len(found.examples)) == (1, 7, 7)
-    assert not found.cumulative[1].few
+    assert not found.cumulative[1].is_small
     # The middle of the zeros is 1.5 of 7, that of the 1 is 3.5, which is no less than the half.
     assert (found.rare.n, found.frequent.n) == (3, 4)
     assert (found.rare.gain.value, found.frequent.gain.value, found.difference.value) == (1 / 3, 0, 1 / 3)
     assert math.isinf(found.difference.interval.low)  # three facts of a half tell nothing
-    values = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    values = json.loads(json.dumps(to_json(found), allow_nan=False))
     assert values["bins"][0] | {"before": 0, "after": 0, "gain": 0, "loss": 0} == {
         "low": 0, "high": 0, "n": 3, "few": True, "before": 0, "after": 0, "gain": 0, "loss": 0
     }  # fmt: skip
@@ -106,7 +107,7 @@ def test_correlations_are_those_of_scipy() -> None:
     change = after.astype(int) - before.astype(int)
     assert found.correctness.value == pytest.approx(stats.spearmanr(how_often, change).statistic, abs=1e-12)
     # The losses are rounded alike, so that equal falls stay equal.
-    fall = [e.loss_before - e.loss_after for e in found.examples]
+    fall = [e.base_loss - e.edited_loss for e in found.examples]
     assert found.loss.value == pytest.approx(stats.spearmanr(how_often, fall).statistic, abs=1e-12)
     assert (found.facts, found.correctness.n) == (40, 80)
     # The bootstrap over facts, done in the plain way.
@@ -165,19 +166,19 @@ def test_phrasings_of_one_fact_are_no_independent_examples() -> None:
 def test_what_tells_nothing_has_no_interval() -> None:
     found = study([1] * 6, [False] * 6, [True, False] * 3)  # all occur as often
     assert (found.rare.n, found.frequent.n, found.difference.n) == (0, 6, 6)
-    values = found.as_dict()
+    values = to_json(found)
     nothing = {"value": None, "interval": None, "n": 6}
     assert values["correctness"] == values["difference"] == values["loss"] == nothing
     assert values["rare"]["low"] is None
     few = study([1, 2, 3, 4], [False] * 4, [True, False, False, True])  # four facts
-    assert few.correctness.as_dict()["interval"] is None
+    assert to_json(few.correctness)["interval"] is None
     lone = study([0] * 40 + [7] * 4, [False] * 44, [True, False] * 22)  # four facts that occur at all
-    assert lone.correctness.as_dict()["interval"] is None is lone.difference.as_dict()["interval"]
-    assert study([0] * 39 + [7] * 5, [False] * 44, [True, False, False, False] * 11).correctness.as_dict()["interval"]
+    assert to_json(lone.correctness)["interval"] is None is to_json(lone.difference)["interval"]
+    assert to_json(study([0] * 39 + [7] * 5, [False] * 44, [True, False, False, False] * 11).correctness)["interval"]
     unmoved = study(list(range(40)), [False] * 40, [True] * 4 + [False] * 36, fall=list(range(40)))  # four that change
-    assert unmoved.correctness.as_dict()["interval"] is None is unmoved.difference.as_dict()["interval"]
+    assert to_json(unmoved.correctness)["interval"] is None is to_json(unmoved.difference)["interval"]
     same = study(list(range(20)), [True] * 20, [True] * 20)  # nothing changes
-    assert (same.difference.value, same.difference.as_dict()["interval"]) == (0, None)
+    assert (same.difference.value, to_json(same.difference)["interval"]) == (0, None)
 
 
 def test_popularity_is_that_of_the_examples() -> None:
@@ -205,7 +206,7 @@ def test_what_cannot_be_studied_is_told() -> None:
 def test_the_command_goes_by_popularity_or_by_a_corpus(make: Make, tmp_path: Path) -> None:
     lm = make("llama")
     lm.model.save_pretrained(tmp_path / "model")
-    lm.need_tokenizer().save_pretrained(tmp_path / "model")
+    lm.require_tokenizer().save_pretrained(tmp_path / "model")
     rows = [
         {
             "prompt": f"The capital number {i} is",

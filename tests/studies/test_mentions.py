@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from laserlm.errors import AnalysisError, MissingExtraError
+from laserlm.jsonable import to_json
 from laserlm.store import Store
 from laserlm.studies import mentions
 from laserlm.studies.corpora import open_corpus, texts_of
@@ -49,7 +50,7 @@ def test_counts_worked_out_by_hand(store: Store, tmp_path: Path) -> None:
     assert found.documents == 5
     assert counts(found, "paris") == (2, 1, 1)
     assert counts(found, "rome") == (1, 2, 1)  # an alias is the answer, and two of them in one document are one mention
-    assert found.as_dict()["both"] == {"paris": 1, "rome": 1}
+    assert to_json(found)["both"] == {"paris": 1, "rome": 1}
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,8 @@ def test_counts_are_those_of_a_search_for_each_pattern_alone(store: Store, tmp_p
 
 @pytest.mark.slow
 def test_several_processes_count_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mentions, "BLOCK", 200)
-    monkeypatch.setattr(mentions, "ALONE", 4)
+    monkeypatch.setattr(mentions, "BLOCK_CHARACTERS", 200)
+    monkeypatch.setattr(mentions, "SERIAL_BLOCKS", 4)
     corpus = write(tmp_path / "c.jsonl", [f"{text} {i}" for i in range(60) for text in DOCUMENTS])
     found = []
     for workers in (1, 2):
@@ -119,7 +120,7 @@ def test_several_processes_count_the_same(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_interrupted_count_goes_on_and_counts_nothing_twice(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    monkeypatch.setattr(mentions, "BLOCK", 1)
+    monkeypatch.setattr(mentions, "BLOCK_CHARACTERS", 1)
     monkeypatch.setattr(mentions, "NOTE_SECONDS", 0.0)
     texts = [f"France {i}" + " and Paris" * (i % 3 == 0) for i in range(20)]
     corpus = write(tmp_path / "c.jsonl", texts)
@@ -268,7 +269,7 @@ def test_a_folder_without_documents_and_no_workers_are_told(store: Store, tmp_pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(AnalysisError, match="no file below"):
         count_mentions(str(tmp_path / "empty"), [PARIS], store)
-    with pytest.raises(AnalysisError, match="0 processes"):
+    with pytest.raises(AnalysisError, match="0 workers"):
         count_mentions(str(tmp_path), [PARIS], store, workers=0)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from laserlm.errors import AnalysisError, ScoringError
+from laserlm.jsonable import to_json
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.scoring.statistics import mcnemar, paired_difference, paired_mean, wilson
 from laserlm.studies.paraphrases import Growth, paraphrases
@@ -44,17 +45,17 @@ def test_facts_and_their_phrasings_worked_out_by_hand() -> None:
     found = paraphrases(BEFORE, AFTER, EXAMPLES)
     assert (found.facts, found.single) == (4, 1)  # of Spain there is one phrasing
     # All right: before Italy, after France. Any right: before France and Italy, after Norway too.
-    assert (found.all_right.before.value, found.all_right.after.value) == (0.25, 0.25)
-    assert found.all_right.before.interval == wilson(1, 4)
+    assert (found.all_right.base.value, found.all_right.edited.value) == (0.25, 0.25)
+    assert found.all_right.base.interval == wilson(1, 4)
     assert (found.all_right.change.value, found.all_right.change.interval) == (0, paired_difference(1, 1, 4))
     assert found.all_right.p == mcnemar(1, 1)
-    assert (found.any_right.before.value, found.any_right.after.value) == (0.5, 0.75)
+    assert (found.any_right.base.value, found.any_right.edited.value) == (0.5, 0.75)
     assert (found.any_right.change.value, found.any_right.change.interval) == (0.25, paired_difference(1, 0, 4))
     # Pairs that agree, of France, Italy, Peru (three pairs each) and Norway (one).
     before, after = [1 / 3, 1, 0, 1], [1, 1 / 3, 1, 0]
-    assert found.consistency.before.value == pytest.approx(sum(before) / 4)
-    assert found.consistency.after.value == pytest.approx(sum(after) / 4)
-    assert found.consistency.after.interval == pytest.approx(paired_mean(after))
+    assert found.consistency.base.value == pytest.approx(sum(before) / 4)
+    assert found.consistency.edited.value == pytest.approx(sum(after) / 4)
+    assert found.consistency.edited.interval == pytest.approx(paired_mean(after))
     changes = [a - b for b, a in zip(before, after, strict=True)]
     assert found.consistency.change.value == pytest.approx(sum(changes) / 4)
     assert found.consistency.change.interval == pytest.approx(paired_mean(changes))
@@ -72,7 +73,7 @@ def test_what_was_right_and_is_lost_worked_out_by_hand() -> None:
         (2, ((0, 1, 0), (0, 0, 0), (0, 0, 0))),  # Norway
         (3, ((1, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0))),  # Peru; France; Italy
     ]
-    plain = json.loads(json.dumps(found.as_dict()))
+    plain = json.loads(json.dumps(to_json(found)))
     assert plain["examples"] == {
         "kept": 4,
         "gained": 2,
@@ -90,7 +91,7 @@ def test_nothing_lost_still_leaves_a_share_possible() -> None:
     assert same.examples.share_lost.value == 0
     assert same.examples.share_lost.interval == wilson(0, 5)
     assert Growth(kept=0, gained=3, lost=0).share_lost.n == 0  # nothing was right, nothing could be lost
-    assert Growth(kept=0, gained=3, lost=0).as_dict()["share_lost"] == {"value": None, "interval": None, "n": 0}
+    assert to_json(Growth(kept=0, gained=3, lost=0))["share_lost"] == {"value": None, "interval": None, "n": 0}
 
 
 def test_a_fact_asked_from_its_other_side_is_another_fact() -> None:

@@ -1,17 +1,17 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from laserlm.edit import applied
 from laserlm.errors import AnalysisError, SpecError
+from laserlm.jsonable import to_json
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.store import Store
 from laserlm.studies import cached_scorer
-from laserlm.studies.rank_curve import loss_map, rank_curve
+from laserlm.studies.rank_curve import rank_curve
 from laserlm.tasks import Example, Split, Task
 
 
@@ -39,7 +39,7 @@ def test_every_size_is_scored_as_that_reduction(llama: LanguageModel, split: Spl
     assert points[1].loss == pytest.approx(edited.loss)
     assert (points[1].gain.value, points[1].gain.interval) == (c.gain, c.interval)
     assert points[1].loss_change.interval == pytest.approx(c.loss_interval)
-    assert points[0].as_dict()["accuracy"]["n"] == 8
+    assert to_json(points[0])["accuracy"]["n"] == 8
 
 
 def test_a_reduction_of_several_sizes_is_on_its_own_curve(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
@@ -59,25 +59,3 @@ def test_sizes_that_cannot_be_read_are_errors(llama: LanguageModel, split: Split
             rank_curve("1.k_proj@0.5", score, rhos=("r5",))
         with pytest.raises(SpecError, match="half"):
             rank_curve("1.k_proj@0.5", score, rhos=("half",))
-
-
-def test_the_map_is_of_single_matrices_each_on_its_own_examples(llama: LanguageModel, split: Split) -> None:
-    base = evaluate(llama, split)
-    trials = {}
-    for text in ("1.fc_in@0.5", "1.fc_in@0.1", "2.k_proj@0.5", "1-2.fc_up@0.5", "1.fc_in@0.5+2.k_proj@0.5"):
-        with applied(llama, text):
-            trials[text] = evaluate(llama, split)
-    trials["2.k_proj@0.5"] = replace(trials["2.k_proj@0.5"], scores=trials["2.k_proj@0.5"].scores[:3])
-    found = loss_map(base, trials)
-    assert [(m.matrix, m.layer, m.name, m.size) for m in found] == [
-        ("1.fc_in", 1, "fc_in", "0.1"),
-        ("1.fc_in", 1, "fc_in", "0.5"),
-        ("2.k_proj", 2, "k_proj", "0.5"),
-    ]
-    assert [m.loss_change.n for m in found] == [8, 8, 3]
-    assert found[1].loss_change.value == pytest.approx(trials["1.fc_in@0.5"].loss - base.loss)
-    three = [a.loss - b.loss for b, a in zip(base.scores, trials["2.k_proj@0.5"].scores, strict=False)]
-    assert found[2].loss_change.value == pytest.approx(sum(three) / 3)
-    assert found[2].loss_change.few
-    with pytest.raises(AnalysisError, match="single matrix"):
-        loss_map(base, {"1-2.fc_up@0.5": trials["1-2.fc_up@0.5"]})

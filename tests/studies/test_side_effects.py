@@ -10,6 +10,7 @@ import torch
 
 from laserlm.edit import applied
 from laserlm.errors import AnalysisError, ScoringError
+from laserlm.jsonable import to_json
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.studies.side_effects import divergence, neutral_prompts, on_text, transfer
@@ -21,7 +22,7 @@ TEXTS = ["The capital of France is Paris.", "Rome", "It rained all night, so the
 
 def log_probabilities(lm: LanguageModel, text: str) -> torch.Tensor:
     """Return (T, V) of one text by a plain pass, in double precision."""
-    inputs = lm.need_tokenizer()(text, return_tensors="pt")
+    inputs = lm.require_tokenizer()(text, return_tensors="pt")
     if lm.kind == "encoder-decoder":
         forced = lm.model.generation_config.forced_bos_token_id
         starts = [lm.model.config.decoder_start_token_id, *([] if forced is None else [forced])]
@@ -68,15 +69,15 @@ def test_a_text_is_compared_passage_by_passage(llama: LanguageModel, tmp_path: P
     with applied(llama, "1.fc_in@0.1"):
         reduced = evaluate(llama, passages)
     found = on_text(base, reduced)
-    assert (found.before, found.after) == (base.perplexity, reduced.perplexity)
+    assert (found.base, found.edited) == (base.perplexity, reduced.perplexity)
     c = compare(base, reduced)
     assert found.ratio.value == pytest.approx(math.exp(c.edited_loss - c.base_loss))
     assert found.ratio.interval == pytest.approx([math.exp(end) for end in c.loss_interval])
     cell = transfer(base, reduced, "t")
-    assert (cell.before, cell.after, cell.gain.n) == (None, None, 0)  # nothing is right or wrong in a text
+    assert (cell.base, cell.edited, cell.gain.n) == (None, None, 0)  # nothing is right or wrong in a text
     assert cell.loss_change.value == pytest.approx(c.edited_loss - c.base_loss)
     single = on_text(replace(base, scores=base.scores[:1]), replace(reduced, scores=reduced.scores[:1]))
-    assert single.as_dict()["ratio"]["interval"] is None
+    assert to_json(single)["ratio"]["interval"] is None
     with pytest.raises(ScoringError):
         on_text(base, replace(reduced, scores=reduced.scores[:1]))
 
@@ -91,4 +92,4 @@ def test_a_cell_of_the_transfer_matrix_is_a_paired_comparison(llama: LanguageMod
     assert (found.chosen_on, found.scored_on, found.intervention) == ("another", "t", "1.fc_in@0.1")
     assert (found.gain.value, found.gain.interval) == (c.gain, c.interval)
     assert found.loss_change.interval == c.loss_interval
-    assert found.as_dict()["gain"]["n"] == 6
+    assert to_json(found)["gain"]["n"] == 6

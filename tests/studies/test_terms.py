@@ -6,6 +6,7 @@ from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from laserlm.errors import AnalysisError
+from laserlm.jsonable import to_json
 from laserlm.studies.terms import terms
 
 TEXTS = ["the red house", "a red car", "red wine and bread", "red ink", "the red sea", "a red sky"]
@@ -21,7 +22,7 @@ TEXTS += [
 
 def test_the_word_that_marks_a_group_comes_first_with_welch_s_interval() -> None:
     red, rest = terms(TEXTS, {"red": range(6), "rest": range(6, 12)}, top=3)
-    assert (red.n, red.others, red.few) == (6, 6, False)
+    assert (red.n, red.others, red.is_small) == (6, 6, False)
     assert [t.term for t in red.terms] == ["red"]
     assert [t.term for t in rest.terms] == ["blue"]
     X = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit(TEXTS)
@@ -30,23 +31,23 @@ def test_the_word_that_marks_a_group_comes_first_with_welch_s_interval() -> None
     low, high = expected.confidence_interval(0.95)
     found = red.terms[0]
     assert found.weight == pytest.approx(column[:6].mean())
-    assert found.ahead.value == pytest.approx(column[:6].mean() - column[6:].mean())
-    assert found.ahead.interval == pytest.approx((low, high))
-    assert (found.texts, found.ahead.n) == (6, 6)
+    assert found.lift.value == pytest.approx(column[:6].mean() - column[6:].mean())
+    assert found.lift.interval == pytest.approx((low, high))
+    assert (found.texts, found.lift.n) == (6, 6)
 
 
 def test_a_word_in_all_texts_of_a_group_and_no_other_has_no_error() -> None:
     (found,) = terms(["red"] * 5 + ["blue"] * 6, {"red": range(5)})
-    assert [(t.term, t.ahead.value, t.ahead.interval) for t in found.terms] == [("red", 1.0, (1.0, 1.0))]
+    assert [(t.term, t.lift.value, t.lift.interval) for t in found.terms] == [("red", 1.0, (1.0, 1.0))]
 
 
 def test_groups_too_small_to_say_anything_have_no_words() -> None:
     small, large = terms(TEXTS, {"small": range(4), "all but four": range(8)})
-    assert (small.few, small.terms) == (True, ())
-    assert large.few  # what is outside it is too small
+    assert (small.is_small, small.terms) == (True, ())
+    assert large.is_small  # what is outside it is too small
     (empty,) = terms(TEXTS, {"empty": []})
-    assert (empty.n, empty.few) == (0, True)
-    assert empty.as_dict() == {"group": "empty", "n": 0, "others": 12, "few": True, "terms": []}
+    assert (empty.n, empty.is_small) == (0, True)
+    assert to_json(empty) == {"group": "empty", "n": 0, "others": 12, "few": True, "terms": []}
 
 
 def test_of_random_groups_few_words_are_ahead() -> None:

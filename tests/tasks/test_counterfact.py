@@ -12,7 +12,7 @@ import pytest
 
 from laserlm.errors import TaskError
 from laserlm.tasks import task
-from laserlm.tasks.counterfact import examples as of_records
+from laserlm.tasks.datasets.counterfact import examples as of_records
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import read_records
 
@@ -72,21 +72,21 @@ def test_records_stay_in_file_order(tmp_path: Path) -> None:
 
 def test_the_task_scores_the_next_token_on_the_published_split(tmp_path: Path) -> None:
     records = [record(i, f"Town {i}", f"Land {i}") for i in range(10)]
-    made = task("counterfact", data=written(tmp_path, records))
-    assert (made.name, made.every.scorer) == ("counterfact", "next_token")
-    assert [e.id for e in made.validation] == [f"{i}/{p}" for i in (0, 1) for p in ("rewrite", "paraphrase1", "paraphrase2")]
-    assert len(made.test) == 24
-    assert "MIT" in made.source
+    dataset = task("counterfact", data=written(tmp_path, records))
+    assert (dataset.name, dataset.every.scorer) == ("counterfact", "next_token")
+    assert [e.id for e in dataset.validation] == [f"{i}/{p}" for i in (0, 1) for p in ("rewrite", "paraphrase1", "paraphrase2")]
+    assert len(dataset.test) == 24
+    assert "MIT" in dataset.source
 
 
 def test_the_split_phrasings_and_scorer_of_the_task_can_be_chosen(tmp_path: Path) -> None:
     file = written(tmp_path, [record(i, f"Town {i}", f"Land {i}") for i in range(10)])
-    made = task("counterfact", data=file, split="shuffled", seed=3, phrasings="rewrite", scorer="answer")
-    assert [e.id for e in made.every] == [f"{i}/rewrite" for i in range(10)]
-    assert made.every.scorer == "answer"
-    assert len(made.validation) == 2
+    dataset = task("counterfact", data=file, split="shuffled", seed=3, phrasings="rewrite", scorer="answer")
+    assert [e.id for e in dataset.every] == [f"{i}/rewrite" for i in range(10)]
+    assert dataset.every.scorer == "answer"
+    assert len(dataset.validation) == 2
     again = task("counterfact", data=str(file), split="shuffled", seed=4, phrasings="rewrite")
-    assert {e.id for e in made.validation} != {e.id for e in again.validation}
+    assert {e.id for e in dataset.validation} != {e.id for e in again.validation}
 
 
 def test_a_subject_in_braces_is_not_taken_for_a_place(tmp_path: Path) -> None:
@@ -182,12 +182,12 @@ def test_a_file_without_records_is_refused(tmp_path: Path, content: str) -> None
 def test_real_records_have_three_phrasings_each_and_keep_their_text(real_data: Path) -> None:
     file = real_data / "counterfact" / "counterfact_500.json"
     records = json.loads(file.read_text(encoding="utf-8"))
-    made = task("counterfact", data=file)
+    dataset = task("counterfact", data=file)
     assert len(records) == 500
-    assert len(made.every) == 1500
-    assert (len(made.validation), len(made.test)) == (300, 1200)
+    assert len(dataset.every) == 1500
+    assert (len(dataset.validation), len(dataset.test)) == (300, 1200)
     for number, raw in enumerate(records):
-        rewrite, *paraphrases = made.every.examples[3 * number : 3 * number + 3]
+        rewrite, *paraphrases = dataset.every.examples[3 * number : 3 * number + 3]
         asked = raw["requested_rewrite"]
         before, after = asked["prompt"].split("{}")
         assert rewrite.prompt == before + asked["subject"] + after

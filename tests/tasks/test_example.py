@@ -119,9 +119,9 @@ def test_over_seeds_every_fact_has_its_turn_in_validation() -> None:
 
 def test_the_place_of_a_fact_does_not_depend_on_the_other_facts() -> None:
     every, some = Task.of("t", rows(60)), Task.of("t", rows(60)[::3])
-    kept = {e.id for e in some.every}
+    remaining = {e.id for e in some.every}
     order = [e.id for e in [*every.validation, *every.test]]
-    assert [e.id for e in [*some.validation, *some.test]] == [id_ for id_ in order if id_ in kept]
+    assert [e.id for e in [*some.validation, *some.test]] == [id_ for id_ in order if id_ in remaining]
 
 
 def test_a_shuffled_split_does_not_depend_on_the_order_of_the_file() -> None:
@@ -171,7 +171,7 @@ def test_two_examples_with_one_id_are_refused(split: Any) -> None:
 
 
 def test_a_task_without_examples_is_refused() -> None:
-    with pytest.raises(TaskError, match="'nothing' has no examples; check the file"):
+    with pytest.raises(TaskError, match=r"'nothing' has no examples\. Check the file"):
         Task.of("nothing", [])
 
 
@@ -180,7 +180,7 @@ def test_an_unknown_rule_is_refused_with_those_there_are(settings: dict[str, Any
     with pytest.raises(TaskError) as caught:
         Task.of("t", rows(3), **settings)
     assert repr(*settings.values()) in str(caught.value)
-    assert "write one of" in str(caught.value)
+    assert "Write one of" in str(caught.value)
 
 
 def test_a_limit_keeps_the_first_examples_of_a_split() -> None:
@@ -193,7 +193,7 @@ def test_a_limit_keeps_the_first_examples_of_a_split() -> None:
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_a_limit_below_one_is_refused(n: int) -> None:
-    with pytest.raises(TaskError, match=f"a limit of {n} leaves no example; write 1 or more"):
+    with pytest.raises(TaskError, match=f"a limit of {n} leaves no example. Write 1 or more"):
         Task.of("t", rows(5)).test.limit(n)
 
 
@@ -243,12 +243,12 @@ def test_neighbouring_fields_do_not_run_together_in_the_hash() -> None:
 
 
 @pytest.mark.parametrize("name", ["trivia", "", "jsonl", "jsonl:", "counterfact:file.json", "WorldFacts"])
-def test_an_unknown_task_is_told_the_names_there_are(name: str) -> None:
+def test_an_unknown_task_is_an_error_that_lists_the_names(name: str) -> None:
     with pytest.raises(TaskError) as caught:
         task_by_name(name)
     assert f"no task {name!r}" in str(caught.value)
     assert "there are worldfacts, counterfact, hotpotqa" in str(caught.value)
-    assert "jsonl:FILE, perplexity:FILE and lm-eval:NAME; see 'laser tasks'" in str(caught.value)
+    assert "jsonl:FILE, perplexity:FILE and lm-eval:NAME. See 'laser tasks'" in str(caught.value)
 
 
 def test_counterfact_that_cannot_be_downloaded_says_where_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

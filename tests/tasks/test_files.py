@@ -96,7 +96,7 @@ def test_a_page_that_is_not_there_is_an_error_with_the_next_step_and_leaves_no_f
         local_file(f"{site.url}/missing.json", tmp_path)
     assert f"cannot download {site.url}/missing.json" in str(caught.value)
     assert "404" in str(caught.value)
-    assert "fetch it yourself" in str(caught.value)
+    assert "Fetch it yourself" in str(caught.value)
     assert files_below(tmp_path) == []
 
 
@@ -163,7 +163,7 @@ def test_a_file_that_is_not_there_is_named_with_the_next_step(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b'[\n{"a": 1},\n{"a": }\n]', "line 3: not valid JSON"),
         (b'[{"a": 1}', "line 1: not valid JSON"),
@@ -175,13 +175,13 @@ def test_a_file_that_is_not_there_is_named_with_the_next_step(tmp_path: Path) ->
         (b"null", "holds no list; a list of records is needed"),
     ],
 )
-def test_a_file_that_is_no_json_list_says_so_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_no_json_list_says_so_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "facts.json"
     file.write_bytes(content)
     with pytest.raises(TaskError) as caught:
         read_records(file)
     assert str(file) in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_json_list_is_read_as_it_stands(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("rows.xml", b"<a/>", "has an unknown format; there are .json, .jsonl, .csv, .tsv, .parquet"),
         ("rows.jsonl.gz", b"no gzip", "cannot be unpacked"),
@@ -217,9 +217,9 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("rows.parquet", b"no table", "is not a Parquet file"),
     ],
 )
-def test_a_file_of_another_format_says_so(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_a_file_of_another_format_says_so(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TaskError, match=re.escape(said)):
+    with pytest.raises(TaskError, match=re.escape(message)):
         read_records(tmp_path / name)
 
 
@@ -230,7 +230,7 @@ def test_json_lines_are_numbered_from_one_and_blank_ones_count_but_are_skipped(t
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b'{"n": 2', "line 3: not valid JSON"),
         (b"[1, 2]", "line 3: an object is needed, got [1, 2]"),
@@ -238,13 +238,13 @@ def test_json_lines_are_numbered_from_one_and_blank_ones_count_but_are_skipped(t
         (b'{"n": "\xe9"}', "is not UTF-8 text"),
     ],
 )
-def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: bytes, said: str) -> None:
+def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"n": 1}\n\n' + line + b"\n")
     with pytest.raises(TaskError) as caught:
         list(json_lines(file))
     assert str(file) in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_value_is_found_at_its_dotted_path() -> None:
@@ -255,7 +255,7 @@ def test_a_value_is_found_at_its_dotted_path() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "path", "kind", "said"),
+    ("row", "path", "kind", "message"),
     [
         ({}, "a", str, "here: the field 'a' is missing"),
         ({"a": {}}, "a.b", str, "here: the field 'a.b' is missing"),
@@ -268,7 +268,7 @@ def test_a_value_is_found_at_its_dotted_path() -> None:
         ({"a": {}}, "a", list, "here: the field 'a' must be of type list, got {}"),
     ],
 )
-def test_a_field_that_is_missing_or_of_another_kind_is_named(row: Any, path: str, kind: type[Any], said: str) -> None:
+def test_a_field_that_is_missing_or_of_another_kind_is_named(row: Any, path: str, kind: type[Any], message: str) -> None:
     with pytest.raises(TaskError) as caught:
         value_at(row, path, kind, "here")
-    assert str(caught.value) == said
+    assert str(caught.value) == message

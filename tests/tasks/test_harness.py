@@ -103,20 +103,20 @@ def theirs(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
     for one in loaded["tasks"].values():
         one.set_fewshot_seed(1234)
     lm.model.name_or_path = "made"
-    found: dict[str, Any] = evaluate_(
+    result: dict[str, Any] = evaluate_(
         HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=4), loaded, bootstrap_iters=0
     )
-    return found
+    return result
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("intervention", ["", "0-2.mlp@0.1"])
 def test_figures_are_those_of_the_harness(name: str, intervention: str, folder: Path, make: Make) -> None:
     lm = make("llama")
-    made = task(f"lm-eval:{name}", data=folder)
-    assert len(made.every) == len(ROWS)
+    dataset = task(f"lm-eval:{name}", data=folder)
+    assert len(dataset.every) == len(ROWS)
     with applied(lm, intervention):
-        ours = evaluate(lm, made.every, batch_size=3)
+        ours = evaluate(lm, dataset.every, batch_size=3)
         reference = theirs(lm, name, folder)
     samples = sorted(reference["samples"][name], key=lambda s: s["doc_id"])
     metric = "exact_match" if name == "made_generate" else "acc"
@@ -124,7 +124,7 @@ def test_figures_are_those_of_the_harness(name: str, intervention: str, folder: 
     label = "first" if name == "made_generate" else "none"
     assert ours.accuracy == reference["results"][name][f"{metric},{label}"]
     if name != "made_generate":
-        for score, sample, e in zip(ours.scores, samples, made.every, strict=True):
+        for score, sample, e in zip(ours.scores, samples, dataset.every, strict=True):
             assert score.logprob == pytest.approx(sample["resps"][e.right][0][0], abs=1e-3)
     if name == "made_choice":
         assert ours.figures["acc_norm"] == reference["results"][name]["acc_norm,none"]
@@ -133,12 +133,12 @@ def test_figures_are_those_of_the_harness(name: str, intervention: str, folder: 
 
 def test_two_evaluations_of_a_harness_task_compare_in_pairs(folder: Path, make: Make) -> None:
     lm = make("llama")
-    made = task("lm-eval:made_choice", data=folder)
-    base = evaluate(lm, made.every)
+    dataset = task("lm-eval:made_choice", data=folder)
+    base = evaluate(lm, dataset.every)
     with applied(lm, "0-2.mlp@0.1"):
-        found = compare(base, evaluate(lm, made.every))
-    assert found.n == len(ROWS)
-    assert found.base == base.accuracy
+        result = compare(base, evaluate(lm, dataset.every))
+    assert result.n == len(ROWS)
+    assert result.base == base.accuracy
 
 
 def test_a_text_of_the_harness_is_scored_by_perplexity(folder: Path, tmp_path: Path, make: Make) -> None:
@@ -146,16 +146,16 @@ def test_a_text_of_the_harness_is_scored_by_perplexity(folder: Path, tmp_path: P
     rolling = f'task: made_text\n{head}output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{{{q}}}}"\n'
     (folder / "made_text.yaml").write_text(f"{rolling}metadata: {{version: 1.0}}\n")
     lm = make("llama")
-    found = evaluate(lm, task("lm-eval:made_text", data=folder).every)
+    result = evaluate(lm, task("lm-eval:made_text", data=folder).every)
     reference = theirs(lm, "made_text", folder)["results"]["made_text"]
     # In a single window both read the same; the harness counts words by the white space between them.
-    assert math.exp(-sum(s.logprob for s in found.scores) / found.words) == pytest.approx(
+    assert math.exp(-sum(s.logprob for s in result.scores) / result.words) == pytest.approx(
         reference["word_perplexity,none"], rel=1e-3
     )
 
 
 @pytest.mark.parametrize("defaults", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_name_that_nothing_has_is_told(defaults: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_harness_task_is_an_error(defaults: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager as manager
 
     if not defaults:  # the harness takes many seconds to read the thousands of its own
@@ -167,7 +167,7 @@ def test_a_name_that_nothing_has_is_told(defaults: bool, folder: Path, monkeypat
         task("lm-eval:nothing_of_this_name", data=folder)
 
 
-def test_what_cannot_be_had_is_told(folder: Path) -> None:
+def test_harness_tasks_that_cannot_be_loaded_are_errors(folder: Path) -> None:
     def asked(name: str) -> Task:
         return task(f"lm-eval:{name}", data=folder)
 
@@ -182,10 +182,10 @@ def test_what_cannot_be_had_is_told(folder: Path) -> None:
         asked("made_group")
 
 
-def test_what_the_model_writes_is_run_only_where_that_is_allowed(folder: Path) -> None:
+def test_generated_programs_run_only_if_allowed(folder: Path) -> None:
     text = (folder / "made_generate.yaml").read_text().replace("made_generate", "made_unsafe")
     (folder / "made_unsafe.yaml").write_text(text + "unsafe_code: true\n")
-    with pytest.raises(TaskError, match="which the harness does not confine; allow that with --allow-code-execution"):
+    with pytest.raises(TaskError, match=r"which the harness does not confine\. Allow that with --allow-code-execution"):
         task("lm-eval:made_unsafe", data=folder)
     assert len(task("lm-eval:made_unsafe", data=folder, allow_code_execution=True).every) == len(ROWS)
 
@@ -194,15 +194,15 @@ def test_a_metric_between_right_and_wrong_is_refused(folder: Path, make: Make) -
     (folder / "halves.py").write_text("def halves(doc, results):\n    return {'acc': 0.5}\n")
     text = (folder / "made_choice.yaml").read_text().replace("made_choice", "made_halves")
     (folder / "made_halves.yaml").write_text(text + "process_results: !function halves.halves\n")
-    made = task("lm-eval:made_halves", data=folder)
+    dataset = task("lm-eval:made_halves", data=folder)
     with pytest.raises(TaskError, match="no metric that is 0 or 1 for document 0"):
-        evaluate(make("llama"), made.every)
+        evaluate(make("llama"), dataset.every)
 
 
 def test_other_scorers_read_the_same_tokens(folder: Path, make: Make) -> None:
     lm = make("llama")
-    made = task("lm-eval:made_likelihood", data=folder)
-    ours, answers = (evaluate(lm, made.every, scorer=scorer) for scorer in (None, "answer"))  # type: ignore[arg-type]
+    dataset = task("lm-eval:made_likelihood", data=folder)
+    ours, answers = (evaluate(lm, dataset.every, scorer=scorer) for scorer in (None, "answer"))  # type: ignore[arg-type]
     assert [s.logprob for s in answers.scores] == pytest.approx([s.logprob for s in ours.scores], abs=1e-5)
     assert [s.correct for s in answers.scores] == [s.correct for s in ours.scores]
 

@@ -58,13 +58,13 @@ def test_a_task_takes_its_rows_from_the_hub(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(
         DEFINITIONS, "hotpotqa", type(DEFINITIONS["hotpotqa"])(**{**vars(DEFINITIONS["hotpotqa"]), "hub": here})
     )
-    made = task("hotpotqa")
+    dataset = task("hotpotqa")
     # As many rows of the training split as there are of the other, and then those.
-    assert [e.id for e in made.every] == ["train0", "train1", "validation0", "validation1"]
+    assert [e.id for e in dataset.every] == ["train0", "train1", "validation0", "validation1"]
 
 
-def test_what_is_out_of_reach_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"from the hub: .*; fetch the file of its publication and give it with --data"):
+def test_an_unreachable_data_set_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"from the hub: .*Fetch the published file and give it with --data"):
         hub_records(Hub("nobody/nothing", None, ("test",)))
     folder = published(tmp_path / "set")
     with pytest.raises(TaskError, match=re.escape(f"cannot read {folder} (dev) from the hub")):

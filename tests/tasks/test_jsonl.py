@@ -55,7 +55,7 @@ def test_fields_that_mean_nothing_here_are_left_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ('{"prompt": "a", "answer": ', "not valid JSON"),
         ('["a", "b"]', "an object is needed"),
@@ -76,21 +76,21 @@ def test_fields_that_mean_nothing_here_are_left_aside(tmp_path: Path) -> None:
         (GOOD | {"choices": ["Teasdale", "Chicolini"]}, "'choices' must hold the answer 'Firefly'"),
         (GOOD | {"choices": ["firefly", "Teasdale"]}, "'choices' must hold the answer 'Firefly'"),
         (GOOD | {"choices": ["Firefly", "Teasdale"]}, "some rows have 'choices' and some have not"),
-        (GOOD | {"id": "first"}, "the id 'first' stands on line 1 too; ids must differ"),
+        (GOOD | {"id": "first"}, "the id 'first' is on line 1 too. Ids must differ."),
         (GOOD | {"popularity": "much"}, "the field 'popularity' must be a finite number, got 'much'"),
         (GOOD | {"popularity": [1]}, "the field 'popularity' must be a finite number, got [1]"),
     ],
 )
-def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, row: Any, said: str) -> None:
+def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, row: Any, message: str) -> None:
     file = written(tmp_path, GOOD | {"id": "first"}, "", row, GOOD)
     with pytest.raises(TaskError) as caught:
         examples(file)
-    assert f"{file}, line 3: {said}" in str(caught.value)
+    assert f"{file}, line 3: {message}" in str(caught.value)
 
 
 def test_a_row_without_choices_among_rows_with_them_is_named(tmp_path: Path) -> None:
     file = written(tmp_path, GOOD | {"choices": ["Firefly", "Teasdale"]}, GOOD)
-    with pytest.raises(TaskError, match="line 2: some rows have 'choices' and some have not; put them in two files"):
+    with pytest.raises(TaskError, match=r"line 2: some rows have 'choices' and some have not\. Put them in two files"):
         examples(file)
 
 
@@ -123,13 +123,17 @@ def test_a_file_without_questions_says_what_to_write(tmp_path: Path, content: st
 
 def test_the_task_is_named_after_its_file_and_scores_answers(tmp_path: Path) -> None:
     file = written(tmp_path, *(GOOD | {"id": f"q{i}"} for i in range(10)))
-    made = task(f"jsonl:{file}")
-    assert (made.name, made.every.scorer, made.source) == ("jsonl:mine", "answer", "questions of mine.jsonl")
-    assert (len(made.validation), len(made.test)) == (2, 8)
-    assert made == task("jsonl", data=file)
+    dataset = task(f"jsonl:{file}")
+    assert (dataset.name, dataset.every.scorer, dataset.source) == (
+        "jsonl:mine",
+        "answer",
+        "questions of mine.jsonl",
+    )
+    assert (len(dataset.validation), len(dataset.test)) == (2, 8)
+    assert dataset == task("jsonl", data=file)
 
 
-def test_rows_with_choices_are_scored_among_them_unless_told_otherwise(tmp_path: Path) -> None:
+def test_rows_with_choices_are_scored_by_choice_by_default(tmp_path: Path) -> None:
     file = written(tmp_path, GOOD | {"choices": ["Firefly", "Teasdale"]})
     assert task(f"jsonl:{file}").every.scorer == "choice"
     assert task(f"jsonl:{file}", scorer="answer").every.scorer == "answer"
@@ -138,9 +142,9 @@ def test_rows_with_choices_are_scored_among_them_unless_told_otherwise(tmp_path:
 def test_rows_of_one_fact_are_not_parted_and_rewrite_keeps_the_first(tmp_path: Path) -> None:
     rows = [GOOD | {"id": f"{f}/{i}", "fact": f"fact {f}"} for i in range(2) for f in range(6)]
     file = written(tmp_path, *rows)
-    made = task(f"jsonl:{file}")
-    assert len(made.validation) == 2
-    assert len({e.fact for e in made.validation}) == 1
+    dataset = task(f"jsonl:{file}")
+    assert len(dataset.validation) == 2
+    assert len({e.fact for e in dataset.validation}) == 1
     assert [e.id for e in task(f"jsonl:{file}", phrasings="rewrite").every] == [f"{f}/0" for f in range(6)]
 
 

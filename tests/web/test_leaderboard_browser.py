@@ -88,22 +88,22 @@ def test_what_is_not_known_stays_last_both_ways(opened: Any) -> None:
 
 def test_each_filter_leaves_the_rows_that_fit_it(opened: Any, store: Store, site: Path) -> None:
     page = opened.page
-    listed = rows(store, site.parent / "subs")
-    assert shown(page) == len(listed)
+    entries = rows(store, site.parent / "subs")
+    assert shown(page) == len(entries)
     for name in ("model", "task", "method"):
         field = page.get_by_label(name.capitalize(), exact=True)
-        values = sorted({getattr(r, name) for r in listed})
+        values = sorted({getattr(r, name) for r in entries})
         assert sorted(field.locator("option").evaluate_all("all => all.map(o => o.value)")) == ["", *values]
         for value in values:
             field.select_option(value)
-            fitting = sum(getattr(r, name) == value for r in listed)
+            fitting = sum(getattr(r, name) == value for r in entries)
             assert shown(page) == fitting > 0
-            assert page.get_by_role("status").inner_text() == f"{fitting} of {len(listed)} rows"
+            assert page.get_by_role("status").inner_text() == f"{fitting} of {len(entries)} rows"
         field.select_option("")
-        assert shown(page) == len(listed)
+        assert shown(page) == len(entries)
     text = page.get_by_label("Containing")
     text.fill("GPT-J  fever")
-    assert shown(page) == sum(r.task == "fever" and "gpt-j" in r.model for r in listed)
+    assert shown(page) == sum(r.task == "fever" and "gpt-j" in r.model for r in entries)
     assert page.locator("section:visible").count() == 1
     page.get_by_label("Method", exact=True).select_option("LASER")
     assert shown(page) == 1
@@ -112,7 +112,7 @@ def test_each_filter_leaves_the_rows_that_fit_it(opened: Any, store: Store, site
     assert page.get_by_text("No row matches").is_visible()
     text.fill("")
     page.get_by_label("Method", exact=True).select_option("")
-    assert shown(page) == len(listed)
+    assert shown(page) == len(entries)
     assert not page.get_by_text("No row matches").is_visible()
 
 

@@ -14,7 +14,7 @@ from laserlm.errors import MatrixError, ReportError, ScoringError, SpecError
 from laserlm.models import LanguageModel
 from laserlm.scoring.generation import generate
 from laserlm.web import batched_variants, playground
-from laserlm.web.playground import Playground, Sides, answer
+from laserlm.web.playground import Playground, Variants, answer
 
 Make = Callable[..., LanguageModel]
 PROMPT = "The capital of Italy is"
@@ -43,10 +43,10 @@ def same(lm: LanguageModel, before: dict[str, torch.Tensor]) -> bool:
 def test_versions_side_by_side_answer_as_each_by_itself(family: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make(family)
     before = weights(lm)
-    alone: list[Sides] = []
+    alone: list[Variants] = []
     texts = ["", reduction(family)]
     with monkeypatch.context() as patch:
-        patch.setattr(batched_variants, "MEMORY", -1)
+        patch.setattr(batched_variants, "MAX_VARIANT_BYTES", -1)
         alone.append(answer(lm, PROMPT, texts[1], 6))
     ran = [0]
     lm.model.register_forward_hook(lambda *_: ran.__setitem__(0, ran[0] + 1))
@@ -67,9 +67,9 @@ def test_the_likeliest_tokens_and_the_text_are_those_of_the_edited_model(family:
     for side in sides:
         with applied(lm, side.intervention), torch.no_grad():
             assert side.text == generate(lm, [PROMPT], max_new_tokens=5)[0]
-            logits = lm.model(**lm.need_tokenizer()(PROMPT, return_tensors="pt")).logits[0, -1]
+            logits = lm.model(**lm.require_tokenizer()(PROMPT, return_tensors="pt")).logits[0, -1]
         expected = logits.softmax(-1).topk(5)
-        assert [t for t, _ in side.top] == [lm.need_tokenizer().decode([int(i)]) for i in expected.indices]
+        assert [t for t, _ in side.top] == [lm.require_tokenizer().decode([int(i)]) for i in expected.indices]
         assert [p for _, p in side.top] == pytest.approx(expected.values.tolist(), abs=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_a_weight_that_modules_share_is_reduced_in_all_of_them(make: Make, monke
     layers: Any = lm.model.model.layers
     layers[2].mlp.gate_proj.weight = layers[1].mlp.gate_proj.weight
     together = answer(lm, PROMPT, "1.fc_in@0.1", 6)
-    monkeypatch.setattr(batched_variants, "MEMORY", -1)
+    monkeypatch.setattr(batched_variants, "MAX_VARIANT_BYTES", -1)
     alone = answer(lm, PROMPT, "1.fc_in@0.1", 6)
     for one, other in zip(together, alone, strict=True):
         assert one.text == other.text
@@ -116,14 +116,14 @@ def test_what_cannot_be_answered_is_told_and_leaves_the_model_as_it_was(make: Ma
     before = weights(lm)
     asked = Playground(lm)
     for given, error, said in [
-        (("", "1.fc_in@0.5", 4), ReportError, "a prompt of 0 characters"),
-        (("a" * 4001, "1.fc_in@0.5", 4), ReportError, "write 1 to 4000"),
-        ((PROMPT, "1.fc_in@0.5", 0), ReportError, "ask for 1 to 64"),
-        ((PROMPT, "1.fc_in@0.5", 65), ReportError, "ask for 1 to 64"),
+        (("", "1.fc_in@0.5", 4), ReportError, "must have 1 to 4000 characters, got 0"),
+        (("a" * 4001, "1.fc_in@0.5", 4), ReportError, "must have 1 to 4000 characters, got 4001"),
+        ((PROMPT, "1.fc_in@0.5", 0), ReportError, "must be 1 to 64"),
+        ((PROMPT, "1.fc_in@0.5", 65), ReportError, "must be 1 to 64"),
         ((PROMPT, "", 4), ReportError, "no reduction"),
         ((PROMPT, "fc_in", 4), SpecError, "cannot read the reduction"),
         ((PROMPT, "9.fc_in@0.5", 4), MatrixError, "no layer 9"),
-        (("word " * 300, "1.fc_in@0.5", 4), ScoringError, "more than the 128"),
+        (("word " * 300, "1.fc_in@0.5", 4), ScoringError, "takes 128"),
     ]:
         with pytest.raises(error, match=said):
             asked.answer(*given)
@@ -151,9 +151,9 @@ def test_the_number_of_threads_is_as_before(llama: LanguageModel) -> None:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_users_at_once_get_what_each_would_get_alone(apart: bool, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(playground, "KEPT", 1)  # every question is computed anew
+    monkeypatch.setattr(playground, "ANSWER_CACHE_SIZE", 1)  # every question is computed anew
     if apart:
-        monkeypatch.setattr(batched_variants, "MEMORY", -1)  # edited in place all the while
+        monkeypatch.setattr(batched_variants, "MAX_VARIANT_BYTES", -1)  # edited in place all the while
     questions = [
         (prompt, f"{layer}.{matrix}@{rho}", 4)
         for prompt in (PROMPT, "Oslo is")

@@ -121,9 +121,9 @@ def test_side_effects_that_were_measured_are_in_the_report(llama: LanguageModel,
     best = str(found.best)
     other = task("seats", "seat ").test
     with Store.open(tmp_path / "runs.db") as store:
-        with cached_scorer(llama, other, store) as book:
-            base, reduced = book(""), book(best)
-            kept = book.remember(f"divergence under {best} on x", lambda: divergence(llama, ["Rome is old."] * 5, best))
+        with cached_scorer(llama, other, store) as scorer:
+            base, reduced = scorer(""), scorer(best)
+            kept = scorer.cached(f"divergence under {best} on x", lambda: divergence(llama, ["Rome is old."] * 5, best))
         write_report(store, found.run, tmp_path / "r.html")
     text = re.sub(r"\s+", " ", parsed(tmp_path / "r.html").text)
     assert "Not measured yet" not in text

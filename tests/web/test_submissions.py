@@ -18,9 +18,8 @@ from laserlm.models.bundled import HUB_ID
 from laserlm.searching import search
 from laserlm.searching.result import Metric, Strategy
 from laserlm.store import Store
-from laserlm.tasks import GENERATING, Example, Task
-from laserlm.tasks.example import Reading
-from laserlm.web.submissions import LIMIT, _schema, add, problems, public_name, read, submission
+from laserlm.tasks import Example, Scorer, Task
+from laserlm.web.submissions import MAX_BYTES, _schema, add, find_problems, load_submission, public_name, submission
 
 Record = Callable[..., str]
 INTERVENTIONS = [
@@ -84,7 +83,7 @@ def test_a_search_of_a_model_becomes_a_submission_with_its_own_figures(llama: La
     }
     assert set(made["versions"]) == {"laserlm", "python", "torch", "transformers", "tokenizers", "safetensors"}
     assert "credit" not in made
-    assert problems(json.loads(json.dumps(made))) == []
+    assert find_problems(json.loads(json.dumps(made))) == []
 
 
 def test_it_names_no_folder_user_or_machine(store: Store, record: Record) -> None:
@@ -159,7 +158,7 @@ def test_what_cannot_be_submitted_is_told(store: Store, record: Record, changed:
 def test_the_schema_is_a_schema_and_knows_what_the_library_knows() -> None:
     schema = _schema()
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert set(schema["properties"]["task"]["properties"]["scorer"]["enum"]) == {*get_args(Reading), *GENERATING}
+    assert set(schema["properties"]["task"]["properties"]["scorer"]["enum"]) == set(get_args(Scorer))
     made = schema["properties"]["search"]["properties"]
     assert set(made["strategy"]["enum"]) == set(get_args(Strategy))
     assert set(made["metric"]["enum"]) == set(get_args(Metric))
@@ -178,7 +177,7 @@ def test_every_object_of_the_schema_is_closed() -> None:
 
 @pytest.mark.parametrize("text", INTERVENTIONS)
 def test_every_form_of_an_intervention_is_allowed(good: dict[str, Any], text: str) -> None:
-    assert problems(good | {"intervention": text}) == []
+    assert find_problems(good | {"intervention": text}) == []
 
 
 WRONG: list[tuple[str, Any, str]] = [
@@ -255,7 +254,7 @@ def test_each_wrong_value_is_told_with_its_place(good: dict[str, Any], path: str
     for name in above:
         place = place[name]
     place[last] = value
-    said = problems(document)
+    said = find_problems(document)
     assert bool(said) == bool(told)
     assert any(line.startswith(told) for line in said) or not told, said
 
@@ -267,28 +266,28 @@ def test_each_missing_value_is_told(good: dict[str, Any], path: str) -> None:
     for name in above:
         place = place[name]
     del place[last]
-    assert problems(good) == [f"{path}: is missing, and is required"]
+    assert find_problems(good) == [f"{path}: is missing, and is required"]
 
 
 @pytest.mark.parametrize("document", [None, [], 3, "x", True])
 def test_what_is_no_object_is_told(document: Any) -> None:
-    assert "is not allowed; write an object" in problems(document)[0]
+    assert "is not allowed; write an object" in find_problems(document)[0]
 
 
 def test_all_problems_of_a_file_are_told_at_once(good: dict[str, Any]) -> None:
     good["format"], good["result"]["n"], good["more"] = 2, 0, 1
-    assert [line.partition(":")[0] for line in problems(good)] == ["format", "result.n", "the document"]
+    assert [line.partition(":")[0] for line in find_problems(good)] == ["format", "result.n", "the document"]
 
 
 def test_rounded_figures_are_allowed(good: dict[str, Any]) -> None:
     good["result"] |= {"base": {"accuracy": 0.185}, "edited": {"accuracy": 0.215}, "gain": 0.0304, "interval": [0.017, 0.045]}
     del good["result"]["loss_interval"]
-    assert problems(good) == []
+    assert find_problems(good) == []
 
 
 def test_an_interval_of_no_value_is_told(good: dict[str, Any]) -> None:
     del good["result"]["base"]["loss"]
-    assert problems(good) == ["result.loss_interval: there is no value that it is the interval of; leave it out"]
+    assert find_problems(good) == ["result.loss_interval: there is no value that it is the interval of; leave it out"]
 
 
 def write(folder: Path, content: Any, name: str = "a.json") -> Path:
@@ -302,7 +301,7 @@ def test_a_good_file_is_copied_once(good: dict[str, Any], tmp_path: Path) -> Non
     (added,) = add([file], to)
     assert (added.file, added.problems) == (file, ())
     assert added.target is not None
-    assert read(added.target) == good
+    assert load_submission(added.target) == good
     assert added.target.name.startswith("worldfacts-some-model-")
     (again,) = add([file], to)
     assert again.target is None
@@ -347,8 +346,8 @@ HOSTILE = {
     "infinite": (b'{"format": -Infinity}', "is not JSON (-Infinity is no number of JSON)"),
     "many digits": (b'{"format": ' + b"9" * 5000 + b"}", "is not JSON"),
     "large number": (b'{"format": 1e999}', "format: Infinity is not allowed"),
-    "twice": (b'{"format": 1, "format": 2}', "is not JSON (the name 'format' stands twice in one object)"),
-    "too large": (b" " * (LIMIT + 1), f"is larger than {LIMIT:,} bytes"),
+    "twice": (b'{"format": 1, "format": 2}', "is not JSON (the name 'format' occurs twice in one object)"),
+    "too large": (b" " * (MAX_BYTES + 1), f"is larger than {MAX_BYTES:,} bytes"),
     "many names": (json.dumps({f"n{i}": i for i in range(60_000)}).encode(), "'n0', 'n1', 'n2' and 59997 more is unknown"),
     "long array": (json.dumps({"result": {"interval": ["x"] * 150_000}}).encode(), "result.interval"),
     "long text": (json.dumps({"intervention": "1.a@0.5+" * 120_000}).encode(), "intervention: '1.a@0.5+1.a"),
@@ -369,14 +368,14 @@ def test_a_hostile_file_is_refused_and_does_no_harm(tmp_path: Path, name: str) -
     assert len(added.problems) <= 30
     assert not (tmp_path / "to").exists()
     with pytest.raises(ReportError):
-        read(write(tmp_path, content))
+        load_submission(write(tmp_path, content))
 
 
 def test_a_document_deeper_than_it_can_be_shown_is_told(good: dict[str, Any]) -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
-    assert problems(good | {"credit": deep}) == ["the document is nested too deep; a submission has three levels"]
+    assert find_problems(good | {"credit": deep}) == ["the document is nested too deep; a submission has three levels"]
 
 
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:

@@ -9,8 +9,26 @@ from typing import Annotated
 import typer
 
 from laserlm import __version__
-from laserlm.cli import analyze, doctor, evaluate, export, harness, lab, leaderboard, models, report, runs, search, serve, tasks
-from laserlm.cli.progress import say
+from laserlm.cli import (
+    analyze,
+    compress,
+    doctor,
+    evaluate,
+    harness,
+    lab,
+    leaderboard,
+    load_check,
+    models,
+    report,
+    reproduce,
+    runs,
+    save,
+    search,
+    serve,
+    sweep_layers,
+    tasks,
+)
+from laserlm.cli.progress import print_stderr
 from laserlm.errors import LaserError
 from laserlm.provenance import versions
 
@@ -26,11 +44,11 @@ app.command()(search.search)
 app.command()(models.generate)
 app.command()(report.report)
 app.command("app")(serve.serve)
-app.command()(export.save)
-app.command()(export.compress)
-app.command()(export.sweep_layers)
-app.command()(export.load_check)
-app.command()(export.reproduce)
+app.command()(save.save)
+app.command()(compress.compress)
+app.command()(sweep_layers.sweep_layers)
+app.command()(load_check.load_check)
+app.command()(reproduce.reproduce)
 app.command()(tasks.verify)
 app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     harness.lm_eval
@@ -43,9 +61,9 @@ app.add_typer(lab.app, name="lab")
 app.command()(doctor.clear_cache)
 
 
-def print_version(asked: bool) -> None:
-    """Print the version and leave, if asked to."""
-    if asked:
+def print_version(is_requested: bool) -> None:
+    """Print the versions and exit, if requested."""
+    if is_requested:
         print(f"laser {__version__}")
         print(", ".join(f"{package} {number}" for package, number in versions().items() if package != "laserlm"))
         raise typer.Exit
@@ -57,13 +75,13 @@ def root(
         bool,
         typer.Option(
             "--version",
-            help="Print the versions of laserlm, Python, torch and transformers, and exit.",
+            help="Print the versions of laserlm and its dependencies, and exit.",
             callback=print_version,
             is_eager=True,
         ),
     ] = False,
 ) -> None:
-    """Make a trained transformer answer better by removing parts of its weight matrices (LASER, arXiv 2312.13558)."""
+    """Improve a trained transformer by low-rank approximation of its weight matrices (LASER, arXiv 2312.13558)."""
 
 
 def main() -> None:
@@ -74,5 +92,5 @@ def main() -> None:
     try:
         app()
     except (LaserError, OSError) as error:
-        say(f"Error: {error}")
+        print_stderr(f"Error: {error}")
         sys.exit(1)

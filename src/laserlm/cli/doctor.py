@@ -1,4 +1,4 @@
-"""What is installed, what is missing, where the work is done and what the cache holds: doctor, clear-cache."""
+"""The commands ``laser doctor`` and ``laser clear-cache``: the installation, the devices and the cache."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from rich.filesize import decimal
 
 from laserlm.cli.options import STORE_DEFAULT, Cache, Json, Store, print_json
-from laserlm.paths import cache_folder, cached
-from laserlm.provenance import masked, versions
+from laserlm.paths import cache_folder, cached_files
+from laserlm.provenance import mask_credentials, versions
 
 PURPOSES = {
     "analysis": "entities, terms, frequency, calibration, figures as PNG or SVG",
@@ -29,38 +29,41 @@ def doctor(
     store: Store = STORE_DEFAULT,
     json: Json = False,
 ) -> None:
-    """Tell what is installed, which extras are missing and how to get them, the device, and what the cache holds.
+    """Print the versions, missing extras and how to install them, the devices, and the size of the cache.
 
     Example: laser doctor
     """
     folder = cache or cache_folder()
-    found = {
+    report = {
         "versions": versions(),
         "extras": extras(),
         "devices": devices(),
         "bundled": bundled_model(folder),
-        "cache": {"folder": str(folder), "bytes": {part: sum(map(size, files)) for part, files in cached(folder).items()}},
-        "store": {"place": masked(store), "bytes": Path(store).stat().st_size if Path(store).is_file() else None},
+        "cache": {
+            "folder": str(folder),
+            "bytes": {part: sum(map(size, files)) for part, files in cached_files(folder).items()},
+        },
+        "store": {"place": mask_credentials(store), "bytes": Path(store).stat().st_size if Path(store).is_file() else None},
     }
     if json:
-        print_json(found)
+        print_json(report)
     else:
-        show(found)
+        show(report)
 
 
 def clear_cache(
     cache: Cache = None,
     json: Json = False,
 ) -> None:
-    """Remove what laserlm has cached: decompositions, the converted bundled model, downloaded data sets.
+    """Remove the cached decompositions, the converted bundled model and the downloaded data sets.
 
-    All of it is made or fetched again when it is needed. Results and the hub's own cache are left alone.
+    laserlm recreates or downloads them when a command needs them. Results and the hub's cache are not removed.
 
     Example: laser clear-cache
     """
     folder = cache or cache_folder()
     freed = {}
-    for part, files in cached(folder).items():
+    for part, files in cached_files(folder).items():
         freed[part] = sum(map(size, files))
         for file in files:
             if file.is_dir():
@@ -72,11 +75,11 @@ def clear_cache(
     else:
         print(f"{decimal(sum(freed.values()))} freed in {folder}")
         if freed["models"]:
-            print("The bundled model is converted again by the next command that needs it, where its package is installed.")
+            print("The next command that needs the bundled model converts it again from its package.")
 
 
 def extras() -> dict[str, dict[str, Any]]:
-    """Return for each extra the packages that are not installed, or not in a version that serves, and what installs them."""
+    """Return, for each extra, its missing or outdated packages and the command that installs them."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(text) for text in requires("laserlm") or []]
@@ -85,7 +88,7 @@ def extras() -> dict[str, dict[str, Any]]:
         missing[extra] = [
             f"{r.name}{r.specifier}"
             for r in wanted
-            if r.marker and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate({"extra": ""}) and not installed(r)
+            if r.marker and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate({"extra": ""}) and not is_installed(r)
         ]
     return {
         extra: {"for": PURPOSES[extra], "missing": names, "install": f"pip install 'laserlm[{extra}]'"}
@@ -93,8 +96,8 @@ def extras() -> dict[str, dict[str, Any]]:
     }
 
 
-def installed(requirement: Any) -> bool:
-    """Tell whether a requirement is met by what is installed."""
+def is_installed(requirement: Any) -> bool:
+    """Return whether the installed packages meet a requirement."""
     try:
         return bool(requirement.specifier.contains(version(requirement.name), prereleases=True))
     except PackageNotFoundError:
@@ -102,7 +105,7 @@ def installed(requirement: Any) -> bool:
 
 
 def devices() -> list[dict[str, Any]]:
-    """Return what a model can be put on, best first; the first is what ``load`` takes unless told otherwise."""
+    """Return the devices of this machine, the default of ``load`` first."""
     import torch
 
     gpus = [
@@ -116,7 +119,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def bundled_model(cache: Path) -> dict[str, Any]:
-    """Return whether the bundled model can be loaded without setup, and from where."""
+    """Return whether the bundled model is ready, its folder and its package."""
     from laserlm.models import bundled
 
     folder, file = bundled.converted(cache), bundled.packaged_file()
@@ -128,23 +131,23 @@ def size(path: Path) -> int:
     return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print what was found, a line for each thing."""
-    lines = dict(found["versions"])
-    for n, device in enumerate(found["devices"]):
+def show(report: dict[str, Any]) -> None:
+    """Print a report, one line per item."""
+    lines = dict(report["versions"])
+    for n, device in enumerate(report["devices"]):
         details = ", ".join(
             decimal(v) if k == "memory_bytes" else f"{v} {k}" if isinstance(v, int) else str(v) for k, v in device.items()
         )
         lines[f"device {n}"] = details if n else f"{details} (taken unless --device says otherwise)"
-    model = found["bundled"]
+    model = report["bundled"]
     lines["bundled model"] = f"ready in {model['folder']}" if model["ready"] else "not set up: laser setup"
-    for name, extra in found["extras"].items():
-        lacks = f"missing {', '.join(extra['missing'])}: {extra['install']}" if extra["missing"] else "installed"
-        lines[f"extra {name}"] = f"{lacks} ({extra['for']})"
-    sizes = found["cache"]["bytes"]
+    for name, extra in report["extras"].items():
+        status = f"missing {', '.join(extra['missing'])}: {extra['install']}" if extra["missing"] else "installed"
+        lines[f"extra {name}"] = f"{status} ({extra['for']})"
+    sizes = report["cache"]["bytes"]
     parts = ", ".join(f"{part} {decimal(count)}" for part, count in sizes.items() if count)
-    lines["cache"] = f"{found['cache']['folder']}: {f'{parts}; laser clear-cache frees it' if parts else 'empty'}"
-    kept = found["store"]["bytes"]
-    lines["results"] = found["store"]["place"] + ("" if kept is None else f": {decimal(kept)}")
+    lines["cache"] = f"{report['cache']['folder']}: {f'{parts}; laser clear-cache frees it' if parts else 'empty'}"
+    store_bytes = report["store"]["bytes"]
+    lines["results"] = report["store"]["place"] + ("" if store_bytes is None else f": {decimal(store_bytes)}")
     for name, line in lines.items():
         print(f"{name:<15}{line}")

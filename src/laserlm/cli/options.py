@@ -26,10 +26,10 @@ __all__ = [
     "Cache",
     "DataOptions",
     "Json",
-    "Listing",
     "LoadOptions",
     "ModelOptions",
     "Store",
+    "TableOptions",
     "TaskOptions",
     "print_json",
     "with_options",
@@ -38,24 +38,29 @@ __all__ = [
 MODEL_PANEL = "Model options"
 TASK_PANEL = "Task options"
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Output as JSON.")]
 Store = Annotated[
     str,
     typer.Option(
         envvar="LASER_STORE",
-        help="Results database: a file, or a URL such as postgresql://USER@HOST/DATABASE.",
+        help="Results database: a file or postgresql://USER@HOST/DATABASE.",
         show_default="in the user's data folder",
     ),
 ]
 STORE_DEFAULT = str(default_store())
 Cache = Annotated[
     Path | None,
-    typer.Option(envvar="LASER_CACHE", help="Folder for decompositions and converted models.", rich_help_panel=MODEL_PANEL),
+    typer.Option(
+        envvar="LASER_CACHE",
+        help="Folder for decompositions and converted models.",
+        show_default="the user's cache folder",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
 
 
 def task_names() -> list[str]:
-    """Return what the shell proposes for a task."""
+    """Return the values that the shell proposes for a task."""
     from laserlm.tasks.definitions import DEFINITIONS
 
     return [*sorted(DEFINITIONS), "jsonl:", "perplexity:", "lm-eval:"]
@@ -67,16 +72,27 @@ class LoadOptions:
 
     kind: Annotated[
         str | None,
-        typer.Option(help="Head to load: causal, masked, encoder-decoder or headless.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            help="Head to load: causal, masked, encoder-decoder or headless.",
+            show_default="the checkpoint's",
+            rich_help_panel=MODEL_PANEL,
+        ),
     ] = None
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.", rich_help_panel=MODEL_PANEL)] = None
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Commit, tag or branch on the hub.", show_default="main", rich_help_panel=MODEL_PANEL),
+    ] = None
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            help="Weight dtype: float32, bfloat16 or float16.", show_default="the checkpoint's", rich_help_panel=MODEL_PANEL
+        ),
     ] = None
     device: Annotated[
         str | None,
-        typer.Option(help="Such as cuda or cpu; default: cuda where there is one.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            help="Device of the model, such as cuda.", show_default="cuda if available, else cpu", rich_help_panel=MODEL_PANEL
+        ),
     ] = None
     device_map: Annotated[
         str | None,
@@ -88,7 +104,9 @@ class LoadOptions:
     ] = False
     allow_remote_code: Annotated[
         bool,
-        typer.Option("--allow-remote-code", help="Run code that comes with the model.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            "--allow-remote-code", help="Run modelling code that comes with the checkpoint.", rich_help_panel=MODEL_PANEL
+        ),
     ] = False
     cache: Cache = None
 
@@ -101,7 +119,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(LoadOptions):
-    """Which model, and how to load it."""
+    """A model, and how to load it."""
 
     model: Annotated[
         str, typer.Argument(help="Hub id, local folder, .gguf file, or 'bundled'.", autocompletion=lambda: ["bundled"])
@@ -114,26 +132,26 @@ class ModelOptions(LoadOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Where a task's data is, and how it is split and scored."""
+    """The data of a task, its splits and its scorer."""
 
     data: Annotated[
         str | None,
         typer.Option(
-            help="Data file, folder or download URL, in the task's public schema; default: LASER_DATA, else the hub.",
-            rich_help_panel=TASK_PANEL,
+            help="Data file, folder or download URL.", show_default="LASER_DATA, else the hub", rich_help_panel=TASK_PANEL
         ),
     ] = None
     data_folder: Annotated[
         Path | None,
-        typer.Option(envvar="LASER_DATA", help="Folder of data sets, where it has the task's.", rich_help_panel=TASK_PANEL),
+        typer.Option(envvar="LASER_DATA", help="Folder with data sets of several tasks.", rich_help_panel=TASK_PANEL),
     ] = None
     phrasings: Annotated[
-        str, typer.Option(help="all, or rewrite for the first phrasing of each fact.", rich_help_panel=TASK_PANEL)
+        str, typer.Option(help="Phrasings of each fact: all, or rewrite (the first).", rich_help_panel=TASK_PANEL)
     ] = "all"
     split_by: Annotated[
         str | None,
         typer.Option(
-            help="paper (first fifth of the rows for validation) or shuffled (a fifth of the facts); default: the task's.",
+            help="Split: paper (first fifth validates) or shuffled (by facts).",
+            show_default="the task's",
             rich_help_panel=TASK_PANEL,
         ),
     ] = None
@@ -141,65 +159,55 @@ class DataOptions:
     scorer: Annotated[
         str | None,
         typer.Option(
-            help="next_token, first_token, top5, top10, answer, choice, contains, exact_match, number, ...; "
-            "default: the task's.",
+            help="Scorer, such as next_token, answer, choice or exact_match.",
+            show_default="the task's",
             rich_help_panel=TASK_PANEL,
         ),
     ] = None
     new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that the model writes; default: the task's.", rich_help_panel=TASK_PANEL)
+        int | None,
+        typer.Option(help="Maximum tokens to generate.", show_default="the task's", rich_help_panel=TASK_PANEL),
     ] = None
     samples: Annotated[
-        int | None, typer.Option(help="Samples of each program; default: one, greedy.", rich_help_panel=TASK_PANEL)
+        int | None,
+        typer.Option(help="Samples of each program.", show_default="one, greedy", rich_help_panel=TASK_PANEL),
     ] = None
     temperature: Annotated[
-        float | None, typer.Option(help="Temperature of several samples; default: 0.8.", rich_help_panel=TASK_PANEL)
+        float | None,
+        typer.Option(help="Sampling temperature for several samples.", show_default="0.8", rich_help_panel=TASK_PANEL),
     ] = None
     allow_code_execution: Annotated[
         bool,
-        typer.Option(
-            "--allow-code-execution", help="Run programs that the model writes, each confined.", rich_help_panel=TASK_PANEL
-        ),
+        typer.Option("--allow-code-execution", help="Run generated programs, each in a sandbox.", rich_help_panel=TASK_PANEL),
     ] = False
     answer_tokenizer: Annotated[
         str | None,
-        typer.Option(
-            help="hotpotqa: leave out answers of more than 15 tokens of this tokenizer; published with Llama-2's.",
-            rich_help_panel=TASK_PANEL,
-        ),
+        typer.Option(help="Tokenizer that drops hotpotqa answers over 15 tokens.", rich_help_panel=TASK_PANEL),
     ] = None
-    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1, rich_help_panel=TASK_PANEL)] = 32
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.", min=1, rich_help_panel=TASK_PANEL)] = 32
 
-    def read(self, name: str) -> Task:
-        """Read a task's data and split it."""
+    def load_task(self, name: str) -> Task:
+        """Load a task's data and split it."""
         from laserlm.tasks import files_in, task
         from laserlm.tasks.definitions import DEFINITIONS
 
-        by: Any = self.split_by
-        scorer: Any = self.scorer
-        phrasings: Any = self.phrasings
         tokenizer = None
         if self.answer_tokenizer is not None:
             from transformers.models.auto.tokenization_auto import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(self.answer_tokenizer)
         data: str | Path | None = self.data
-        if (
-            data is None
-            and self.data_folder is not None
-            and name in DEFINITIONS
-            and files_in(self.data_folder, name, within=False)
-        ):
-            data = self.data_folder
-        written = {"new_tokens": self.new_tokens, "samples": self.samples, "temperature": self.temperature}
+        if data is None and self.data_folder is not None and name in DEFINITIONS:
+            data = self.data_folder if files_in(self.data_folder, name, allow_top_level=False) else None
+        decoding = {"new_tokens": self.new_tokens, "samples": self.samples, "temperature": self.temperature}
         return task(
             name,
             data=data,
-            split=by,
+            split=self.split_by,  # type: ignore[arg-type]
             seed=self.split_seed,
-            phrasings=phrasings,
-            scorer=scorer,
-            decoding={name: value for name, value in written.items() if value is not None},
+            phrasings=self.phrasings,  # type: ignore[arg-type]
+            scorer=self.scorer,  # type: ignore[arg-type]
+            decoding={name: value for name, value in decoding.items() if value is not None},
             allow_code_execution=self.allow_code_execution,
             answer_tokenizer=tokenizer,
         )
@@ -207,38 +215,37 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(DataOptions):
-    """Which task, and how it is split and scored."""
+    """A task, its splits and its scorer."""
 
     task: Annotated[
         str,
         typer.Option(
-            help="One of 'laser tasks', jsonl:FILE, perplexity:FILE, or lm-eval:NAME of lm-evaluation-harness.",
-            rich_help_panel=TASK_PANEL,
+            help="Task of 'laser tasks', jsonl:FILE, perplexity:FILE or lm-eval:NAME.",
             autocompletion=task_names,
         ),
     ] = "worldfacts"
 
-    def make(self) -> Task:
-        """Read the task's data and split it."""
-        return self.read(self.task)
+    def load(self) -> Task:
+        """Load the task's data and split it."""
+        return self.load_task(self.task)
 
     def split(self, name: str, limit: int | None) -> Split:
         """Return the first ``limit`` examples of one split."""
-        return self.make().split(name).limit(limit)
+        return self.load().split(name).limit(limit)
 
 
 @dataclass(frozen=True)
-class Listing:
-    """How rows are printed: a table unless told otherwise."""
+class TableOptions:
+    """The format of printed rows: a table, JSON or CSV."""
 
-    table: Annotated[bool, typer.Option("--table", help="Print a table (the default).")] = False
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False
+    table: Annotated[bool, typer.Option("--table", help="Output as a table (default).")] = False
+    json: Annotated[bool, typer.Option("--json", help="Output as JSON.")] = False
+    csv: Annotated[bool, typer.Option("--csv", help="Output as CSV.")] = False
 
     def print(self, rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
-        """Print rows that share their keys."""
+        """Print rows that have the same keys."""
         if self.table + self.json + self.csv > 1:
-            raise typer.BadParameter("--table, --json and --csv exclude each other")
+            raise typer.BadParameter("--table, --json and --csv exclude each other; give one of them")
         if self.json:
             print_json(list(rows))
         elif self.csv:
@@ -250,7 +257,7 @@ class Listing:
         else:
             table = Table(title=title or None, title_justify="left")
             for i, name in enumerate(rows[0]):
-                table.add_column(name, no_wrap=i == 0, overflow="fold")  # nothing is cut off: an id must be whole
+                table.add_column(name, no_wrap=i == 0, overflow="fold")  # an id must not be cut off
             for row in rows:
                 table.add_row(*(_cell(v) for v in row.values()))
             Console(width=None if sys.stdout.isatty() else 160).print(table)
@@ -272,16 +279,15 @@ def print_json(value: Any) -> None:
 
 
 def with_options(**groups: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of the named groups; it gets one object for each group.
+    """Give a command the options of the named groups; the command gets one dataclass instance for each group.
 
-    ``@with_options(model=ModelOptions)`` on ``def command(model: ModelOptions)`` puts that dataclass's fields into the
-    command's signature, where Typer finds them, and packs what was given back into the dataclass.
+    ``@with_options(model=ModelOptions)`` on ``def command(model: ModelOptions)`` puts the fields of the dataclass into the
+    command's signature, where Typer finds them, and packs their values into the dataclass.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters
         parameters: list[inspect.Parameter] = []
-        for name, parameter in own.items():
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
             if name not in groups:
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
                 continue
@@ -293,12 +299,11 @@ def with_options(**groups: type[Any]) -> Callable[[Callable[..., None]], Callabl
                 )
 
         @wraps(command)
-        def run(**given: Any) -> None:
-            packed = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-            command(**packed, **given)
+        def run(**options: Any) -> None:
+            packed = {name: group(**{f.name: options.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+            command(**packed, **options)
 
-        signature = inspect.Signature(parameters)
-        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 

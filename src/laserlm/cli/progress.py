@@ -1,4 +1,7 @@
-"""A progress bar on stderr for what takes more than two seconds; nothing where stderr is no terminal."""
+"""Progress bars and messages on stderr.
+
+A bar appears after two seconds. There is none if stderr is not a terminal.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,25 @@ from rich.progress import (
 if TYPE_CHECKING:
     from laserlm.searching import SearchProgress
 
-__all__ = ["bar", "say", "searching_bar"]
+__all__ = ["print_stderr", "progress_bar", "search_progress_bar"]
 
-PATIENCE_SECONDS = 2.0
-errors = Console(stderr=True, highlight=False)
+DELAY_SECONDS = 2.0
+"""Time before a bar appears."""
+stderr = Console(stderr=True, highlight=False)
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Print a line on stderr."""
-    errors.print(text, markup=False, soft_wrap=True)
+    stderr.print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def bar(what: str, unit: str = "examples") -> Iterator[Callable[..., None]]:
-    """Yield a function to call with the work done, its total, a note to show and the number of items, if that is another.
+def progress_bar(label: str, unit: str = "examples") -> Iterator[Callable[..., None]]:
+    """Yield a function that moves the bar; it takes the work done, the total, a note and the number of items done.
 
-    The bar appears by itself after two seconds, also where nothing has been told yet.
+    The rate is that of the items, or of the work done if no number of items is given.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,32 +52,32 @@ def bar(what: str, unit: str = "examples") -> Iterator[Callable[..., None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=errors,
+        console=stderr,
         transient=True,
-        disable=not errors.is_terminal,
+        disable=not stderr.is_terminal,
     )
-    shown = progress.add_task(what, total=None, count="", rate="", note="")
-    appearance = threading.Timer(PATIENCE_SECONDS, progress.start)
-    appearance.daemon = True
-    appearance.start()
+    row = progress.add_task(label, total=None, count="", rate="", note="")
+    timer = threading.Timer(DELAY_SECONDS, progress.start)
+    timer.daemon = True
+    timer.start()
 
     def advance(done: float, total: float, note: str = "", items: int | None = None) -> None:
-        rate = f"{(done if items is None else items) / max(time.monotonic() - begun, 1e-9):.1f} {unit}/s"
-        progress.update(shown, completed=done, total=total, count=f"{done:.0f}/{total:.0f}", rate=rate, note=note)
+        rate = f"{(done if items is None else items) / max(time.monotonic() - start, 1e-9):.1f} {unit}/s"
+        progress.update(row, completed=done, total=total, count=f"{done:.0f}/{total:.0f}", rate=rate, note=note)
 
     try:
         yield advance
     finally:
-        appearance.cancel()
-        appearance.join()  # it may be at it just now
+        timer.cancel()
+        timer.join()  # the timer may be starting the bar at this moment
         progress.stop()
 
 
 @contextmanager
-def searching_bar() -> Iterator[Callable[[SearchProgress], None]]:
-    """Show where a search stands as a progress bar, and the best so far where it is interrupted."""
+def search_progress_bar() -> Iterator[Callable[[SearchProgress], None]]:
+    """Show the progress of a search and its best candidate so far; print that candidate if the search is interrupted."""
     best = "no candidate was scored yet"
-    with bar("searching", "examples") as advance:
+    with progress_bar("searching") as advance:
 
         def on_step(step: SearchProgress) -> None:
             nonlocal best
@@ -87,6 +91,6 @@ def searching_bar() -> Iterator[Callable[[SearchProgress], None]]:
         try:
             yield on_step
         except KeyboardInterrupt:
-            say(f"interrupted; best so far on validation: {best}")
-            say("the same command (without --restart) goes on where this one stopped")
+            print_stderr(f"Interrupted. Best so far on validation: {best}")
+            print_stderr("Run the same command without --restart to resume.")
             raise

@@ -1,4 +1,4 @@
-"""The command that writes a search as one HTML file."""
+"""The command ``laser report``, which writes a search as one HTML file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from laserlm.cli.options import STORE_DEFAULT, Json, Store, print_json
 
 
 def report(
-    run: Annotated[str, typer.Argument(help="The search's id, the start of it, or 'last'.")],
-    out: Annotated[Path | None, typer.Option(help="The file; default: report-RUN.html.")] = None,
+    run: Annotated[str, typer.Argument(help="Id of a search, its start, or 'last'.")],
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="report-RUN.html")] = None,
     store: Store = STORE_DEFAULT,
     json: Json = False,
 ) -> None:
-    """Write what a search was asked and found as one HTML file that needs nothing else.
+    """Write the settings and results of a search as one self-contained HTML file.
 
     Example: laser report last --out report.html
     """
@@ -25,8 +25,8 @@ def report(
 
     with Results.open(store) as results:
         id_ = results.find(run, kind="search").id
-        written = write_report(results, id_, out or Path(f"report-{id_}.html"))
+        file = write_report(results, id_, out or Path(f"report-{id_}.html"))
     if json:
-        print_json({"run": id_, "report": str(written), "bytes": written.stat().st_size})
+        print_json({"run": id_, "report": str(file), "bytes": file.stat().st_size})
     else:
-        print(f"wrote {written}")
+        print(f"wrote {file}")

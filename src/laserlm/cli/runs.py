@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Json, Listing, Store, print_json, with_options
+from laserlm.cli.options import STORE_DEFAULT, Json, Store, TableOptions, print_json, with_options
 
 if TYPE_CHECKING:
-    from laserlm.studies.rank_curve import LossAtRank
+    from laserlm.store import RunInfo, TrialInfo
+    from laserlm.studies.loss_map import LossAtRank, LossMap
 
 app = typer.Typer(no_args_is_help=True, help="List, show, export and delete runs of the results database.")
 RunId = Annotated[str, typer.Argument(help="The run's id, the start of it, or 'last'.")]
 
 
 @app.command("list")
-@with_options(listing=Listing)
-def list_(listing: Listing, store: Store = STORE_DEFAULT) -> None:
+@with_options(listing=TableOptions)
+def list_(listing: TableOptions, store: Store = STORE_DEFAULT) -> None:
     """List all runs, newest first.
 
     Example: laser runs list --csv
@@ -46,77 +46,74 @@ def list_(listing: Listing, store: Store = STORE_DEFAULT) -> None:
 
 
 @app.command()
-@with_options(listing=Listing)
+@with_options(listing=TableOptions)
 def show(
     run: RunId,
-    listing: Listing,
+    listing: TableOptions,
     store: Store = STORE_DEFAULT,
     top: Annotated[int, typer.Option(min=1, help="Best trials shown.")] = 10,
 ) -> None:
-    """Show what a run was asked, what it found, and its best trials.
+    """Show the settings of a run, its result and its best trials.
 
     Example: laser runs show last
     """
-    from laserlm.scoring.statistics import wilson
     from laserlm.store import Store as Results
-    from laserlm.studies.rank_curve import measured_of
+    from laserlm.studies.loss_map import LossMap
 
     with Results.open(store) as results:
         info = results.find(run)
         trials = results.trials(info.id)
-        measured = measured_of(results, info) if not (listing.json or listing.csv) else []
+        loss_map = LossMap() if listing.json or listing.csv else LossMap.read_or_empty(results, info)
     if listing.json:
-        shown: dict[str, Any] = asdict(info) | {
-            "created": info.created.isoformat(),
-            "updated": info.updated.isoformat(),
-        }
-        print_json(shown | {"trials": [asdict(t) for t in trials]})
+        dates = {"created": info.created.isoformat(), "updated": info.updated.isoformat()}
+        print_json(asdict(info) | dates | {"trials": [asdict(t) for t in trials]})
         return
     if not listing.csv:
-        print(f"run {info.id} ({info.kind}, {info.status}) of {info.model} on {info.task}, {info.trials} trials")
-        for key in ("grid", "metric", "scorer", "strategy"):
-            if key in info.settings:
-                print(f"  {key}: {info.settings[key]}")
-        if info.outcome:
-            print(f"  best: {info.outcome['best'] or 'the unchanged model'}")
-        if info.reason:
-            print(f"  failed: {info.reason}")
-    if measured:
-        _print_map(measured)
-    by_loss = info.settings.get("metric") == "loss"
+        _print_run(info)
+    if loss_map:
+        _print_map(loss_map)
+    is_by_loss = info.settings.get("metric") == "loss"
     done = sorted(
         (t for t in trials if t.status == "done"),
-        # A race leaves some with few examples, whose figures say little.
-        key=lambda t: (t.split != "validation", -(t.n or 0), (t.loss or 0) if by_loss else -(t.accuracy or 0), t.loss or 0),
+        # A race scores the candidates that it drops on few examples; their scores say little.
+        key=lambda t: (t.split != "validation", -(t.n or 0), (t.loss or 0) if is_by_loss else -(t.accuracy or 0), t.loss or 0),
     )
-    rows = []
-    for t in done[:top] if not listing.csv else done:
-        low, high = wilson(round((t.accuracy or 0) * (t.n or 1)), t.n or 1)
-        rows.append(
-            {"split": t.split, "intervention": t.intervention or "base", "n": t.n, "accuracy": t.accuracy}
-            | {"low": low, "high": high, "loss": t.loss, "seconds": t.seconds}
-        )
-    listing.print(rows, "trials")
+    listing.print([_trial_row(t) for t in (done if listing.csv else done[:top])], "trials")
+
+
+def _print_run(info: RunInfo) -> None:
+    print(f"run {info.id} ({info.kind}, {info.status}) of {info.model} on {info.task}, {info.trials} trials")
+    for key in ("grid", "metric", "scorer", "strategy"):
+        if key in info.settings:
+            print(f"  {key}: {info.settings[key]}")
+    if info.outcome:
+        print(f"  best: {info.outcome['best'] or 'the unchanged model'}")
+    if info.reason:
+        print(f"  failed: {info.reason}")
+
+
+def _trial_row(t: TrialInfo) -> dict[str, Any]:
+    from laserlm.scoring.statistics import wilson
+
+    low, high = wilson(round((t.accuracy or 0) * (t.n or 1)), t.n or 1)
+    row = {"split": t.split, "intervention": t.intervention or "base", "n": t.n, "accuracy": t.accuracy}
+    return row | {"low": low, "high": high, "loss": t.loss, "seconds": t.seconds}
 
 
 SHADES = "░▒▓█"
 
 
-def _print_map(measured: Sequence[LossAtRank]) -> None:
-    """Print the lowest change of loss of each block and matrix as a shade: a row for each matrix, a column for each block."""
+def _print_map(loss_map: LossMap) -> None:
+    """Print the lowest change of loss of each matrix as a shade: one row for each name, one column for each block."""
     from rich.console import Console
     from rich.text import Text
 
-    best: dict[tuple[str, str, int], LossAtRank] = {}
-    for m in measured:
-        key = (m.stack, m.name, m.layer)
-        if key not in best or m.loss_change.value < best[key].loss_change.value:
-            best[key] = m
+    best = {(m.stack, m.name, m.layer): m for m in loss_map.lowest()}
     most = max(-m.loss_change.value for m in best.values())
     console = Console()
-    for stack in dict.fromkeys(m.stack for m in measured):
-        last = max(m.layer for m in measured if m.stack == stack)
-        names = list(dict.fromkeys(m.name for m in measured if m.stack == stack))
+    for stack in dict.fromkeys(m.stack for m in loss_map):
+        last = max(m.layer for m in loss_map if m.stack == stack)
+        names = [name for of_stack, name in loss_map.matrices if of_stack == stack]
         width = max(map(len, names)) + 1
         console.print(f"change of loss by matrix and block{f' of {stack}' if stack else ''}, the lowest of the sizes")
         console.print(" " * width + "".join(f"{layer:<5}" for layer in range(0, last + 1, 5)), highlight=False)
@@ -132,7 +129,7 @@ def _print_map(measured: Sequence[LossAtRank]) -> None:
 
 
 def _shade(m: LossAtRank | None, most: float) -> tuple[str, str]:
-    """Return the character of a cell and its style; dim where the interval holds zero."""
+    """Return the character of a cell and its style. The cell is dim if its interval holds zero."""
     if m is None:
         return ".", "dim"
     low, high = m.loss_change.interval

@@ -1,4 +1,4 @@
-"""The command that serves the local app."""
+"""The command ``laser app``, which serves the local app."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Annotated
 import typer
 
 from laserlm.cli.options import STORE_DEFAULT, LoadOptions, Store, with_options
-from laserlm.cli.progress import say
+from laserlm.cli.progress import print_stderr
 
 
-@with_options(load=LoadOptions)
+@with_options(load_options=LoadOptions)
 def serve(
-    load: LoadOptions,
+    load_options: LoadOptions,
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'bundled'.")] = "bundled",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes one that is free.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")] = 7860,
     store: Store = STORE_DEFAULT,
 ) -> None:
-    """Serve an app to a browser on this machine: leaderboard, explorer of searches, playground. Ctrl-C ends it.
+    """Serve the leaderboard, the explorer of searches and the playground to browsers on this machine.
 
     Example: laser app bundled --port 7861
     """
@@ -27,15 +27,15 @@ def serve(
     from laserlm.store import Store as Results
 
     if find_spec("gradio") is None:
-        raise MissingExtraError("the app needs Gradio, which is not installed: pip install 'laserlm[app]'")
-    from laserlm.web.app import build, style
+        raise MissingExtraError("the app needs Gradio, which is not installed; run: pip install 'laserlm[app]'")
+    from laserlm.web.app import build, stylesheet
     from laserlm.web.server import HOST, listen, server
 
     with listen(port) as sock, Results.open(store) as results:  # before the model is loaded
-        say(f"loading {model}")
-        lm = load.load_named(model)
-        served = server(lambda: build(results, lm), style())
+        print_stderr(f"loading {model}")
+        lm = load_options.load_named(model)
+        app = server(lambda: build(results, lm), stylesheet())
         print(f"http://{HOST}:{sock.getsockname()[1]}", flush=True)
-        say("Ctrl-C ends it")
+        print_stderr("Press Ctrl-C to stop.")
         with suppress(KeyboardInterrupt):
-            served.run(sockets=[sock])
+            app.run(sockets=[sock])

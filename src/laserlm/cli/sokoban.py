@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from laserlm.cli.options import STORE_DEFAULT, Json, LoadOptions, Store, print_json, with_options
-from laserlm.cli.progress import bar, say, searching_bar
-from laserlm.cli.search import print_found
+from laserlm.cli.progress import print_stderr, progress_bar, search_progress_bar
+from laserlm.cli.search import print_result
 from laserlm.paths import lab_folder
-from laserlm.provenance import masked
+from laserlm.provenance import mask_credentials
 
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
@@ -23,72 +23,76 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="A Decision Transformer that plays Sokoban.")
 
 LEVEL_PANEL = "Level options"
-Reduce = Annotated[list[str] | None, typer.Option(help="A reduction such as 2.fc_in@0.1; may be repeated.")]
+Reduce = Annotated[list[str] | None, typer.Option(help="Reduction such as 2.fc_in@0.1; may be repeated.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlayerOptions(LoadOptions):
-    """Which trained model."""
+    """A trained model, and how to load it."""
 
     model: Annotated[
         str | None,
-        typer.Argument(help="Folder that 'train' wrote, or a reduced copy; default: the one that comes with laserlm."),
+        typer.Argument(help="Folder of a trained model.", show_default="the one that comes with laserlm"),
     ] = None
 
     def load(self) -> LanguageModel:
         """Load the model.
 
         Raises:
-            ModelError: if it plays no Sokoban.
+            ModelError: if it is not a Sokoban model.
         """
         from laserlm.errors import ModelError
         from laserlm.lab.sokoban.model import SokobanConfig
-        from laserlm.lab.sokoban.training import SHIPPED
+        from laserlm.lab.sokoban.training import SHIPPED_MODEL
 
-        lm = self.load_named(self.model or str(SHIPPED))
+        lm = self.load_named(self.model or str(SHIPPED_MODEL))
         if lm.family != SokobanConfig.model_type:
-            raise ModelError(f"{lm.name} is a {lm.family} model and plays no Sokoban; make one: laser lab sokoban train")
+            raise ModelError(f"{lm.name} is a {lm.family} model, not a Sokoban model; train one: laser lab sokoban train")
         return lm
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevelOptions:
-    """Which levels, and how long they are played."""
+    """The levels, and the maximum number of moves."""
 
     levels: Annotated[
-        Path | None, typer.Option(help="Boxoban file; default: 2,500 random small levels.", rich_help_panel=LEVEL_PANEL)
+        Path | None, typer.Option(help="Boxoban file.", show_default="2,500 random small levels", rich_help_panel=LEVEL_PANEL)
     ] = None
-    boxes: Annotated[int, typer.Option(min=1, help="Boxes of a random level.", rich_help_panel=LEVEL_PANEL)] = 2
-    room: Annotated[int, typer.Option(min=3, max=8, help="Side of its room.", rich_help_panel=LEVEL_PANEL)] = 6
+    boxes: Annotated[int, typer.Option(min=1, help="Boxes per random level.", rich_help_panel=LEVEL_PANEL)] = 2
+    room: Annotated[
+        int, typer.Option(min=3, max=8, help="Side of the room of a random level.", rich_help_panel=LEVEL_PANEL)
+    ] = 6
     max_steps: Annotated[
-        int, typer.Option(min=1, max=119, help="Moves after which a level counts as not solved.", rich_help_panel=LEVEL_PANEL)
+        int, typer.Option(min=1, max=119, help="Maximum number of moves per level.", rich_help_panel=LEVEL_PANEL)
     ] = 60
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N of each split.", rich_help_panel=LEVEL_PANEL)] = (
-        None
-    )
-    batch_size: Annotated[int, typer.Option(min=1, help="Levels played at once.", rich_help_panel=LEVEL_PANEL)] = 100
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of levels from the start of each split.", rich_help_panel=LEVEL_PANEL)
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Levels played in parallel.", rich_help_panel=LEVEL_PANEL)] = 100
 
     def task(self) -> Task:
-        """Make the task: a fifth of the levels for validation, the others for test."""
-        from laserlm.lab.sokoban.episodes import solved, task
+        """Return the task: a fifth of the levels for validation, the rest for test."""
+        from laserlm.lab.sokoban.episodes import solve_levels, task
         from laserlm.lab.sokoban.levels import read_boxoban
-        from laserlm.lab.sokoban.training import held_out
+        from laserlm.lab.sokoban.training import held_out_task
 
         if self.levels is None:
-            made = held_out(boxes=self.boxes, room=self.room, max_steps=self.max_steps)
+            full_task = held_out_task(boxes=self.boxes, room=self.room, max_steps=self.max_steps)
         else:
-            read = read_boxoban(self.levels)
-            read = read if self.limit is None else read[: 5 * self.limit]
-            with bar("solving levels", unit="levels") as advance:
-                known = solved(read, advance)
-            if len(known) < len(read):
-                say(f"{len(read) - len(known)} of {len(read)} levels are left out: solved as they are, or not within 120 moves")
-            made = task(known, max_steps=self.max_steps)
+            levels = read_boxoban(self.levels)
+            levels = levels if self.limit is None else levels[: 5 * self.limit]
+            with progress_bar("solving levels", unit="levels") as advance:
+                solved = solve_levels(levels, advance)
+            if len(solved) < len(levels):
+                print_stderr(
+                    f"left out {len(levels) - len(solved)} of {len(levels)} levels: solved at the start, or not in 120 moves"
+                )
+            full_task = task(solved, max_steps=self.max_steps)
         return replace(
-            made,
-            validation=made.validation.limit(self.limit),
-            test=made.test.limit(self.limit),
-            every=made.every.limit(self.limit),
+            full_task,
+            validation=full_task.validation.limit(self.limit),
+            test=full_task.test.limit(self.limit),
+            every=full_task.every.limit(self.limit),
         )
 
 
@@ -96,27 +100,27 @@ class LevelOptions:
 def train(
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the model; an interrupted training goes on; default: in the user's data folder."),
+        typer.Option(help="Folder for the model.", show_default="in the user's data folder"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the levels and the weights.")] = 0,
-    boxes: Annotated[int, typer.Option(min=1, help="Boxes of each level.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the levels and the weights.")] = 0,
+    boxes: Annotated[int, typer.Option(min=1, help="Boxes per level.")] = 2,
     room: Annotated[int, typer.Option(min=3, max=8, help="Side of the room.")] = 6,
-    levels: Annotated[int, typer.Option(min=1, help="Levels to learn from.")] = 40_000,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1200,
+    levels: Annotated[int, typer.Option(min=1, help="Number of training levels.")] = 40_000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1200,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 250,
 ) -> None:
-    """Train a Decision Transformer on optimal solutions of random levels.
+    """Train a Decision Transformer on optimal solutions of random levels. An interrupted training resumes.
 
     Example: laser lab sokoban train --out sokoban/seed-0
     """
-    from laserlm.lab.sokoban.training import Recipe
+    from laserlm.lab.sokoban.training import TrainingConfig
     from laserlm.lab.sokoban.training import train as train_
 
     start = time.monotonic()
     out = out or lab_folder("sokoban")
-    recipe = Recipe(seed=seed, boxes=boxes, room=room, levels=levels, steps=steps)
-    with bar("training", unit="steps") as advance:
-        lm = train_(recipe, out, save_every=save_every, on_progress=advance)
+    config = TrainingConfig(seed=seed, boxes=boxes, room=room, levels=levels, steps=steps)
+    with progress_bar("training", unit="steps") as advance:
+        lm = train_(config, out, save_every=save_every, on_progress=advance)
     parameters = sum(p.numel() for p in lm.model.parameters())
     print(f"{out}: {parameters:,} parameters, {time.monotonic() - start:.0f} s")
     print(f"Go on with:\n  laser lab sokoban evaluate {out}\n  laser lab sokoban search {out}")
@@ -128,14 +132,15 @@ def evaluate(
     player: PlayerOptions,
     levels: LevelOptions,
     reduce: Reduce = None,
-    split: Annotated[str, typer.Option(help="validation, test or all.")] = "test",
+    split: Annotated[str, typer.Option(help="Split to play: validation, test or all.")] = "test",
     json: Json = False,
 ) -> None:
-    """Let a model play levels that it has not seen: share solved, return, steps; with a reduction before and after.
+    """Let a model play held-out levels: share solved, return and steps, with and without a reduction.
 
     Example: laser lab sokoban evaluate --limit 100 --reduce 2.fc_in@0.1
     """
     from laserlm.edit import applied
+    from laserlm.jsonable import to_json
     from laserlm.reductions import Intervention
     from laserlm.scoring.evaluate import compare
     from laserlm.scoring.evaluate import evaluate as evaluate_
@@ -143,33 +148,39 @@ def evaluate(
 
     intervention = Intervention.parse(reduce or [])  # before the model is loaded
     lm, examples = player.load(), levels.task().split(split)
-    found: list[Evaluation] = []
-    for applied_now in [Intervention(), intervention] if intervention else [intervention]:
-        with bar(f"playing {applied_now or 'the unchanged model'}", unit="levels") as advance, applied(lm, applied_now):
-            found.append(evaluate_(lm, examples, batch_size=levels.batch_size, on_progress=lambda d, n: advance(d, n)))
-    both = compare(found[0], found[-1]) if intervention else None
-    returns = [[s.figures["return"] for s in e.scores] for e in found]
+    evaluations: list[Evaluation] = []
+    for current in [Intervention(), intervention] if intervention else [intervention]:
+        with progress_bar(f"playing {current or 'the unchanged model'}", unit="levels") as advance, applied(lm, current):
+            evaluations.append(evaluate_(lm, examples, batch_size=levels.batch_size, on_progress=advance))
+    comparison = compare(*evaluations) if intervention else None
+    returns = [[score.figures["return"] for score in e.scores] for e in evaluations]
     change = Estimate.mean([b - a for a, b in zip(*returns, strict=True)]) if intervention else None
     if json:
         print_json(
             {
-                "evaluations": [e.as_dict() for e in found],
-                "return": [Estimate.mean(r).as_dict() for r in returns],
-                "comparison": both.as_dict() if both else None,
-                "return_change": change.as_dict() if change else None,
+                "evaluations": [e.as_dict() for e in evaluations],
+                "return": to_json([Estimate.mean(r) for r in returns]),
+                "comparison": comparison.as_dict() if comparison else None,
+                "return_change": to_json(change),
             }
         )
         return
-    for e, r in zip(found, returns, strict=True):
-        low, high = e.accuracy_interval
-        print(
-            f"{e.intervention or 'unchanged'}: solved {e.accuracy:.1%} [{low:.1%}, {high:.1%}] of {e.n} levels within "
-            f"{levels.max_steps} moves, return {Estimate.mean(r)}, moves {e.figures['steps']:.1f}; log-loss of the "
-            f"solutions' moves {e.loss:.4f} nats"
-        )
-    if both is not None and change is not None:
-        print(both)
+    for evaluation in evaluations:
+        _print_evaluation(evaluation, levels.max_steps)
+    if comparison is not None and change is not None:
+        print(comparison)
         print(f"return {change.value:+.3f} [{change.interval.low:+.3f}, {change.interval.high:+.3f}], paired by level")
+
+
+def _print_evaluation(e: Evaluation, max_steps: int) -> None:
+    from laserlm.studies.estimates import Estimate
+
+    low, high = e.accuracy_interval
+    print(
+        f"{e.intervention or 'unchanged'}: solved {e.accuracy:.1%} [{low:.1%}, {high:.1%}] of {e.n} levels within {max_steps} "
+        f"moves, return {Estimate.mean([score.figures['return'] for score in e.scores])}, moves {e.figures['steps']:.1f}; "
+        f"log-loss of the solutions' moves {e.loss:.4f} nats"
+    )
 
 
 @app.command()
@@ -177,26 +188,26 @@ def evaluate(
 def search(
     player: PlayerOptions,
     levels: LevelOptions,
-    strategy: Annotated[str, typer.Option(help="race, exhaustive or compose.")] = "race",
-    grid: Annotated[str, typer.Option(help="paper, mlp, fine, or text such as 0-2.mlp@0.05,0.5.")] = "fine",
+    strategy: Annotated[str, typer.Option(help="Strategy: race, exhaustive or compose.")] = "race",
+    grid: Annotated[str, typer.Option(help="Candidates: paper, mlp, fine, or such as 0-2.mlp@0.05,0.5.")] = "fine",
     seed: Annotated[int, typer.Option(help="Seed of the order of levels.")] = 0,
     store: Store = STORE_DEFAULT,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew even where the database has this search.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Search again, even if the database has this search.")] = False,
     json: Json = False,
 ) -> None:
-    """Rank reductions by the log-loss of solutions on validation levels, let the best play, measure one on test levels.
+    """Rank reductions by the log-loss of solutions, let the best ones play, and test one.
 
     Example: laser lab sokoban search --limit 100
     """
     from laserlm.searching import search as search_
 
-    lm, made = player.load(), levels.task()
-    say(f"results are kept in {masked(store)}")
-    with searching_bar() as on_step:
-        found = search_(
+    lm, task = player.load(), levels.task()
+    print_stderr(f"results are in {mask_credentials(store)}")
+    with search_progress_bar() as on_step:
+        result = search_(
             lm,
-            made,
-            strategy=strategy,  # type: ignore[arg-type]
+            task,
+            strategy=strategy,
             grid=grid,
             seed=seed,
             store=store,
@@ -205,9 +216,9 @@ def search(
             on_step=on_step,
         )
     if json:
-        print_json(found.as_dict())
+        print_json(result.as_dict())
     else:
-        print_found(found)
+        print_result(result)
 
 
 @app.command()
@@ -215,13 +226,13 @@ def search(
 def play(
     player: PlayerOptions,
     levels: LevelOptions,
-    level: Annotated[int, typer.Option(min=0, help="Which level of the test split, counted from 0.")] = 0,
+    level: Annotated[int, typer.Option(min=0, help="Index of the level in the test split, from 0.")] = 0,
     reduce: Reduce = None,
-    picture: Annotated[Path | None, typer.Option(help="Write the episode as an animated GIF to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="File for an animated GIF of the episode.")] = None,
     delay: Annotated[float, typer.Option(min=0, help="Seconds between two moves on a terminal.")] = 0.15,
     json: Json = False,
 ) -> None:
-    """Play one level in the environment, move by move, in the terminal and as an animated picture.
+    """Play one level move by move, on the terminal or as an animated picture.
 
     Example: laser lab sokoban play --level 3 --picture episode.gif
     """
@@ -235,27 +246,28 @@ def play(
     intervention = Intervention.parse(reduce or [])
     lm, examples = player.load(), levels.task().test.examples
     if level >= len(examples):
-        raise TaskError(f"no level {level}; the test split has {len(examples)}, counted from 0")
+        raise TaskError(f"no level {level}; the test split has levels 0 to {len(examples) - 1}")
+    example = examples[level]
     with applied(lm, intervention):
-        played = play_(lm, Level.parse(examples[level].prompt, examples[level].id), max_steps=levels.max_steps)
+        episode = play_(lm, Level.parse(example.prompt, example.id), max_steps=levels.max_steps)
     if picture is not None:
-        animate(played, picture)
+        animate(episode, picture)
     if json:
         print_json(
             {
-                "level": examples[level].id,
+                "level": example.id,
                 "intervention": str(intervention),
-                "solved": played.solved,
-                "return": played.earned,
-                "moves": played.moves,
-                "solution": examples[level].answer,
+                "solved": episode.solved,
+                "return": episode.total_reward,
+                "moves": episode.moves,
+                "solution": example.answer,
             }
         )
         return
-    show(played, delay=delay)
+    show(episode, delay=delay)
     print(
-        f"{'solved' if played.solved else 'not solved'} in {len(played.moves)} moves, return {played.earned:.1f}; the shortest "
-        f"solution has {len(examples[level].answer)}: {examples[level].answer}"
+        f"{'solved' if episode.solved else 'not solved'} in {len(episode.moves)} moves, return {episode.total_reward:.1f}; "
+        f"the shortest solution has {len(example.answer)}: {example.answer}"
     )
     if picture is not None:
         print(f"animated picture: {picture}")

@@ -1,4 +1,4 @@
-"""Commands on tasks: list them, show some of their examples, verify published results."""
+"""Commands on tasks: list them, show examples, compare with published results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import DataOptions, Json, Listing, LoadOptions, print_json, with_options
-from laserlm.cli.progress import bar
+from laserlm.cli.options import DataOptions, Json, LoadOptions, TableOptions, print_json, with_options
+from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="List all tasks; show examples of one.")
 COLUMNS = ("task", "about", "rows", "source", "licence", "scorer")
-OTHERS = {
+FILE_TASKS = {
     "jsonl:FILE": ("your own questions", "", "yours", "yours", "answer or choice"),
     "perplexity:FILE": ("your own text", "", "yours", "yours", "perplexity"),
     "lm-eval:NAME": (
@@ -27,13 +27,12 @@ OTHERS = {
         "its own",
     ),
 }
-Shown = Annotated[str, typer.Argument(help="A task's name.")]
 
 
 @app.callback()
-@with_options(listing=Listing)
-def tasks(context: typer.Context, listing: Listing) -> None:
-    """List all tasks, with their size when all of their data is read, source, licence and scorer.
+@with_options(listing=TableOptions)
+def tasks(context: typer.Context, listing: TableOptions) -> None:
+    """List all tasks with the size of their data, source, licence and scorer.
 
     Example: laser tasks --csv
     """
@@ -45,66 +44,66 @@ def tasks(context: typer.Context, listing: Listing) -> None:
     for name, d in DEFINITIONS.items():
         source = d.hub.path if d.hub is not None else d.url or "comes with laserlm"
         rows.append(dict(zip(COLUMNS, (name, d.about, d.rows, source, d.licence, d.scorer), strict=True)))
-    rows += [dict(zip(COLUMNS, (name, *values), strict=True)) for name, values in OTHERS.items()]
+    rows += [dict(zip(COLUMNS, (name, *values), strict=True)) for name, values in FILE_TASKS.items()]
     listing.print(rows, "tasks")
 
 
 @app.command()
 @with_options(data=DataOptions, loading=LoadOptions)
 def show(
-    name: Shown,
+    name: Annotated[str, typer.Argument(help="Task to show.")],
     data: DataOptions,
     loading: LoadOptions,
-    model: Annotated[str, typer.Option(help="The model whose tokens are shown.")] = "bundled",
+    model: Annotated[str, typer.Option(help="Model whose tokens are shown.")] = "bundled",
     n: Annotated[int, typer.Option("-n", min=1, help="Number of examples.")] = 3,
     json: Json = False,
 ) -> None:
-    """Print examples as a model gets them, each token of the answer in square brackets.
+    """Print examples as a model reads them, each token of the answer in square brackets.
 
     Example: laser tasks show worldfacts
     """
-    made = data.read(name)
+    task = data.load_task(name)
     lm = loading.load_named(model)
-    split = made.every.limit(n)
+    split = task.every.limit(n)
     rows = [{"id": e.id, "prompt": e.prompt, "answer": e.answer, "text": _marked(lm, e, split.scorer)} for e in split]
     if json:
-        print_json({"task": name, "model": lm.name, "scorer": split.scorer, "source": made.source, "examples": rows})
+        print_json({"task": name, "model": lm.name, "scorer": split.scorer, "source": task.source, "examples": rows})
         return
-    print(f"{name}: {len(made.validation)} validation and {len(made.test)} test examples; {made.source}")
+    print(f"{name}: {len(task.validation)} validation and {len(task.test)} test examples; {task.source}")
     print(f"scored by {split.scorer}, with the tokens of {lm.name}")
     for row in rows:
         print(f"\n{row['id']}\n{row['text']}")
 
 
-def _marked(lm: LanguageModel, e: Example, scorer: Scorer) -> str:
+def _marked(lm: LanguageModel, example: Example, scorer: Scorer) -> str:
     """Return the text that the model reads, with each token that is scored in brackets."""
     from laserlm.scoring.tokenize import encode
 
-    tokenizer = lm.need_tokenizer()
+    decode = lm.require_tokenizer().decode
     lines: list[str] = []
-    for row in encode(lm, [e], scorer):
-        scored = "".join(f"[{tokenizer.decode([t])}]" for t in row.targets)
-        wrong = [tokenizer.decode([t]) for t in row.options if t not in row.targets]
+    for row in encode(lm, [example], scorer):
+        scored = "".join(f"[{decode([t])}]" for t in row.targets)
+        wrong = ", ".join(f"[{decode([t])}]" for t in row.choice_tokens if t not in row.targets)
         ids = row.decoder or row.ids
-        before = tokenizer.decode(ids[: row.places[0] + (lm.kind != "masked")])
-        after = tokenizer.decode(ids[row.places[-1] + 1 :]) if lm.kind == "masked" else ""
-        read = f"{tokenizer.decode(row.ids)} => " if row.decoder else ""
-        lines.append(read + before + scored + after + (f"   not {', '.join(f'[{w}]' for w in wrong)}" if wrong else ""))
+        before = decode(ids[: row.positions[0] + (lm.kind != "masked")])
+        after = decode(ids[row.positions[-1] + 1 :]) if lm.kind == "masked" else ""
+        encoded = f"{decode(row.ids)} => " if row.decoder else ""
+        lines.append(encoded + before + scored + after + (f"   not {wrong}" if wrong else ""))
     return "\n".join(lines)
 
 
 @with_options(data=DataOptions, loading=LoadOptions)
 def verify(
-    model: Annotated[str, typer.Argument(help="A model with published results, such as gpt-j-6b.")],
-    name: Annotated[str, typer.Argument(metavar="TASK", help="A task with published results, such as counterfact.")],
+    model: Annotated[str, typer.Argument(help="Model with published results, such as gpt-j-6b.")],
+    name: Annotated[str, typer.Argument(metavar="TASK", help="Task with published results, such as counterfact.")],
     data: DataOptions,
     loading: LoadOptions,
-    weights: Annotated[str | None, typer.Option(help="Hub id or folder to load in place of the published model's.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the test split.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the decompositions, which are random as published.")] = 0,
+    weights: Annotated[str | None, typer.Option(help="Hub id or folder to load instead.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of examples from the start of the test split.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the randomised decompositions.")] = 0,
     json: Json = False,
 ) -> None:
-    """Run what was published for a model on a task, and print ours beside it.
+    """Repeat the published measurements of a model on a task, and print both.
 
     Example: laser verify gpt-j-6b counterfact --data counterfact.json
     """
@@ -112,43 +111,35 @@ def verify(
     from rich.table import Table
 
     from laserlm.errors import TaskError
-    from laserlm.studies.published import CHECKPOINTS, published
-    from laserlm.studies.published import compare_with_published as verify_
+    from laserlm.studies.published import CHECKPOINTS, compare_with_published, published
 
     rows = published(model, name)
     if not rows:
         known = ", ".join(dict.fromkeys(f"{r.model} {r.task}" for r in published()))
         raise TaskError(f"no published result of {model!r} on {name!r} can be run; there are {known}")
-    made = replace(data, split_by=data.split_by or "paper").read(name)
+    task = replace(data, split_by=data.split_by or "paper").load_task(name)
     hub, dtype = CHECKPOINTS[model]
     lm = replace(loading, dtype=loading.dtype or dtype).load_named(weights or hub)
-    with bar(f"verifying {len(rows)} of {model} on {name}") as advance:
-        found = verify_(
-            lm,
-            made,
-            rows,
-            limit=limit,
-            batch_size=data.batch_size,
-            seed=seed,
-            on_progress=lambda done, total: advance(done, total, ""),
-        )
+    with progress_bar(f"verifying {len(rows)} of {model} on {name}") as advance:
+        checks = compare_with_published(lm, task, rows, limit=limit, batch_size=data.batch_size, seed=seed, on_progress=advance)
     if json:
         print_json(
             [
-                {"published": asdict(v.row), "base": v.base.as_dict(), "edited": v.edited.as_dict()}
-                | {"accuracies": v.accuracies, "losses": v.losses, "settings": v.settings}
-                for v in found
+                {"published": asdict(check.row), "base": check.base.as_dict(), "edited": check.edited.as_dict()}
+                | {"accuracies": check.accuracies, "losses": check.losses, "settings": check.settings}
+                for check in checks
             ]
         )
         return
-    for v in found:
-        table = Table("", "published", "ours", "difference", title=f"{name}, {v.row.intervention}", title_justify="left")
-        theirs = (v.row.base, v.row.edited, v.row.base_loss, v.row.edited_loss)
-        labels = (f"base {v.row.metric}", f"LASER {v.row.metric}", "base loss", "LASER loss")
-        for label, a, b in zip(labels, theirs, (*v.accuracies, *v.losses), strict=True):
+    for check in checks:
+        row = check.row
+        table = Table("", "published", "ours", "difference", title=f"{name}, {row.intervention}", title_justify="left")
+        theirs = (row.base, row.edited, row.base_loss, row.edited_loss)
+        labels = (f"base {row.metric}", f"LASER {row.metric}", "base loss", "LASER loss")
+        for label, a, b in zip(labels, theirs, (*check.accuracies, *check.losses), strict=True):
             table.add_row(label, "" if a is None else f"{a:g}", f"{b:.3f}", "" if a is None else f"{b - a:+.3f}")
         Console().print(table)
-        print(f"Published in: {v.row.source} ({v.row.method})")
+        print(f"Published in: {row.source} ({row.method})")
     print("What is known to move these figures:")
-    for setting in found[-1].settings:
+    for setting in checks[-1].settings:
         print(f"  - {setting}")

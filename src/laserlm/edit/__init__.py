@@ -1,4 +1,4 @@
-"""Apply and undo interventions, as single matrices or as two factors; keep decompositions."""
+"""Apply and undo interventions, with dense matrices or with factors; cache decompositions."""
 
 from laserlm.edit.apply import Edit, applied, removed_part, resolve
 from laserlm.edit.decomposition_cache import DecompositionCache

@@ -1,4 +1,4 @@
-"""Decompositions kept by content: in memory while there is room, and on disk."""
+"""A cache of decompositions, keyed by the matrix's content, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ log = logging.getLogger(__name__)
 
 
 class DecompositionCache:
-    """Decompose matrices, each content once.
+    """Decompose each matrix once, and return the cached decomposition for equal matrices.
 
-    Only the (k, k) basis is on disk, k = min(m, n); the other factor is one product away. A basis is kept under the
-    sha256 of the weight's bytes, shape and dtype and the version of the algorithm, with a checksum of its own bytes.
-    A damaged file is made again, and a disk that cannot be written to is gone without; both are logged as warnings.
+    The disk stores only the (k, k) basis, k = min(m, n); one product gives the other factor. The key of a basis is the
+    sha256 of the weight's bytes, shape and dtype and of the algorithm's version. A checksum of the basis is stored with it.
+    A damaged file is computed again. A disk that cannot be written is not used. Both are logged as warnings.
 
     Args:
-        folder: where bases are kept, or None for memory only.
-        memory: bytes of decompositions held in memory; the least recently used go first.
+        folder: folder of the bases, or None for memory only.
+        memory: maximum bytes of decompositions in memory; the least recently used are dropped first.
 
     Attributes:
-        peak: most bytes that were held.
+        peak: maximum number of bytes that were in memory.
     """
 
     def __init__(self, folder: Path | None = None, memory: float = 512 * 2**20) -> None:
         self.folder = folder
         self.memory = memory
         self.peak = 0
-        self._held: OrderedDict[str, Decomposition] = OrderedDict()
+        self._in_memory: OrderedDict[str, Decomposition] = OrderedDict()
 
     def get(self, weight: Tensor) -> Decomposition:
         """Return the decomposition of a matrix (m, n), on its device.
@@ -49,19 +49,19 @@ class DecompositionCache:
             WeightError: if the matrix holds NaN or inf.
         """
         key = content_key(weight)
-        held = self._held.get(key)
-        if held is None or held.left.device != weight.device:
+        decomposition = self._in_memory.get(key)
+        if decomposition is None or decomposition.left.device != weight.device:
             full = as_float_matrix(weight)
-            held = self._held[key] = Decomposition.from_basis(full, self._basis(key, full))
-        self._held.move_to_end(key)
-        while (total := sum(d.bytes for d in self._held.values())) > self.memory and len(self._held) > 1:
-            self._held.popitem(last=False)
+            decomposition = self._in_memory[key] = Decomposition.from_basis(full, self._basis(key, full))
+        self._in_memory.move_to_end(key)
+        while (total := sum(d.bytes for d in self._in_memory.values())) > self.memory and len(self._in_memory) > 1:
+            self._in_memory.popitem(last=False)
         self.peak = max(self.peak, total)
-        return held
+        return decomposition
 
     def clear(self) -> None:
-        """Free the memory; what is on disk stays."""
-        self._held.clear()
+        """Drop the decompositions in memory; files on disk stay."""
+        self._in_memory.clear()
 
     def _basis(self, key: str, weight: Tensor) -> Tensor:
         if self.folder is None:
@@ -75,7 +75,7 @@ class DecompositionCache:
 
 
 def content_key(weight: Tensor) -> str:
-    """Return the sha256 of a matrix's shape, dtype and bytes and of the decomposition's version."""
+    """Return the sha256 of a matrix's shape, dtype and bytes and of the algorithm's version."""
     digest = hashlib.sha256(f"{ALGORITHM} {tuple(weight.shape)} {weight.dtype}\n".encode())
     digest.update(_bytes(weight))
     return digest.hexdigest()
@@ -92,22 +92,22 @@ def _save(file: Path, basis: Tensor) -> None:
         with atomic_file(file) as part:
             save_file({"basis": stored}, part, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        log.warning("cannot keep a decomposition at %s (%s); it will be computed again next time", file.parent, error)
+        log.warning("cannot write a decomposition to %s (%s); it will be computed again next time", file.parent, error)
 
 
 def _load(file: Path, weight: Tensor) -> Tensor | None:
-    """Return the basis in a file, or None where there is none or it is damaged."""
+    """Return the basis in a file, or None if the file is missing or damaged."""
     if not file.is_file():
         return None
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
             basis: Tensor = stored.get_tensor("basis")
-        whole = hashlib.sha256(_bytes(basis)).hexdigest() == metadata.get("sha256")
+        is_intact = hashlib.sha256(_bytes(basis)).hexdigest() == metadata.get("sha256")
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        log.warning("the cached decomposition %s cannot be read (%s); making it again", file, error)
+        log.warning("the cached decomposition %s cannot be read (%s); it is computed again", file, error)
         return None
-    if not whole:
-        log.warning("the cached decomposition %s does not match its checksum; making it again", file)
+    if not is_intact:
+        log.warning("the cached decomposition %s does not match its checksum; it is computed again", file)
         return None
     return basis.to(weight)

@@ -1,4 +1,4 @@
-"""Hold the matrices of an intervention as two factors, where that takes fewer parameters."""
+"""Store the matrices of an intervention as two factors if that takes fewer parameters."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
 from laserlm.reductions import Intervention
 
-__all__ = ["StoredMatrix", "factored", "low_rank_layer", "reason_not_factorable", "replaced"]
+__all__ = ["StoredMatrix", "factored", "low_rank_layer", "reason_not_factorable", "replaced_modules"]
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """How a reduced matrix is held.
+    """The storage of a reduced matrix: two factors or one dense matrix.
 
     Args:
-        matrix: its id, such as ``27.fc_in``.
+        matrix: id of the matrix, such as ``27.fc_in``.
         path: path of its parameter.
         shape: (out, in).
-        rank: singular values kept, of each block of rows.
-        parameters: numbers that hold it.
-        dense: why it is one matrix, or empty where it is two factors.
+        rank: number of singular values kept in each block of rows.
+        parameters: number of parameters stored for the matrix.
+        reason_kept_dense: why it is one matrix; empty if it is two factors.
     """
 
     matrix: str
@@ -40,38 +40,40 @@ class StoredMatrix:
     shape: tuple[int, int]
     rank: int
     parameters: int
-    dense: str = ""
+    reason_kept_dense: str = ""
 
     @classmethod
-    def of(cls, edit: Edit, dense: str = "") -> StoredMatrix:
-        """Return how a matrix is held that an edit reduces."""
+    def of(cls, edit: Edit, reason_kept_dense: str = "") -> StoredMatrix:
+        """Return the storage of the matrix of an edit."""
         matrix = edit.matrix
         m, n = matrix.shape
-        parameters = m * n if dense else edit.rank * (m + edit.reduction.split * n)
-        return cls(matrix.id, matrix.path, matrix.shape, edit.rank, parameters, dense)
+        parameters = m * n if reason_kept_dense else edit.rank * (m + edit.reduction.split * n)
+        return cls(matrix.id, matrix.path, matrix.shape, edit.rank, parameters, reason_kept_dense)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return asdict(self) | {"shape": list(self.shape)}
+        """Return all fields as plain JSON values."""
+        values = asdict(self) | {"shape": list(self.shape)}
+        values["dense"] = values.pop("reason_kept_dense")
+        return values
 
 
 @contextmanager
 def factored(
     lm: LanguageModel, intervention: InterventionLike, *, cache: DecompositionCache | None = None, seed: int = 0
 ) -> Iterator[tuple[StoredMatrix, ...]]:
-    """Apply an intervention inside a ``with`` block, its matrices held as two factors where that takes fewer parameters.
+    """Apply an intervention inside a ``with`` block, with matrices stored as two factors if that takes fewer parameters.
 
-    A matrix (m, n) at rank r is two factors where r (m + n) < m n. It stays one where it is not the weight of a linear
-    layer, or is shared by several blocks. At the end of the block the very same modules and tensors are back in place.
+    A matrix (m, n) of rank r becomes two factors if r (m + n) < m n. It stays dense if it is not the weight of a linear
+    layer or if several blocks share it. At the end of the block the original modules and tensors are back in place.
 
     Args:
         lm: the model.
         intervention: as for ``applied``.
-        cache: decompositions to use; None takes the one kept under ``lm.cache``.
-        seed: of ``:reference`` decompositions.
+        cache: decomposition cache; None uses the one in ``lm.cache``.
+        seed: seed of ``:reference`` decompositions.
 
     Yields:
-        How each reduced matrix is held.
+        The storage of each reduced matrix.
 
     Raises:
         LaserError: as ``applied``.
@@ -79,9 +81,9 @@ def factored(
     intervention = Intervention.parse(intervention)
     cache = cache or default_cache(lm.cache)
     edits = [e for e in resolve(lm.matrices, intervention) if not e.is_identity]
-    reasons = {e.matrix.id: _why_dense(lm, e) for e in edits}
+    reasons = {e.matrix.id: _reason_kept_dense(lm, e) for e in edits}
     factors = {e.matrix.id: _factors(lm, e, cache, seed) for e in edits if not reasons[e.matrix.id]}
-    holdings = tuple(StoredMatrix.of(e, reasons[e.matrix.id]) for e in edits)
+    stored = tuple(StoredMatrix.of(e, reasons[e.matrix.id]) for e in edits)
     by_module: dict[str, list[Edit]] = {}
     for edit in edits:
         if edit.matrix.id in factors:
@@ -92,34 +94,34 @@ def factored(
             path: low_rank_layer(lm.model.get_submodule(path), [(e.matrix, factors[e.matrix.id]) for e in group])
             for path, group in by_module.items()
         }
-        with replaced(lm.model, layers):
-            yield holdings
+        with replaced_modules(lm.model, layers):
+            yield stored
 
 
 @contextmanager
-def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put modules in the place of those at these paths until the end of the block."""
-    before = {path: model.get_submodule(path) for path in layers}
+def replaced_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Replace the modules at these paths inside a ``with`` block."""
+    originals = {path: model.get_submodule(path) for path in modules}
     try:
-        for path, layer in layers.items():
-            model.set_submodule(path, layer)
+        for path, module in modules.items():
+            model.set_submodule(path, module)
         yield
     finally:
-        for path, module in before.items():
+        for path, module in originals.items():
             model.set_submodule(path, module)
 
 
 Factors = list[tuple[Tensor, Tensor]]
-"""Second and first factor, (rows, r) and (r, n), of each block of rows."""
+"""The two factors of each block of rows: up (rows, r) and down (r, n)."""
 
 
 @torch.no_grad()
 def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]]) -> LowRankLinear:
-    """Return a layer that computes what a linear layer does, with some of its matrices as two factors.
+    """Return a low-rank layer with the given matrices as factors and the other rows and the bias of a linear layer.
 
     Args:
-        old: a linear layer or Conv1D; what is not reduced is taken from it.
-        reduced: matrices of it that do not overlap, and their factors.
+        old: a linear layer or Conv1D.
+        reduced: matrices of the layer that do not overlap, and their factors.
     """
     weight = old.get_parameter("weight")
     bias = None if old.bias is None else old.get_parameter("bias")
@@ -127,38 +129,30 @@ def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]]) ->
     m, n = dense.shape
     groups = max(1 if matrix.rows is None else matrix.rows.groups for matrix, _ in reduced)
     stride = m // groups
-    parts: list[Part] = []
-    widths: list[Tensor] = []
-    ups: list[Tensor | None] = []
-    done = 0  # rows of each group so far
-
-    def keep_dense(to: int) -> None:
-        if to > done:
-            rows = dense.unflatten(0, (groups, stride))[:, done:to].flatten(0, 1)
-            parts.append(Part(len(rows)))
-            widths.append(rows)
-            ups.append(None)
-
+    grouped = dense.unflatten(0, (groups, stride))
+    # Rows of the new weight and second factor of each part; dense parts have no second factor.
+    blocks: list[tuple[Tensor, Tensor | None]] = []
+    end = 0  # rows of each group so far
     for matrix, factors in sorted(reduced, key=lambda r: 0 if r[0].rows is None else r[0].rows.start):
         start, length = (0, stride) if matrix.rows is None else (matrix.rows.start, matrix.rows.length)
-        keep_dense(start)
-        for up, down in factors:
-            parts.append(Part(*up.shape))
-            widths.append(down)
-            ups.append(up)
-        done = start + length
-    keep_dense(stride)
+        if start > end:
+            blocks.append((grouped[:, end:start].flatten(0, 1), None))
+        blocks += [(down, up) for up, down in factors]
+        end = start + length
+    if stride > end:
+        blocks.append((grouped[:, end:].flatten(0, 1), None))
+    parts = [Part(len(down)) if up is None else Part(*up.shape) for down, up in blocks]
     new = LowRankLinear(n, m, parts, groups=groups, bias=bias is not None, device="meta", dtype=weight.dtype)
-    new.weight = nn.Parameter(torch.cat([w.to(weight) for w in widths]), weight.requires_grad)
-    for i, second in enumerate(ups):
-        if second is not None:
-            setattr(new, f"up{i}", nn.Parameter(second.to(weight).contiguous(), weight.requires_grad))
+    new.weight = nn.Parameter(torch.cat([down.to(weight) for down, _ in blocks]), weight.requires_grad)
+    for i, (_, up) in enumerate(blocks):
+        if up is not None:
+            setattr(new, f"up{i}", nn.Parameter(up.to(weight).contiguous(), weight.requires_grad))
     new.bias = bias
     return new.train(old.training)
 
 
 def reason_not_factorable(lm: LanguageModel, matrix: Matrix) -> str:
-    """Return why a matrix cannot be held as two factors, or nothing where it can."""
+    """Return why a matrix cannot be stored as two factors, or empty text if it can."""
     if not isinstance(lm.model.get_submodule(matrix.path.rpartition(".")[0]), nn.Linear | Conv1D):
         return "not the weight of a linear layer"
     if any(m.tied_to == matrix.path or (m.path == matrix.path and m.tied_to) for m in lm.matrices):
@@ -166,8 +160,8 @@ def reason_not_factorable(lm: LanguageModel, matrix: Matrix) -> str:
     return ""
 
 
-def _why_dense(lm: LanguageModel, edit: Edit) -> str:
-    """Return why an edited matrix is not held as two factors, or nothing where it is."""
+def _reason_kept_dense(lm: LanguageModel, edit: Edit) -> str:
+    """Return why an edited matrix stays dense, or empty text if it is stored as two factors."""
     matrix = edit.matrix
     m, n = matrix.shape
     k = edit.reduction.split
@@ -183,7 +177,6 @@ def _why_dense(lm: LanguageModel, edit: Edit) -> str:
 @torch.no_grad()
 def _factors(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: int) -> Factors:
     if edit.reduction.method == "reference":
-        d = decompose(truncation(lm, edit, cache, seed))  # of that rank already
-        return [d.factors(edit.rank)]
+        return [decompose(truncation(lm, edit, cache, seed)).factors(edit.rank)]
     blocks = read_matrix(lm.model, edit.matrix).chunk(edit.reduction.split)
     return [cache.get(block).factors(edit.rank, edit.reduction.keep) for block in blocks]

@@ -1,4 +1,4 @@
-"""Save a reduced or compressed model, dense or as factors; check what was saved."""
+"""Save a reduced or compressed model, dense or as factors; check and rebuild saved models."""
 
 from laserlm.export.check import LoadCheck, Reproduction, load_check, reproduce
 from laserlm.export.checkpoint import SavedModel, read_record

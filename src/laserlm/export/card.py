@@ -1,4 +1,4 @@
-"""The model card of a saved model: what it is, what it gained, how it was made."""
+"""Write the model card of a saved model: its origin, its gain and how to rebuild it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 __all__ = ["card"]
 
 TAGS = {"AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask"}
-SHOWN = 40
-"""Matrices that a card lists; the record has them all."""
+MAX_MATRICES = 40
+"""Number of matrices that a card lists; the record lists all."""
 
 
 def card(record: dict[str, Any]) -> str:
-    """Return the text of ``README.md`` for what ``laser.json`` will hold."""
+    """Return the text of ``README.md`` for a record (the content of ``laser.json``)."""
     base = record["base"]
     hub = base["hub"] or base["name"]
     name = hub if base["revision"] is None else f"{hub} at {base['revision']}"
@@ -28,8 +28,8 @@ def card(record: dict[str, Any]) -> str:
         "",
         f"# {hub.rstrip('/').rpartition('/')[2]}, reduced",
         "",
-        f"{name}, some of its weight matrices replaced by approximations of low rank, without training "
-        "([LASER](https://arxiv.org/abs/2312.13558)), by laserlm.",
+        f"{name} with some weight matrices replaced by low-rank approximations, without training "
+        "([LASER](https://arxiv.org/abs/2312.13558)). Made with laserlm.",
         "",
         *_loading(record, loader),
         "",
@@ -50,32 +50,32 @@ def card(record: dict[str, Any]) -> str:
         record["command"],
         "```",
         "",
-        "`laser reproduce DIR` makes it again and compares; `laser load-check DIR` loads it in a fresh process and compares "
-        "its logits with those recorded. Versions: "
+        "`laser reproduce DIR` rebuilds it and compares the weights. `laser load-check DIR` loads it in a fresh process and "
+        "compares its logits with the recorded logits. Versions: "
         + ", ".join(f"{package} {version}" for package, version in record["provenance"]["versions"].items())
         + ".",
         "",
         "## Matrices",
         "",
-        "| matrix | shape | rank | held as |",
+        "| matrix | shape | rank | stored as |",
         "|---|---|---|---|",
         *(
             f"| {m['matrix']} | {m['shape'][0]} x {m['shape'][1]} | {m['rank']} | {m['dense'] or 'two factors'} |"
-            for m in record["matrices"][:SHOWN]
+            for m in record["matrices"][:MAX_MATRICES]
         ),
     ]
-    if len(record["matrices"]) > SHOWN:
-        lines.append(f"| and {len(record['matrices']) - SHOWN} more in `laser.json` | | | |")
+    if len(record["matrices"]) > MAX_MATRICES:
+        lines.append(f"| and {len(record['matrices']) - MAX_MATRICES} more in `laser.json` | | | |")
     return "\n".join(lines) + "\n"
 
 
 def _loading(record: dict[str, Any], loader: str) -> list[str]:
     if record["imports"] is None:
-        return [f'Load it with `transformers.{loader}.from_pretrained("DIR")`; it needs nothing else.']
+        return [f'Load it with `transformers.{loader}.from_pretrained("DIR")`. It needs no other package.']
     return [
-        "Its reduced matrices are held as two factors each. **Import laserlm first**; without it loading ends in an error."
+        "Its reduced matrices are stored as two factors each. **Import laserlm first.** Without laserlm, loading fails."
         if record["form"] == "factored"
-        else "It is a model of laserlm's lab. **Import it first**; without it loading ends in an error.",
+        else "It is a model of laserlm's lab. **Import its module first.** Without the module, loading fails.",
         "",
         "```python",
         f"import {record['imports']}",
@@ -86,36 +86,36 @@ def _loading(record: dict[str, Any], loader: str) -> list[str]:
     ]
 
 
-def _compression(how: dict[str, Any]) -> str:
-    text = how.get("text")
-    what = f"{how['method']} decomposition, {how['allocation']} ranks"
-    what += f", {how['ratio']:.0%} of the parameters of the blocks' matrices"
+def _compression(settings: dict[str, Any]) -> str:
+    text = settings.get("text")
+    line = f"{settings['method']} decomposition, {settings['allocation']} ranks"
+    line += f", {settings['ratio']:.0%} of the parameters of the blocks' matrices"
     if text is not None and text["calibrated_on"]:
-        what += f"; calibrated on {text['calibrated_on']:,} tokens of `{text['name']}`"
-    if "perplexity" in how:
-        p = how["perplexity"]
-        what += f"; perplexity {p['base']:.2f} to {p['compressed']:.2f} on {p['held_out_tokens']:,} tokens held out from it"
-    return what
+        line += f"; calibrated on {text['calibrated_on']:,} tokens of `{text['name']}`"
+    if "perplexity" in settings:
+        p = settings["perplexity"]
+        line += f"; perplexity {p['base']:.2f} to {p['compressed']:.2f} on {p['held_out_tokens']:,} held-out tokens"
+    return line
 
 
-def _evidence(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
+def _evidence(result: dict[str, Any] | None) -> list[str]:
+    if result is None:
         return ["Its gain on a task was not recorded when it was saved.", ""]
-    settings = found["settings"]
-    of_text = settings.get("scorer") == "perplexity"
+    settings = result["settings"]
+    is_perplexity = settings.get("scorer") == "perplexity"
     rows = []
-    for label, c in (("validation (chosen on)", found["validation"]), ("test (held out)", found["test"])):
+    for label, c in (("validation (chosen on)", result["validation"]), ("test (held out)", result["test"])):
         low, high = c["interval"]
         accuracy = f"{c['base']:.1%} | {c['best']:.1%} | {c['gain']:+.1%} [{low:+.1%}, {high:+.1%}] | {c['mcnemar_p']:.2g}"
         loss = f"{c['base_loss']:.3f} to {c['best_loss']:.3f}"
         if c["loss_interval"] is not None:
             loss += f" [{c['loss_interval'][0]:+.3f}, {c['loss_interval'][1]:+.3f}]"
-        rows.append(f"| {label} | {c['n']} | {'| | | ' if of_text else accuracy} | {loss} |")
+        rows.append(f"| {label} | {c['n']} | {'| | | ' if is_perplexity else accuracy} | {loss} |")
     return [
         f"## Gain on {settings.get('task', 'the task')}",
         "",
-        f"The best of {found['candidates']} candidates by {settings.get('metric', 'accuracy')}, "
-        f"of which {found['scored']} were scored; run `{found['run']}`.",
+        f"The best of {result['candidates']} candidates by {settings.get('metric', 'accuracy')}, "
+        f"of which {result['scored']} were scored; run `{result['run']}`.",
         "",
         "| split | examples | base | reduced | gain, 95 % interval | McNemar p | loss, nats per token [change] |",
         "|---|---|---|---|---|---|---|",

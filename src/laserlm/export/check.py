@@ -1,4 +1,4 @@
-"""Check a saved model: load it in a fresh process, or make it again."""
+"""Check a saved model: load it in a fresh process, or rebuild it and compare the weights."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from laserlm.models.language_model import LanguageModel
 __all__ = ["LoadCheck", "Reproduction", "load_check", "reproduce"]
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
-"""Largest difference of an output, as a share of the largest output, that rounding in a dtype explains."""
+"""Largest relative difference of outputs that rounding explains, by dtype."""
 
 
 @dataclass(frozen=True)
 class LoadCheck:
-    """What a fresh process found in a saved model.
+    """The result of loading a saved model in a fresh process.
 
     Args:
         form: ``dense`` or ``factored``.
-        imported_laserlm: whether laserlm was imported there; it is not for the dense form.
-        difference: largest difference of its outputs from those recorded, as a share of the largest; None where the model
-            takes no tokens, so that only its loading was checked.
-        tolerance: what rounding explains.
-        changed: files that are not as they were written.
+        imported_laserlm: whether that process imported laserlm; it does not for the dense form.
+        difference: largest difference between computed and recorded outputs, as a share of the largest output; None if the
+            model takes no tokens, so that only its loading was checked.
+        tolerance: largest difference that rounding explains.
+        changed: files that have changed since the model was saved.
     """
 
     form: str
@@ -54,13 +54,13 @@ class LoadCheck:
 
     @property
     def agrees(self) -> bool:
-        """Whether the outputs are those recorded, up to rounding."""
+        """Whether the outputs equal the recorded outputs up to rounding."""
         return self.difference is None or self.difference <= self.tolerance
 
     def __str__(self) -> str:
         how = "with laserlm imported" if self.imported_laserlm else "with transformers alone"
         compared = (
-            "it takes no tokens, so its outputs were not compared"
+            "its outputs were not compared because it takes no tokens"
             if self.difference is None
             else f"its outputs differ from those recorded by {self.difference:.1e} of the largest (rounding explains "
             f"{self.tolerance:.0e})"
@@ -70,47 +70,45 @@ class LoadCheck:
 
 
 def load_check(folder: str | Path) -> LoadCheck:
-    """Load a saved model in a fresh process, and compare what it computes with what was recorded when it was saved.
+    """Load a saved model in a fresh process, and compare its outputs with those recorded when it was saved.
 
     Raises:
-        ExportError: if it does not load, or lacks weights.
+        ExportError: if it does not load or lacks weights.
     """
     folder = Path(folder).absolute()
     record = read_record(folder)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-P", str(Path(load_in_subprocess.__file__)), str(folder)],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if process.returncode != 0:
+        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ExportError(f"{folder} does not load: {reason}; save it again")
-    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    output: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if told[name]:
-            raise ExportError(f"{folder} loads with {name.replace('_', ' ')}: {', '.join(told[name][:4])}; save it again")
-    dtypes = record["dtype"].values()
-    hashes = record["files"]
-    now = file_hashes(folder)
+        if output[name]:
+            raise ExportError(f"{folder} loads with {name.replace('_', ' ')}: {', '.join(output[name][:4])}; save it again")
+    recorded, current = record["files"], file_hashes(folder)
     return LoadCheck(
         form=record["form"],
-        imported_laserlm=told["imported"],
-        difference=_difference(told["fingerprint"], record["fingerprint"]),
-        tolerance=max(TOLERANCE.get(name, 3e-2) for name in dtypes),
-        changed=tuple(sorted(name for name in {*hashes, *now} if hashes.get(name) != now.get(name))),
+        imported_laserlm=output["imported"],
+        difference=_difference(output["fingerprint"], record["fingerprint"]),
+        tolerance=max(TOLERANCE.get(name, 3e-2) for name in record["dtype"].values()),
+        changed=tuple(sorted(name for name in {*recorded, *current} if recorded.get(name) != current.get(name))),
     )
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How a model made again compares with the saved one.
+    """The comparison of a rebuilt model with the saved model.
 
     Args:
         identical: whether all weights are equal, bit by bit.
-        difference: largest difference of a weight, factors multiplied out, as a share of the largest weight of its tensor.
-        tolerance: what the rounding of the saved dtype explains.
+        difference: largest difference of a weight, as a share of the largest weight of its tensor. Factors are multiplied out.
+        tolerance: largest difference that rounding in the saved dtype explains.
         tensors: number of tensors compared.
     """
 
@@ -121,7 +119,7 @@ class Reproduction:
 
     @property
     def agrees(self) -> bool:
-        """Whether the weights are equal up to the rounding of a decomposition computed elsewhere."""
+        """Whether the weights are equal up to the rounding of a decomposition on another machine."""
         return self.difference <= self.tolerance
 
     def __str__(self) -> str:
@@ -134,81 +132,72 @@ class Reproduction:
 
 
 def reproduce(folder: str | Path, lm: LanguageModel, *, calibration: str | Path | None = None) -> Reproduction:
-    """Make a saved model again from its base model, with decompositions of its own, and compare the weights.
+    """Rebuild a saved model from its base model with new decompositions, and compare the weights.
 
     Args:
-        folder: what ``save`` or ``compress`` wrote.
+        folder: a folder that ``save`` or ``compress`` wrote.
         lm: the base model that its record names.
-        calibration: where the text is now that a compressed model was calibrated on; None takes the place recorded.
+        calibration: path of the calibration text of a compressed model; None uses the recorded path.
 
     Raises:
-        ExportError: if the folder has no record, or ``lm`` or the text is not what it was made from.
+        ExportError: if the folder has no record, or ``lm`` or the text differs from the recorded one.
     """
     folder = Path(folder)
     record = read_record(folder)
     if lm.hash != record["base"]["hash"]:
         raise ExportError(
             f"{folder} was made from {record['base']['name']} with weights {record['base']['hash'][:12]}; "
-            f"{lm.name} has {lm.hash[:12]}: load the right revision, in {record['dtype']['base']}"
+            f"{lm.name} has {lm.hash[:12]}; load the recorded revision in {record['dtype']['base']}"
         )
-    common: dict[str, Any] = {
+    options: dict[str, Any] = {
         "form": record["asked_form"],
         "dtype": record["dtype"]["saved"],
         "shard_size": record["shard_size"],
     }
     with tempfile.TemporaryDirectory() as temporary:
-        again = Path(temporary) / "again"
+        rebuilt = Path(temporary) / "rebuilt"
         if "compression" in record:
-            _compress_again(record["compression"], lm, again, calibration, common)
+            _rebuild_compressed(record["compression"], lm, rebuilt, calibration, options)
         else:
             seed = record["decomposition"]["seed"]
-            save(lm, record["intervention"], again, seed=seed, cache=DecompositionCache(), **common)
-        return _compared(folder, again, TOLERANCE.get(record["dtype"]["saved"], 3e-2))
+            save(lm, record["intervention"], rebuilt, seed=seed, cache=DecompositionCache(), **options)
+        return _compare_weights(folder, rebuilt, TOLERANCE.get(record["dtype"]["saved"], 3e-2))
 
 
-def _compress_again(
-    how: dict[str, Any], lm: LanguageModel, out: Path, calibration: str | Path | None, common: dict[str, Any]
+def _rebuild_compressed(
+    settings: dict[str, Any], lm: LanguageModel, out: Path, calibration: str | Path | None, options: dict[str, Any]
 ) -> None:
-    text: dict[str, Any] | None = how.get("text")
-    tokens = {} if text is None else {"tokens": text["tokens"]}
-    file = None if text is None else Path(calibration or text["name"])
-    if (
-        text is not None
-        and file is not None
-        and (not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != text["sha256"])
-    ):
-        raise ExportError(
-            f"{file} is not the text that the model was calibrated on (sha256 {text['sha256'][:12]}); give --calibration FILE"
-        )
-    asked = {name: how[name] for name in ("ratio", "method", "allocation")}
-    compress(lm, out, calibration=file, **asked, **tokens, **common)
+    text: dict[str, Any] | None = settings.get("text")
+    if text is not None:
+        file = Path(calibration or text["name"])
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != text["sha256"]:
+            raise ExportError(
+                f"{file} is not the text that the model was calibrated on (sha256 {text['sha256'][:12]}); give "
+                "--calibration FILE"
+            )
+        options = options | {"calibration": file, "tokens": text["tokens"]}
+    compress(lm, out, **{name: settings[name] for name in ("ratio", "method", "allocation")}, **options)
 
 
-def _compared(one: Path, other: Path, tolerance: float) -> Reproduction:
-    ours, theirs = (_Weights(folder) for folder in (one, other))
-    if ours.names != theirs.names:
-        odd = sorted(ours.names ^ theirs.names)
-        raise ExportError(f"made again, the model holds other tensors than {one}: {', '.join(odd[:4])}")
+def _compare_weights(saved: Path, rebuilt: Path, tolerance: float) -> Reproduction:
+    saved_weights, rebuilt_weights = _Weights(saved), _Weights(rebuilt)
+    if saved_weights.names != rebuilt_weights.names:
+        different = sorted(saved_weights.names ^ rebuilt_weights.names)
+        raise ExportError(f"the rebuilt model has other tensors than {saved}: {', '.join(different[:4])}")
     identical, largest = True, 0.0
-    for name in sorted(ours.names):
-        a, b = ours.read(name), theirs.read(name)
+    for name in sorted(saved_weights.names):
+        a, b = saved_weights.read(name), rebuilt_weights.read(name)
         if torch.equal(a, b):
             continue
         identical = False
         if a.shape != b.shape:
-            raise ExportError(f"made again, {name} is {tuple(b.shape)}; {one} has {tuple(a.shape)}")
-        wide = a.double()
-        difference = float((wide - b.double()).abs().max() / wide.abs().max().clamp_min(1e-30))
-        largest = max(largest, difference if math.isfinite(difference) else math.inf)
-    return Reproduction(identical, largest, tolerance, len(ours.names))
+            raise ExportError(f"{name} of the rebuilt model is {tuple(b.shape)}; {saved} has {tuple(a.shape)}")
+        largest = max(largest, _relative_difference(b.double(), a.double()))
+    return Reproduction(identical, largest, tolerance, len(saved_weights.names))
 
 
 class _Weights:
-    """The tensors of a saved model by name; the factors of a layer are one, multiplied out, for their signs are arbitrary.
-
-    Raises:
-        ExportError: if a file cannot be read.
-    """
+    """The tensors of a saved model by name. The factors of a layer are multiplied out, because their signs are arbitrary."""
 
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -217,18 +206,20 @@ class _Weights:
         for file in sorted(folder.glob("*.safetensors")):
             with self._open(file) as opened:
                 self._files |= dict.fromkeys(opened.keys(), file)
-        second = {name for path in self._layers for name in self._files if re.fullmatch(rf"{re.escape(path)}\.up\d+", name)}
-        self.names = self._files.keys() - second
+        second_factors = {
+            name for path in self._layers for name in self._files if re.fullmatch(rf"{re.escape(path)}\.up\d+", name)
+        }
+        self.names = self._files.keys() - second_factors
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, or the weight (m, n) that a layer's factors make."""
+        """Return a tensor; for a low-rank layer, the product (m, n) of its factors."""
         path, _, last = name.rpartition(".")
         if last != "weight" or path not in self._layers:
             return self._tensor(name)
-        held = self._layers[path]
-        parts = [Part(*part) for part in held["parts"]]
+        entry = self._layers[path]
+        parts = [Part(*part) for part in entry["parts"]]
         weight = self._tensor(name)
-        layer = LowRankLinear(weight.shape[1], sum(p.rows for p in parts), parts, groups=held["groups"], device="meta")
+        layer = LowRankLinear(weight.shape[1], sum(p.rows for p in parts), parts, groups=entry["groups"], device="meta")
         factors = {f"up{i}": self._tensor(f"{path}.up{i}") for i, p in enumerate(parts) if p.rank is not None}
         layer.load_state_dict({"weight": weight, **factors}, assign=True)
         return layer.dense()
@@ -246,9 +237,13 @@ class _Weights:
             raise ExportError(f"{file} cannot be read ({error}); save the model again") from None
 
 
-def _difference(found: list[list[float]] | None, recorded: list[list[float]] | None) -> float | None:
-    if found is None or recorded is None:
+def _difference(outputs: list[list[float]] | None, recorded: list[list[float]] | None) -> float | None:
+    if outputs is None or recorded is None:
         return None
-    a, b = torch.tensor(found), torch.tensor(recorded)
-    difference = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+    return _relative_difference(torch.tensor(outputs), torch.tensor(recorded))
+
+
+def _relative_difference(value: Tensor, reference: Tensor) -> float:
+    """Return the largest difference as a share of the largest reference value; infinite if it is not finite."""
+    difference = float((value - reference).abs().max() / reference.abs().max().clamp_min(1e-30))
     return difference if math.isfinite(difference) else math.inf

@@ -1,4 +1,4 @@
-"""Write a model as a folder that plain ``from_pretrained`` loads, with a record of how it was made."""
+"""Write a model as a folder that ``from_pretrained`` loads, with a record of how it was made."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """How a model is written.
+    """The form of a saved model.
 
     Args:
         form: ``dense`` or ``factored``.
-        dtype: of the saved weights, such as ``float16``; None keeps that of each.
-        overwrite: replace a folder that laserlm wrote before.
-        shard_size: bytes of a weight file at most, such as ``5GB``.
+        dtype: dtype of the saved weights, such as ``float16``; None keeps the model's dtypes.
+        overwrite: whether to replace a folder that laserlm wrote before.
+        shard_size: maximum size of a weight file, such as ``5GB``.
     """
 
     form: Form = "dense"
@@ -66,154 +66,154 @@ class SaveOptions:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What was saved.
+    """A model that was saved.
 
     Args:
-        folder: where.
+        folder: its folder.
         form: ``dense`` or ``factored``.
-        holdings: how each reduced matrix is held.
-        parameters: of the saved model; tied ones count once.
-        base_parameters: of the model it was made from.
-        bytes: of the weights on disk.
-        record: what ``laser.json`` holds.
+        matrices: storage of each reduced matrix.
+        parameters: number of parameters of the saved model; tied parameters count once.
+        base_parameters: number of parameters of the base model.
+        bytes: size of the weights on disk.
+        record: content of ``laser.json``.
     """
 
     folder: Path
     form: Form
-    holdings: tuple[StoredMatrix, ...]
+    matrices: tuple[StoredMatrix, ...]
     parameters: int
     base_parameters: int
     bytes: int
     record: dict[str, Any] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything but the record as plain JSON values."""
+        """Return all fields except the record as plain JSON values."""
         return {
             "folder": str(self.folder),
             "form": self.form,
             "parameters": self.parameters,
             "base_parameters": self.base_parameters,
             "bytes": self.bytes,
-            "matrices": [h.as_dict() for h in self.holdings],
+            "matrices": [m.as_dict() for m in self.matrices],
         }
 
     def __str__(self) -> str:
-        factors = sum(not h.dense for h in self.holdings)
+        factors = sum(not m.reason_kept_dense for m in self.matrices)
         return (
             f"{self.folder}: {self.parameters:,} parameters ({self.parameters / self.base_parameters:.1%} of "
             f"{self.base_parameters:,}), {self.bytes / 2**20:.1f} MiB of weights, {factors} matrices held as two factors, "
-            f"{len(self.holdings) - factors} as one"
+            f"{len(self.matrices) - factors} as one"
         )
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raise an ExportError where a folder may not be written."""
+    """Raise an ExportError unless the folder may be written."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not overwrite:
             raise ExportError(f"{out} exists already; give another folder, or --overwrite (overwrite=True)")
         if not (out / RECORD).is_file():
-            raise ExportError(f"{out} was not written by laserlm (it has no {RECORD}) and is left alone; remove it yourself")
+            raise ExportError(
+                f"{out} was not written by laserlm (it has no {RECORD}), so it is not replaced; remove it yourself"
+            )
 
 
-def check_request(lm: LanguageModel, out: Path, how: SaveOptions) -> None:
-    """Raise an error where a model cannot be written in a way, before anything is computed.
+def check_request(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
+    """Raise an error unless the model can be written with these options. Call it before the computation starts.
 
     Raises:
-        ExportError: if there is no such form or size, the folder is there already, or the model was loaded from factors.
-        ModelError: if there is no such dtype, or an intervention is applied at the moment.
+        ExportError: if the form or size is unknown, the folder exists, or the model was loaded from factors.
+        ModelError: if the dtype is unknown, or an intervention is applied now.
     """
-    if how.form not in get_args(Form):
-        raise ExportError(f"no form {how.form!r}; there are {', '.join(get_args(Form))}")
-    if SHARD_SIZE.fullmatch(how.shard_size) is None:
-        raise ExportError(f"cannot read {how.shard_size!r}, the size of a weight file; write a number and KB, MB or GB: 5GB")
-    if how.dtype is not None:
-        dtype_named(how.dtype)
-    check_target(out, how.overwrite)
-    held = [path for path, module in lm.model.named_modules() if isinstance(module, LowRankLinear)]
-    if held:
+    if options.form not in get_args(Form):
+        raise ExportError(f"no form {options.form!r}; there are {', '.join(get_args(Form))}")
+    if SHARD_SIZE.fullmatch(options.shard_size) is None:
+        raise ExportError(f"cannot read the shard size {options.shard_size!r}; write a number and KB, MB or GB, such as 5GB")
+    if options.dtype is not None:
+        dtype_named(options.dtype)
+    check_target(out, options.overwrite)
+    low_rank = [path for path, module in lm.model.named_modules() if isinstance(module, LowRankLinear)]
+    if low_rank:
         raise ExportError(
-            f"{lm.name} holds {held[0]} as two factors already; make the folder from its base model, which its {RECORD} names"
+            f"{lm.name} already stores {low_rank[0]} as two factors; load its base model, which its {RECORD} names"
         )
-    _ = lm.hash
+    _ = lm.hash  # raises if an intervention is applied
 
 
 def write(
     lm: LanguageModel,
     out: Path,
-    change: AbstractContextManager[Sequence[StoredMatrix]],
-    how: SaveOptions,
-    record: dict[str, Any],
+    edit: AbstractContextManager[Sequence[StoredMatrix]],
+    options: SaveOptions,
+    entries: dict[str, Any],
 ) -> SavedModel:
-    """Write a model as it is inside ``change``: config, weights, tokenizer, generation config, card and record.
+    """Write the model as it is inside ``edit``: config, weights, tokenizer, generation config, card and record.
 
-    All is written to a temporary folder beside ``out``, which cannot be loaded before the weights are whole and is moved
-    into place at the end.
+    Everything is written to a temporary folder next to ``out``, which is moved into place at the end. Until the weights
+    are complete, the temporary folder cannot be loaded either.
+
+    Args:
+        lm: the unchanged model.
+        out: the folder.
+        edit: a context that reduces the model and yields the storage of its reduced matrices.
+        options: form of the saved model.
+        entries: what the caller adds to the record.
 
     Raises:
-        ExportError: if the folder is there by then, or cannot be written.
+        ExportError: if the folder exists by then, or cannot be written.
     """
-    check_request(lm, out, how)
-    to = lm.dtype if how.dtype is None else dtype_named(how.dtype)
-    base = {
-        "name": lm.name,
-        "hub": HUB_ID if lm.name == "bundled" else None if Path(lm.name).exists() else lm.name,
-        "revision": lm.revision,
-        "hash": lm.hash,
-        "family": lm.family,
-        "kind": lm.kind,
-    }
-    base_parameters = _count(lm)
+    check_target(out, options.overwrite)
+    dtype = lm.dtype if options.dtype is None else dtype_named(options.dtype)
+    base_hash, base_parameters = lm.hash, _count(lm)
     try:
-        with atomic_folder(out, existing="replace" if how.overwrite else "refuse") as part, change as holdings:
-            parameters = _count(lm)
+        with atomic_folder(out, existing="replace" if options.overwrite else "refuse") as part, edit as matrices:
             with silence_transformers():
-                _write_weights(lm, part, to, how.shard_size)
-                # Whoever finds the folder of a save that was killed finds nothing that loads.
+                _write_weights(lm, part, dtype, options.shard_size)
+                # Without a config.json, the folder of a killed save does not load.
                 config = (part / "config.json").rename(part / "config.json.part")
                 _write_tokenizer(lm, part)
-            weights = sum(f.stat().st_size for f in part.glob("*.safetensors"))
-            made = how.form if any(not h.dense for h in holdings) else "dense"
-            own = type(lm.model).__module__  # a model of the lab registers itself when its module is imported
-            whole = {
+            form = options.form if any(not m.reason_kept_dense for m in matrices) else "dense"
+            module = type(lm.model).__module__  # a model of the lab registers itself when its module is imported
+            record: dict[str, Any] = {
                 "format": FORMAT,
-                "form": made,
-                "imports": own if own.startswith("laserlm.") else "laserlm" if made == "factored" else None,
-                "asked_form": how.form,
+                "form": form,
+                "imports": module if module.startswith("laserlm.") else "laserlm" if form == "factored" else None,
+                "asked_form": options.form,
                 "loader": CLASSES[lm.kind].__name__,
-                "base": base,
-                "dtype": {"base": _name(lm.dtype), "saved": _name(to)},
-                "shard_size": how.shard_size,
-                **record,
-                "matrices": [h.as_dict() for h in holdings],
-                "parameters": {"base": base_parameters, "saved": parameters},
-                "weight_bytes": weights,
+                "base": _describe_base(lm, base_hash),
+                "dtype": {"base": _name(lm.dtype), "saved": _name(dtype)},
+                "shard_size": options.shard_size,
+                **entries,
+                "matrices": [m.as_dict() for m in matrices],
+                "parameters": {"base": base_parameters, "saved": _count(lm)},
+                "weight_bytes": sum(file.stat().st_size for file in part.glob("*.safetensors")),
                 "fingerprint": fingerprint(lm.model),
                 "provenance": provenance(device=str(lm.device), dtype=_name(lm.dtype)),
             }
-            (part / CARD).write_text(card(whole), encoding="utf-8")
+            (part / CARD).write_text(card(record), encoding="utf-8")
             config.rename(part / "config.json")
-            whole["files"] = file_hashes(part)
-            (part / RECORD).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            record["files"] = file_hashes(part)
+            (part / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write {out}: {error}; free space there, or give another folder") from error
-    return SavedModel(out, whole["form"], tuple(holdings), parameters, base_parameters, weights, whole)
+    parameters, weight_bytes = record["parameters"]["saved"], record["weight_bytes"]
+    return SavedModel(out, form, tuple(matrices), parameters, base_parameters, weight_bytes, record)
 
 
-def command_of(lm: LanguageModel, verb: str, options: Sequence[str], out: Path, how: SaveOptions) -> str:
-    """Return the command that makes a folder from the model as it was loaded."""
+def command_of(lm: LanguageModel, command: str, arguments: Sequence[str], out: Path, options: SaveOptions) -> str:
+    """Return the shell command that writes the folder from the base model."""
     load = ["--dtype", _name(lm.dtype)]
     load += ["--revision", lm.revision] if lm.revision else []
     load += ["--kind", lm.kind] if lm.kind != "causal" else []
-    write = ["--form", how.form, "--shard-size", how.shard_size]
-    write += ["--save-dtype", str(how.dtype).removeprefix("torch.")] if how.dtype is not None else []
-    return shlex.join(["laser", verb, lm.name, *load, *options, *write, "--out", out.name])
+    save = ["--form", options.form, "--shard-size", options.shard_size]
+    save += ["--save-dtype", str(options.dtype).removeprefix("torch.")] if options.dtype is not None else []
+    return shlex.join(["laser", command, lm.name, *load, *arguments, *save, "--out", out.name])
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what a saved model's ``laser.json`` holds.
+    """Return the content of a saved model's ``laser.json``.
 
     Raises:
-        ExportError: if there is none, it cannot be read, or a newer laserlm wrote it.
+        ExportError: if it does not exist, cannot be read, or was written by a newer laserlm.
     """
     file = folder / RECORD
     try:
@@ -223,23 +223,23 @@ def read_record(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ExportError(f"{file} cannot be read ({error}); save the model again") from None
     if record["format"] > FORMAT:
-        raise ExportError(f"{file} is of format {record['format']}; this laserlm reads up to {FORMAT}: install a newer one")
+        raise ExportError(f"{file} is of format {record['format']}; this laserlm reads up to {FORMAT}: upgrade laserlm")
     return record
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a saved model but its record, by name."""
-    found = {}
+    """Return the sha256 of every file of a saved model except its record, by name."""
+    hashes = {}
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != RECORD):
         with file.open("rb") as stream:
-            found[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+            hashes[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
 
 
 def _write_weights(lm: LanguageModel, folder: Path, dtype: torch.dtype, shard_size: str) -> None:
     model = lm.model
     layers = {path: module.as_dict() for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    with _configured(model.config, layers):
+    with _config_with_layers(model.config, layers):
         state = model.state_dict()
         if dtype != model.dtype:
             state = _cast(state, model.dtype, dtype)
@@ -247,10 +247,10 @@ def _write_weights(lm: LanguageModel, folder: Path, dtype: torch.dtype, shard_si
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if dtype != model.dtype:
-        config = _renamed(config, _name(model.dtype), _name(dtype))
+        config = _with_dtype(config, _name(model.dtype), _name(dtype))
     file.write_text(json.dumps(_for_transformers_4(config), indent=2) + "\n", encoding="utf-8")
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(file.stat().st_mode)  # safetensors keeps them from all other users
+        weights.chmod(file.stat().st_mode)  # safetensors makes them unreadable for other users
 
 
 def _write_tokenizer(lm: LanguageModel, folder: Path) -> None:
@@ -258,16 +258,16 @@ def _write_tokenizer(lm: LanguageModel, folder: Path) -> None:
         return
     lm.tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # some kinds of tokenizer write none
-    if config.get("tokenizer_class") == "TokenizersBackend":  # the name that transformers 5 gave to this class
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # some tokenizers write no config
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the class's name in transformers 5
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _for_transformers_4(config: Any) -> Any:
-    """Return a config, nested ones too, that also says where transformers 4 looks for it how positions are rotated.
+    """Return a config, and its nested configs, with the rotary settings also under their names in transformers 4.
 
-    transformers 4 does not know ``rope_parameters``: without an error it would compute with a default instead.
+    transformers 4 ignores ``rope_parameters``. Without the old names it would use the defaults and raise no error.
     """
     if not isinstance(config, dict):
         return config
@@ -275,18 +275,18 @@ def _for_transformers_4(config: Any) -> Any:
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return config
-    own = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    scaling = {name: value for name, value in rope.items() if name not in own}
+    old_names = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    scaling = {name: value for name, value in rope.items() if name not in old_names}
     if config.get("model_type") == "gpt_neox":
-        own = {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+        old_names = {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
     if rope.get("rope_type", "default") != "default":
-        own["rope_scaling"] = scaling
-    return own | config
+        old_names["rope_scaling"] = scaling
+    return old_names | config
 
 
 @contextmanager
-def _configured(config: Any, layers: dict[str, Any]) -> Iterator[None]:
-    """Let a config name low-rank layers until the end of the block."""
+def _config_with_layers(config: Any, layers: dict[str, Any]) -> Iterator[None]:
+    """List the low-rank layers in the config inside a ``with`` block."""
     if not layers:
         yield
         return
@@ -298,25 +298,36 @@ def _configured(config: Any, layers: dict[str, Any]) -> Iterator[None]:
 
 
 def _cast(state: dict[str, Tensor], old: torch.dtype, new: torch.dtype) -> dict[str, Tensor]:
-    """Return tensors in another dtype, on the CPU; those in a dtype of their own keep it.
+    """Return the tensors of dtype ``old`` in dtype ``new`` on the CPU, and the others unchanged.
 
-    Tensors that are one stay one, for safetensors keeps tied weights once.
+    Tied tensors stay tied, because safetensors stores them once.
     """
     cast: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
-    done = {}
+    result = {}
     for name, tensor in state.items():
         key = (tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride())
         if key not in cast:
             cast[key] = tensor.to("cpu", new) if tensor.dtype == old and tensor.device.type != "meta" else tensor
-        done[name] = cast[key]
-    return done
+        result[name] = cast[key]
+    return result
 
 
-def _renamed(config: Any, old: str, new: str) -> Any:
-    """Return a config whose dtypes, those of nested configs too, have another name."""
+def _with_dtype(config: Any, old: str, new: str) -> Any:
+    """Return a config, and its nested configs, with dtype ``new`` in place of ``old``."""
     if not isinstance(config, dict):
         return config
-    return {k: new if k == "dtype" and v == old else _renamed(v, old, new) for k, v in config.items()}
+    return {k: new if k == "dtype" and v == old else _with_dtype(v, old, new) for k, v in config.items()}
+
+
+def _describe_base(lm: LanguageModel, base_hash: str) -> dict[str, Any]:
+    return {
+        "name": lm.name,
+        "hub": HUB_ID if lm.name == "bundled" else None if Path(lm.name).exists() else lm.name,
+        "revision": lm.revision,
+        "hash": base_hash,
+        "family": lm.family,
+        "kind": lm.kind,
+    }
 
 
 def _count(lm: LanguageModel) -> int:

@@ -1,4 +1,4 @@
-"""Save a model under an intervention."""
+"""Save a model under an intervention, and upload it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["push", "save"]
 
 def save(
     lm: LanguageModel,
-    what: InterventionLike | SearchResult,
+    intervention: InterventionLike | SearchResult,
     out: str | Path,
     *,
     form: Form = "dense",
@@ -35,60 +35,62 @@ def save(
     seed: int | None = None,
     cache: DecompositionCache | None = None,
 ) -> SavedModel:
-    """Save a model as it is under an intervention, as a folder that plain ``from_pretrained`` loads.
+    """Save a model under an intervention as a folder that ``from_pretrained`` loads.
 
-    ``dense`` is an ordinary checkpoint of the base model's shape. ``factored`` holds each reduced matrix as two factors
-    where that takes fewer parameters, and loads once laserlm is imported. The folder is written beside ``out`` and moved
-    there at the end; with it come a model card and ``laser.json``, which says how to make it again.
+    ``dense`` is an ordinary checkpoint with the shapes of the base model. ``factored`` stores each reduced matrix as two
+    factors if that takes fewer parameters; it loads after ``import laserlm``. The folder also holds a model card and
+    ``laser.json``, which records how to rebuild the model. It is written next to ``out`` and moved there at the end.
 
     Args:
         lm: the unchanged model.
-        what: text such as ``27.fc_in@0.01``, or what a search found, whose gain is then recorded too.
+        intervention: text such as ``27.fc_in@0.01``, or the result of a search, whose gain is then recorded too.
         out: the folder.
         form: ``dense`` or ``factored``.
-        dtype: of the saved weights, such as ``float16``; None keeps the model's.
-        overwrite: replace a folder that laserlm wrote before.
-        shard_size: bytes of a weight file at most, such as ``5GB``.
-        seed: of ``:reference`` decompositions; None takes the search's, else 0.
-        cache: decompositions to use; None takes the one kept under ``lm.cache``.
+        dtype: dtype of the saved weights, such as ``float16``; None keeps the model's dtypes.
+        overwrite: whether to replace a folder that laserlm wrote before.
+        shard_size: maximum size of a weight file, such as ``5GB``.
+        seed: seed of ``:reference`` decompositions; None uses the search's seed, or 0 without a search.
+        cache: decomposition cache; None uses the one in ``lm.cache``.
 
     Raises:
-        ExportError: if the folder exists already or cannot be written, the model was loaded from factors, or a search
-            found nothing better than the unchanged model.
+        ExportError: if the folder exists or cannot be written, the model was loaded from factors, or the search found
+            nothing better than the unchanged model.
         LaserError: as ``applied``.
     """
     out = Path(out).absolute()
-    how = SaveOptions(form, dtype, overwrite, shard_size)
-    check_request(lm, out, how)
-    if isinstance(what, SearchResult):
-        if what.settings.get("model_hash", lm.hash) != lm.hash:
-            raise ExportError(f"the search of run {what.run} was on another model than {lm.name}; load that one")
-        if not what.best:
-            raise ExportError(f"run {what.run} found nothing better than the unchanged model; there is nothing to save")
-        seed = int(what.settings.get("seed", 0)) if seed is None else seed
-    seed = seed or 0
-    intervention = what.best if isinstance(what, SearchResult) else Intervention.parse(what)
-    edits = [edit for edit in resolve(lm.matrices, intervention) if not edit.is_identity]
-    change = (
-        factored(lm, intervention, cache=cache, seed=seed)
-        if form == "factored"
-        else _dense(lm, intervention, [StoredMatrix.of(e, "saved in the dense form") for e in edits], cache, seed)
-    )
-    options = [*(["--reduce", str(intervention)] if intervention else []), *(["--seed", str(seed)] if seed else [])]
-    record = {
+    options = SaveOptions(form, dtype, overwrite, shard_size)
+    check_request(lm, out, options)
+    result = None
+    if isinstance(intervention, SearchResult):
+        result = intervention
+        intervention = _best(lm, result)
+        seed = int(result.settings.get("seed", 0)) if seed is None else seed
+    intervention, seed = Intervention.parse(intervention), seed or 0
+    arguments = [*(["--reduce", str(intervention)] if intervention else []), *(["--seed", str(seed)] if seed else [])]
+    entries = {
         "intervention": str(intervention),
         "decomposition": {"algorithm": ALGORITHM, "seed": seed},
-        "command": command_of(lm, "save", options, out, how),
-        "found": what.as_dict() if isinstance(what, SearchResult) else None,
+        "command": command_of(lm, "save", arguments, out, options),
+        "found": None if result is None else result.as_dict(),
     }
-    return write(lm, out, change, how, record)
+    edit = factored if form == "factored" else _dense
+    return write(lm, out, edit(lm, intervention, cache=cache, seed=seed), options, entries)
 
 
-def push(saved: Path, hub_id: str, *, private: bool = False) -> str:
-    """Upload a saved model to the hub, and return its address; weight files there that are not its own go.
+def _best(lm: LanguageModel, result: SearchResult) -> Intervention:
+    """Return the best intervention of a search on this model."""
+    if result.settings.get("model_hash", lm.hash) != lm.hash:
+        raise ExportError(f"run {result.run} searched another model than {lm.name}; load that model")
+    if not result.best:
+        raise ExportError(f"run {result.run} found nothing better than the unchanged model; there is nothing to save")
+    return result.best
+
+
+def push(folder: Path, hub_id: str, *, private: bool = False) -> str:
+    """Upload a saved model to the hub and return its address. Older weight files in the repository are deleted.
 
     Raises:
-        ExportError: if the hub cannot be reached, or refuses.
+        ExportError: if the hub cannot be reached or refuses the upload.
     """
     api = HfApi()
     try:
@@ -96,21 +98,22 @@ def push(saved: Path, hub_id: str, *, private: bool = False) -> str:
         return str(
             api.upload_folder(
                 repo_id=hub_id,
-                folder_path=saved,
+                folder_path=folder,
                 commit_message="Add the reduced model",
                 delete_patterns=["*.safetensors", "*.safetensors.index.json"],
             )
         )
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ExportError(
-            f"{saved} was saved, but not uploaded to {hub_id}: {error}; check the network and 'hf auth login', then "
-            f"'hf upload {hub_id} {saved}'"
+            f"{folder} was saved, but not uploaded to {hub_id}: {error}; check the network and 'hf auth login', then run "
+            f"'hf upload {hub_id} {folder}'"
         ) from error
 
 
 @contextmanager
 def _dense(
-    lm: LanguageModel, intervention: Intervention, holdings: Sequence[StoredMatrix], cache: DecompositionCache | None, seed: int
+    lm: LanguageModel, intervention: Intervention, *, cache: DecompositionCache | None, seed: int
 ) -> Iterator[Sequence[StoredMatrix]]:
+    edits = [edit for edit in resolve(lm.matrices, intervention) if not edit.is_identity]
     with applied(lm, intervention, cache=cache, seed=seed):
-        yield holdings
+        yield [StoredMatrix.of(edit, "saved in the dense form") for edit in edits]

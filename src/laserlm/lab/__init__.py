@@ -1,1 +1,1 @@
-"""Self-contained experiments on questions that the paper leaves open."""
+"""Self-contained experiments that train small models, on questions that the paper leaves open."""

@@ -1,4 +1,4 @@
-"""LASER after training against a rank constraint during training: the same data, the same seeds, the same matrix and rank.
+"""Compare LASER after training with a rank constraint during training: same data, seeds, matrix and rank.
 
 Source: an open question of Sharma, Ash and Misra, arXiv 2312.13558.
 """
@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 
 from laserlm.edit import applied, resolve
 from laserlm.lab.constraint import RankConstraint
-from laserlm.lab.recall.language import DRAWN, Language, Recipe, questions
-from laserlm.lab.recall.model import trained
-from laserlm.lab.recall.study import GRID, task_of
+from laserlm.lab.recall.language import QUESTION_SEED_OFFSET, Language, RecallConfig, questions
+from laserlm.lab.recall.model import load_or_train
+from laserlm.lab.recall.study import GRID, recall_task
 from laserlm.lab.training import fit
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import load
@@ -31,92 +31,96 @@ from laserlm.scoring.tokenize import encode
 from laserlm.searching import search
 from laserlm.tasks import Example, Split, Task, task
 
-__all__ = ["TrainingResult", "on_recall", "on_worldfacts"]
+__all__ = ["TrainingResult", "compare_on_recall", "compare_on_worldfacts"]
 
-NOTHING = Intervention()
-Told = Callable[[str, int, int], None]
-"""Called with what is done, the number of steps done and their total."""
+UNCHANGED = Intervention()
+OnProgress = Callable[[str, int, int], None]
+"""Called with the name of a training, the number of steps done and their total."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """One way to train a model, and what it is worth.
+    """One training and its results.
 
     Args:
-        name: of the way.
-        seed: of the training.
-        intervention: what was applied after training, or constrained during it.
-        sides: by name of the questions, the model against the one that was trained plainly.
-        tails: by matrix that is constrained somewhere, the share of the sum of squared singular values beyond its rank.
+        name: name of the method.
+        seed: seed of the training.
+        intervention: the intervention applied after training, or constrained during it.
+        comparisons: by name of the test questions, the model compared with the plainly trained one.
+        residual_energy: by constrained matrix, the share of the squared singular values beyond the rank.
     """
 
     name: str
     seed: int
     intervention: str
-    sides: dict[str, Comparison]
-    tails: dict[str, float]
+    comparisons: dict[str, Comparison]
+    residual_energy: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        sides = {name: side.as_dict() for name, side in self.sides.items()}
-        return {"name": self.name, "seed": self.seed, "intervention": self.intervention, "tails": self.tails, **sides}
+        """Return all fields as plain JSON values."""
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "intervention": self.intervention,
+            "tails": self.residual_energy,
+            **{name: comparison.as_dict() for name, comparison in self.comparisons.items()},
+        }
 
 
-def on_recall(
-    recipe: Recipe,
+def compare_on_recall(
+    config: RecallConfig,
     folder: Path,
     *,
     penalties: Sequence[float] = (0.001, 0.01),
     every: int = 1,
-    on_progress: Told = lambda *_: None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> Iterator[TrainingResult]:
-    """Yield the ways to train on noisy recall, each measured on clean and on noisy questions.
+    """Train on noisy recall with each method; yield the results on clean and on noisy questions.
 
-    The matrix and rank are what a search finds best on the plainly trained model, and a tenth of that matrix's rank besides.
-    Where the search finds nothing, there is the plain model alone.
+    A search on the plainly trained model chooses the matrix and the rank. A tenth of the rank of that matrix is a second
+    choice. If the search finds no reduction, the only result is that of the plain model.
 
     Args:
-        recipe: of all models.
-        folder: for the models; those that are there are used again.
-        penalties: weights of the tail's nuclear norm.
+        config: configuration of all models.
+        folder: folder for the models; models that are there are loaded.
+        penalties: weights of the nuclear norm of the singular values beyond the rank.
         every: steps between two projections.
-        on_progress: called after each step of training.
+        on_progress: called after each training step.
     """
-    language = Language(recipe)
-    clean = language.draw(2000, seed=2 * DRAWN + recipe.seed, alpha=0.0)
-    noisy = language.draw(2000, seed=3 * DRAWN + recipe.seed)
+    language = Language(config)
+    clean = language.draw(2000, seed=2 * QUESTION_SEED_OFFSET + config.seed, alpha=0.0)
+    noisy = language.draw(2000, seed=3 * QUESTION_SEED_OFFSET + config.seed)
     splits = {
         "clean": Task.of("clean", questions(language, clean, "clean")).every,
         "noisy": Task.of("noisy", questions(language, noisy, "noisy", noisy=True)).every,
     }
 
-    def train(name: str, *callbacks: Callable[[LanguageModel], RankConstraint]) -> LanguageModel:
-        return trained(
-            recipe,
+    def train(name: str, *constraints: Callable[[LanguageModel], RankConstraint]) -> LanguageModel:
+        return load_or_train(
+            config,
             folder / name,
-            callbacks=lambda lm: [make(lm) for make in callbacks],
+            callbacks=lambda lm: [constraint(lm) for constraint in constraints],
             on_progress=lambda done, total: on_progress(name, done, total),
         )
 
     plain = train("plain")
-    found = search(plain, task_of(recipe), strategy="exhaustive", grid=GRID).best
-    compared = _Compared(plain, splits, recipe.seed, found)
-    yield compared.arm("plain", plain)
-    if not found:
+    best = search(plain, recall_task(config), strategy="exhaustive", grid=GRID).best
+    baseline = _PlainBaseline(plain, splits, config.seed, best)
+    yield baseline.result("plain", plain)
+    if not best:
         return
-    (reduction,) = found.reductions
-    for held in dict.fromkeys((found, Intervention.parse(f"{reduction.layers}.{reduction.matrix}@0.1"))):
-        yield compared.arm("LASER after it", plain, held)
-        lm = train(f"constraint-{held}-{every}", partial(RankConstraint, intervention=held, every=every))
-        yield compared.arm("constraint", lm, held=held)
+    (reduction,) = best.reductions
+    for constraint in dict.fromkeys((best, Intervention.parse(f"{reduction.layers}.{reduction.matrix}@0.1"))):
+        yield baseline.result("LASER after it", plain, constraint)
+        lm = train(f"constraint-{constraint}-{every}", partial(RankConstraint, intervention=constraint, every=every))
+        yield baseline.result("constraint", lm, constraint=constraint)
     for penalty in penalties:
-        make = partial(RankConstraint, intervention=found, every=every, penalty=penalty)
-        lm = train(f"penalty-{penalty:g}-{found}-{every}", make)
-        yield compared.arm(f"penalty {penalty:g}", lm, held=found)
-        yield compared.arm(f"penalty {penalty:g}, LASER after it", lm, found)
+        penalised = partial(RankConstraint, intervention=best, every=every, penalty=penalty)
+        lm = train(f"penalty-{penalty:g}-{best}-{every}", penalised)
+        yield from baseline.penalised_results(penalty, lm)
 
 
-def on_worldfacts(
+def compare_on_worldfacts(
     seed: int,
     *,
     steps: int = 60,
@@ -127,104 +131,109 @@ def on_worldfacts(
     penalties: Sequence[float] = (100.0, 1000.0),
     every: int = 5,
     cache: Path | None = None,
-    on_progress: Told = lambda *_: None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> Iterator[TrainingResult]:
-    """Yield the ways to fine-tune the bundled model on worldfacts, each measured on facts that it was not tuned on.
+    """Fine-tune the bundled model on worldfacts with each method; yield the results on other facts.
 
-    The first phrasing of each fact is used. The learning rates of so short a training sum up to less than two thousandths,
-    so that only large penalties move a singular value. Where a search on the plainly tuned model finds nothing, there is that
-    model alone.
+    The first phrasing of each fact is used. The learning rates of this short training sum up to less than 0.002, so only
+    large penalties change a singular value. If a search on the plainly tuned model finds no reduction, the results end
+    with that model.
 
     Args:
-        seed: of the order of the examples.
-        steps: of training.
-        batch_size: questions in a step.
-        learning_rate: of AdamW at its highest.
-        validation: questions that the search chooses on.
-        test: questions that are measured on.
-        penalties: weights of the tail's nuclear norm.
+        seed: seed of the order of the examples.
+        steps: training steps.
+        batch_size: questions per step.
+        learning_rate: highest learning rate of AdamW.
+        validation: number of questions for the search.
+        test: number of test questions.
+        penalties: weights of the nuclear norm of the singular values beyond the rank.
         every: steps between two projections.
         cache: folder with the converted model.
-        on_progress: called after each step of training.
+        on_progress: called after each training step.
     """
     facts = task("worldfacts", phrasings="rewrite")
-    made = replace(facts, validation=facts.validation.limit(validation), test=facts.test.limit(test))
-    measured = {e.fact for e in made.test}
-    lessons = [e for e in facts.test if e.fact not in measured]
+    limited = replace(facts, validation=facts.validation.limit(validation), test=facts.test.limit(test))
+    test_facts = {e.fact for e in limited.test}
+    training_examples = [e for e in facts.test if e.fact not in test_facts]
 
-    def tune(name: str, *callbacks: Callable[[LanguageModel], RankConstraint]) -> LanguageModel:
+    def tune(name: str, *constraints: Callable[[LanguageModel], RankConstraint]) -> LanguageModel:
         lm = load("bundled", dtype="float32", cache=cache)
         with TemporaryDirectory() as folder:
             fit(
                 lm.model,
-                _Answers(lm, lessons),
+                _AnswerDataset(lm, training_examples),
                 Path(folder),
                 steps=steps,
                 batch_size=batch_size,
                 learning_rate=learning_rate,
                 seed=seed,
-                callbacks=[make(lm) for make in callbacks],
+                callbacks=[constraint(lm) for constraint in constraints],
                 on_progress=lambda done, total: on_progress(name, done, total),
                 warmup_steps=steps // 10,
             )
-        return replace(lm)  # whose hash is that of the new weights
+        return replace(lm)  # the copy computes the hash of the new weights
 
     plain = tune("plain")
-    found = search(plain, made, metric="loss").best
-    compared = _Compared(plain, {"test": made.test}, seed, found)
-    yield compared.arm("not tuned", load("bundled", dtype="float32", cache=cache))
-    yield compared.arm("plain", plain)
-    if not found:
+    best = search(plain, limited, metric="loss").best
+    baseline = _PlainBaseline(plain, {"test": limited.test}, seed, best)
+    yield baseline.result("not tuned", load("bundled", dtype="float32", cache=cache))
+    yield baseline.result("plain", plain)
+    if not best:
         return
-    yield compared.arm("LASER after it", plain, found)
-    yield compared.arm("constraint", tune("constraint", partial(RankConstraint, intervention=found, every=every)), held=found)
+    yield baseline.result("LASER after it", plain, best)
+    lm = tune("constraint", partial(RankConstraint, intervention=best, every=every))
+    yield baseline.result("constraint", lm, constraint=best)
     for penalty in penalties:
-        make = partial(RankConstraint, intervention=found, every=every, penalty=penalty)
-        lm = tune(f"penalty {penalty:g}", make)
-        yield compared.arm(f"penalty {penalty:g}", lm, held=found)
-        yield compared.arm(f"penalty {penalty:g}, LASER after it", lm, found)
+        lm = tune(f"penalty {penalty:g}", partial(RankConstraint, intervention=best, every=every, penalty=penalty))
+        yield from baseline.penalised_results(penalty, lm)
 
 
-class _Compared:
-    """Measures models against the plainly trained one."""
+class _PlainBaseline:
+    """Compares models with the plainly trained one, whose best reduction is ``best``."""
 
-    def __init__(self, plain: LanguageModel, splits: dict[str, Split], seed: int, found: Intervention) -> None:
+    def __init__(self, plain: LanguageModel, splits: dict[str, Split], seed: int, best: Intervention) -> None:
         self.splits = splits
         self.seed = seed
-        self.found = found
+        self.best = best
         self.base = {name: evaluate(plain, split) for name, split in splits.items()}
 
-    def arm(
-        self, name: str, lm: LanguageModel, after: Intervention = NOTHING, *, held: Intervention = NOTHING
+    def result(
+        self, name: str, lm: LanguageModel, edit: Intervention = UNCHANGED, *, constraint: Intervention = UNCHANGED
     ) -> TrainingResult:
-        """Return what a model is worth that was trained with ``held`` constrained, under ``after``."""
-        with applied(lm, after):
-            sides = {split: compare(base, evaluate(lm, self.splits[split])) for split, base in self.base.items()}
-            tails = {
-                e.matrix.id: _tail(read_matrix(lm.model, e.matrix), e.rank)
-                for e in resolve(lm.matrices, held or after or self.found)
+        """Return the result of a model that was trained under ``constraint``, with ``edit`` applied."""
+        with applied(lm, edit):
+            comparisons = {name: compare(base, evaluate(lm, self.splits[name])) for name, base in self.base.items()}
+            residual_energy = {
+                e.matrix.id: _energy_beyond(read_matrix(lm.model, e.matrix), e.rank)
+                for e in resolve(lm.matrices, constraint or edit or self.best)
             }
-        return TrainingResult(name, self.seed, str(held or after), sides, tails)
+        return TrainingResult(name, self.seed, str(constraint or edit), comparisons, residual_energy)
+
+    def penalised_results(self, penalty: float, lm: LanguageModel) -> Iterator[TrainingResult]:
+        """Yield the results of a model that was trained with a penalty, without and with the best reduction."""
+        yield self.result(f"penalty {penalty:g}", lm, constraint=self.best)
+        yield self.result(f"penalty {penalty:g}, LASER after it", lm, self.best)
 
 
-def _tail(W: Tensor, rank: int) -> float:
+def _energy_beyond(W: Tensor, rank: int) -> float:
+    """Return the share of the squared singular values beyond a rank."""
     energy = torch.linalg.svdvals(W.float()).square()
     return float(energy[rank:].sum() / energy.sum()) if bool(energy.any()) else 0.0
 
 
-class _Answers(Dataset[dict[str, Tensor]]):
-    """Questions with their answers, the loss over the answers' tokens; padded on the right."""
+class _AnswerDataset(Dataset[dict[str, Tensor]]):
+    """Questions with their answers, padded on the right; the labels are the tokens of the answers."""
 
     def __init__(self, lm: LanguageModel, examples: Sequence[Example]) -> None:
         rows = encode(lm, examples, "answer")
-        whole = [(torch.tensor([*row.ids, row.targets[-1]]), len(row.targets)) for row in rows]
-        T = max(len(ids) for ids, _ in whole)
-        self.ids = torch.full((len(whole), T), int(lm.need_tokenizer().pad_token_id))
-        self.mask = torch.zeros(len(whole), T, dtype=torch.long)
-        self.labels = torch.full((len(whole), T), -100)
-        for i, (ids, answer) in enumerate(whole):
-            n = len(ids)
-            self.ids[i, :n], self.mask[i, :n], self.labels[i, n - answer : n] = ids, 1, ids[n - answer :]
+        sequences = [torch.tensor([*row.ids, row.targets[-1]]) for row in rows]
+        shape = len(sequences), max(map(len, sequences))
+        self.ids = torch.full(shape, int(lm.require_tokenizer().pad_token_id))
+        self.mask = torch.zeros(shape, dtype=torch.long)
+        self.labels = torch.full(shape, -100)
+        for i, (row, ids) in enumerate(zip(rows, sequences, strict=True)):
+            n, start = len(ids), len(ids) - len(row.targets)
+            self.ids[i, :n], self.mask[i, :n], self.labels[i, start:n] = ids, 1, ids[start:]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,4 +1,4 @@
-"""Train a model while chosen matrices are held at a rank, or drawn towards it."""
+"""Train a model while chosen matrices are constrained to a rank, or penalised for exceeding it."""
 
 from __future__ import annotations
 
@@ -22,41 +22,40 @@ __all__ = ["RankConstraint"]
 
 
 class RankConstraint(TrainerCallback):
-    """Hold chosen matrices at a rank while a ``transformers.Trainer`` trains the model, or draw them towards it.
+    """Constrain or penalise the rank of chosen matrices while a ``transformers.Trainer`` trains the model.
 
-    With W = U diag(s) V^T right after an optimizer step and r the rank that the reduction means, W becomes
+    Let W = U diag(s) V^T be a matrix right after an optimizer step, and r the rank of the reduction. W becomes
 
         U diag(s_1, ..., s_r, max(s_(r+1) - t, 0), ..., max(s_k - t, 0)) V^T.
 
-    - Without a penalty t is infinite: W becomes the nearest matrix of rank r at most, after every ``every``-th step and
-      at the end of training. The rank of half-precision weights is r up to the rounding of what is written; matrices
-      are decomposed in float32, or in float64 for float64 weights.
-    - With a penalty, t = learning rate * penalty * every / (1 - m), the rate being that of the step just taken and m the
-      momentum of plain descent, which lengthens its steps as much. This is the proximal step of
-      penalty * (s_(r+1) + ... + s_k), which is thereby added to the objective; r = 0 is the nuclear norm. Gradient
-      descent so becomes proximal gradient descent; an adaptive optimizer keeps the penalty apart from the scales it
-      gives the gradient, as AdamW keeps weight decay: there the singular values fall by the sum of the learning rates
-      times the penalty. Nothing is projected at the end.
+    - Without a penalty t is infinite: W becomes the nearest matrix of rank r or less. This happens after every ``every``-th
+      step and at the end of training. Half-precision weights have rank r up to rounding. The decomposition is in float32,
+      or in float64 for float64 weights.
+    - With a penalty, t = learning rate * penalty * every / (1 - m), with the learning rate of the last step and the momentum
+      m of plain descent. This is the proximal step of penalty * (s_(r+1) + ... + s_k), so this term is added to the
+      objective. r = 0 gives the nuclear norm. Gradient descent becomes proximal gradient descent. With an adaptive
+      optimizer the penalty is decoupled from the gradient's scales, as the weight decay of AdamW is: the singular values
+      fall by the penalty times the sum of the learning rates. There is no projection at the end.
 
-    Parameters change in place, so the optimizer keeps them and its state. Between two projections, and in checkpoints
-    saved there, the matrices have full rank. Weights must be whole on each device, not sharded.
+    Parameters change in place, so the optimizer keeps its state. Between two projections, and in checkpoints saved there,
+    the matrices have full rank. Every device must hold complete weights, not shards.
 
-    Training leaves ``lm.model`` in training mode, and ``lm.hash`` as it was if it had been asked for; go on with
-    ``dataclasses.replace(lm)``, which has neither.
+    After training, ``lm.model`` is in training mode and ``lm.hash`` may be out of date. ``dataclasses.replace(lm)`` has
+    neither problem.
 
     Args:
-        lm: the model; ``lm.model`` is what the Trainer is given.
-        intervention: which matrices, and to what rank, such as ``20-29.mlp@0.1``; without options. Empty constrains nothing.
-        every: optimizer steps from one projection, or proximal step, to the next.
-        penalty: weight of the sum of the singular values beyond the rank in the objective; None projects.
+        lm: the model; give ``lm.model`` to the Trainer.
+        intervention: matrices and ranks, such as ``20-29.mlp@0.1``, without options. Empty constrains nothing.
+        every: optimizer steps between two projections or proximal steps.
+        penalty: weight of the sum of the singular values beyond the rank; None projects.
 
     Attributes:
-        removed: share of the sum of squared singular values that the last projection or proximal step took, by matrix id.
+        removed: by matrix id, the share of the squared singular values that the last projection or proximal step removed.
 
     Raises:
-        SpecError: if the text cannot be read, or has ``:bottom``, ``:reference`` or ``:splitK``.
-        MatrixError: if it names a matrix that the model does not have.
-        ValueError: if ``every`` is below 1, or the penalty negative or not finite.
+        SpecError: if the text cannot be parsed, or has ``:bottom``, ``:reference`` or ``:splitK``.
+        MatrixError: if the model has no such matrix.
+        ValueError: if ``every`` is below 1, or the penalty is negative or not finite.
 
     Source: arXiv 2312.13558 leaves open what reductions during training do. The proximal step is the partial singular
     value thresholding of Oh, Tai, Bazin, Kim and Kweon, Partial Sum Minimization of Singular Values in Robust PCA:
@@ -67,34 +66,34 @@ class RankConstraint(TrainerCallback):
         self, lm: LanguageModel, intervention: InterventionLike, *, every: int = 1, penalty: float | None = None
     ) -> None:
         if every < 1:
-            raise ValueError(f"every={every} is no number of optimizer steps; give 1 or more")
+            raise ValueError(f"every must be 1 or more, got {every}")
         if penalty is not None and not 0 <= penalty < math.inf:
-            raise ValueError(f"penalty={penalty} is out of range; give a finite number from 0, or None to project")
+            raise ValueError(f"penalty must be finite and 0 or more, or None to project; got {penalty}")
         edits = resolve(lm.matrices, intervention)
         for r in (edit.reduction for edit in edits):
             if r.keep != "top" or r.method != "exact" or r.split != 1:
                 raise SpecError(
-                    f"{r} cannot be held during training, which keeps the largest singular values of whole matrices, "
-                    f"exactly; write {r.layers}.{r.matrix}@{r.size}, without ':bottom', ':reference' and ':splitK'"
+                    f"{r} cannot constrain training, which keeps the largest singular values of complete matrices exactly; "
+                    f"write {r.layers}.{r.matrix}@{r.size}, without ':bottom', ':reference' and ':splitK'"
                 )
         self.lm = lm
         self.every = every
         self.penalty = penalty
         self.removed: dict[str, float] = {}
         self._edits = [edit for edit in edits if not edit.is_identity]
-        self._projected: int | None = None  # the step after which it last was
+        self._last_projection: int | None = None  # number of a step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check that what is about to be trained are the matrices to constrain.
+        """Check that the Trainer is about to train the constrained matrices.
 
         Raises:
-            ModelError: if the Trainer has another model, an intervention is applied to it, or a parameter is not trained.
+            ModelError: if the Trainer has another model, an intervention is applied, or a parameter is not trained.
             WeightError: if a matrix is quantised, held as two factors, or not in memory.
         """
         if unwrap_model(kwargs["model"]) is not self.lm.model:
             raise ModelError(
-                f"the Trainer has another {type(kwargs['model']).__name__} than the {type(self.lm.model).__name__} of "
-                f"{self.lm.name} to constrain; give it model=lm.model, of the very lm that RankConstraint was given"
+                f"the Trainer's model, a {type(kwargs['model']).__name__}, is not the {type(self.lm.model).__name__} of "
+                f"{self.lm.name}; give the Trainer model=lm.model of the lm that RankConstraint has"
             )
         if self.lm.active:
             raise ModelError(f"the weights are changed by {self.lm.intervention}; leave the 'with applied' block, then train")
@@ -102,20 +101,18 @@ class RankConstraint(TrainerCallback):
             read_matrix(self.lm.model, edit.matrix)
             if not self._parameter(edit).requires_grad:
                 raise ModelError(
-                    f"{edit.matrix.id} ({edit.matrix.path}) is frozen, so training could not adapt it to its rank; "
-                    "set its requires_grad, or leave it out of the intervention"
+                    f"{edit.matrix.id} ({edit.matrix.path}) is frozen; set its requires_grad, or leave it out of the "
+                    "intervention"
                 )
             if self.penalty is not None:
                 self._rate(edit, kwargs["optimizer"])
         self.removed = {}
-        self._projected = None
+        self._last_projection = None
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Project, or take the proximal step, where it is due.
-
-        The end of the step would be too late: there the schedule has already set the learning rate of the next.
-        """
-        step = state.global_step + 1  # counted up only after this event
+        """Project, or take the proximal step, after every ``every``-th step."""
+        # At the end of the step the schedule has already set the learning rate of the next step.
+        step = state.global_step + 1  # the Trainer counts up after this event
         if step % self.every:
             return
         if self.penalty is None:
@@ -125,20 +122,20 @@ class RankConstraint(TrainerCallback):
             self._lower(edit, self._rate(edit, kwargs["optimizer"]) * self.penalty * self.every)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Project what was trained since the last projection; with a penalty, do nothing."""
-        # The best checkpoint, which may just have been loaded, can be from between two projections.
-        if self.penalty is None and (self._projected != state.global_step or args.load_best_model_at_end):
+        """Project if the last step was not projected; do nothing with a penalty."""
+        # The best checkpoint, which the Trainer may have loaded, can be from between two projections.
+        if self.penalty is None and (self._last_projection != state.global_step or args.load_best_model_at_end):
             self._project(state.global_step)
 
     def _project(self, step: int) -> None:
         for edit in self._edits:
             self._lower(edit, math.inf)
-        self._projected = step
+        self._last_projection = step
 
     @torch.no_grad()
-    def _lower(self, edit: Edit, by: float) -> None:
-        """Lower the singular values beyond the rank, to zero at most, in place."""
-        if by == 0:  # leaves every bit alone, which the product of the factors would not
+    def _lower(self, edit: Edit, amount: float) -> None:
+        """Subtract an amount from the singular values beyond the rank, down to zero at most, in place."""
+        if amount == 0:  # the product of the factors would change bits
             self.removed[edit.matrix.id] = 0.0
             return
         try:
@@ -146,24 +143,24 @@ class RankConstraint(TrainerCallback):
         except WeightError as error:
             raise WeightError(f"cannot constrain {edit.matrix.id} ({edit.matrix.path}): {error}") from None
         S = d.S  # (k,)
-        kept = torch.ones_like(S)
-        kept[edit.rank :] = (1 - by / S[edit.rank :]).clamp_min(0)  # by / 0 is infinite, and so kept is 0
-        place = view(self._parameter(edit), edit.matrix)
-        place.copy_(((d.left * kept) @ d.right).reshape(place.shape))
+        scale = torch.ones_like(S)
+        scale[edit.rank :] = (1 - amount / S[edit.rank :]).clamp_min(0)  # 0 for a singular value of 0
+        target = view(self._parameter(edit), edit.matrix)
+        target.copy_(((d.left * scale) @ d.right).reshape(target.shape))
         energy = S.square()
-        lost = (energy * (1 - kept.square())).sum() / energy.sum()
-        self.removed[edit.matrix.id] = float(lost.nan_to_num())  # of a matrix of zeros nothing is lost
+        removed = (energy * (1 - scale.square())).sum() / energy.sum()
+        self.removed[edit.matrix.id] = float(removed.nan_to_num())  # 0 for a matrix of zeros
 
     def _parameter(self, edit: Edit) -> nn.Parameter:
         return self.lm.model.get_parameter(edit.matrix.path)
 
     def _rate(self, edit: Edit, optimizer: Optimizer) -> float:
-        """Return the learning rate at which the optimizer trains a matrix, made longer by its momentum."""
+        """Return the learning rate of a matrix divided by (1 - momentum)."""
         parameter = self._parameter(edit)
         for group in optimizer.param_groups:
             if any(p is parameter for p in group["params"]):
                 return float(group["lr"]) / (1 - float(group.get("momentum", 0.0)))
         raise ModelError(
-            f"the optimizer does not hold {edit.matrix.id} ({edit.matrix.path}), so its penalty has no learning rate; "
+            f"the optimizer does not train {edit.matrix.id} ({edit.matrix.path}), so its penalty has no learning rate; "
             "give the Trainer an optimizer of all parameters, or leave the matrix out of the intervention"
         )

@@ -1,4 +1,4 @@
-"""Train a model by transformers' Trainer, quietly, and go on from its last checkpoint after an interruption."""
+"""Train a model with transformers' Trainer, without output; an interrupted training resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["check_new", "fit"]
 
 
 def check_new(folder: Path) -> None:
-    """Raise a TaskError where a model could not be written to a folder after its training."""
+    """Raise a TaskError if a folder is not free for a new model."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise TaskError(f"{folder} holds something else than a model that was trained here; give another folder")
+        raise TaskError(f"{folder} exists and holds no model of this training; give another folder")
 
 
 def fit(
@@ -42,18 +42,18 @@ def fit(
     on_progress: Callable[[int, int], None] | None = None,
     **more: Any,
 ) -> None:
-    """Train a model in place, on the device that Trainer chooses; random numbers of the caller stay as they are.
+    """Train a model in place on the device that Trainer chooses; the caller's random states do not change.
 
     Args:
         model: any model whose ``forward`` returns a loss.
-        examples: of a fixed length, each the keyword arguments of ``forward``.
-        folder: for checkpoints; where it has whole ones, training goes on from the last of them.
-        steps: optimizer steps in all.
-        batch_size: examples of one step on each device.
-        learning_rate: the highest, after the warm-up.
-        seed: of the order of the examples and of dropout.
+        examples: examples of equal length; each is the keyword arguments of ``forward``.
+        folder: folder for checkpoints; training resumes from the last complete checkpoint in it.
+        steps: total number of optimizer steps.
+        batch_size: examples per step and device.
+        learning_rate: learning rate after the warm-up.
+        seed: seed of the order of the examples and of dropout.
         save_every: steps between two checkpoints, the last of which is kept; None writes none.
-        callbacks: called by Trainer.
+        callbacks: callbacks of the Trainer.
         on_progress: called after each step with the number of steps done and their total.
         more: further ``TrainingArguments``.
     """
@@ -72,24 +72,24 @@ def fit(
         dataloader_pin_memory=False,
         **more,
     )
-    # A checkpoint's state is written last: one without it was being written when the process ended.
-    whole = {
+    # The Trainer writes a checkpoint's state last: a checkpoint without it is incomplete.
+    checkpoints = {
         int(state.parent.name.rpartition("-")[2]): state.parent for state in folder.glob("checkpoint-*/trainer_state.json")
     }
-    last = max(whole, default=0)
-    with _own_random():
+    last = max(checkpoints, default=0)
+    with _restored_random_states():
         trainer = Trainer(model=model, args=arguments, train_dataset=examples, callbacks=[*callbacks, _Progress(on_progress)])
         trainer.remove_callback(PrinterCallback)  # results go to the caller
-        if last >= steps:  # interrupted after its last step; Trainer would take one more
-            load_model(model, whole[last] / "model.safetensors")
+        if last >= steps:  # Trainer would take one more step
+            load_model(model, checkpoints[last] / "model.safetensors")
         else:
-            trainer.train(resume_from_checkpoint=str(whole[last]) if last else None)
+            trainer.train(resume_from_checkpoint=str(checkpoints[last]) if last else None)
     model.eval()
 
 
 @contextmanager
-def _own_random() -> Iterator[None]:
-    """Put back the states of all random numbers, which Trainer seeds."""
+def _restored_random_states() -> Iterator[None]:
+    """Restore all random states at the end of the context; Trainer seeds them."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
@@ -100,7 +100,7 @@ def _own_random() -> Iterator[None]:
 
 
 class _Progress(TrainerCallback):
-    """Tells of each step."""
+    """Reports each step."""
 
     def __init__(self, on_progress: Callable[[int, int], None] | None) -> None:
         self.on_progress = on_progress

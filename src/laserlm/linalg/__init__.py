@@ -1,6 +1,5 @@
-"""Tensor functions that know no model: ranks, decompositions, truncation."""
+"""Functions of tensors alone: ranks, decompositions, truncation."""
 
-from laserlm.linalg.decomposition import Decomposition, basis_of, decompose, reference_truncation
-from laserlm.linalg.ranks import rank_at
+from laserlm.linalg.decomposition import Decomposition, basis_of, decompose, rank_at, reference_truncation
 
 __all__ = ["Decomposition", "basis_of", "decompose", "rank_at", "reference_truncation"]

@@ -1,28 +1,57 @@
-"""One decomposition of a matrix, from which every rank is a column mask."""
+"""Decompose a matrix once; every truncation is then a slice of the factors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from laserlm.errors import WeightError
-from laserlm.reductions import Keep
+from laserlm.reductions import Keep, Size
 
-__all__ = ["ALGORITHM", "Decomposition", "basis_of", "decompose", "reference_truncation", "whitened"]
+__all__ = [
+    "ALGORITHM",
+    "Decomposition",
+    "as_float_matrix",
+    "basis_of",
+    "decompose",
+    "rank_at",
+    "rank_of",
+    "reference_truncation",
+    "whitened",
+]
 
 ALGORITHM = "gram64-1"
-"""Version of the algorithm behind ``basis_of``; part of the key under which a basis is cached."""
+"""Version of the algorithm of ``basis_of``, a part of the cache key of a basis."""
 DAMPING = 1e-6
-"""Least second moment of the inputs in any direction, as a share of the mean, where moments must be inverted."""
+"""Lower bound of the inputs' second moment in any direction, as a share of the mean, before an inversion."""
+
+
+def rank_at(rho: Decimal, max_rank: int) -> int:
+    """Return floor(rho * max_rank), computed exactly.
+
+    Binary floats are off by one at some widths: ``(1 - 0.99) * 1600`` is 15.99..., not 16.
+    """
+    return int(Fraction(rho) * max_rank)
+
+
+def rank_of(size: Size, max_rank: int) -> int:
+    """Return the rank of a size for a matrix with ``max_rank`` singular values, at most ``max_rank``."""
+    if size.rho is not None:
+        return rank_at(size.rho, max_rank)
+    if size.rank is None:
+        raise AssertionError("a size is a fraction or a rank")
+    return min(size.rank, max_rank)
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A matrix W (m, n) as ``left @ right``, ordered by falling singular value; k = min(m, n).
+    """A matrix W (m, n) as ``left @ right``, in order of decreasing singular value; k = min(m, n).
 
-    One factor is orthonormal, the other is W projected on it, so truncation never divides by a singular value:
+    One factor is orthonormal and the other is W projected on it, so that no truncation divides by a singular value:
     for m >= n, right = V^T (k, n) and left = W V (m, k); for m < n, left = U (m, k) and right = U^T W (k, n).
 
     Args:
@@ -55,7 +84,7 @@ class Decomposition:
 
     @property
     def bytes(self) -> int:
-        """Memory of both factors in bytes."""
+        """Size of both factors in bytes."""
         return self.left.nbytes + self.right.nbytes
 
     def truncate(self, rank: int, keep: Keep = "top") -> Tensor:
@@ -67,15 +96,15 @@ class Decomposition:
         """Return the two factors, (m, r) and (r, n), of the ``rank`` largest (or smallest) singular values."""
         if not 0 <= rank <= self.max_rank:
             raise ValueError(f"rank {rank} is not within 0 to {self.max_rank}")
-        kept = slice(0, rank) if keep == "top" else slice(self.max_rank - rank, None)
-        return self.left[:, kept], self.right[kept]
+        components = slice(0, rank) if keep == "top" else slice(self.max_rank - rank, None)
+        return self.left[:, components], self.right[components]
 
 
 def basis_of(weight: Tensor) -> Tensor:
-    """Return the singular vectors (k, k) of the shorter side of ``weight`` (m, n), by falling singular value.
+    """Return the singular vectors (k, k) of the shorter side of ``weight`` (m, n), by decreasing singular value.
 
-    They are the eigenvectors of the smaller Gram matrix, computed in float64, where squaring the condition number
-    costs nothing that float32 could show. Falls back to the singular value decomposition where the eigensolver fails.
+    They are the eigenvectors of the smaller Gram matrix. In float64, the squared condition number costs no accuracy that
+    float32 could represent. If the eigensolver fails, the singular value decomposition is used.
 
     Args:
         weight: (m, n), float32 or float64.
@@ -83,7 +112,7 @@ def basis_of(weight: Tensor) -> Tensor:
     Returns:
         Tensor: columns of V for m >= n, columns of U for m < n, in the dtype of ``weight``.
     """
-    # Apple's GPUs have no float64.
+    # Apple's GPUs do not support float64.
     wide = (weight.cpu() if weight.device.type == "mps" else weight).double()
     m, n = wide.shape
     gram = wide.T @ wide if m >= n else wide @ wide.T  # (k, k)
@@ -98,7 +127,7 @@ def basis_of(weight: Tensor) -> Tensor:
 
 
 def decompose(weight: Tensor) -> Decomposition:
-    """Decompose a matrix (m, n) of finite values; computed in float32, or in float64 for a float64 matrix.
+    """Decompose a matrix (m, n) in float32, or in float64 for a float64 matrix.
 
     Raises:
         WeightError: if the matrix holds NaN or inf.
@@ -108,12 +137,12 @@ def decompose(weight: Tensor) -> Decomposition:
 
 
 def whitened(weight: Tensor, moments: Tensor) -> Decomposition:
-    """Decompose a matrix W (m, n) so that its truncations change what it puts out least, over the inputs it meets.
+    """Decompose a matrix W (m, n) so that each truncation minimises the mean squared change of the outputs W x.
 
     With X the inputs (n, tokens), M = X X^T / tokens and M = L L^T, the singular value decomposition of W L gives the
-    truncation W_r that minimises the mean of |W x - W_r x|^2. For m <= n that is W projected on the first columns of U,
-    without an inverse; for m > n it is W L V_r V_r^T L^-1. The square root L comes from the eigenvectors of M, for a
-    Cholesky factor fails where some direction has no input. The norms of the factors are not singular values of W.
+    truncation W_r that minimises the mean of |W x - W_r x|^2. For m <= n, W_r is W projected on the first r columns of U,
+    without an inverse. For m > n, W_r is W L V_r V_r^T L^-1. L is computed from the eigenvectors of M, because a Cholesky
+    factorisation fails if some direction has no input. The norms of the factors are not singular values of W.
 
     Args:
         weight: (m, n).
@@ -126,9 +155,9 @@ def whitened(weight: Tensor, moments: Tensor) -> Decomposition:
     """
     weight = as_float_matrix(weight)
     if not bool(moments.isfinite().all()):
-        raise WeightError("the inputs of the layer overflow its dtype; load the model in bfloat16 or float32")
-    place = "cpu" if weight.device.type == "mps" else weight.device  # Apple's GPUs have no float64
-    W, M = (t.to(place, torch.float64) for t in (weight, moments))
+        raise WeightError("the layer's inputs overflow its dtype; load the model in bfloat16 or float32")
+    device = "cpu" if weight.device.type == "mps" else weight.device  # Apple's GPUs do not support float64
+    W, M = (t.to(device, torch.float64) for t in (weight, moments))
     m, n = W.shape
     if m <= n:
         U = torch.linalg.eigh(W @ M @ W.T)[1].flip(1)  # (m, m)
@@ -142,7 +171,7 @@ def whitened(weight: Tensor, moments: Tensor) -> Decomposition:
 
 
 def as_float_matrix(weight: Tensor) -> Tensor:
-    """Return the matrix in the dtype it is decomposed in, checked to be a finite matrix of floats."""
+    """Return the matrix in float32 or float64; raise a WeightError unless it is a finite matrix of floats."""
     if weight.ndim != 2 or not weight.is_floating_point():
         raise WeightError(f"a matrix of floats is needed, got shape {tuple(weight.shape)} of {weight.dtype}")
     if not torch.isfinite(weight).all():
@@ -157,13 +186,13 @@ def as_float_matrix(weight: Tensor) -> Tensor:
 def reference_truncation(weight: Tensor, rank: int, *, niter: int = 2, seed: int = 0) -> Tensor:
     """Return the rank-``rank`` approximation (m, n) as the published code computes it, with a seed.
 
-    The randomised range finder keeps a visibly different subspace where the spectrum decays slowly.
+    If the spectrum decays slowly, the randomised range finder keeps a clearly different subspace than the exact truncation.
 
     Args:
         weight: (m, n).
         rank: number of singular values kept.
         niter: power iterations; the published code takes 2, and 20 for RoBERTa and the Decision Transformer.
-        seed: seed of the random projection; the caller's random state is untouched.
+        seed: seed of the random projection; the caller's random state does not change.
 
     Source: arXiv 2312.13558, released code; Halko, Martinsson and Tropp, arXiv 0909.4061.
     """
@@ -172,7 +201,7 @@ def reference_truncation(weight: Tensor, rank: int, *, niter: int = 2, seed: int
         raise ValueError(f"rank {rank} is not within 0 to {min(weight.shape)}")
     if rank == 0:
         return torch.zeros_like(weight)
-    # A seed set here is set on every device.
+    # manual_seed sets the seed of every device.
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         U, S, V = torch.svd_lowrank(weight, q=rank, niter=niter)

@@ -1,7 +1,8 @@
-"""What singular values say of a matrix: how many directions it uses, and how many stand out from noise.
+"""Statistics of singular values: effective ranks, shares of the spectrum, and the number of values above noise.
 
-A matrix (m, n) of independent entries of standard deviation s has singular values up to about s (sqrt m + sqrt n), the
-Marchenko-Pastur edge; the largest lies around it by the Tracy-Widom law. What stands out beyond that is structure.
+A matrix (m, n) of independent entries with standard deviation s has singular values up to about s (sqrt m + sqrt n), the
+Marchenko-Pastur edge. The largest singular value follows the Tracy-Widom law around this edge. Larger singular values are
+structure.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TRACY_WIDOM_999 = 3.27
 
 
 def effective_rank(S: Tensor) -> float:
-    """Return the exponential of the entropy of the singular values (k,) as shares of their sum; 0 for a zero matrix.
+    """Return exp(entropy) of the normalised singular values (k,); 0 for a zero matrix.
 
     Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
     """
@@ -45,36 +46,36 @@ def effective_rank(S: Tensor) -> float:
 
 
 def stable_rank(S: Tensor) -> float:
-    """Return the squared Frobenius norm over the squared largest singular value; 0 for a zero matrix."""
+    """Return the squared Frobenius norm divided by the squared largest singular value; 0 for a zero matrix."""
     S = S.double()
     return float(S.square().sum() / S.max().square()) if S.max() > 0 else 0.0
 
 
 def numerical_rank(S: Tensor, shape: tuple[int, int]) -> int:
-    """Return the number of singular values of a matrix (m, n) that float32 tells from zero, as numpy does."""
+    """Return the number of singular values of a matrix (m, n) above float32 rounding, with numpy's threshold."""
     return int((S.max() * max(shape) * torch.finfo(torch.float32).eps < S).sum())
 
 
 def condition(S: Tensor) -> float:
-    """Return the largest singular value over the smallest; infinite for a singular matrix."""
-    least = float(S.min())
-    return float(S.max()) / least if least > 0 else math.inf
+    """Return the largest singular value divided by the smallest; infinite for a singular matrix."""
+    smallest = float(S.min())
+    return float(S.max()) / smallest if smallest > 0 else math.inf
 
 
 def nuclear_share(S: Tensor, rank: int) -> float:
-    """Return the share of the sum of the singular values that the ``rank`` largest have."""
+    """Return the share of the ``rank`` largest singular values in the sum of all."""
     return float(S[:rank].sum() / S.sum()) if S.sum() > 0 else 0.0
 
 
 def energy_share(S: Tensor, rank: int) -> float:
-    """Return the share of the sum of the squared singular values that the ``rank`` largest have."""
+    """Return the share of the ``rank`` largest singular values in the sum of squares of all."""
     return nuclear_share(S.square(), rank)
 
 
 def noise(S: Tensor, shape: tuple[int, int]) -> float:
-    """Return the standard deviation of the entries that would give a matrix (m, n) of noise this median singular value.
+    """Return the standard deviation of a matrix (m, n) of noise with the same median singular value.
 
-    Structure of low rank hardly moves the median, so this estimates the noise that it lies in.
+    Low-rank structure hardly changes the median, so that this estimates the noise in a matrix with such structure.
 
     Source: Gavish and Donoho, arXiv 1305.5870, section III.E.
     """
@@ -89,13 +90,13 @@ def edge(s: float, shape: tuple[int, int]) -> float:
 
 
 def rank_beyond(S: Tensor, shape: tuple[int, int], s: float | None = None) -> int:
-    """Return how many singular values lie beyond what noise explains, wrongly once in a thousand matrices of noise.
+    """Return the number of singular values above the 99.9 % quantile of the largest singular value of noise.
 
-    The bound is the 99.9 % quantile of the largest singular value of noise: the Marchenko-Pastur edge and its Tracy-Widom
-    fluctuation, without which noise would keep a value every other time.
+    The quantile is the Marchenko-Pastur edge plus a Tracy-Widom fluctuation. With the edge alone, every second matrix of
+    noise would have a value above the bound.
 
     Args:
-        S: (k,), falling.
+        S: (k,) singular values, decreasing.
         shape: (m, n) of the matrix.
         s: standard deviation of the noise; None estimates it.
 
@@ -109,7 +110,7 @@ def rank_beyond(S: Tensor, shape: tuple[int, int], s: float | None = None) -> in
 
 
 def gavish_donoho(S: Tensor, shape: tuple[int, int]) -> int:
-    """Return the rank that the optimal hard threshold for singular values keeps, with the noise level unknown.
+    """Return the number of singular values above the optimal hard threshold for an unknown noise level.
 
     Source: Gavish and Donoho, arXiv 1305.5870, equations 11 and 18.
     """
@@ -121,40 +122,40 @@ def gavish_donoho(S: Tensor, shape: tuple[int, int]) -> int:
 
 
 def signal_to_noise(S: Tensor, rank: int) -> float:
-    """Return the squared singular values of the ``rank`` largest over those of the rest; infinite without a rest."""
+    """Return the ratio of the squared ``rank`` largest singular values to the squared others; infinite if these are 0."""
     rest = float(S[rank:].double().square().sum())
     return float(S[:rank].double().square().sum()) / rest if rest > 0 else math.inf
 
 
 def subspace_share(first: Tensor, second: Tensor, threshold: float) -> float:
-    """Return the rank of two layers' singular vectors side by side, over what it is where they share nothing.
+    """Return the rank of the concatenated singular vectors of two layers, divided by its maximum.
 
-    Entries smaller than the threshold in magnitude count as zero. 1 means that nothing is shared; for a complete basis of
-    each it depends on the threshold alone, so that several belong beside one another.
+    Entries with a magnitude below the threshold count as zero. 1 means that the layers share no direction. For complete
+    bases the value depends on the threshold alone, so compare several thresholds.
 
     Args:
         first: singular vectors as columns, (n, k).
-        second: those of the next layer, (n, k).
-        threshold: magnitude below which an entry is zero.
+        second: singular vectors of the next layer, (n, k).
+        threshold: magnitude below which an entry counts as zero.
     """
-    kept = [torch.where(V.abs() < threshold, 0.0, V.double()) for V in (first, second)]
-    together = torch.cat(kept, 1)  # (n, 2 k)
+    columns = torch.cat([torch.where(V.abs() < threshold, 0.0, V.double()) for V in (first, second)], 1)  # (n, 2 k)
     # The Gram matrix of the shorter side has the same rank.
-    gram = together @ together.T if together.shape[0] <= together.shape[1] else together.T @ together
-    return int(torch.linalg.matrix_rank(gram, hermitian=True)) / min(together.shape)
+    gram = columns @ columns.T if columns.shape[0] <= columns.shape[1] else columns.T @ columns
+    return int(torch.linalg.matrix_rank(gram, hermitian=True)) / min(columns.shape)
 
 
 @lru_cache(maxsize=256)
 def _median(beta: float) -> float:
-    """Return the median of the Marchenko-Pastur law of ratio beta, of variance 1."""
+    """Return the median of the Marchenko-Pastur law with ratio beta and variance 1."""
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
 
     def mass(x: float) -> float:
-        # With x = low + (high - low) sin^2 t the density has no infinite slope at either end.
+        # With x = low + (high - low) sin^2 t the density is finite at both ends.
         def density(t: float) -> float:
-            at = low + (high - low) * math.sin(t) ** 2
+            value = low + (high - low) * math.sin(t) ** 2
             slope = (high - low) * math.sin(2 * t)
-            return math.sqrt(max(0.0, (high - at) * (at - low))) / (2 * math.pi * beta * at) * slope if at > 0 else 0.0
+            numerator = math.sqrt(max(0.0, (high - value) * (value - low)))
+            return numerator / (2 * math.pi * beta * value) * slope if value > 0 else 0.0
 
         end = math.asin(math.sqrt((x - low) / (high - low)))
         return float(integrate.quad(density, 0, end, limit=200)[0])

@@ -1,9 +1,9 @@
-"""Which module of a block is which matrix: a table, one row for each family.
+"""A table of model families: one row per family maps the modules of a block to matrix names.
 
-A row gives the stacks of blocks (path below the base model) and pairs of matrix name and module path below a block.
-A path that a block lacks is skipped, so one row serves gated and plain, dense and mixture-of-experts blocks. A model
-type without a row takes the first ``SHARED`` row that covers all matrices of its blocks; failing that, its matrices go
-by their module path.
+A row lists the stacks of blocks (path below the base model) and pairs of matrix name and module path below a block.
+Paths that a block lacks are skipped, so that one row covers gated and plain, dense and mixture-of-experts blocks. A model
+type without a row uses the first ``SHARED`` row that covers all matrices of its blocks. If no row does, its matrices are
+named by their module paths.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["ARCHITECTURES", "SHARED", "Architecture", "Fused"]
+__all__ = ["ARCHITECTURES", "GPT2", "SHARED", "Architecture", "Fused"]
 
 Layout = Literal["halves", "qkv", "qkv per head"]
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A matrix that holds several in its rows.
+    """A matrix whose rows hold several matrices.
 
     Args:
         parts: names of the parts, in order.
-        layout: ``halves``: equal parts one after another; ``qkv``: all query heads, then key, then value heads;
-            ``qkv per head``: for each head its query, key and value rows.
+        layout: ``halves``: equal parts in sequence; ``qkv``: all query heads, then all key heads, then all value heads;
+            ``qkv per head``: the query, key and value rows of each head in turn.
     """
 
     parts: tuple[str, ...]
@@ -35,9 +35,9 @@ class Architecture:
     """A family of models.
 
     Args:
-        stacks: stack name (empty where there is only one) and path of its blocks below the base model.
-        matrices: name and path below a block, of a module with a 2-D weight or of a stacked 3-D parameter.
-        fused: matrices above that hold several, by their name.
+        stacks: name of each stack (empty if there is only one) and path of its blocks below the base model.
+        matrices: name and path below a block of each module with a 2-D weight or stacked 3-D parameter.
+        fused: the layout of fused matrices, by name.
         reference_niter: power iterations of the published code for this family.
     """
 
@@ -116,14 +116,14 @@ T5 = Architecture(
         ("cross_v_proj", "layer.1.EncDecAttention.v"),
         ("cross_out_proj", "layer.1.EncDecAttention.o"),
         *(
-            (name, f"layer.{place}.DenseReluDense.{module}")
-            for place in (1, 2)
+            (name, f"layer.{index}.DenseReluDense.{module}")
+            for index in (1, 2)
             for name, module in (("fc_in", "wi"), ("fc_in", "wi_0"), ("fc_up", "wi_1"), ("fc_out", "wo"))
         ),
     ),
 )
 SHARED = (LLAMA, PHI, OPT, BERT)
-"""Rows without fused weights of unknown order, safe to recognise by their module paths alone."""
+"""Rows that are safe to recognise by module paths alone, because no order of fused rows has to be guessed."""
 
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(
@@ -177,7 +177,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": OPT,
     "bert": BERT,
     "roberta": Architecture(BERT.stacks, BERT.matrices, reference_niter=20),
-    "laser_sokoban": Architecture((("", "decide.encoder.h"),), GPT2.matrices, GPT2.fused),
     **dict.fromkeys(("t5", "mt5", "umt5"), T5),
 }
 """Families by ``config.model_type``."""

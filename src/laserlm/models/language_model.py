@@ -1,4 +1,4 @@
-"""A loaded model with its tokenizer: what every other part of laserlm is given."""
+"""A loaded model with its tokenizer, the main argument of laserlm's functions."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ Kind = Literal["causal", "masked", "encoder-decoder", "headless"]
 
 @dataclass(eq=False)
 class LanguageModel:
-    """A transformers model in evaluation mode, its tokenizer and what is known about them.
+    """A transformers model in evaluation mode and its tokenizer.
 
     Args:
         model: any transformers model.
-        tokenizer: its tokenizer, or None for models that take no text.
-        name: how it was asked for.
-        kind: ``causal``, ``masked``, ``encoder-decoder``, or ``headless`` for one that predicts no tokens.
+        tokenizer: its tokenizer, or None for models of other inputs than text.
+        name: the name it was loaded by.
+        kind: ``causal``, ``masked``, ``encoder-decoder``, or ``headless`` for a model that predicts no tokens.
         revision: the hub's commit, or None.
         cache: folder for decompositions and converted models.
-        pads_exactly: whether left-padded batches score as single sequences do; None until the first scoring found out.
-        reads_places: whether the output layer can be given the scored places alone; None until the first scoring found out.
-        active: interventions applied at the moment, outermost first.
-        loaded: arguments of ``load`` with which another process gets the same model, device and place aside; None where it
-            was made otherwise.
+        pads_exactly: whether left-padded batches give the scores of single sequences; None until it is tested.
+        reads_positions: whether the output layer can compute the scored positions alone; None until it is tested.
+        active: interventions that are applied now, outermost first.
+        loaded: arguments of ``load`` that give another process the same model (without its device); None if the model was
+            not made by ``load``.
     """
 
     model: PreTrainedModel
@@ -46,7 +46,7 @@ class LanguageModel:
     revision: str | None = None
     cache: Path = field(default_factory=cache_folder)
     pads_exactly: bool | None = None
-    reads_places: bool | None = None
+    reads_positions: bool | None = None
     active: list[str] = field(default_factory=list)
     loaded: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -57,7 +57,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """The device that takes the inputs: that of the first weights in memory."""
+        """The device of the inputs: that of the first weights in memory."""
         return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
     @property
@@ -67,7 +67,7 @@ class LanguageModel:
 
     @property
     def width(self) -> int:
-        """The number of values that a block passes on for each token."""
+        """Hidden size: number of values per token between blocks."""
         embeddings: Any = self.model.get_input_embeddings()
         embedded = 0 if embeddings is None else int(embeddings.weight.shape[-1])
         return max(embedded, int(getattr(self.model.config, "hidden_size", 0) or 0))
@@ -84,10 +84,10 @@ class LanguageModel:
 
     @property
     def hash(self) -> str:
-        """Sha256 over the unchanged weights (names, shapes, dtypes, bytes), under which results are kept.
+        """Sha256 of the unchanged weights (names, shapes, dtypes, bytes), a key of stored results.
 
         Raises:
-            ModelError: if an intervention is applied at the moment.
+            ModelError: if an intervention is applied now.
             WeightError: if some weights are offloaded and not in memory.
         """
         if self.active:
@@ -106,14 +106,14 @@ class LanguageModel:
 
     @property
     def intervention(self) -> str:
-        """Canonical text of what is applied at the moment, empty for the unchanged model."""
+        """Canonical text of the interventions that are applied now; empty for the unchanged model."""
         return "+".join(self.active)
 
-    def need_tokenizer(self) -> Any:
-        """Return the tokenizer (typed loosely: transformers' call signatures vary by class).
+    def require_tokenizer(self) -> Any:
+        """Return the tokenizer; the type is Any because transformers' call signatures vary by class.
 
         Raises:
-            ModelError: if the model has none, or predicts no tokens.
+            ModelError: if the model has no tokenizer or predicts no tokens.
         """
         if self.kind == "headless":
             raise ModelError(

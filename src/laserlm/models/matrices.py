@@ -1,7 +1,7 @@
 """Find, read and write the weight matrices of a model.
 
-Everything outside this folder sees matrices as (out, in) tensors by name. This module alone knows that Conv1D stores
-the transpose and that some weights are fused (several matrices in the rows of one) or stacked (one for each expert).
+Code outside this folder uses matrices as (out, in) tensors by name. Only this module knows that Conv1D stores the
+transpose, that some weights are fused (several matrices in the rows of one) and that some are stacked (one per expert).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from laserlm.reductions import GROUPS, Layers
 __all__ = ["Matrix", "Rows", "find_matrices", "find_stacks", "read_matrix", "select", "view"]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes whose values are the weights; eight-bit floats are not, they come with scales of their own."""
+"""Dtypes whose values are the weights. Eight-bit floats are excluded because they need separate scales."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a fused matrix: seen as (groups, stride, in), the rows ``start`` to ``start + length`` of each group."""
+    """Rows of a fused matrix: rows ``start`` to ``start + length`` of each group in a view (groups, stride, in)."""
 
     groups: int
     stride: int
@@ -41,17 +41,17 @@ class Matrix:
     """A weight matrix of a model.
 
     Args:
-        stack: name of its stack of blocks, empty where the model has one.
+        stack: name of its stack of blocks; empty if the model has one stack.
         layer: 0-based block.
         name: its name within the block, such as ``fc_in`` or ``experts.3.fc_in``.
         path: path of the parameter in the model.
         shape: (out, in).
         transposed: whether the parameter stores the transpose.
         expert: index on the first axis of a stacked parameter, or None.
-        rows: where it lies in a fused parameter, or None for a whole one.
-        part_of: name of the fused matrix it is a part of, or None.
-        parts: names of the matrices it holds where it is fused, else empty.
-        tied_to: path of an earlier block's parameter that is the same tensor, or None.
+        rows: its rows in a fused parameter, or None for the whole parameter.
+        part_of: name of the fused matrix that contains it, or None.
+        parts: names of its parts if it is fused, else empty.
+        tied_to: path of the same tensor in an earlier block, or None.
     """
 
     stack: str
@@ -82,13 +82,13 @@ class Matrix:
         return min(self.shape)
 
     def overlaps(self, other: Matrix) -> bool:
-        """Whether the two share weights: the same matrix, a fused one and its part, or tied ones."""
+        """Whether the two share weights: the same matrix, a fused matrix and its part, or tied matrices."""
         same = (self.tied_to or self.path, self.expert) == (other.tied_to or other.path, other.expert)
         return same and (self.rows is None or other.rows is None or self.rows == other.rows)
 
 
 def view(parameter: Tensor, matrix: Matrix) -> Tensor:
-    """Return the view of a parameter tensor that is ``matrix``: (out, in), or (groups, length, in) for fused rows."""
+    """Return the view of ``matrix`` in a parameter tensor: (out, in), or (groups, length, in) for fused rows."""
     if matrix.expert is not None:
         parameter = parameter[matrix.expert]
     if matrix.transposed:
@@ -100,10 +100,10 @@ def view(parameter: Tensor, matrix: Matrix) -> Tensor:
 
 
 def read_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
-    """Return a matrix of the model as an (out, in) tensor, which may share memory with it.
+    """Return a matrix of the model as an (out, in) tensor that may share memory with the model.
 
     Raises:
-        WeightError: if the weight is quantised, held as two factors, or offloaded by accelerate and so not in memory.
+        WeightError: if the weight is quantised, held as two factors, or offloaded by accelerate.
     """
     if isinstance(model.get_submodule(matrix.path.rpartition(".")[0]), LowRankLinear):
         raise WeightError(f"{matrix.id} is held as two factors; load the base model, which the folder's laser.json names")
@@ -114,28 +114,23 @@ def read_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
         raise WeightError(
             f"{matrix.id} is quantised ({parameter.dtype}); load the model without quantisation, reduce it, then quantise"
         )
-    seen = view(parameter, matrix)
-    return seen.flatten(0, 1) if matrix.rows is not None else seen
+    value = view(parameter, matrix)
+    return value.flatten(0, 1) if matrix.rows is not None else value
 
 
 def find_stacks(model: PreTrainedModel) -> list[tuple[str, str, nn.ModuleList]]:
-    """Return name, path and blocks of every stack of the model, in order.
+    """Return the name, path and blocks of every stack of the model, in order.
 
     Raises:
         MatrixError: if the model has no repeated blocks.
     """
-    row = ARCHITECTURES.get(model.config.model_type)
-    if row is not None:
-        base = model.base_model
-        prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
-        known = [(name, prefix + path, _submodule(base, path)) for name, path in row.stacks]
-        found = [(name, path, blocks) for name, path, blocks in known if isinstance(blocks, nn.ModuleList) and len(blocks)]
-        if found:
-            return found
+    stacks = _known_stacks(model)
+    if stacks:
+        return stacks
     lists: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer, _ in lists)
-        if isinstance(module, nn.ModuleList) and not inside and len(module) and all(map(_has_matrix, module)):
+        is_nested = any(path.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and not is_nested and len(module) and all(map(_has_matrix, module)):
             lists.append((path, module))
     if not lists:
         raise MatrixError(
@@ -144,12 +139,23 @@ def find_stacks(model: PreTrainedModel) -> list[tuple[str, str, nn.ModuleList]]:
     return [("" if len(lists) == 1 else path, path, blocks) for path, blocks in lists]
 
 
+def _known_stacks(model: PreTrainedModel) -> list[tuple[str, str, nn.ModuleList]]:
+    """Return the stacks at the paths of the model's family; empty for an unknown family or other paths."""
+    row = ARCHITECTURES.get(model.config.model_type)
+    if row is None:
+        return []
+    base = model.base_model
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+    stacks = [(name, prefix + path, _submodule(base, path)) for name, path in row.stacks]
+    return [(name, path, blocks) for name, path, blocks in stacks if isinstance(blocks, nn.ModuleList) and len(blocks)]
+
+
 def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
-    """Return every matrix of every block: by the names of its family, or by module path where it has none.
+    """Return every matrix of every block, named as its family names it, or by module path for an unknown family.
 
     Raises:
         MatrixError: if the model has no repeated blocks.
-        WeightError: if the model is quantised: packed weights have other shapes than the matrices they stand for.
+        WeightError: if the model is quantised, because packed weights have other shapes than their matrices.
     """
     packed = next((f"{name} is {p.dtype}" for name, p in model.named_parameters() if p.dtype not in FLOATS), None)
     if packed:
@@ -170,44 +176,46 @@ def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
 
 
 def select(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack: str = "") -> tuple[Matrix, ...]:
-    """Return the matrices that a selector means; a group takes the parts of fused matrices, never the whole too.
+    """Return the matrices that a selector names. A group contains the parts of fused matrices, not the fused matrices.
 
     Args:
-        matrices: all of the model.
+        matrices: all matrices of the model.
         layers: the blocks.
         matrix: a name, a type that every expert has, or a group (``attn``, ``mlp``, ``all``).
-        stack: a stack's name; may be empty with ``all`` layers, or where there is only one stack.
+        stack: name of a stack; may be empty with ``all`` layers, or if the model has one stack.
 
     Raises:
-        MatrixError: if nothing is meant.
+        MatrixError: if the selector names no matrix.
     """
+    _check_stack(matrices, layers, matrix, stack)
+    in_stacks = [m for m in matrices if not stack or m.stack == stack]
+    heights = {m.stack: m.layer + 1 for m in sorted(in_stacks, key=lambda m: m.layer)}
+    indices = {name: layers.indices(n_blocks) for name, n_blocks in heights.items()}
+    selected = tuple(m for m in in_stacks if m.layer in indices[m.stack] and _matches(m, matrix))
+    if not selected:
+        where = f"layer {layers}" if layers.first is not None else f"the layers {layers}"
+        names = ", ".join(dict.fromkeys(m.name if m.expert is None else f"experts.N.{m.type}" for m in in_stacks))
+        raise MatrixError(f"no matrix {matrix!r} in {where} of this model; it has {names}; see 'laser matrices MODEL'")
+    return selected
+
+
+def _check_stack(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack: str) -> None:
     stacks = list(dict.fromkeys(m.stack for m in matrices))
     if stack and stack not in stacks:
-        named = ", ".join(filter(None, stacks)) or "only one, without a name"
-        raise MatrixError(f"no stack {stack!r}; this model has {named}; see 'laser matrices MODEL'")
+        known = ", ".join(filter(None, stacks)) or "only one, without a name"
+        raise MatrixError(f"no stack {stack!r}; this model has {known}; see 'laser matrices MODEL'")
     if not stack and len(stacks) > 1 and (layers.first is not None or layers.top is not None):
-        raise MatrixError(
-            f"{layers}.{matrix}: this model has several stacks; write {' or '.join(f'{s}.{layers}.{matrix}' for s in stacks)}"
-        )
-    chosen: list[Matrix] = []
-    for name in [stack] if stack else stacks:
-        here = [m for m in matrices if m.stack == name]
-        wanted = layers.within(1 + max(m.layer for m in here))
-        chosen += [m for m in here if m.layer in wanted and _is_meant(m, matrix)]
-    if not chosen:
-        place = f"layer {layers}" if layers.first is not None else f"the layers {layers}"
-        here = [m for m in matrices if not stack or m.stack == stack]
-        names = ", ".join(dict.fromkeys(m.name if m.expert is None else f"experts.N.{m.type}" for m in here))
-        raise MatrixError(f"no matrix {matrix!r} in {place} of this model; it has {names}; see 'laser matrices MODEL'")
-    return tuple(chosen)
+        choices = " or ".join(f"{s}.{layers}.{matrix}" for s in stacks)
+        raise MatrixError(f"{layers}.{matrix}: this model has several stacks; write {choices}")
 
 
-def _is_meant(m: Matrix, wanted: str) -> bool:
-    if wanted == m.name:
+def _matches(m: Matrix, name: str) -> bool:
+    """Return whether a name, type or group means the matrix."""
+    if name == m.name:
         return True
-    if wanted == "all":
+    if name == "all":
         return not m.parts
-    return m.type in GROUPS[wanted] if wanted in GROUPS else m.type == wanted and m.expert is not None
+    return m.type in GROUPS[name] if name in GROUPS else m.type == name and m.expert is not None
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -220,22 +228,22 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _weights(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Yield module path, module, parameter name and parameter of all that could be a matrix of a block.
+    """Yield module path, module, parameter name and parameter of every possible matrix of a block.
 
-    That is the weight of any module but an embedding or a convolution, and a stack of matrices, such as that of experts.
+    These are the 2-D weights of all modules except embeddings and convolutions, and 3-D stacks of matrices (experts).
     """
     for path, module in block.named_modules():
         if isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            stacked = parameter.ndim == 3 and "bias" not in name
-            matrix = parameter.ndim == 2 and name == "weight" and not isinstance(module, LowRankLinear)
-            if ((stacked or matrix) and min(parameter.shape[-2:]) > 1) or parameter is _first_factor(module):
+            is_stack = parameter.ndim == 3 and "bias" not in name
+            is_matrix = parameter.ndim == 2 and name == "weight" and not isinstance(module, LowRankLinear)
+            if ((is_stack or is_matrix) and min(parameter.shape[-2:]) > 1) or parameter is _first_factor(module):
                 yield path, module, name, parameter
 
 
 def _first_factor(module: nn.Module) -> nn.Parameter | None:
-    """Return the parameter that stands for the matrix of a layer held as two factors."""
+    """Return the parameter that represents the matrix of a low-rank layer, or None for another layer."""
     return module.get_parameter("weight") if isinstance(module, LowRankLinear) else None
 
 
@@ -244,9 +252,9 @@ def _has_matrix(block: nn.Module) -> bool:
 
 
 def _recognise(blocks: Sequence[nn.Module]) -> Architecture | None:
-    """Return the shared row whose paths cover every matrix of all these blocks, or None.
+    """Return the shared row whose paths cover every matrix of these blocks, or None.
 
-    How stacked experts are laid out cannot be seen, so blocks that have them are not recognised.
+    Blocks with stacked experts are not recognised, because the layout of the experts cannot be inferred.
     """
     weights = [weight for block in blocks for weight in _weights(block)]
     paths = {path for path, _, _, parameter in weights if parameter.ndim == 2}
@@ -256,11 +264,12 @@ def _recognise(blocks: Sequence[nn.Module]) -> Architecture | None:
 
 
 def _named_weights(block: nn.Module, row: Architecture | None) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yield name, parameter path below the block and parameter."""
+    """Yield the name of each matrix, its parameter's path below the block, and the parameter."""
     weights = {}
     for path, module, name, parameter in _weights(block):
-        whole = f"{path}.{name}" if path else name
-        weights[path if name == "weight" and isinstance(module, nn.Linear | Conv1D) else whole] = (whole, parameter)
+        tensor_path = f"{path}.{name}" if path else name
+        key = path if name == "weight" and isinstance(module, nn.Linear | Conv1D) else tensor_path
+        weights[key] = (tensor_path, parameter)
     if row is None:
         yield from ((path, *weight) for path, weight in weights.items())
         return
@@ -278,7 +287,7 @@ def _expand(
     path: str,
     parameter: nn.Parameter,
 ) -> Iterator[Matrix]:
-    """Yield the matrices of one parameter: each expert's, and each fused one whole and by its parts."""
+    """Yield the matrices of one parameter: one per expert, and each fused matrix followed by its parts."""
     module = model.get_submodule(path.rpartition(".")[0])
     transposed = isinstance(module, Conv1D)
     a, b = parameter.shape[-2:] if not isinstance(module, LowRankLinear) else (module.out_features, module.in_features)

@@ -1,4 +1,4 @@
-"""The model type ``laser`` of lm-evaluation-harness: any model, with weights reduced."""
+"""The model type ``laser`` of lm-evaluation-harness: any model under an intervention."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["LaserLM"]
 
 @register_model("laser")
 class LaserLM(HFLM):  # type: ignore[misc]
-    """A model of laserlm under an intervention, for the harness.
+    """A model under an intervention, for the harness.
 
     Args:
-        pretrained: as ``laserlm.load`` takes it.
+        pretrained: a model for ``laserlm.load``.
         reduce: the intervention, such as ``28.fc_up@0.05``.
-        dtype: as ``laserlm.load`` takes it; ``auto`` is the checkpoint's own.
-        device: as the harness gives it; a GPU that is not there means the CPU.
-        revision: of a hub id.
-        seed: of ``:reference`` decompositions.
-        given: all else that the harness's own Hugging Face model takes.
+        dtype: a dtype for ``laserlm.load``; ``auto`` is the checkpoint's own.
+        device: the harness's device. If it is a GPU and there is none, the model is on the CPU.
+        revision: revision of a hub id.
+        seed: seed of ``:reference`` decompositions.
+        harness_options: further options of the harness's Hugging Face model.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class LaserLM(HFLM):  # type: ignore[misc]
         device: str | None = None,
         revision: str | None = None,
         seed: int = 0,
-        **given: Any,
+        **harness_options: Any,
     ) -> None:
         import torch
 
-        absent = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
-        lm = load(pretrained, dtype=None if dtype == "auto" else dtype, device=None if absent else device, revision=revision)
+        is_absent = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
+        lm = load(pretrained, dtype=None if dtype == "auto" else dtype, device=None if is_absent else device, revision=revision)
         self.interventions = ExitStack()
         self.interventions.enter_context(applied(lm, str(reduce), seed=int(seed)))
-        super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, **given)
+        super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, **harness_options)

@@ -1,4 +1,4 @@
-"""What scores depend on, as plain values: equal values mean that recorded scores can be used again."""
+"""The identity of scores: plain values that are equal if recorded scores can be reused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
-from laserlm.scoring.tokenize import TokenSequence
-from laserlm.tasks import GENERATING, Scorer, Split
+from laserlm.scoring.records import TokenSequence
+from laserlm.scoring.scorers import SCORERS
+from laserlm.tasks import Scorer, Split
 
 __all__ = ["digest", "identity"]
 
-NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
+IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
 
 def digest(value: Any) -> str:
@@ -26,27 +27,27 @@ def digest(value: Any) -> str:
 def identity(
     lm: LanguageModel, scorer: Scorer, splits: Sequence[Split], rows: Sequence[TokenSequence], seed: int
 ) -> dict[str, Any]:
-    """Return all that the scores of a model on some splits depend on.
+    """Return everything that the scores of a model on some splits depend on.
 
     Args:
         lm: the unchanged model.
-        scorer: as the rows were encoded for.
-        splits: of one task; the first says how the model writes.
-        rows: what ``encode`` made of all their examples.
-        seed: of ``:reference`` decompositions.
+        scorer: the scorer that the rows were tokenised for.
+        splits: splits of one task. The first says how the model generates text.
+        rows: the token sequences of all their examples.
+        seed: seed of ``:reference`` decompositions.
     """
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "model": lm.name,
         "model_hash": lm.hash,
-        "config": digest({k: v for k, v in lm.model.config.to_dict().items() if k not in NOT_OF_THE_MODEL}),
+        "config": digest({k: v for k, v in lm.model.config.to_dict().items() if k not in IGNORED_CONFIG_KEYS}),
         "dtype": str(lm.dtype),
         "task": splits[0].task,
         **{split.name: split.hash for split in splits},
-        "tokens": digest([(r.ids, r.decoder, r.targets, r.places, r.options) for r in rows]),
+        "tokens": digest([(r.ids, r.decoder, r.targets, r.positions, r.choice_tokens) for r in rows]),
         "scorer": scorer,
         "algorithm": ALGORITHM,
         "seed": seed,
     }
-    if scorer in GENERATING:
-        found["decoding"] = asdict(splits[0].decoding)
-    return found
+    if SCORERS[scorer].generates:
+        values["decoding"] = asdict(splits[0].decoding)
+    return values

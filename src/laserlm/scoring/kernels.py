@@ -1,4 +1,4 @@
-"""The quickest way of computing a forward pass on this machine that is still exact to float32."""
+"""Choose the fastest CPU kernels that are exact to float32 on this machine."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = ["fast_cpu_kernels", "onednn_is_exact"]
 
-SHORT = 128
-"""Tokens up to which attention by plain matrix products is quicker on a CPU than its tiled form."""
-TURNS = threading.RLock()
-"""The settings are the whole process's: threads that would each put back what they found take turns."""
-EXACT = 2e-6
-"""Relative error of a float32 product in norm; one of bfloat16 operands has a thousand times as much."""
+SHORT_SEQUENCE_TOKENS = 128
+"""Longest sequence for which attention by plain matrix products is faster on a CPU than tiled attention."""
+CPU_SETTINGS_LOCK = threading.RLock()
+"""The settings belong to the process. The lock keeps threads from restoring each other's settings."""
+MAX_RELATIVE_ERROR = 2e-6
+"""Largest relative error, in norm, of a float32 product. A product of bfloat16 operands has 1,000 times this error."""
 
 
 @contextmanager
 def fast_cpu_kernels(device: torch.device, length: int) -> Iterator[None]:
-    """Compute with the quickest exact kernels until the end of the context; a GPU's are left as they are.
+    """Compute with the fastest exact kernels until the end of the context. On a GPU, change nothing.
 
-    On a CPU, PyTorch's own choice for float32 products can be half as fast as another that it holds (on AMD processors,
-    for one). That one may also round its operands, which is measured once, and it is taken only where it does not.
+    PyTorch's default for float32 products can be half as fast as another kernel that it has, for example on AMD processors.
+    The other kernel may round its operands. This is measured once, and the kernel is used only if it does not round.
 
     Args:
-        device: where the model is.
+        device: device of the model.
         length: tokens of the longest sequence.
     """
     if device.type != "cpu":
         yield
         return
     settings = _products()
-    with TURNS:
+    with CPU_SETTINGS_LOCK:
         before = settings.fp32_precision
         try:
             if before == "none" and onednn_is_exact():
                 settings.fp32_precision = "bf16"
-            if length <= SHORT:
+            if length <= SHORT_SEQUENCE_TOKENS:
                 with sdpa_kernel(SDPBackend.MATH):
                     yield
             else:
@@ -51,13 +51,13 @@ def fast_cpu_kernels(device: torch.device, length: int) -> Iterator[None]:
 
 
 def _products() -> Any:
-    """Return PyTorch's settings of float32 products on a CPU (typed loosely: the module adds them as it is imported)."""
+    """Return PyTorch's settings of float32 products on a CPU. They have no types: the module adds them when imported."""
     return cast(Any, torch.backends.mkldnn).matmul
 
 
 @lru_cache(maxsize=1)
 def onednn_is_exact() -> bool:
-    """Find out whether the products that may round their operands to bfloat16 do so here."""
+    """Return whether products that may round their operands to bfloat16 are exact on this machine."""
     settings = _products()
     before = settings.fp32_precision
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +67,7 @@ def onednn_is_exact() -> bool:
             x = torch.randn(rows, 576, generator=generator)
             w = torch.randn(768, 576, generator=generator)
             exact = x.double() @ w.double().T
-            if float((torch.nn.functional.linear(x, w) - exact).norm() / exact.norm()) > EXACT:
+            if float((torch.nn.functional.linear(x, w) - exact).norm() / exact.norm()) > MAX_RELATIVE_ERROR:
                 return False
     finally:
         settings.fp32_precision = before

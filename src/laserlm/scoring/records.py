@@ -1,4 +1,4 @@
-"""What an evaluation returns: one score for each example, and the figures over all of them."""
+"""The records of scoring: token sequences and their scores, example scores, and an evaluation of all of them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,68 @@ from typing import Any
 from laserlm.errors import ScoringError
 from laserlm.scoring.statistics import Interval, wilson
 
-__all__ = ["Evaluation", "ExampleScore"]
+__all__ = ["Evaluation", "ExampleScore", "TokenScores", "TokenSequence"]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A sequence to run through the model, and the tokens to score.
+
+    Args:
+        example: index of its example.
+        ids: all input tokens; for an encoder-decoder, the encoder's.
+        targets: tokens whose log-probabilities are read.
+        positions: positions in ``ids`` whose logits predict the targets; for an encoder-decoder, positions in ``decoder``.
+        decoder: input tokens of the decoder; empty for other models.
+        choice_tokens: one token for each choice, read at the first position; empty if a choice has several tokens.
+        ranked: whether the ranks of the targets are read.
+        top: number of most likely tokens to read at the first position.
+    """
+
+    example: int
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+    positions: tuple[int, ...]
+    decoder: tuple[int, ...] = ()
+    choice_tokens: tuple[int, ...] = ()
+    ranked: bool = False
+    top: int = 0
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The model's scores at the positions of one sequence.
+
+    Args:
+        logprobs: log-probability of each target, in nats.
+        argmax: most likely token at each position.
+        best: log-probability of the most likely token at each position, in nats.
+        choice_logprobs: log-probabilities of the choice tokens at the first position, in nats.
+        ranks: number of tokens that are more likely than the target, at each position; empty unless the sequence is ranked.
+        top: the most likely tokens at the first position, in descending order.
+    """
+
+    logprobs: list[float]
+    argmax: list[int]
+    best: list[float]
+    choice_logprobs: list[float]
+    ranks: list[int]
+    top: list[int]
 
 
 @dataclass(frozen=True)
 class ExampleScore:
-    """How the model did on one example.
+    """The score of one example.
 
     Args:
         id: the example's id.
-        correct: whether the prediction is right under the scorer.
+        correct: whether the scorer counts the prediction as correct.
         logprob: log-probability of the answer, in nats, summed over its tokens.
-        tokens: number of answer tokens the sum is over.
-        predicted: what the model puts first (a token, or a choice), stripped.
+        tokens: number of answer tokens in the sum.
+        predicted: the model's most likely tokens or choice, or the generated text, stripped.
         answer: the right answer, stripped unless it is a text or a program.
         group: the example's group (relation or class), or empty.
-        figures: what else its scorer measures, by name.
+        figures: further metrics of the scorer, by name.
     """
 
     id: str
@@ -52,11 +98,11 @@ class Evaluation:
         model: the model's name.
         task: the task's name.
         split: ``validation``, ``test`` or ``all``.
-        scorer: how an example is scored; see ``laserlm.scoring.evaluate``.
-        intervention: canonical text of what was applied, empty for the unchanged model.
-        scores: one for each example, in the order of the split.
-        seconds: wall time of the forward passes, decompositions not included.
-        classes: the answers to choose from where all examples share them, else empty.
+        scorer: name of the scorer; see ``laserlm.scoring.scorers``.
+        intervention: canonical text of the intervention, empty for the unchanged model.
+        scores: one score for each example, in the order of the split.
+        seconds: wall time of the forward passes, without decompositions.
+        classes: the choices if all examples share them, else empty.
     """
 
     model: str
@@ -70,7 +116,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if not self.scores:
-            raise ScoringError(f"an evaluation of {self.task}/{self.split} is empty; score one example at least")
+            raise ScoringError(f"an evaluation of {self.task}/{self.split} is empty. Score at least one example.")
 
     @property
     def n(self) -> int:
@@ -94,7 +140,7 @@ class Evaluation:
 
     @cached_property
     def perplexity(self) -> float:
-        """Exponential of the log-loss per answer token, over all answer tokens alike."""
+        """Exponential of the mean log-loss over all answer tokens."""
         return math.exp(-math.fsum(s.logprob for s in self.scores) / self.tokens)
 
     @cached_property
@@ -104,23 +150,23 @@ class Evaluation:
 
     @cached_property
     def words(self) -> int:
-        """Number of words, with white space between them, of the answers."""
+        """Number of words of the answers, separated by white space."""
         return sum(len(s.answer.split()) for s in self.scores)
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """Means over examples of what else the scorer measures, by name."""
-        known = {name: [s.figures[name] for s in self.scores if name in s.figures] for name in self.scores[0].figures}
-        return {name: sum(values) / len(values) for name, values in known.items()}
+        """Means over examples of the scorer's further metrics, by name."""
+        values = {name: [s.figures[name] for s in self.scores if name in s.figures] for name in self.scores[0].figures}
+        return {name: sum(v) / len(v) for name, v in values.items()}
 
     @cached_property
     def majority_rate(self) -> float:
-        """Accuracy of giving the most frequent answer of these examples every time."""
+        """Accuracy of a constant guess, the most frequent answer of these examples."""
         return Counter(s.answer.lower() for s in self.scores).most_common(1)[0][1] / self.n
 
     @cached_property
     def balanced_accuracy(self) -> float | None:
-        """Mean over the classes present of the accuracy within each; None where the task has no classes."""
+        """Mean over the classes that occur of the accuracy within each class; None if the task has no classes."""
         if not self.classes:
             return None
         within: dict[str, list[bool]] = defaultdict(list)
@@ -129,8 +175,8 @@ class Evaluation:
         return sum(sum(v) / len(v) for v in within.values()) / len(within)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures (not the per-example scores) as plain JSON values."""
-        of_text = self.scorer == "perplexity"
+        """Return the metrics, without the scores of single examples, as plain JSON values."""
+        is_perplexity = self.scorer == "perplexity"
         return {
             "model": self.model,
             "task": self.task,
@@ -144,7 +190,7 @@ class Evaluation:
             "majority_rate": self.majority_rate,
             "balanced_accuracy": self.balanced_accuracy,
             **self.figures,
-            **({"perplexity": self.perplexity, "tokens": self.tokens, "words": self.words} if of_text else {}),
+            **({"perplexity": self.perplexity, "tokens": self.tokens, "words": self.words} if is_perplexity else {}),
             "seconds": self.seconds,
         }
 

@@ -1,4 +1,4 @@
-"""Run programs that a model wrote, each confined to a process of its own."""
+"""Run generated programs, each in a confined process."""
 
 from __future__ import annotations
 
@@ -27,31 +27,30 @@ __all__ = ["namespaces", "run_program", "run_programs"]
 log = logging.getLogger(__name__)
 CONFINED = Path(__file__).with_name("confined.py")
 NAMESPACES = ("--user", "--map-root-user", "--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child")
-STARTING = 30.0
-"""Seconds that a process may take until it is ready to run its program."""
-ANSWER = 4096
-"""Bytes that are read of what a process says."""
+START_SECONDS = 30.0
+"""Longest time until a process is ready to run its program."""
+MAX_ANSWER_BYTES = 4096
+"""Largest answer of a process."""
 
 
 def run_programs(programs: Sequence[str], *, seconds: int = 10, memory: int = 2**30) -> list[str]:
-    """Run programs, as many at a time as there are processors for this process; see ``run_program``."""
+    """Run programs in parallel, one for each processor that this process may use. See ``run_program``."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(processors) as pool:
         return list(pool.map(lambda program: run_program(program, seconds=seconds, memory=memory), programs))
 
 
 def run_program(program: str, *, seconds: int = 10, memory: int = 2**30) -> str:
-    """Run a program to its end, and return why it failed, or nothing where it did not.
+    """Run a program to its end. Return why it failed, or an empty text if it succeeded.
 
-    It has a process of its own with limits of time, memory, processes, open files and file size, an empty temporary folder
-    and no variables of this process's environment. On Linux, where the kernel lets a user make namespaces, it has no
-    network, can reach no other process, and can write nowhere but in its folder; elsewhere the interpreter refuses all
-    that.
+    The program has its own process with limits of time, memory, processes, open files and file size, an empty temporary
+    folder, and no environment variables of this process. On Linux, if the kernel lets a user make namespaces, the program
+    has no network, reaches no other process, and can write only in its folder. Elsewhere the interpreter refuses all this.
 
     Args:
-        program: Python source; it fails if it raises anything, leaves early, or comes to a limit.
-        seconds: of processor time, and of the clock.
-        memory: bytes of address space, where the system limits them.
+        program: Python source. It fails if it raises an error, exits early, or reaches a limit.
+        seconds: limit of processor time and of wall time.
+        memory: limit of the address space in bytes, if the system has such a limit.
 
     Raises:
         ScoringError: if this system has no limits for processes, or the confined process does not start.
@@ -59,21 +58,23 @@ def run_program(program: str, *, seconds: int = 10, memory: int = 2**30) -> str:
     return _run(program, seconds, memory, namespaces())
 
 
-def _run(program: str, seconds: int, memory: int, apart: tuple[str, ...]) -> str:
+def _run(program: str, seconds: int, memory: int, unshare: tuple[str, ...]) -> str:
     if os.name != "posix":
-        raise ScoringError("programs are run on Linux and macOS only, where a process can be limited; leave them out here")
+        raise ScoringError(
+            "programs run only on Linux and macOS, where a process can be limited. Use another task or scorer here."
+        )
     token = secrets.token_hex(16)
     with _folder() as folder:
-        given = {
+        request = {
             "program": program,
             "folder": folder,
             "seconds": seconds,
             "memory": memory,
-            "namespaces": bool(apart),
+            "namespaces": bool(unshare),
             "token": token,
         }
         process = subprocess.Popen(
-            [*apart, sys.executable, "-I", "-S", "-B", str(CONFINED)],
+            [*unshare, sys.executable, "-I", "-S", "-B", str(CONFINED)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -82,64 +83,65 @@ def _run(program: str, seconds: int, memory: int, apart: tuple[str, ...]) -> str
             start_new_session=True,
         )
         if process.stdin is None or process.stdout is None:
-            raise AssertionError("both are pipes")
+            raise AssertionError("both streams are pipes")
         try:
-            with process.stdin as into, suppress(BrokenPipeError):
-                into.write(json.dumps(given).encode())
-            with process.stdout as out:
-                ready = _said(out.fileno(), len(READY), time.monotonic() + STARTING)
+            with process.stdin as stdin, suppress(BrokenPipeError):
+                stdin.write(json.dumps(request).encode())
+            with process.stdout as stdout:
+                ready = _read_pipe(stdout.fileno(), len(READY), time.monotonic() + START_SECONDS)
                 end = time.monotonic() + seconds
-                said = _said(out.fileno(), ANSWER, end) if ready == READY else b""
+                output = _read_pipe(stdout.fileno(), MAX_ANSWER_BYTES, end) if ready == READY else b""
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if ready != READY:
         raise ScoringError(
-            f"no confined process could be started with {sys.executable}, so that no program can be judged; score it elsewhere"
+            f"no confined process could be started with {sys.executable}, so programs cannot be graded. Score this task on "
+            "another machine."
         )
     try:
-        answer = json.loads(said)
+        answer = json.loads(output)
     except ValueError:
         return f"not done after {seconds} seconds" if time.monotonic() >= end else "ended before its tests were done"
     if not isinstance(answer, dict) or answer.get("token") != token:
-        return "said something that only the tests may say"
+        return "wrote something that only the tests may write"
     return str(answer["error"])
 
 
-def _said(pipe: int, most: int, deadline: float) -> bytes:
-    """Return what comes out of a pipe until its end, so many bytes or the deadline."""
-    said = b""
+def _read_pipe(pipe: int, max_bytes: int, deadline: float) -> bytes:
+    """Return the content of a pipe until its end, a number of bytes, or a deadline."""
+    content = b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        while len(said) < most and selector.select(max(0.0, deadline - time.monotonic())):
-            part = os.read(pipe, most - len(said))
+        while len(content) < max_bytes and selector.select(max(0.0, deadline - time.monotonic())):
+            part = os.read(pipe, max_bytes - len(content))
             if not part:
                 break
-            said += part
-    return said
+            content += part
+    return content
 
 
 @contextmanager
 def _folder() -> Iterator[str]:
-    """Yield an empty folder, and remove it with whatever a program made of it."""
+    """Yield an empty folder, and remove it with all that a program put there."""
     folder = tempfile.mkdtemp(prefix="laser-")
     try:
         yield folder
     finally:
         try:
             shutil.rmtree(folder, ignore_errors=True)
-        except RecursionError:  # folders in folders in folders
+        except RecursionError:  # deeply nested folders
             subprocess.run(["rm", "-rf", folder], check=False)
 
 
 @cache
 def namespaces() -> tuple[str, ...]:
-    """Return the command that gives a process namespaces of its own, or nothing where it cannot be done."""
+    """Return the command that starts a process in its own namespaces, or nothing if this system does not allow it."""
     command = shutil.which("unshare")
     if command is not None:
         with suppress(ScoringError):
             if not _run("pass", 10, 2**30, (command, *NAMESPACES)):
                 return (command, *NAMESPACES)
-    log.warning("this system lets no process have namespaces of its own: programs are confined by the interpreter alone")
+    log.warning("this system does not allow namespaces: only the interpreter confines programs")
     return ()

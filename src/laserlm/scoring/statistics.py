@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
 from laserlm.errors import ScoringError
 
-__all__ = ["Interval", "mcnemar", "paired_difference", "paired_mean", "wilson"]
+__all__ = [
+    "Interval",
+    "bootstrap",
+    "dense_ranks",
+    "mcnemar",
+    "paired_difference",
+    "paired_mean",
+    "percentile_interval",
+    "spearman",
+    "wilson",
+]
 
 
 class Interval(NamedTuple):
@@ -81,3 +93,43 @@ def paired_mean(differences: Sequence[float], confidence: float = 0.95) -> Inter
     error = math.sqrt(math.fsum((x - mean) ** 2 for x in differences) / (n - 1) / n)
     half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
     return Interval(mean - half, mean + half)
+
+
+def dense_ranks(values: ArrayLike) -> NDArray[np.intp]:
+    """Return the index of each value among the distinct values in rising order, as ``spearman`` takes it."""
+    ranks: NDArray[np.intp] = np.unique(np.asarray(values), return_inverse=True)[1]
+    return ranks
+
+
+def spearman(x: NDArray[np.intp], y: NDArray[np.intp], weights: ArrayLike | None = None) -> float:
+    """Return Spearman's rank correlation; NaN where one side is constant.
+
+    Args:
+        x: dense ranks (n,).
+        y: dense ranks (n,) of the same examples.
+        weights: how many times each pair counts, as in a bootstrap; None counts each once.
+    """
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=float)
+    middle = (float(w.sum()) + 1) / 2
+    a, b = _mean_ranks(x, w) - middle, _mean_ranks(y, w) - middle
+    norm = math.sqrt(float(w @ (a * a)) * float(w @ (b * b)))
+    return float(w @ (a * b)) / norm if norm > 0 else math.nan
+
+
+def bootstrap(n: int, resamples: int, seed: int, *, at_once: int = 1) -> Iterator[NDArray[np.int32]]:
+    """Yield the indices of resamples with replacement of n examples, (resamples, n) each, ``at_once`` resamples at a time."""
+    generator = np.random.default_rng(seed)
+    for done in range(0, resamples, at_once):
+        yield generator.integers(n, size=(min(at_once, resamples - done), n), dtype=np.int32)
+
+
+def percentile_interval(values: ArrayLike) -> Interval:
+    """Return the 2.5 % and 97.5 % quantiles of a statistic over resamples, NaN aside."""
+    low, high = np.nanquantile(np.asarray(values), [0.025, 0.975])
+    return Interval(float(low), float(high))
+
+
+def _mean_ranks(ranks: NDArray[np.intp], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return ranks from 1 on, ties at their mean, from dense ranks and weights."""
+    mass = np.bincount(ranks, weights)
+    return (np.cumsum(mass) - (mass - 1) / 2)[ranks]

@@ -2,19 +2,20 @@
 
 from laserlm.searching.candidates import Candidate, expand
 from laserlm.searching.cluster import Ray
+from laserlm.searching.config import Effort, Metric, Mode, SearchConfig, Strategy
 from laserlm.searching.driver import search
-from laserlm.searching.race import RaceOptions
-from laserlm.searching.result import ComposeStep, Metric, Mode, RungReport, ScreenReport, SearchProgress, SearchResult, Strategy
+from laserlm.searching.result import ComposeStep, RungReport, ScreenReport, SearchProgress, SearchResult
 
 __all__ = [
     "Candidate",
     "ComposeStep",
+    "Effort",
     "Metric",
     "Mode",
-    "RaceOptions",
     "Ray",
     "RungReport",
     "ScreenReport",
+    "SearchConfig",
     "SearchProgress",
     "SearchResult",
     "Strategy",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from laserlm.edit.apply import Edit
 from laserlm.errors import MatrixError
 from laserlm.models.matrices import Matrix, select
-from laserlm.reductions import Grid, Intervention, Layers, Reduction
+from laserlm.reductions import Grid, Intervention, Layers
 
 __all__ = ["Candidate", "expand"]
 
@@ -33,13 +34,13 @@ def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Candidate]:
     """
     grid = Grid.parse(grid)
     candidates: dict[tuple[str, int, str, str, int], Candidate] = {}
-    for part in grid.parts:
-        for m in select(matrices, part.layers, part.matrix, part.stack):
-            for size in part.sizes if m.tied_to is None else ():
-                at = Layers(first=m.layer, last=m.layer)
-                edit = Edit.of(m, Reduction(at, m.name, size, part.keep, part.method, m.stack, part.split))
+    for reduction in chain(*grid.parts):
+        for m in select(matrices, reduction.layers, reduction.matrix, reduction.stack):
+            if m.tied_to is None:
+                layers = Layers(first=m.layer, last=m.layer)
+                edit = Edit.of(m, replace(reduction, layers=layers, matrix=m.name, stack=m.stack))
                 if not edit.is_identity:
-                    key = (m.id, edit.rank, part.keep, part.method, part.split)
+                    key = (m.id, edit.rank, reduction.keep, reduction.method, reduction.split)
                     candidates.setdefault(key, Candidate(m, Intervention((edit.reduction,))))
     if not candidates:
         raise MatrixError(f"the grid {grid} keeps every matrix whole; give sizes below the matrices' ranks")

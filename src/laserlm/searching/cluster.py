@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from laserlm.errors import LaserError, MissingExtraError, ModelError, ScoringError
 from laserlm.models.language_model import LanguageModel
-from laserlm.searching.desk import BlockOrder, EncodedSplit, WorkerState, WorkItem
-from laserlm.searching.executors import IsCancelled, OutOfTimeError, Speculate, WorkFailure
-from laserlm.searching.schedule import TRIES, Schedule
+from laserlm.searching.config import SearchConfig
+from laserlm.searching.executors import IsCancelled, OutOfTimeError, Speculate
+from laserlm.searching.schedule import MAX_TRIES, Schedule
+from laserlm.searching.scorer import BlockOrder, EncodedSplit, Failure, PrefixScorer
+from laserlm.searching.work import OrderTask, WorkItem
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,15 +33,15 @@ if TYPE_CHECKING:
 __all__ = ["Ray", "on_ray"]
 
 log = logging.getLogger(__name__)
-TICK = 0.2
+POLL_SECONDS = 0.2
 """Seconds after which an idle worker is asked again whether there is something to do."""
-REMINDER = 60.0
+REMINDER_SECONDS = 60.0
 """Seconds between two warnings that no worker has a place."""
-SIGN = 0.5
+SIGN_OF_LIFE_SECONDS = 0.5
 """Seconds in which a sign of life reaches the driver."""
-RETRY = 30.0
+RETRY_SECONDS = 30.0
 """Seconds until another worker is tried in the place of one that could not start, while others work."""
-FULL = ("can't allocate memory", "cannot allocate memory", "not enough memory")
+OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 """What PyTorch says where the memory of a CPU is used up."""
 
 
@@ -91,7 +93,7 @@ class _Unit:
     """What a worker has in hand."""
 
     number: int
-    pieces: list[WorkItem]
+    items: list[WorkItem]
     stream: Any
     begun: bool = False
     stopped: bool = False
@@ -99,30 +101,15 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Usage:
-    """What a worker needed so far: see ``Desk``."""
+    """What a worker needed so far: see ``Executor``."""
 
-    batch: int
-    boundary: int
-    decompositions: int
-
-
-@dataclass(frozen=True)
-class _OrderOf:
-    """Find the order in which the blocks run."""
-
-    material: str
-    home: str = "order"
-    group: str = "order"
-    work: float = 0.0
-
-    def do(self, desk: WorkerState) -> BlockOrder:
-        return list(desk.bench(self.material).order)
+    batch_size: int
+    activation_bytes: int
+    decomposition_bytes: int
 
 
 @contextmanager
-def on_ray(
-    how: Ray, lm: LanguageModel, materials: Mapping[str, EncodedSplit], *, batch: int, memory: float, seed: int
-) -> Iterator[RayExecutor]:
+def on_ray(how: Ray, lm: LanguageModel, splits: Mapping[str, EncodedSplit], config: SearchConfig) -> Iterator[RayExecutor]:
     """Yield an executor whose workers end with the context, and so does the cluster where it was started for this.
 
     Raises:
@@ -147,7 +134,7 @@ def on_ray(
                 f"a worker needs {_needs(how)} on one machine, and {_shown(ray.cluster_resources())} are all there is in the "
                 "cluster; ask for less"
             )
-        executor = RayExecutor(ray, how, how.workers or room, lm, materials, batch=batch, memory=memory, seed=seed)
+        executor = RayExecutor(ray, how, how.workers or room, lm, splits, config)
         try:
             yield executor
         finally:
@@ -158,7 +145,7 @@ def on_ray(
 
 
 class RayExecutor:
-    """Give pieces of work to the workers, and replace those that end."""
+    """Give items of work to the workers, and replace those that end."""
 
     def __init__(
         self,
@@ -166,37 +153,34 @@ class RayExecutor:
         how: Ray,
         workers: int,
         lm: LanguageModel,
-        materials: Mapping[str, EncodedSplit],
-        *,
-        batch: int,
-        memory: float,
-        seed: int,
+        splits: Mapping[str, EncodedSplit],
+        config: SearchConfig,
     ) -> None:
         self.workers = workers
-        self.batch = batch
-        self.boundary = 0
-        self.decompositions = 0
+        self.batch_size = config.batch_size
+        self.activation_bytes = 0
+        self.decomposition_bytes = 0
         self._ray = ray
         self._how = how
         self._schedule = Schedule(workers)
-        self._orders: dict[str, BlockOrder] = {}
+        self._block_orders: dict[str, BlockOrder] = {}
         self._starting: dict[Any, Any] = {}  # by the reference that tells that a worker is ready
         self._later: list[float] = []  # when to try others
         self._ready: list[Any] = []
         self._units: dict[Any, _Unit] = {}
         self._numbers = count()
         self._failures = 0  # workers in a row that were never ready
-        self._reminder = time.monotonic() + REMINDER
+        self._reminder = time.monotonic() + REMINDER_SECONDS
         needs: dict[str, Any] = {"num_cpus": how.cpus, "num_gpus": how.gpus, "max_restarts": 0, "max_task_retries": 0}
         # The second group lets a worker hear that it may stop while it works.
         self._actor = ray.remote(**needs, concurrency_groups={"beside": 1})(_Worker)
         place = {"device_map": "auto"} if how.gpus > 1 else {"device": "cuda" if how.gpus else "cpu"}
-        given = {"batch": batch, "memory": memory, "seed": seed}
+        options = {"batch_size": config.batch_size, "memory": config.memory, "seed": config.seed}
         try:
-            shared = ray.put(dict(materials))
+            shared = ray.put(dict(splits))
         except (TypeError, AttributeError, PicklingError) as error:
             raise ScoringError(f"the task cannot be sent to other processes ({error}); search on this machine alone") from error
-        self._given = ((lm.loaded or {}) | place, lm.name, lm.hash, shared, given, max(1, int(how.cpus)))
+        self._set_up = ((lm.loaded or {}) | place, lm.name, lm.hash, shared, options, max(1, int(how.cpus)))
         for _ in range(workers):
             self._start()
 
@@ -205,53 +189,53 @@ class RayExecutor:
         for worker in [*self._ready, *self._starting.values()]:
             self._ray.kill(worker)
 
-    def order(self, material: str) -> BlockOrder:
-        """See ``Executor``.
+    def block_order(self, split: str) -> BlockOrder:
+        """Return the blocks in the order in which the model runs them.
 
         Raises:
             ScoringError: if the workers end at the first passes.
         """
-        if material not in self._orders:
-            ((_, found),) = self.run([_OrderOf(material)], needless=lambda _: False)
-            if isinstance(found, str):
+        if split not in self._block_orders:
+            ((_, result),) = self.run([OrderTask(split)], is_cancelled=lambda _: False)
+            if isinstance(result, Failure):
                 raise ScoringError(
-                    f"the model cannot be run: {found}; give workers more memory, or take a smaller --batch-size"
+                    f"the model cannot be run: {result.reason}; give workers more memory, or take a smaller --batch-size"
                 )
-            self._orders[material] = found
-        return self._orders[material]
+            self._block_orders[split] = result
+        return self._block_orders[split]
 
-    def release(self, material: str) -> None:
-        """See ``Executor``."""
+    def free(self, split: str) -> None:
+        """Free the cached activations of a split that is not asked for again soon."""
         for worker in self._ready:
-            worker.release.remote(material)
+            worker.free.remote(split)
 
     def run(
         self,
-        pieces: Sequence[WorkItem],
+        items: Sequence[WorkItem],
         *,
-        needless: IsCancelled,
+        is_cancelled: IsCancelled,
         deadline: float = math.inf,
-        ahead: Speculate | None = None,
+        speculate: Speculate | None = None,
     ) -> Iterator[tuple[Any, Any]]:
-        """See ``Executor``.
+        """Yield each item with its result; see ``Executor``.
 
         Raises:
             LaserError: what a worker raised.
         """
         schedule = self._schedule
-        yield from schedule.want(pieces)
+        yield from schedule.want(items)
         answers: list[tuple[Any, Any]] = []
         while schedule.open or answers:
             late = time.monotonic() > deadline
             if not late:
-                self._hand_out(needless, ahead)
+                self._hand_out(is_cancelled, speculate)
             yield from answers  # recorded while the workers are at the next units already
             if late and schedule.open:
                 schedule.want([])
                 raise OutOfTimeError
             answers = self._listen() if schedule.open else []
 
-    def _hand_out(self, needless: IsCancelled, ahead: Speculate | None) -> None:
+    def _hand_out(self, is_cancelled: IsCancelled, speculate: Speculate | None) -> None:
         now = time.monotonic()
         while self._later and self._later[0] < now:
             self._later.pop(0)
@@ -260,7 +244,7 @@ class RayExecutor:
 
         def guess() -> Sequence[WorkItem]:
             if not likely:
-                likely.append(ahead() if ahead else ())
+                likely.append(speculate() if speculate else ())
             return likely[0]
 
         work = True
@@ -271,20 +255,20 @@ class RayExecutor:
                     unit.stopped = True
                     worker.stop.options(concurrency_group="beside").remote(unit.number)
             elif work:
-                pieces = self._schedule.take(worker, now, needless, guess)
-                work = bool(pieces)  # what there is not for one there is not for the next
-                if pieces:
+                items = self._schedule.take(worker, now, is_cancelled, guess)
+                work = bool(items)  # what there is not for one there is not for the next
+                if items:
                     number = next(self._numbers)
-                    pause = SIGN if self._schedule.suspected(pieces[0]) else 0.0
-                    stream = worker.run.options(num_returns="streaming").remote(number, pieces, pause)
-                    self._units[worker] = _Unit(number, pieces, stream)
+                    pause = SIGN_OF_LIFE_SECONDS if self._schedule.suspected(items[0]) else 0.0
+                    stream = worker.run.options(num_returns="streaming").remote(number, items, pause)
+                    self._units[worker] = _Unit(number, items, stream)
 
     def _listen(self) -> list[tuple[Any, Any]]:
         """Wait for something to come, and return the answers in it that are wanted."""
         self._remind()
         sources = {**dict.fromkeys(self._starting), **{unit.stream: worker for worker, unit in self._units.items()}}
         # One is waited for, all that came are taken.
-        self._ray.wait(list(sources), timeout=TICK, fetch_local=False)
+        self._ray.wait(list(sources), timeout=POLL_SECONDS, fetch_local=False)
         there, _ = self._ray.wait(list(sources), num_returns=len(sources), timeout=0, fetch_local=False)
         found: list[tuple[Any, Any]] = []
         for source in there:
@@ -307,7 +291,7 @@ class RayExecutor:
             if isinstance(cause, OtherWeightsError):
                 raise cause from error
             self._failures += 1
-            if not self._ready and (isinstance(cause, LaserError) or self._failures >= TRIES):
+            if not self._ready and (isinstance(cause, LaserError) or self._failures >= MAX_TRIES):
                 if isinstance(cause, LaserError):
                     raise cause from error
                 raise ScoringError(
@@ -316,7 +300,7 @@ class RayExecutor:
                 ) from error
             log.warning("a worker could not start, another one is tried: %s", _reason(cause))
             self._ray.kill(worker)
-            self._later.append(time.monotonic() + (RETRY if self._ready else 0))
+            self._later.append(time.monotonic() + (RETRY_SECONDS if self._ready else 0))
             return
         self._failures = 0
         self._ready.append(worker)
@@ -325,7 +309,7 @@ class RayExecutor:
         """Take the next answer of a worker, or that it has ended its unit or itself."""
         unit = self._units[worker]
         try:
-            said = self._ray.get(next(unit.stream))
+            answer = self._ray.get(next(unit.stream))
         except StopIteration:
             del self._units[worker]
             self._schedule.finish(worker)
@@ -335,15 +319,15 @@ class RayExecutor:
             if isinstance(cause, UnfitError | self._ray.exceptions.RayError):
                 return self._replace(worker, _reason(cause))
             raise cause from error
-        if said is None:
+        if answer is None:
             unit.begun = True
             return []
-        place, result, usage = said
-        self.batch = min(self.batch, usage.batch)
-        self.boundary = max(self.boundary, usage.boundary)
-        self.decompositions = max(self.decompositions, usage.decompositions)
-        wanted = self._schedule.answer(worker, unit.pieces[place], result, time.monotonic())
-        return [(unit.pieces[place], result)] if wanted else []
+        index, result, usage = answer
+        self.batch_size = min(self.batch_size, usage.batch_size)
+        self.activation_bytes = max(self.activation_bytes, usage.activation_bytes)
+        self.decomposition_bytes = max(self.decomposition_bytes, usage.decomposition_bytes)
+        wanted = self._schedule.answer(worker, unit.items[index], result, time.monotonic())
+        return [(unit.items[index], result)] if wanted else []
 
     def _replace(self, worker: Any, reason: str) -> list[tuple[Any, Any]]:
         """Start a worker in the place of one that ended; return what is given up because of that."""
@@ -351,21 +335,21 @@ class RayExecutor:
         self._ready.remove(worker)
         self._ray.kill(worker)
         self._start()
-        given_up = self._schedule.lose(worker, begun=unit.begun)
-        if given_up is None:
+        gave_up = self._schedule.lose(worker, begun=unit.begun)
+        if gave_up is None:
             log.warning("a worker ended, another one starts in its place: %s", reason)
             return []
-        log.warning("%d workers ended at the same piece, which is given up: %s", TRIES, reason)
-        return [(given_up, WorkFailure(f"{TRIES} workers ended at it; the last because {reason}"))]
+        log.warning("%d workers ended at the same item, which is given up: %s", MAX_TRIES, reason)
+        return [(gave_up, Failure(f"{MAX_TRIES} workers ended at it; the last because {reason}", of_workers=True))]
 
     def _start(self) -> None:
         worker = self._actor.remote()
-        self._starting[worker.set_up.remote(*self._given)] = worker
+        self._starting[worker.set_up.remote(*self._set_up)] = worker
 
     def _remind(self) -> None:
         """Say now and then that workers are waiting for a place."""
         if self._starting and time.monotonic() > self._reminder:
-            self._reminder = time.monotonic() + REMINDER
+            self._reminder = time.monotonic() + REMINDER_SECONDS
             log.warning(
                 "%d of %d workers are not ready; each needs %s, and %s are free in the cluster",
                 len(self._starting),
@@ -379,7 +363,7 @@ class _Worker:
     """A process of the cluster: it loads the model once, and does the units that it is given."""
 
     def __init__(self) -> None:
-        self._desk: WorkerState | None = None
+        self._scorer: PrefixScorer | None = None
         self._stopped = -1
 
     def set_up(
@@ -387,8 +371,8 @@ class _Worker:
         loaded: dict[str, Any],
         name: str,
         expected: str,
-        materials: dict[str, EncodedSplit],
-        given: dict[str, Any],
+        splits: dict[str, EncodedSplit],
+        options: dict[str, Any],
         threads: int,
     ) -> None:
         """Load the model, and see that it is the one that is searched."""
@@ -402,37 +386,38 @@ class _Worker:
             raise OtherWeightsError(
                 f"{loaded['name']} on {platform.node()} has other weights than where the search was started; copy these there"
             )
-        self._desk = WorkerState(lm, materials, **given)
+        self._scorer = PrefixScorer(lm, splits, **options)
 
-    def run(self, unit: int, pieces: Sequence[WorkItem], pause: float) -> Iterator[tuple[int, Any, _Usage] | None]:
-        """Yield None as a sign of life, and after a pause the place and the result of each piece, and what it needed."""
+    def run(self, unit: int, items: Sequence[WorkItem], pause: float) -> Iterator[tuple[int, Any, _Usage] | None]:
+        """Yield None as a sign of life, and after a pause the index, the result and the needs of each item."""
         import torch
 
-        if self._desk is None:
+        if self._scorer is None:
             raise AssertionError("a worker is set up first")
         yield None
         time.sleep(pause)
-        for place, piece in enumerate(pieces):
+        for index, item in enumerate(items):
             if self._stopped >= unit:
                 return
             try:
-                result = piece.do(self._desk)
+                result = item.execute(self._scorer)
             except (MemoryError, RuntimeError) as error:
-                full = isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in FULL)
+                full = isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY_SIGNS)
                 # After an error of its own, a GPU does nothing more for this process.
                 if full or isinstance(error, torch.AcceleratorError):
                     raise UnfitError(f"{type(error).__name__}: {error}") from error
                 raise
-            yield place, result, _Usage(self._desk.batch, self._desk.boundary, self._desk.cache.peak)
+            scorer = self._scorer
+            yield index, result, _Usage(scorer.batch_size, scorer.peak_bytes, scorer.decompositions.peak)
 
     def stop(self, unit: int) -> None:
-        """Begin no other piece of a unit, nor of earlier ones."""
+        """Begin no other item of a unit, nor of earlier ones."""
         self._stopped = unit
 
-    def release(self, material: str) -> None:
-        """Free the boundaries of a material."""
-        if self._desk is not None:
-            self._desk.bench(material).release()
+    def free(self, split: str) -> None:
+        """Free the cached activations of a split."""
+        if self._scorer is not None:
+            self._scorer.free(split)
 
 
 def _ray() -> ModuleType:

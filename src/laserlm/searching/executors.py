@@ -1,4 +1,4 @@
-"""Who does the work of a search: this process, unless it is given to others."""
+"""Who does the work of a search: this process, or others."""
 
 from __future__ import annotations
 
@@ -7,114 +7,101 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from laserlm.searching.desk import BlockOrder, WorkerState, WorkItem
+from laserlm.searching.scorer import BlockOrder, PrefixScorer
+from laserlm.searching.work import WorkItem
 
-__all__ = ["Executor", "IsCancelled", "LocalExecutor", "OutOfTimeError", "Speculate", "WorkFailure"]
+__all__ = ["Executor", "IsCancelled", "LocalExecutor", "OutOfTimeError", "Speculate"]
 
 
 class OutOfTimeError(Exception):
     """Ends a search whose time is used up; it is caught within the search."""
 
 
-class WorkFailure(str):
-    """Why a piece has no result that may have one elsewhere: it ended the processes that were at it."""
-
-
 IsCancelled = Callable[[Any], bool]
-"""Tells of a piece that it need not be done any more."""
+"""Returns whether a work item need not be done any more."""
 Speculate = Callable[[], Sequence[WorkItem]]
-"""Returns what is likely to be asked for next, the likeliest first, for those who would stand idle."""
+"""Returns the items that are likely to be asked for next, the likeliest first, for idle workers."""
 
 
 class Executor(Protocol):
-    """Does pieces of work; each result is the same whoever does it."""
+    """Does work items; each result is the same whoever computes it."""
 
     @property
     def workers(self) -> int:
         """Number of processes that work at the same time."""
 
     @property
-    def batch(self) -> int:
-        """Sequences in one pass, as far as memory let it be so far."""
+    def batch_size(self) -> int:
+        """Sequences in one forward pass; halved where memory ran out."""
 
     @property
-    def boundary(self) -> int:
-        """Most bytes that boundaries took in one process."""
+    def activation_bytes(self) -> int:
+        """Most bytes of cached activations in one process."""
 
     @property
-    def decompositions(self) -> int:
-        """Most bytes that decompositions took in one process."""
+    def decomposition_bytes(self) -> int:
+        """Most bytes of decompositions in one process."""
 
-    def order(self, material: str) -> BlockOrder:
-        """Return the blocks in the order in which they run."""
+    def block_order(self, split: str) -> BlockOrder:
+        """Return the blocks in the order in which the model runs them."""
 
     def run(
         self,
-        pieces: Sequence[WorkItem],
+        items: Sequence[WorkItem],
         *,
-        needless: IsCancelled,
+        is_cancelled: IsCancelled,
         deadline: float = math.inf,
-        ahead: Speculate | None = None,
+        speculate: Speculate | None = None,
     ) -> Iterator[tuple[Any, Any]]:
-        """Yield each piece with its result, as soon as it is there and in any order; a text says why there is none.
+        """Yield each item with its result or ``Failure``, as soon as there is one and in any order.
 
         Args:
-            pieces: what has to be done, in the order in which it is best begun.
-            needless: asked before a piece is begun; it is left out where this is true.
+            items: in the order in which they are best begun.
+            is_cancelled: asked before an item is begun.
             deadline: value of ``time.monotonic`` after which no more is begun.
-            ahead: what may be asked for next.
+            speculate: asked when a worker is idle.
 
         Raises:
-            OutOfTimeError: at the deadline; what other processes are at then is not waited for.
+            OutOfTimeError: at the deadline. Items that other processes have begun are not waited for.
         """
 
-    def release(self, material: str) -> None:
-        """Free the boundaries of a material, which is not asked for again soon."""
+    def free(self, split: str) -> None:
+        """Free the cached activations of a split that is not asked for again soon."""
 
 
 class LocalExecutor:
-    """Does the work in this process, one piece after the other."""
+    """Does the work in this process, one item after the other."""
 
     workers = 1
 
-    def __init__(self, desk: WorkerState) -> None:
-        self._desk = desk
+    def __init__(self, scorer: PrefixScorer) -> None:
+        self._scorer = scorer
+        self.block_order = scorer.block_order
+        self.free = scorer.free
 
     @property
-    def batch(self) -> int:
-        """See ``Executor``."""
-        return self._desk.batch
+    def batch_size(self) -> int:
+        return self._scorer.batch_size
 
     @property
-    def boundary(self) -> int:
-        """See ``Executor``."""
-        return self._desk.boundary
+    def activation_bytes(self) -> int:
+        return self._scorer.peak_bytes
 
     @property
-    def decompositions(self) -> int:
-        """See ``Executor``."""
-        return self._desk.cache.peak
-
-    def order(self, material: str) -> BlockOrder:
-        """See ``Executor``."""
-        return self._desk.bench(material).order
+    def decomposition_bytes(self) -> int:
+        return self._scorer.decompositions.peak
 
     def run(
         self,
-        pieces: Sequence[WorkItem],
+        items: Sequence[WorkItem],
         *,
-        needless: IsCancelled,
+        is_cancelled: IsCancelled,
         deadline: float = math.inf,
-        ahead: Speculate | None = None,
+        speculate: Speculate | None = None,
     ) -> Iterator[tuple[Any, Any]]:
-        """See ``Executor``."""
-        for piece in pieces:
-            if needless(piece):
+        for item in items:
+            if is_cancelled(item):
                 continue
             if time.monotonic() > deadline:
                 raise OutOfTimeError
-            yield piece, piece.do(self._desk)
-
-    def release(self, material: str) -> None:
-        """See ``Executor``."""
-        self._desk.bench(material).release()
+            yield item, item.execute(self._scorer)

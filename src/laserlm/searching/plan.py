@@ -1,4 +1,4 @@
-"""What a search will take, before it is begun: its pieces, operations, memory and time."""
+"""What a search will take, before it begins: its work items, operations, memory and time."""
 
 from __future__ import annotations
 
@@ -16,81 +16,83 @@ from laserlm.errors import ScoringError
 from laserlm.linalg.decomposition import as_float_matrix, basis_of
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
-from laserlm.reductions import Grid, Intervention
-from laserlm.scoring.forward import PLACES
+from laserlm.reductions import Intervention
+from laserlm.scoring.forward import MAX_SCORED_POSITIONS
+from laserlm.scoring.scorers import GENERATING
 from laserlm.searching.candidates import Candidate, expand
-from laserlm.searching.desk import EncodedSplit, ScoreTask, ScreenTask, WorkerState, WorkItem, first_changed_block
+from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
-from laserlm.searching.ledger import cut, max_examples, rows_between
-from laserlm.searching.race import RaceOptions, rung_sizes
-from laserlm.searching.result import Mode, Strategy
-from laserlm.searching.session import SCREEN_PASSES, screen_size, screen_tasks
+from laserlm.searching.ledger import cut, max_sequences
+from laserlm.searching.race import rung_sizes
+from laserlm.searching.scorer import EncodedSplit, Failure, PrefixScorer, first_changed_block
 from laserlm.searching.simulation import CostModel, Simulation, simulate
+from laserlm.searching.strategies import screen_size
+from laserlm.searching.work import SCREEN_PASSES, ScoreTask, ScreenTask, WorkItem, screen_tasks
 from laserlm.store import Store
-from laserlm.tasks import GENERATING, Scorer, Task
+from laserlm.tasks import Task
 
 __all__ = ["Plan", "Stage", "measure_cost", "plan"]
 
 BASE = Intervention()
-EIGEN = 9
+EIGENSOLVER_CUBES = 9
 """Floating-point operations of all eigenvectors of a symmetric matrix, in cubes of its size (Golub and Van Loan,
 Matrix Computations, 4th edition, section 8.3.3)."""
 RUNG = "rung to example"
-LONG = 1e12
+MAX_TIMED_FLOP = 1e12
 """Floating-point operations of a decomposition that is not worth timing four times."""
-JOINED = 2
-"""Neighbours in rho of the leader that join a race after each rung."""
+NEIGHBOURS = 2
+"""Neighbours of the leader in rank that are added to a race after each rung."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Pieces that can all be done at once.
+    """Work items that can all be done at once.
 
     Args:
         name: what is done.
-        pieces: the pieces.
+        items: the work items.
     """
 
     name: str
-    pieces: tuple[WorkItem, ...] = field(repr=False)
+    items: tuple[WorkItem, ...] = field(repr=False)
 
     @property
     def passes(self) -> float:
         """Passes of one example through the whole model."""
-        return sum(piece.work for piece in self.pieces)
+        return sum(item.cost for item in self.items)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search will take.
+    """The work, memory and time that a search takes.
 
     Args:
         strategy: how it goes on.
         candidates: number of candidates.
         matrices: those that have to be decomposed.
         stages_for: returns what is done, one after the other, for a number of workers.
-        about: whether more or less may be needed: what loses early leaves early, and neighbours of the leader join.
-        writes: whether the model also writes for each finalist, which is not counted.
+        is_estimate: whether more or less may be needed: what loses early leaves early, and neighbours of the leader are added.
+        generates: whether the model also generates text for each finalist, which is not counted.
         pass_flop: floating-point operations of a pass of one example, on average.
-        screen_flop: those of the screen's sums, beside its passes.
+        screen_flop: those of the sums of the screen, without its passes.
         weights: bytes of the model.
-        boundary: bytes of the boundaries that the frontier keeps.
+        activations: bytes of cached activations.
         decompositions: bytes of decompositions that are held.
-        moment: bytes that are needed for a moment: by a pass, a decomposition or the screen, whichever takes most, about.
+        peak: bytes that a pass, a decomposition or the screen needs for a moment, whichever takes most, about.
     """
 
     strategy: Strategy
     candidates: int
     matrices: tuple[Matrix, ...] = field(repr=False)
     stages_for: Callable[[int], tuple[Stage, ...]] = field(repr=False)
-    about: bool
-    writes: bool
+    is_estimate: bool
+    generates: bool
     pass_flop: float
     screen_flop: float
     weights: int
-    boundary: int
+    activations: int
     decompositions: int
-    moment: int
+    peak: int
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -98,9 +100,9 @@ class Plan:
         return self.stages_for(1)
 
     @property
-    def pieces(self) -> int:
-        """Number of pieces."""
-        return sum(len(stage.pieces) for stage in self.stages)
+    def n_items(self) -> int:
+        """Number of work items."""
+        return sum(len(stage.items) for stage in self.stages)
 
     @property
     def passes(self) -> float:
@@ -119,32 +121,32 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes that a worker needs, beside what PyTorch itself takes."""
-        return self.weights + self.boundary + self.decompositions + self.moment
+        """Bytes that a worker needs, without what PyTorch itself takes."""
+        return self.weights + self.activations + self.decompositions + self.peak
 
     @cached_property
     def of_matrix(self) -> dict[str, float]:
         """Floating-point operations of the decomposition of each matrix, by its id."""
         return {m.id: decomposition_flop(m) for m in self.matrices}
 
-    def simulate(self, workers: int, pace: CostModel, **given: Any) -> Simulation:
+    def simulate(self, workers: int, costs: CostModel, **options: Any) -> Simulation:
         """Return how long it takes with so many workers; see ``simulation.simulate``."""
         stages = self.stages_for(workers)
         rungs = [number for number, stage in enumerate(stages) if stage.name.startswith(RUNG)]
         known: dict[Intervention, Mapping[str, float]] = {}
 
-        def needs(piece: WorkItem) -> Mapping[str, float]:
-            if isinstance(piece, ScreenTask):
-                return {c.matrix.id: self.of_matrix[c.matrix.id] for c in piece.candidates}
-            if not isinstance(piece, ScoreTask) or not piece.intervention:
+        def needs(item: WorkItem) -> Mapping[str, float]:
+            if isinstance(item, ScreenTask):
+                return {c.matrix.id: self.of_matrix[c.matrix.id] for c in item.candidates}
+            if not isinstance(item, ScoreTask) or not item.intervention:
                 return {}
-            if piece.intervention not in known:
-                ids = {e.matrix.id for e in resolve(self.matrices, piece.intervention)}
-                known[piece.intervention] = {id: self.of_matrix[id] for id in ids & self.of_matrix.keys()}
-            return known[piece.intervention]
+            if item.intervention not in known:
+                ids = {e.matrix.id for e in resolve(self.matrices, item.intervention)}
+                known[item.intervention] = {id: self.of_matrix[id] for id in ids & self.of_matrix.keys()}
+            return known[item.intervention]
 
-        pieces = [stage.pieces for stage in stages]
-        return simulate(pieces, workers, pace, decompositions=needs, early=rungs[1:], **given)
+        items = [stage.items for stage in stages]
+        return simulate(items, workers, costs, decompositions=needs, early=rungs[1:], **options)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain JSON values."""
@@ -152,11 +154,11 @@ class Plan:
             "strategy": self.strategy,
             "candidates": self.candidates,
             "matrices": len(self.matrices),
-            "stages": [{"name": s.name, "pieces": len(s.pieces), "passes": s.passes} for s in self.stages],
-            "pieces": self.pieces,
+            "stages": [{"name": s.name, "pieces": len(s.items), "passes": s.passes} for s in self.stages],
+            "pieces": self.n_items,
             "passes": self.passes,
-            "about": self.about,
-            "writes": self.writes,
+            "about": self.is_estimate,
+            "writes": self.generates,
             "flop": {
                 "passes": self.passes * self.pass_flop,
                 "screen": self.screen_flop,
@@ -165,218 +167,197 @@ class Plan:
             },
             "memory": {
                 "weights": self.weights,
-                "boundary": self.boundary,
+                "boundary": self.activations,
                 "decompositions": self.decompositions,
-                "moment": self.moment,
+                "moment": self.peak,
                 "all": self.memory,
             },
         }
 
 
-def plan(
-    lm: LanguageModel,
-    task: Task,
-    *,
-    strategy: Strategy = "race",
-    grid: str | Grid = "fine",
-    scorer: Scorer | None = None,
-    batch_size: int = 32,
-    seed: int = 0,
-    memory: float = 2**30,
-    mode: Mode = "joint",
-    options: RaceOptions | None = None,
-) -> Plan:
-    """Tell what a search will take, from the shapes of the model and the tokens of the task; the model is not run.
+def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
+    """Return what a search will take, from the shapes of the model and the tokens of the task; the model is not run.
 
     Args:
         lm: the model; its weights may be on the meta device.
-        task: as of ``search``, and so are the others.
-        strategy: likewise.
-        grid: likewise.
-        scorer: likewise.
-        batch_size: likewise.
-        seed: likewise.
-        memory: likewise.
-        mode: likewise.
-        options: likewise.
+        task: as for ``search``.
+        config: as for ``search``.
 
     Raises:
-        LaserError: if the grid, the task or the model cannot be used.
+        LaserError: if a setting, the grid, the task or the model cannot be used.
     """
-    scorer = scorer or task.validation.scorer
-    options = options or RaceOptions()
+    config = config.for_task(task)
     check(lm, task)
-    candidates = expand(grid, lm.matrices)
-    materials = encode_splits(lm, task, scorer, seed)
-    made = _Maker(lm, materials, candidates, strategy, mode, options, memory, batch_size)
+    candidates = expand(config.grid, lm.matrices)
+    splits = encode_splits(lm, task, config)
+    builder = _PlanBuilder(lm, splits, candidates, config)
     matrices = tuple(dict.fromkeys(c.matrix for c in candidates))
-    rows = materials[VALIDATION].rows
-    tokens = sum(len(r.ids) + len(r.decoder) for r in rows) / len(task.validation)
-    examples = made.screened if made.screens else 0
+    sequences = splits[VALIDATION].sequences
+    tokens = sum(len(s.ids) + len(s.decoder) for s in sequences) / len(task.validation)
+    examples = builder.screen_size if config.screens else 0
     held = [4 * min(m.shape) * sum(m.shape) for m in matrices]
     of_block: dict[tuple[str, int], int] = {}
     for m, size in zip(matrices, held, strict=True):
         of_block[m.stack, m.layer] = of_block.get((m.stack, m.layer), 0) + size
     return Plan(
-        strategy=strategy,
+        strategy=config.strategy,
         candidates=len(candidates),
         matrices=matrices,
-        stages_for=made.stages,
-        about=strategy != "exhaustive",
-        writes=scorer in GENERATING,
-        pass_flop=_pass_flop(lm, materials[VALIDATION]),
+        stages_for=builder.stages,
+        is_estimate=config.strategy != "exhaustive",
+        generates=config.scorer in GENERATING,
+        pass_flop=_pass_flop(lm, splits[VALIDATION]),
         screen_flop=sum(2 * examples * tokens * min(m.shape) * sum(m.shape) for m in matrices),
         weights=sum({p.data_ptr() or id(p): p.numel() * p.element_size() for p in lm.model.parameters()}.values()),
-        boundary=max(made.boundary(name) for name in (VALIDATION, TEST)),
+        activations=max(builder.activation_bytes(name) for name in (VALIDATION, TEST)),
         # The screen holds all of a block, whatever the bound.
-        decompositions=int(max(min(memory, sum(held)), max(of_block.values()) if made.screens else max(held))),
-        moment=max(
-            _activations(lm, materials, batch_size),
+        decompositions=int(max(min(config.memory / 2, sum(held)), max(of_block.values()) if config.screens else max(held))),
+        peak=max(
+            _pass_bytes(lm, splits, config.batch_size),
             # In float64: the matrix, its Gram matrix and what the eigensolver takes.
             max(8 * (m.shape[0] * m.shape[1] + 3 * min(m.shape) ** 2) for m in matrices),
-            int(len(made.blocks) * examples * tokens * lm.width * lm.dtype.itemsize),
+            int(len(builder.blocks) * examples * tokens * lm.width * lm.dtype.itemsize),
         ),
     )
 
 
-def measure_cost(lm: LanguageModel, made: Plan, task: Task, *, scorer: Scorer | None = None, batch_size: int = 32) -> CostModel:
-    """Time a unit of a plan at the bottom and at the top of the model, a decomposition, and a recording, on this machine.
+def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchConfig) -> CostModel:
+    """Time work items at the bottom and at the top of the model, a decomposition, and a recording, on this machine.
 
     Args:
         lm: the unchanged model.
-        made: what ``plan`` returned.
-        task: as of the plan, and so are the others.
-        scorer: likewise.
-        batch_size: likewise.
+        planned: what ``plan`` returned.
+        task: as for ``plan``.
+        config: as for ``plan``.
+
+    Raises:
+        ScoringError: if the items cannot be scored.
     """
-    material = encode_splits(lm, task, scorer or task.validation.scorer, 0)[VALIDATION]
-    desk = WorkerState(lm, {VALIDATION: material}, batch=batch_size)
-    by_size = sorted(made.matrices, key=decomposition_flop)
-    middle = next((m for m in by_size[len(by_size) // 2 :] if decomposition_flop(m) < LONG), by_size[0])
+    encoded = encode_splits(lm, task, config.for_task(task))[VALIDATION]
+    scorer = PrefixScorer(lm, {VALIDATION: encoded}, batch_size=config.batch_size, memory=config.memory)
+    by_size = sorted(planned.matrices, key=decomposition_flop)
+    middle = next((m for m in by_size[len(by_size) // 2 :] if decomposition_flop(m) < MAX_TIMED_FLOP), by_size[0])
     weight = as_float_matrix(read_matrix(lm.model, middle))
-    n = min(len(task.validation), 4 * batch_size)
-    top = max((p for stage in made.stages for p in stage.pieces if isinstance(p, ScoreTask)), key=lambda p: -p.share)
-    whole, high = (ScoreTask(VALIDATION, 0, n, i) for i in (BASE, top.intervention))
+    n = min(len(task.validation), 4 * config.batch_size)
+    top = max((i for stage in planned.stages for i in stage.items if isinstance(i, ScoreTask)), key=lambda item: -item.share)
+    full, high = (ScoreTask(VALIDATION, 0, n, i) for i in (BASE, top.intervention))
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder) / "runs.db") as store:
         settings = {"model": lm.name, "task": task.name}
-        with store.run(kind="search", key="calibrate", settings=settings, provenance={}) as run:
-            scores = whole.do(desk)
-            for result in (scores, high.do(desk)):
-                if isinstance(result, str):
-                    raise ScoringError(f"no unit could be timed: {result}; leave what cannot be scored out of the grid")
-            if isinstance(scores, str):
-                raise AssertionError("told above")
-            answers = [replace(scores, intervention=str(turn)) for turn in range(4)]
-            for answer in answers:
-                found = {
-                    "whole": _timed(lambda: whole.do(desk)),
-                    "high": _timed(lambda: high.do(desk)),
+        with store.run(kind="search", key="measure", settings=settings, provenance={}) as run:
+            scores = full.execute(scorer)
+            for result in (scores, high.execute(scorer)):
+                if isinstance(result, Failure):
+                    raise ScoringError(
+                        f"no work item could be timed: {result.reason}; leave what cannot be scored out of the grid"
+                    )
+            assert not isinstance(scores, Failure)
+            for turn in range(4):
+                answer = replace(scores, intervention=str(turn))
+                seconds = {
+                    "full": _timed(lambda: full.execute(scorer)),
+                    "high": _timed(lambda: high.execute(scorer)),
                     "decompose": _timed(lambda: float(basis_of(weight)[0, 0])),  # the value, so that a GPU has done it
-                    "record": _timed(partial(run.record, answer, material.split.examples[:n])),
+                    "record": _timed(partial(run.record, answer, encoded.split.examples[:n])),
                 }
-                for name, seconds in found.items():
-                    times.setdefault(name, []).append(seconds)
-    # The first time is one of its own: decompositions, boundaries and examples are new then.
-    usual = {name: statistics.median(found[1:]) for name, found in times.items()}
-    work = max(0.0, usual["whole"] - usual["high"]) / (1 - top.share) / n if top.share < 1 else usual["whole"] / n
+                for name, value in seconds.items():
+                    times.setdefault(name, []).append(value)
+    # The first time is different: decompositions, activations and examples are new then.
+    usual = {name: statistics.median(values[1:]) for name, values in times.items()}
+    per_pass = max(0.0, usual["full"] - usual["high"]) / (1 - top.share) / n if top.share < 1 else usual["full"] / n
     return CostModel(
-        work=work,
-        example=max(0.0, usual["whole"] / n - work),
+        work=per_pass,
+        example=max(0.0, usual["full"] / n - per_pass),
         decompose=usual["decompose"] / decomposition_flop(middle),
         answer=usual["record"] / n,
     )
 
 
-def _timed(do: Callable[[], Any]) -> float:
+def _timed(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    do()
+    function()
     return time.perf_counter() - start
 
 
 @dataclass(frozen=True)
-class _Maker:
-    """Makes the pieces of a search as far as they are known before it."""
+class _PlanBuilder:
+    """Builds the work items of a search as far as they are known before it."""
 
     lm: LanguageModel
-    materials: Mapping[str, EncodedSplit]
+    splits: Mapping[str, EncodedSplit]
     candidates: Sequence[Candidate]
-    strategy: Strategy
-    mode: Mode
-    options: RaceOptions
-    memory: float
-    batch: int
+    config: SearchConfig
 
     @cached_property
     def blocks(self) -> list[tuple[str, int]]:
         return list(dict.fromkeys((m.stack, m.layer) for m in self.lm.matrices))
 
     @property
-    def screens(self) -> bool:
-        return self.strategy == "race" or (self.strategy == "compose" and self.mode == "joint")
-
-    @property
-    def screened(self) -> int:
-        return screen_size(len(self.materials[VALIDATION].split), self.options)
+    def screen_size(self) -> int:
+        return screen_size(len(self.splits[VALIDATION].split), self.config)
 
     def stages(self, workers: int) -> tuple[Stage, ...]:
-        n, on_test = (len(self.materials[name].split) for name in (VALIDATION, TEST))
-        every = [c.intervention for c in self.candidates]
-        stages = [self.scores("unchanged model on test", TEST, [BASE], (0, on_test), workers)]
-        if self.screens:
-            shares = screen_tasks(self.candidates, VALIDATION, n - self.screened, SCREEN_PASSES * self.screened, workers)
-            stages.append(Stage("screen", tuple(shares)))
-        if self.strategy == "exhaustive":
-            stages.append(self.scores("exhaustive", VALIDATION, [BASE, *every], (0, n), workers))
-        elif self.strategy == "race":
-            alive, start = self.options.width + self.options.controls, 0
-            for stop in rung_sizes(n, self.options.first):
-                stages.append(self.scores(f"{RUNG} {stop}", VALIDATION, [BASE, *_spread(every, alive)], (start, stop), workers))
-                if start:  # those that joined have to catch up
-                    joined = self.scores("", VALIDATION, _spread(every, JOINED), (0, start), workers)
-                    stages[-1] = replace(stages[-1], pieces=joined.pieces + stages[-1].pieces)
-                alive, start = max(1, int(self.options.keep * alive)) + JOINED, stop
-            stages.append(self.scores("the leader's neighbours", VALIDATION, _spread(every, JOINED), (0, n), workers))
+        config = self.config
+        n, on_test = (len(self.splits[name].split) for name in (VALIDATION, TEST))
+        interventions = [c.intervention for c in self.candidates]
+        stages = [self._scores("unchanged model on test", TEST, [BASE], 0, on_test, workers)]
+        if config.screens:
+            cost = SCREEN_PASSES * self.screen_size
+            tasks = screen_tasks(self.candidates, VALIDATION, n - self.screen_size, cost, workers)
+            stages.append(Stage("screen", tuple(tasks)))
+        if config.strategy == "exhaustive":
+            stages.append(self._scores("exhaustive", VALIDATION, [BASE, *interventions], 0, n, workers))
+        elif config.strategy == "race":
+            alive, start = config.candidates + config.random_candidates, 0
+            for stop in rung_sizes(n, config.first_rung):
+                entered = [BASE, *_sample_evenly(interventions, alive)]
+                stages.append(self._scores(f"{RUNG} {stop}", VALIDATION, entered, start, stop, workers))
+                if start:  # the neighbours that were added have to catch up
+                    added = self._scores("", VALIDATION, _sample_evenly(interventions, NEIGHBOURS), 0, start, workers)
+                    stages[-1] = replace(stages[-1], items=added.items + stages[-1].items)
+                alive, start = max(1, int(config.keep * alive)) + NEIGHBOURS, stop
+            neighbours = _sample_evenly(interventions, NEIGHBOURS)
+            stages.append(self._scores("the leader's neighbours", VALIDATION, neighbours, 0, n, workers))
         else:
-            # Trials come one after the other, each on what was accepted before it.
-            number = self.options.width if self.mode == "joint" else len(every)
-            tried = [BASE, *_spread(every, number)]
-            stages += [self.scores("trial", VALIDATION, [trial], (0, n), workers) for trial in tried]
-        stages.append(self.scores("best on test", TEST, _spread(every, 1), (0, on_test), workers))
+            # Trials come one after the other, each on top of what was accepted before it.
+            number = config.candidates if config.mode == "joint" else len(interventions)
+            tried = [BASE, *_sample_evenly(interventions, number)]
+            stages += [self._scores("trial", VALIDATION, [trial], 0, n, workers) for trial in tried]
+        stages.append(self._scores("best on test", TEST, _sample_evenly(interventions, 1), 0, on_test, workers))
         return tuple(stages)
 
-    def scores(
-        self, name: str, material: str, interventions: Sequence[Intervention], where: tuple[int, int], workers: int
+    def _scores(
+        self, name: str, split: str, interventions: Sequence[Intervention], start: int, stop: int, workers: int
     ) -> Stage:
-        shares = {i: 1 - first_changed_block(i, self.lm.matrices, self.blocks) / len(self.blocks) for i in interventions}
-        most = max_examples(rows_between(self.materials[material], *where), len(shares), workers, self.batch)
-        chunks = cut(self.lm, self.materials[material], where, memory=self.memory, most=most)
+        encoded, blocks = self.splits[split], self.blocks
+        shares = {i: 1 - first_changed_block(i, self.lm.matrices, blocks) / len(blocks) for i in interventions}
+        most = max_sequences(encoded.count(start, stop), len(shares), workers, self.config.batch_size)
+        chunks = cut(self.lm, encoded, start, stop, memory=self.config.memory / 2, most=most)
         ordered = sorted(shares, key=lambda i: -shares[i])
-        return Stage(name, tuple(ScoreTask(material, a, b, i, shares[i]) for a, b in chunks for i in ordered))
+        return Stage(name, tuple(ScoreTask(split, a, b, i, shares[i]) for a, b in chunks for i in ordered))
 
-    def boundary(self, material: str) -> int:
-        """Return the bytes of what the frontier keeps: a boundary for every block it has come to, as long as there is room."""
-        found = self.materials[material]
-        sizes = [
-            len(rows) * (max(len(r.ids) for r in rows) + max(len(r.decoder) for r in rows))
-            for a, b in cut(self.lm, found, (0, len(found.split)), memory=self.memory)
-            for rows in [[r for r in found.rows if a <= r.example < b]]
-        ]
-        return int(min(self.memory, max(2, len(self.blocks)) * sum(sizes) * self.lm.width * self.lm.dtype.itemsize))
+    def activation_bytes(self, split: str) -> int:
+        """Return the bytes of cached activations: for every block that the cache has been at, as long as there is room."""
+        encoded, memory = self.splits[split], self.config.memory / 2
+        tokens = 0
+        for start, stop in cut(self.lm, encoded, 0, len(encoded.split), memory=memory):
+            sequences = [s for s in encoded.sequences if start <= s.example < stop]
+            tokens += len(sequences) * (max(len(s.ids) for s in sequences) + max(len(s.decoder) for s in sequences))
+        return int(min(memory, max(2, len(self.blocks)) * tokens * self.lm.width * self.lm.dtype.itemsize))
 
 
 def decomposition_flop(matrix: Matrix) -> float:
     """Return the floating-point operations of a decomposition: Gram matrix, its eigenvectors, and the other factor."""
     small, large = sorted(matrix.shape)
-    return 4.0 * small * small * large + EIGEN * float(small) ** 3
+    return 4.0 * small * small * large + EIGENSOLVER_CUBES * float(small) ** 3
 
 
-def _spread(interventions: Sequence[Intervention], n: int) -> list[Intervention]:
+def _sample_evenly(interventions: Sequence[Intervention], n: int) -> list[Intervention]:
     """Return ``n`` of them from all over the model, for those that will be there are not known."""
     return [interventions[(2 * i + 1) * len(interventions) // (2 * n)] for i in range(min(n, len(interventions)))]
 
 
-def _pass_flop(lm: LanguageModel, material: EncodedSplit) -> float:
+def _pass_flop(lm: LanguageModel, encoded: EncodedSplit) -> float:
     """Return the floating-point operations of a pass of one example, padding and normalisation not counted."""
     config: Any = lm.model.config
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
@@ -388,23 +369,23 @@ def _pass_flop(lm: LanguageModel, material: EncodedSplit) -> float:
             of_stack[m.stack] = of_stack.get(m.stack, 0.0) + 2 * share * m.shape[0] * m.shape[1]
     blocks: dict[str, int] = {m.stack: 0 for m in lm.matrices} | {m.stack: m.layer + 1 for m in lm.matrices}
     head = 2 * lm.width * int(getattr(config, "vocab_size", 0) or 0)
-    found = 0.0
-    for row in material.rows:
+    flop = 0.0
+    for sequence in encoded.sequences:
         for stack, weights in of_stack.items():
-            tokens = len(row.decoder) if row.decoder and "decoder" in stack else len(row.ids)
-            found += weights * tokens + 4 * blocks[stack] * lm.width * tokens**2
-        found += head * len(row.places)
-    return found / len(material.split)
+            tokens = len(sequence.decoder) if sequence.decoder and "decoder" in stack else len(sequence.ids)
+            flop += weights * tokens + 4 * blocks[stack] * lm.width * tokens**2
+        flop += head * len(sequence.positions)
+    return flop / len(encoded.split)
 
 
-def _activations(lm: LanguageModel, materials: Mapping[str, EncodedSplit], batch: int) -> int:
-    """Return the bytes of one pass, about: what a block holds of its longest batch, and the logits at the scored places."""
-    rows = [row for name, material in materials.items() if name != FINALISTS for row in material.rows]
-    longest = sorted((len(r.ids) + len(r.decoder) for r in rows), reverse=True)[:batch]
+def _pass_bytes(lm: LanguageModel, splits: Mapping[str, EncodedSplit], batch_size: int) -> int:
+    """Return the bytes of one pass, about: what a block holds of its longest batch, and the logits at the scored positions."""
+    sequences = [s for name, encoded in splits.items() if name != FINALISTS for s in encoded.sequences]
+    longest = sorted((len(s.ids) + len(s.decoder) for s in sequences), reverse=True)[:batch_size]
     widest = max(max(m.shape) for m in lm.matrices if m.part_of is None)
     heads = int(getattr(lm.model.config, "num_attention_heads", 1) or 1)
     hidden = len(longest) * longest[0] * (4 * lm.width + 3 * widest) + len(longest) * heads * longest[0] ** 2
-    most = max(len(r.places) for r in rows)
-    places = most * max(1, min(batch, PLACES // most))
-    logits = 2 * places * int(getattr(lm.model.config, "vocab_size", 0) or 0) * 4
+    most = max(len(s.positions) for s in sequences)
+    positions = most * max(1, min(batch_size, MAX_SCORED_POSITIONS // most))
+    logits = 2 * positions * int(getattr(lm.model.config, "vocab_size", 0) or 0) * 4
     return int(hidden * lm.dtype.itemsize + logits)

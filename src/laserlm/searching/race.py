@@ -1,64 +1,33 @@
-"""The race: candidates meet the examples in rungs, and the worse ones leave after each."""
+"""The race: candidates are scored on more and more examples, and the worse ones leave after each rung."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
 from scipy import stats
 
 from laserlm.edit.apply import Edit
-from laserlm.errors import ScoringError
 from laserlm.reductions import Intervention
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate
+from laserlm.searching.config import Metric, SearchConfig
 from laserlm.searching.ledger import ScoreLedger
-from laserlm.searching.result import Metric, RungReport, sort_key
+from laserlm.searching.result import RungReport, sort_key
 from laserlm.searching.screen import Prediction
 
-__all__ = ["RaceOptions", "choose", "is_significantly_worse", "race", "rung_sizes", "shuffled_order"]
+__all__ = ["choose", "is_significantly_worse", "race", "rung_sizes", "shuffled_order"]
 
 BASE = Intervention()
 
 
-@dataclass(frozen=True)
-class RaceOptions:
-    """How a race is run.
-
-    Args:
-        width: candidates that the screen sends into it.
-        sizes: sizes of one matrix among them at most; more of the leader's join on the way.
-        controls: others drawn at random, which tell what the screen misses.
-        screened: examples that the screen takes its gradient over at most.
-        first: examples of the first rung; each next one doubles their number at least, and the last has all.
-        keep: share of the candidates that goes on from a rung at most, the better looking ones; 1 drops only what is
-            beaten beyond the bound.
-        delta: probability at most that the bound drops the best candidate of the grid where that has entered, over all
-            rungs and whoever leads, for independent examples. What ``keep`` drops has no such bound.
-    """
-
-    width: int = 48
-    sizes: int = 3
-    controls: int = 4
-    screened: int = 100
-    first: int = 32
-    keep: float = 0.34
-    delta: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("width", "sizes", "screened", "first"):
-            if getattr(self, name) < 1:
-                raise ScoringError(f"{name} {getattr(self, name)} leaves a race with nothing to do; write 1 or more")
-        if self.controls < 0 or not (0 <= self.keep <= 1 and 0 <= self.delta <= 1):
-            raise ScoringError(f"controls must be 0 or more, keep and delta from 0 to 1; got {self}")
-
-
 def shuffled_order(ids: Sequence[str], seed: int) -> list[int]:
-    """Return places in an order that depends on the seed and the ids alone."""
+    """Return the indices of ids in an order that depends on the seed and the ids alone."""
     return sorted(range(len(ids)), key=lambda i: hashlib.sha256(f"{seed} {ids[i]}".encode()).digest())
 
 
@@ -72,29 +41,29 @@ def rung_sizes(examples: int, first: int) -> list[int]:
 
 
 def choose(
-    candidates: Sequence[Candidate], predictions: dict[str, Prediction], options: RaceOptions, seed: int
+    candidates: Sequence[Candidate], predictions: dict[str, Prediction], config: SearchConfig
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """Return the candidates that the screen expects most of, the best first, and controls drawn from the others."""
+    """Return the candidates that the screen ranks best, the best first, and random ones drawn from all others."""
     ranked = sorted(
         (c for c in candidates if str(c.intervention) in predictions),
         key=lambda c: predictions[str(c.intervention)].expected,
     )
     chosen: list[Candidate] = []
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for candidate in ranked:
-        if len(chosen) < options.width and sizes.get(candidate.matrix.id, 0) < options.sizes:
+        if len(chosen) < config.candidates and sizes[candidate.matrix.id] < config.sizes_per_matrix:
             chosen.append(candidate)
-            sizes[candidate.matrix.id] = sizes.get(candidate.matrix.id, 0) + 1
+            sizes[candidate.matrix.id] += 1
     taken = {str(c.intervention) for c in chosen}
     others = [c for c in candidates if str(c.intervention) not in taken]
-    order = shuffled_order([str(c.intervention) for c in others], seed)
-    return chosen, [others[i] for i in order[: options.controls]]
+    order = shuffled_order([str(c.intervention) for c in others], config.seed)
+    return chosen, [others[i] for i in order[: config.random_candidates]]
 
 
 def is_significantly_worse(leader: Evaluation, other: Evaluation, metric: Metric, delta: float) -> bool:
-    """Return whether the leader is better on the same examples, in pairs, with an error of ``delta`` at most.
+    """Return whether the leader is significantly better on the same examples, at the error probability ``delta``.
 
-    Accuracy: an exact one-sided McNemar test, a fair coin over the discordant pairs. Loss: a one-sided paired t-test.
+    Accuracy: an exact one-sided McNemar test. Loss: a one-sided paired t-test.
     """
     pairs = list(zip(leader.scores, other.scores, strict=True))
     if metric == "accuracy":
@@ -111,99 +80,117 @@ def is_significantly_worse(leader: Evaluation, other: Evaluation, metric: Metric
 
 
 def race(
-    trials: ScoreLedger,
+    ledger: ScoreLedger,
     entered: Sequence[Candidate],
-    every: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     metric: Metric,
-    options: RaceOptions,
+    config: SearchConfig,
     on_rung: Callable[[int, int, Sequence[Intervention], int], None] = lambda *_: None,
 ) -> Iterator[RungReport]:
-    """Score candidates on rungs of examples and drop the worse ones after each; yield the rungs as they end.
+    """Score candidates on rungs of examples, drop the worse ones after each, and yield a report of each rung.
 
-    The unchanged model runs along to the end. What is left at the end was scored on every example, and so were the
-    neighbours in rho of the last leader, until none of them leads; those that were beaten before are left out.
+    The unchanged model runs along to the end. What is left at the end was scored on every example. So were the neighbours in
+    rank of the last leader, until none of them leads, except those that were eliminated before.
 
     Args:
-        trials: scores the candidates.
+        ledger: scores the candidates.
         entered: candidates to begin with.
-        every: all of the grid, from which neighbours in rho join.
+        candidates: all of the grid, from which neighbours of the leader are added.
         metric: what decides.
-        options: how.
-        on_rung: called before each rung with its number, how many there are, what runs in it, and its examples.
+        config: first rung, share kept, error probability.
+        on_rung: called before each rung with its number, the number of rungs, what runs in it, and its examples.
     """
-    stops = rung_sizes(len(trials.split), options.first)
+    sizes = rung_sizes(len(ledger.split), config.first_rung)
     alive = list(dict.fromkeys(c.intervention for c in entered))
-    # What follows looks at no more examples than the rung has, for after an interruption there are scores of later ones.
-    seen, out = set(alive), set[Intervention]()
-    bound = options.delta / ((len(every) + 1) * len(stops))  # any of them, or the unchanged model, may lead
-    for number, stop in enumerate(stops, start=1):
-        on_rung(number, len(stops), [BASE, *alive], stop)
-        last = number == len(stops)
-        most = max(1, math.floor(options.keep * len(alive)))
-        trials.extend(
+    seen, eliminated = set(alive), set[Intervention]()
+    # Any candidate, or the unchanged model, may lead any rung.
+    delta = config.delta / ((len(candidates) + 1) * len(sizes))
+    for number, stop in enumerate(sizes, start=1):
+        on_rung(number, len(sizes), [BASE, *alive], stop)
+        is_last = number == len(sizes)
+        most = max(1, math.floor(config.keep * len(alive)))
+        ledger.extend(
             [BASE, *alive],
             stop,
-            then=None if last else stops[number],
-            promising=partial(_ahead, trials, alive, metric, stop, most),
+            next_stop=None if is_last else sizes[number],
+            promising=partial(_likely_next, ledger, alive, metric, stop, most),
         )
-        here = [i for i in alive if not trials.fails(i, stop)]
-        order = _best_first(trials, [BASE, *here], metric, stop)
-        leader, best = order[0], trials.first(order[0], stop)
-        lost = {i for i in here if i != leader and is_significantly_worse(best, trials.first(i, stop), metric, bound)}
-        out |= lost
-        left = [i for i in order if i in here and i not in lost]
-        kept = left if last else _promising(trials, left, metric, stop, most)
-        new = [] if last else [i for i in _neighbours(leader, every) if i not in seen]
-        seen |= set(new)
-        yield RungReport(stop, len(alive), len(lost), len(left) - len(kept), len(alive) - len(here), len(new), str(leader))
-        alive = [*kept, *new]
-    # The last rung's leader may have neighbours that never ran, or left without proof.
-    tried = {*alive, *out}
-    stop = stops[-1]
-    while new := [i for i in _neighbours(leader, every) if i not in tried]:
-        on_rung(len(stops), len(stops), new, stop)
-        trials.extend(new, stop)
-        tried |= set(new)
-        here = [i for i in new if not trials.fails(i, stop)]
-        leader = _best_first(trials, [leader, *here], metric, stop)[0]
-        yield RungReport(stop, len(new), 0, 0, len(new) - len(here), 0, str(leader))
+        # Nothing below looks at more than ``stop`` examples: after an interruption there are scores of later ones.
+        scored = [i for i in alive if not ledger.fails(i, stop)]
+        order = _best_first(ledger, [BASE, *scored], metric, stop)
+        leader, leading_scores = order[0], ledger.first(order[0], stop)
+        worse = {
+            i for i in scored if i != leader and is_significantly_worse(leading_scores, ledger.first(i, stop), metric, delta)
+        }
+        eliminated |= worse
+        left = [i for i in order if i in scored and i not in worse]
+        staying = left if is_last else _promising(ledger, left, metric, stop, most)
+        added = [] if is_last else [i for i in _neighbours(leader, candidates) if i not in seen]
+        seen |= set(added)
+        yield RungReport(
+            examples=stop,
+            entered=len(alive),
+            eliminated=len(worse),
+            pruned=len(left) - len(staying),
+            failed=len(alive) - len(scored),
+            added=len(added),
+            leader=str(leader),
+        )
+        alive = [*staying, *added]
+    # The last leader may have neighbours that never ran, or were pruned.
+    tried, stop = {*alive, *eliminated}, sizes[-1]
+    while added := [i for i in _neighbours(leader, candidates) if i not in tried]:
+        on_rung(len(sizes), len(sizes), added, stop)
+        ledger.extend(added, stop)
+        tried |= set(added)
+        scored = [i for i in added if not ledger.fails(i, stop)]
+        leader = _best_first(ledger, [leader, *scored], metric, stop)[0]
+        yield RungReport(
+            examples=stop,
+            entered=len(added),
+            eliminated=0,
+            pruned=0,
+            failed=len(added) - len(scored),
+            added=0,
+            leader=str(leader),
+        )
 
 
-def _best_first(trials: ScoreLedger, interventions: Sequence[Intervention], metric: Metric, n: int) -> list[Intervention]:
+def _best_first(ledger: ScoreLedger, interventions: Sequence[Intervention], metric: Metric, n: int) -> list[Intervention]:
     """Return interventions by their scores on the first ``n`` examples; of equals the earlier first."""
-    return sorted(interventions, key=lambda i: sort_key(trials.first(i, n), metric), reverse=True)
+    return sorted(interventions, key=lambda i: sort_key(ledger.first(i, n), metric), reverse=True)
 
 
-def _promising(trials: ScoreLedger, ranked: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
-    """Return those that go on: the best by the metric; for accuracy, by turns with the best by loss.
+def _promising(ledger: ScoreLedger, ranked: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
+    """Return those that stay: the best by the metric; for accuracy, in turns with the best by loss.
 
     Few examples tell losses apart far better than hit rates, whose leaders on 32 examples are often lucky ones.
     """
     if metric == "loss":
         return list(ranked[:most])
-    by_loss = _best_first(trials, ranked, "loss", n)
+    by_loss = _best_first(ledger, ranked, "loss", n)
     return list(dict.fromkeys(chain.from_iterable(zip(ranked, by_loss, strict=True))))[:most]
 
 
-def _ahead(trials: ScoreLedger, alive: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
-    """Return what the next rung will hold, as far as can be told while this one runs: the unchanged model, and the best."""
-    done = [i for i in [BASE, *alive] if trials.n(i) >= n]
-    best = _promising(trials, [i for i in _best_first(trials, done, metric, n) if i], metric, n, most)
-    return [i for i in done if not i] + best
+def _likely_next(ledger: ScoreLedger, alive: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
+    """Return what the next rung will score as far as this one tells: the unchanged model, and the best so far."""
+    scored = [i for i in [BASE, *alive] if ledger.n(i) >= n]
+    best = _promising(ledger, [i for i in _best_first(ledger, scored, metric, n) if i], metric, n, most)
+    return [i for i in scored if not i] + best
 
 
-def _neighbours(intervention: Intervention, every: Sequence[Candidate]) -> list[Intervention]:
-    """Return the same matrix's next larger and next smaller size of the grid."""
-    here = next((c for c in every if c.intervention == intervention), None)
-    if here is None:
+def _neighbours(intervention: Intervention, candidates: Sequence[Candidate]) -> list[Intervention]:
+    """Return the next smaller and the next larger size of the same matrix in the grid."""
+    candidate = next((c for c in candidates if c.intervention == intervention), None)
+    if candidate is None:
         return []
     (reduction,) = intervention.reductions
     same = [
         (Edit.of(c.matrix, other).rank, c)
-        for c in every
+        for c in candidates
         for other in c.intervention.reductions
-        if c.matrix == here.matrix and other == replace(reduction, size=other.size)
+        if c.matrix == candidate.matrix and other == replace(reduction, size=other.size)
     ]
     same.sort(key=lambda pair: pair[0])
-    at = [c for _, c in same].index(here)
-    return [same[i][1].intervention for i in (at - 1, at + 1) if 0 <= i < len(same)]
+    index = [c for _, c in same].index(candidate)
+    return [same[i][1].intervention for i in (index - 1, index + 1) if 0 <= i < len(same)]

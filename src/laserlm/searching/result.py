@@ -1,31 +1,27 @@
-"""What a search tells: where it stands, and what it found."""
+"""The progress and the result of a search."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import Comparison
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import Interval
+from laserlm.searching.config import Metric, Strategy
 
 __all__ = [
     "ComposeStep",
-    "Metric",
-    "Mode",
     "RungReport",
     "ScreenReport",
     "SearchProgress",
     "SearchResult",
-    "Strategy",
     "sort_key",
 ]
 
-Metric = Literal["accuracy", "loss"]
-Strategy = Literal["race", "exhaustive", "compose"]
-Mode = Literal["joint", "greedy"]
+_RUNG_KEYS_OF_0_1_0 = {"beaten": "eliminated", "halved": "pruned", "joined": "added"}
 
 
 def sort_key(e: Evaluation, metric: Metric) -> tuple[float, float]:
@@ -63,20 +59,25 @@ class RungReport:
     Args:
         examples: number of examples that all candidates in it were scored on, those of earlier rungs included.
         entered: candidates in it, the unchanged model not counted.
-        beaten: those dropped because the leader beats them beyond the bound.
-        halved: those dropped because others looked better, without proof.
-        failed: those that could not be scored.
-        joined: neighbours in rho of the leader that join in the next rung.
+        eliminated: candidates dropped because the leader is significantly better.
+        pruned: candidates dropped because others looked better, without proof.
+        failed: candidates that could not be scored.
+        added: neighbours of the leader in rank that enter the next rung.
         leader: canonical text of the best, empty for the unchanged model.
     """
 
     examples: int
     entered: int
-    beaten: int
-    halved: int
+    eliminated: int
+    pruned: int
     failed: int
-    joined: int
+    added: int
     leader: str
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RungReport:
+        """Return what ``asdict`` was made of, now or in version 0.1.0."""
+        return cls(**{_RUNG_KEYS_OF_0_1_0.get(key, key): value for key, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class SearchResult:
                 "best": Intervention.parse(values["best"]),
                 "validation": _comparison(values["validation"]),
                 "test": _comparison(values["test"]),
-                "rungs": tuple(RungReport(**rung) for rung in values["rungs"]),
+                "rungs": tuple(RungReport.from_dict(rung) for rung in values["rungs"]),
                 "screened": ScreenReport(**values["screened"]) if values["screened"] else None,
                 "steps": tuple(ComposeStep(**s | {"comparison": _comparison(s["comparison"])}) for s in values["steps"]),
             }

@@ -34,7 +34,8 @@ from laserlm.models.matrices import Matrix, find_stacks, read_matrix, view
 from laserlm.scoring.forward import Batch, batches, run_rows
 from laserlm.scoring.forward import forward_logits as read_off
 from laserlm.scoring.kernels import fast_cpu_kernels
-from laserlm.scoring.tokenize import TokenSequence, answer_row
+from laserlm.scoring.scorers import SCORERS
+from laserlm.scoring.tokenize import TokenSequence
 from laserlm.searching.candidates import Candidate
 from laserlm.tasks import Example, Scorer
 
@@ -210,14 +211,14 @@ def _passes(
     passes: list[_Pass] = []
     for batch in batches(lm, rows, batch_size):
         with _cut(lm) as calls, torch.enable_grad():
-            reading = read_off(lm, batch, placed=bool(lm.reads_places))
+            reading = read_off(lm, batch, scored_only=bool(lm.reads_positions))
             places = torch.tensor([len(rows[i].targets) for i in batch.rows], device=lm.device)
             weights = torch.tensor([coefficients[i][0] for i in batch.rows], device=lm.device).repeat_interleave(places)  # (N,)
-            options = torch.zeros_like(reading.options)
+            options = torch.zeros_like(reading.choice_logprobs)
             for b, i in enumerate(batch.rows):
                 options[b, : len(coefficients[i][1])] = torch.tensor(coefficients[i][1])
             weights, options = weights * _scale(lm), options * _scale(lm)
-            torch.autograd.backward([reading.logprobs, reading.options], [weights, options], retain_graph=True)
+            torch.autograd.backward([reading.logprobs, reading.choice_logprobs], [weights, options], retain_graph=True)
         passes.append(_Pass(batch, calls))
     return passes
 
@@ -417,13 +418,14 @@ def _coefficients(
     tokens = Counter[int]()
     for row in rows:
         tokens[row.example] += len(row.targets)
-    if scorer not in ("choice", "lm_eval"):
+    gold_index = SCORERS[scorer].gold_index
+    if gold_index is None:
         return [(-1 / tokens[row.example], []) for row in rows]
     coefficients: list[tuple[float, list[float]]] = []
-    totals = [o.options or math.fsum(o.logprobs) for o in run_rows(lm, rows, batch_size)] if between else []
+    totals = [o.choice_logprobs or math.fsum(o.logprobs) for o in run_rows(lm, rows, batch_size)] if between else []
     for i, of in groupby(range(len(rows)), key=lambda i: rows[i].example):
         places = list(of)
-        right = answer_row(examples[i], scorer)
+        right = gold_index(examples[i])
         if not between:
             # Of several rows only the right choice's has a loss; a single row's target is the right choice.
             coefficients += [

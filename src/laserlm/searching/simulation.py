@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from laserlm.searching.desk import ScoreTask, WorkItem
 from laserlm.searching.schedule import Schedule
+from laserlm.searching.work import ScoreTask, WorkItem
 
 __all__ = ["CostModel", "Simulation", "simulate"]
 
@@ -47,7 +47,7 @@ class Simulation:
         busy: share of the workers' time in which they did something, whether it was wanted or not.
         driver: share of the time in which the driver had answers to record.
         lost: workers that ended on the way.
-        given_up: pieces at which as many ended as may.
+        gave_up: items at which as many ended as may.
         units: units handed out.
     """
 
@@ -56,7 +56,7 @@ class Simulation:
     busy: float
     driver: float
     lost: int
-    given_up: int
+    gave_up: int
     units: int
 
 
@@ -70,16 +70,16 @@ def simulate(
     failures: float = 0.0,
     seed: int = 0,
 ) -> Simulation:
-    """Let the schedule hand out the pieces of one stage after the other, and tell how long it takes.
+    """Let the schedule hand out the items of one stage after the other, and tell how long it takes.
 
-    A worker that comes to a home runs the blocks below its first piece once. A matrix is decomposed by the first worker that
-    needs it, for all. Answers reach the driver one after the other.
+    A worker that comes to an affinity runs the blocks below its first item once. A matrix is decomposed by the first worker
+    that needs it, for all. Answers reach the driver one after the other.
 
     Args:
-        stages: pieces, all of which are answered before the next stage begins.
+        stages: items, all of which are answered before the next stage begins.
         workers: how many there are.
         pace: what things take.
-        decompositions: floating-point operations of each matrix, by its id, that a piece needs decomposed.
+        decompositions: floating-point operations of each matrix, by its id, that a item needs decomposed.
         early: stages, by number, that idle workers begin while the one before them goes on; they guess right what it holds.
         failures: ends of a worker in an hour of its work, on average; another one starts in its place.
         seed: of the ends.
@@ -89,9 +89,9 @@ def simulate(
     numbers = count()
     queue: list[tuple[float, int, Hashable, str, Any]] = []
     idle: list[Hashable] = []
-    boundaries: dict[Hashable, dict[Hashable, float]] = {}  # how far up a worker is, in each home
+    boundaries: dict[Hashable, dict[Hashable, float]] = {}  # how far up a worker is, in each affinity
     decomposed: set[str] = set()
-    spent, driver, driver_free, lost, given_up, units, now = 0.0, 0.0, 0.0, 0, 0, 0, 0.0
+    spent, driver, driver_free, lost, gave_up, units, now = 0.0, 0.0, 0.0, 0, 0, 0, 0.0
 
     def push(when: float, worker: Hashable, what: str, value: Any = None) -> None:
         heapq.heappush(queue, (when, next(numbers), worker, what, value))
@@ -105,41 +105,41 @@ def simulate(
         """Put the answers of a unit into the queue, or the worker's end; return the time it worked."""
         end = when + draw.expovariate(failures / 3600) if failures else math.inf
         at = when + pace.unit
-        for piece in unit:
-            new = {matrix: n for matrix, n in decompositions(piece).items() if matrix not in decomposed}
-            at += _seconds(piece, boundaries[worker], pace) + sum(new.values()) * pace.decompose
+        for item in unit:
+            new = {matrix: n for matrix, n in decompositions(item).items() if matrix not in decomposed}
+            at += _seconds(item, boundaries[worker], pace) + sum(new.values()) * pace.decompose
             if at > end:
                 push(end, worker, "lost")
                 return end - when
             decomposed.update(new)
-            push(at, worker, "answer", piece)
+            push(at, worker, "answer", item)
         push(at, worker, "done")
         return at - when
 
     for _ in range(workers):
         hire(0.0)
     ends: list[float] = []
-    for stage, pieces in enumerate(stages):
-        schedule.want(pieces)
+    for stage, items in enumerate(stages):
+        schedule.want(items)
         later = stages[stage + 1] if stage + 1 in early else ()
         waits = True
         while schedule.open:
             while waits and idle:
-                unit = schedule.take(idle[-1], now, ahead=(lambda later=later: later) if later else None)  # type: ignore[misc]
+                unit = schedule.take(idle[-1], now, speculate=(lambda later=later: later) if later else None)  # type: ignore[misc]
                 if not unit:
                     break
                 units += 1
                 spent += begin(idle.pop(), unit, max(now, driver_free))
-            now, _, worker, what, piece = heapq.heappop(queue)
+            now, _, worker, what, item = heapq.heappop(queue)
             waits = what != "answer"  # an answer gives nobody anything new to do
             if what == "answer":
-                records = pace.answer * (piece.stop - piece.start) if isinstance(piece, ScoreTask) else 0.0
+                records = pace.answer * (item.stop - item.start) if isinstance(item, ScoreTask) else 0.0
                 driver_free = max(driver_free, now) + records
                 driver += records
-                schedule.answer(worker, piece, None, now)
+                schedule.answer(worker, item, None, now)
             elif what == "lost":
                 lost += 1
-                given_up += schedule.lose(worker) is not None
+                gave_up += schedule.lose(worker) is not None
                 hire(now)
             else:
                 if what == "done":
@@ -153,17 +153,17 @@ def simulate(
         busy=min(1.0, spent / (workers * seconds)) if seconds else 1.0,
         driver=driver / seconds if seconds else 0.0,
         lost=lost,
-        given_up=given_up,
+        gave_up=gave_up,
         units=units,
     )
 
 
-def _seconds(piece: WorkItem, walked: dict[Hashable, float], pace: CostModel) -> float:
-    """Return how long a worker takes for the passes of a piece, and note how far up it is then."""
-    found = piece.work * pace.work
-    if isinstance(piece, ScoreTask):
-        examples, below = piece.stop - piece.start, 1 - piece.share
-        at = walked.get(piece.home, 0.0)
+def _seconds(item: WorkItem, walked: dict[Hashable, float], pace: CostModel) -> float:
+    """Return how long a worker takes for the passes of a item, and note how far up it is then."""
+    found = item.cost * pace.work
+    if isinstance(item, ScoreTask):
+        examples, below = item.stop - item.start, 1 - item.share
+        at = walked.get(item.affinity, 0.0)
         found += examples * pace.example + max(0.0, below - at) * examples * pace.work
-        walked[piece.home] = max(at, below)
+        walked[item.affinity] = max(at, below)
     return found

@@ -1,4 +1,4 @@
-"""The results database: runs that resume, their trials, and the score of every example."""
+"""The results database: resumable runs, their trials, and the score of every example."""
 
 from laserlm.store.run import Run
 from laserlm.store.store import RunInfo, Store, TrialInfo

@@ -1,4 +1,4 @@
-"""A run that this process works on: what it records, and how it is left."""
+"""A run that this process works on: record trials and notes, finish or release it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["Run", "claimed_run"]
 
 
 class Run:
-    """A piece of work under one key; made by ``Store.run``.
+    """A piece of work under one key, opened by ``Store.run``.
 
-    Args:
+    Attributes:
         id: 12 hex characters.
-        resumed: whether an earlier unfinished run with the same key goes on.
-        notes: what ``note`` was given so far.
-        outcome: what ``finish`` was given, None while unfinished.
+        resumed: whether this resumes an earlier unfinished run with the same key.
+        notes: values given to ``note`` so far, by name.
+        outcome: the value given to ``finish``; None while the run is unfinished.
     """
 
     def __init__(self, database: Database, row: RunRow, token: str, *, resumed: bool) -> None:
@@ -38,82 +38,81 @@ class Run:
         self.notes = row.notes or {}
         self.outcome = row.outcome
         self._database = database
-        self._token = token  # empty for a run that was finished before
+        self._token = token  # empty for a finished run
 
     def evaluation(self, split: str, intervention: str) -> Evaluation | None:
-        """Return what is already recorded, or None where there is nothing or it failed."""
+        """Return a recorded evaluation, or None if the trial is missing or failed."""
         with self._database.read() as session:
             return load_evaluation(session, self.id, split, intervention)
 
     def trials(self, split: str) -> tuple[dict[str, Evaluation], dict[str, str]]:
-        """Return the scores of a split so far and the reasons of failures, by intervention; one may be in both."""
+        """Return the scores and the reasons of failures on a split, by intervention; a trial may have both."""
         with self._database.read() as session:
             return load_trials(session, self.id, split)
 
     def record(self, evaluation: Evaluation, examples: Sequence[Example], *, start: int = 0) -> None:
-        """Save a trial with all its scores, or the next scores of one, or nothing.
+        """Save a new trial with all its scores, or append scores to a trial; after an error nothing is saved.
 
         Args:
-            evaluation: one that this run does not have yet.
-            examples: those it was made from, in the order of its scores.
-            start: number of scores that this trial has already, which these follow.
+            evaluation: the scores to save.
+            examples: the scored examples, in the order of the scores.
+            start: number of scores that the trial already has.
 
         Raises:
-            StoreError: if this run's trial of that split and intervention failed or has not ``start`` scores; if scores
-                and examples do not belong together; if a log-probability is NaN; if the run is finished.
-            RunBusyError: if another process has taken the run over.
+            StoreError: if the trial failed or does not have ``start`` scores, the scores are not those of the examples, a
+                log-probability is NaN, or the run is finished.
+            RunBusyError: if another process owns the run now.
         """
         check(evaluation, examples)
-        with self._held() as session:
+        with self._owned_session() as session:
             save_evaluation(session, self.id, evaluation, examples, start)
 
     def fail(self, split: str, intervention: str, reason: str, *, start: int = 0) -> None:
-        """Save that a trial gave no scores, or no more than the ``start`` it has, and why.
+        """Save why a trial has no scores, or no scores after the first ``start``.
 
         Raises:
-            StoreError: if this run's trial of that split and intervention failed before or has not ``start`` scores; if
-                the run is finished.
-            RunBusyError: if another process has taken the run over.
+            StoreError: if the trial failed before or does not have ``start`` scores, or the run is finished.
+            RunBusyError: if another process owns the run now.
         """
-        with self._held() as session:
+        with self._owned_session() as session:
             save_failure(session, self.id, split, intervention, reason, start)
 
     def note(self, name: str, value: Any) -> None:
-        """Save a plain JSON value that the run needs to go on, under a name.
+        """Save a plain JSON value that resuming the run needs, under a name.
 
         Raises:
             StoreError: if the run is finished.
-            RunBusyError: if another process has taken the run over.
+            RunBusyError: if another process owns the run now.
         """
         notes = self.notes | {name: value}
-        with self._held(notes=notes):
+        with self._owned_session(notes=notes):
             self.notes = notes
 
     def finish(self, outcome: dict[str, Any]) -> None:
-        """Save the outcome, plain JSON values, and end the run.
+        """Save the outcome (plain JSON values) and end the run.
 
         Raises:
-            StoreError: if the run is finished already.
-            RunBusyError: if another process has taken the run over.
+            StoreError: if the run is already finished.
+            RunBusyError: if another process owns the run now.
         """
-        with self._held(status="done", outcome=outcome, **UNCLAIMED):
+        with self._owned_session(status="done", outcome=outcome, **UNCLAIMED):
             pass
         self.outcome = outcome
 
     def release(self, status: str, reason: str | None = None) -> None:
-        """Give the claim up and record why, unless the run is finished or another process has taken it over."""
+        """Release the claim and record why, unless the run is finished or another process owns it."""
         if self.outcome is not None:
             return
         try:
-            with self._held(status=status, reason=reason, **UNCLAIMED):
+            with self._owned_session(status=status, reason=reason, **UNCLAIMED):
                 pass
         except RunBusyError:
-            pass  # taken over: it is the other process that will release it
+            pass  # the other process will release it
 
     @contextmanager
-    def _held(self, **values: Any) -> Iterator[Session]:
+    def _owned_session(self, **values: Any) -> Iterator[Session]:
         if self.outcome is not None:
-            raise StoreError(f"run {self.id} is finished and takes nothing more; start a new one with --restart")
+            raise StoreError(f"run {self.id} is finished and cannot be changed; start a new run with --restart")
         with self._database.write() as session:
             update_owned(session, self.id, self._token, updated=datetime.now(UTC), **values)
             yield session
@@ -123,8 +122,8 @@ class Run:
 def claimed_run(
     database: Database, *, kind: str, key: str, settings: dict[str, Any], provenance: dict[str, Any], restart: bool
 ) -> Iterator[Run]:
-    """Yield the run of this key, claimed unless it is finished; see ``Store.run``."""
-    run = _claimed(database, kind, key, settings, provenance, restart)
+    """Yield the run of this key, and claim it unless it is finished; see ``Store.run``."""
+    run = _open_run(database, kind, key, settings, provenance, restart)
     if run.outcome is not None:
         yield run
         return
@@ -132,7 +131,7 @@ def claimed_run(
         with heartbeat(database, run.id, run._token):
             yield run
     except BaseException as error:
-        failed = isinstance(error, Exception)  # the rest, such as KeyboardInterrupt, end the process on request
+        failed = isinstance(error, Exception)  # KeyboardInterrupt and SystemExit are requests to stop
         try:
             run.release("failed" if failed else "interrupted", f"{type(error).__name__}: {error}" if failed else None)
         except StoreError as second:
@@ -141,11 +140,11 @@ def claimed_run(
     run.release("interrupted")
 
 
-def _claimed(
+def _open_run(
     database: Database, kind: str, key: str, settings: dict[str, Any], provenance: dict[str, Any], restart: bool
 ) -> Run:
     if missing := {"model", "task"} - settings.keys():
-        raise StoreError(f"the settings of a run lack {', '.join(sorted(missing))}; they have {', '.join(settings)}")
+        raise StoreError(f"the settings of the run lack {', '.join(sorted(missing))}; they have {', '.join(settings)}")
     with database.write() as session:
         lock(session.connection(), f"run {key}")
         newest = select(RunRow).where(RunRow.key == key).order_by(RunRow.number.desc()).limit(1).with_for_update()

@@ -14,57 +14,57 @@ __all__ = ["Base", "ExampleRow", "RunRow", "ScoreRow", "TrialRow", "UtcDateTime"
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """Keep an aware time as UTC, also where the database knows no time zones."""
+    """An aware time, stored in UTC, for databases with and without time zones."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert to UTC on the way in."""
+        """Convert the time to UTC."""
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Return an aware time; one without a zone was written by us, in UTC."""
+        """Return an aware time; times without a zone were stored in UTC."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 class AnyText(TypeDecorator[str]):
-    """Keep text also with the character NUL, which PostgreSQL refuses: it is written as two others."""
+    """Text that may contain NUL, which PostgreSQL rejects; NUL is stored as two other characters."""
 
     impl = Text
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """Write NUL, and the character that marks it."""
+        """Escape NUL and the escape character."""
         return None if value is None else value.replace("\x1a", "\x1a1").replace("\0", "\x1a0")
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
-        """Return the text as it was."""
+        """Return the original text."""
         return None if value is None else value.replace("\x1a0", "\0").replace("\x1a1", "\x1a")
 
 
 class AnyJson(TypeDecorator[Any]):
-    """Keep JSON as Python writes it, also with NaN and infinity, which PostgreSQL's own type refuses."""
+    """JSON that may contain NaN and infinity, which PostgreSQL's own type rejects."""
 
     impl = Text
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
-        """Write it as text."""
+        """Return the value as JSON text."""
         return None if value is None else json.dumps(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        """Read the text."""
+        """Parse the JSON text."""
         return None if value is None else json.loads(value)
 
 
-PLAIN = JSON(none_as_null=True).with_variant(AnyJson(), "postgresql")
+JSON_VALUE = JSON(none_as_null=True).with_variant(AnyJson(), "postgresql")
 
 
 class Base(DeclarativeBase):
-    """Root of the tables; constraints are named, so that a later migration can address them."""
+    """Base class of the tables; constraints have names so that migrations can refer to them."""
 
     metadata = MetaData(
         naming_convention={
@@ -78,17 +78,17 @@ class Base(DeclarativeBase):
         str: Text().with_variant(AnyText(), "postgresql"),
         float: Double(),
         datetime: UtcDateTime(),
-        dict[str, Any]: PLAIN,
-        list[str]: PLAIN,
+        dict[str, Any]: JSON_VALUE,
+        list[str]: JSON_VALUE,
     }
 
 
 class RunRow(Base):
-    """A piece of work under one key, and the claim of the process that works on it."""
+    """A piece of work under one key, and the claim of its process."""
 
     __tablename__ = "runs"
 
-    number: Mapped[int] = mapped_column(primary_key=True)  # the order of creation, whatever the clocks say
+    number: Mapped[int] = mapped_column(primary_key=True)  # order of creation, independent of clocks
     id: Mapped[str] = mapped_column(String(12), unique=True)
     key: Mapped[str] = mapped_column(index=True)
     kind: Mapped[str]
@@ -98,11 +98,11 @@ class RunRow(Base):
     task: Mapped[str]
     settings: Mapped[dict[str, Any]]
     provenance: Mapped[dict[str, Any]]
-    notes: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)  # may be large; listings do without
+    notes: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)  # may be large; not loaded for listings
     outcome: Mapped[dict[str, Any] | None]
     created: Mapped[datetime]
     updated: Mapped[datetime]
-    owner_token: Mapped[str | None]  # null while nobody works on the run, and so are the four below
+    owner_token: Mapped[str | None]  # this and the four columns below are null without a claim
     owner_host: Mapped[str | None]
     owner_pid: Mapped[int | None]
     claimed: Mapped[datetime | None]
@@ -110,10 +110,10 @@ class RunRow(Base):
 
 
 class TrialRow(Base):
-    """One evaluation, or the reason why there is none; the figures repeat what follows from the scores."""
+    """One evaluation, or the reason of its failure; the numbers are computed from the scores."""
 
     __tablename__ = "trials"
-    __table_args__ = (UniqueConstraint("run_id", "split", "intervention"),)  # on PostgreSQL an index, with a digest
+    __table_args__ = (UniqueConstraint("run_id", "split", "intervention"),)  # PostgreSQL: an index with a digest
 
     id: Mapped[int] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(String(12), ForeignKey("runs.id", ondelete="CASCADE"))
@@ -133,7 +133,7 @@ class TrialRow(Base):
 
 
 class ExampleRow(Base):
-    """An example as it was scored; trials and runs that score the same one share the row."""
+    """An example as it was scored; all trials that score the same example share the row."""
 
     __tablename__ = "examples"
 
@@ -146,14 +146,14 @@ class ExampleRow(Base):
     group: Mapped[str]
     fact: Mapped[str]
     popularity: Mapped[float | None]
-    more: Mapped[dict[str, Any] | None]  # the other fields, those that are not as they are by default
+    more: Mapped[dict[str, Any] | None]  # other fields that differ from their defaults
 
 
 class ScoreRow(Base):
-    """How one trial did on one example."""
+    """The score of one example in one trial."""
 
     __tablename__ = "scores"
-    # The index lets SQLite check the foreign key without reading all scores; without a rowid the rows are stored once.
+    # The index lets SQLite check the foreign key without a scan of all scores. Without a rowid, rows are stored once.
     __table_args__ = (Index(None, "example_id"), {"sqlite_with_rowid": False})
 
     trial_id: Mapped[int] = mapped_column(ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True)
@@ -163,5 +163,5 @@ class ScoreRow(Base):
     logprob: Mapped[float]
     tokens: Mapped[int]
     predicted: Mapped[str]
-    answer: Mapped[str | None]  # null where it is the example's
+    answer: Mapped[str | None]  # null if it is the example's answer
     figures: Mapped[dict[str, Any] | None]

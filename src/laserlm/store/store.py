@@ -1,4 +1,4 @@
-"""The results database as the rest of laserlm sees it."""
+"""The results database: open it, work on runs and query them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from sqlalchemy.orm import Session
 
 from laserlm.errors import StoreError
 from laserlm.scoring.records import Evaluation
-from laserlm.store.claim import alive, busy_error, shown_status
+from laserlm.store.claim import busy_error, current_status, is_alive
 from laserlm.store.database import Database, lock
-from laserlm.store.export import export_run
 from laserlm.store.run import Run, claimed_run
 from laserlm.store.schema import ExampleRow, RunRow, ScoreRow, TrialRow
 from laserlm.store.trials import load_evaluation, load_examples, load_trials
@@ -28,23 +27,23 @@ __all__ = ["RunInfo", "Store", "TrialInfo"]
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a listing shows of a run.
+    """The listed properties of a run.
 
     Args:
         id: 12 hex characters.
-        kind: what was done, such as ``search``.
-        status: ``running``, ``interrupted``, ``done`` or ``failed``; all but ``done`` are resumed under the same key. Scores
-            that studies add to are ``open``.
-        key: what identifies the work.
+        kind: kind of work, such as ``search``.
+        status: ``running``, ``interrupted``, ``done`` or ``failed``. Runs that are not ``done`` resume under the same key.
+            Runs of kind ``scores`` are ``open``, because studies add to them.
+        key: identifies the work.
         model: the model's name.
         task: the task's name.
-        created: when it was first started, aware, in UTC.
-        updated: when it last wrote something, likewise.
-        trials: number of trials recorded, the failed ones too.
-        settings: as given to ``Store.run`` when it was created.
-        provenance: likewise.
-        outcome: as given to ``Run.finish``, None while unfinished.
-        reason: why it failed, None otherwise.
+        created: time of the first start (aware, UTC).
+        updated: time of the last change (aware, UTC).
+        trials: number of recorded trials, including failed trials.
+        settings: the value given to ``Store.run`` when the run was created.
+        provenance: the value given to ``Store.run`` when the run was created.
+        outcome: the value given to ``Run.finish``; None while the run is unfinished.
+        reason: why the run failed, else None.
     """
 
     id: str
@@ -64,18 +63,18 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class TrialInfo:
-    """What a listing shows of a trial; the figures are None where it failed.
+    """The listed properties of a trial; the numbers are None for a failed trial.
 
     Args:
         split: ``validation``, ``test`` or ``all``.
-        intervention: canonical text, empty for the unchanged model.
+        intervention: canonical text; empty for the unchanged model.
         status: ``done`` or ``failed``.
-        reason: why it failed.
+        reason: why the trial failed, else None.
         n: number of examples.
-        accuracy: share of them that are correct.
-        loss: mean over them of the log-loss in nats per answer token.
+        accuracy: share of correct examples.
+        loss: mean over the examples of the log-loss in nats per answer token.
         seconds: wall time of the forward passes.
-        scorer: how an example was scored.
+        scorer: name of the scorer.
     """
 
     split: str
@@ -90,20 +89,20 @@ class TrialInfo:
 
 
 class Store:
-    """The runs of a results database, to be closed or used as a context manager."""
+    """The runs of a results database. Close it, or use it as a context manager."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     @classmethod
     def open(cls, where: str | Path) -> Store:
-        """Open a results database, and create or migrate it where needed.
+        """Open a results database; create or migrate it if needed.
 
         Args:
             where: path of an SQLite file, or a SQLAlchemy URL of SQLite or PostgreSQL if it contains ``://``.
 
         Raises:
-            StoreError: if it cannot be opened, or was written by a newer laserlm.
+            StoreError: if the database cannot be opened or was written by a newer laserlm.
         """
         return cls(Database(where))
 
@@ -120,17 +119,18 @@ class Store:
     def run(
         self, *, kind: str, key: str, settings: dict[str, Any], provenance: dict[str, Any], restart: bool = False
     ) -> AbstractContextManager[Run]:
-        """Work on the newest run with this key, or on a new one, until the end of the context.
+        """Work on the newest run with this key, or on a new run, inside a ``with`` block.
 
-        A finished run comes with its outcome, and nothing is written. Left without ``Run.finish`` or by Ctrl-C, the run
-        is interrupted, by another exception failed; either can be resumed, and so can that of a killed process.
+        A finished run has its outcome and cannot be changed. At the end of the block, a run without ``Run.finish`` is
+        interrupted, and after an exception other than Ctrl-C it is failed. Both can be resumed, and so can the run of a
+        killed process.
 
         Args:
-            kind: what is done, such as ``search``.
-            key: what identifies the work: equal for equal model, task, grid and settings.
-            settings: plain JSON values, ``model`` and ``task`` among them.
+            kind: kind of work, such as ``search``.
+            key: identifies the work; equal for equal model, task, grid and settings.
+            settings: plain JSON values, including ``model`` and ``task``.
             provenance: see ``laserlm.provenance``.
-            restart: make a new run even if there is one.
+            restart: start a new run even if the key has one.
 
         Raises:
             RunBusyError: if a live process works on the run.
@@ -138,43 +138,45 @@ class Store:
         return claimed_run(self.database, kind=kind, key=key, settings=settings, provenance=provenance, restart=restart)
 
     def runs(self) -> list[RunInfo]:
-        """Return all runs, the newest first."""
+        """Return all runs, newest first."""
         with self.database.read() as session:
             rows = session.execute(select(RunRow, _trial_count()).order_by(RunRow.number.desc()))
             return [_run_info(row, trials) for row, trials in rows]
 
     def find(self, id_or_prefix: str, kind: str | None = None) -> RunInfo:
-        """Return the run, of one kind where that is given, whose id begins so; ``last`` is the newest search.
+        """Return the run whose id starts with a prefix, or the newest search for ``last``.
 
-        Scores that studies keep are runs too, and newer ones; they are ``last`` only where there is no search.
+        Args:
+            id_or_prefix: start of an id, or ``last``. Without any search, ``last`` is the newest run.
+            kind: kind of the run; None for any kind.
 
         Raises:
-            StoreError: if there is no such run, or more than one.
+            StoreError: if no run or more than one run has the prefix.
         """
         runs = [run for run in self.runs() if kind is None or run.kind == kind]
         if id_or_prefix == "last" and runs:
             return next((run for run in runs if run.kind == "search"), runs[0])
         prefix = id_or_prefix.lower()
-        found = [run for run in runs if prefix and run.id.startswith(prefix)]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        matches = [run for run in runs if prefix and run.id.startswith(prefix)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
             raise StoreError(
-                f"{id_or_prefix!r} begins the ids of {len(found)} runs: {', '.join(run.id for run in found[:5])}; "
-                "write more of one, see 'laser runs list'"
+                f"{id_or_prefix!r} begins the ids of {len(matches)} runs: {', '.join(run.id for run in matches[:5])}; "
+                "write more characters of one id, see 'laser runs list'"
             )
         near = get_close_matches(prefix, [run.id for run in runs], n=3, cutoff=0.5)
-        hint = f"; near it are {', '.join(near)}" if near else ""
+        hint = f"; similar ids are {', '.join(near)}" if near else ""
         raise StoreError(f"no run {id_or_prefix!r} among {len(runs)} in {self.database.name}{hint}; see 'laser runs list'")
 
     def evaluation(self, run_id: str, split: str, intervention: str) -> Evaluation | None:
-        """Return an evaluation as it was recorded, or None where there is none or it failed."""
+        """Return a recorded evaluation, or None if the trial is missing or failed."""
         with self.database.read() as session:
             _row(session, run_id)
             return load_evaluation(session, run_id, split, intervention)
 
     def trials(self, run_id: str) -> list[TrialInfo]:
-        """Return the trials of a run in the order they were recorded."""
+        """Return the trials of a run in the order of recording."""
         with self.database.read() as session:
             _row(session, run_id)
             rows = session.scalars(select(TrialRow).where(TrialRow.run_id == run_id).order_by(TrialRow.id))
@@ -184,36 +186,36 @@ class Store:
             ]
 
     def evaluations(self, run_id: str, split: str) -> dict[str, Evaluation]:
-        """Return the scores of every trial of a split that has some, by intervention."""
+        """Return the scores of every trial on a split, by intervention; trials without scores are left out."""
         with self.database.read() as session:
             _row(session, run_id)
             return load_trials(session, run_id, split)[0]
 
     def examples(self, run_id: str, split: str) -> tuple[Example, ...]:
-        """Return the examples that the unchanged model was scored on in a run, in the order of its scores."""
+        """Return the examples on which a run scored the unchanged model, in the order of its scores."""
         with self.database.read() as session:
             _row(session, run_id)
             return load_examples(session, run_id, split)
 
     def notes(self, run_id: str) -> dict[str, Any]:
-        """Return what a run keeps beside its trials, by name."""
+        """Return the notes of a run, by name."""
         with self.database.read() as session:
             return dict(_row(session, run_id).notes or {})
 
     def export(self, run_id: str) -> dict[str, Any]:
-        """Return everything of a run as plain JSON values; a score names its example by the place in ``examples``."""
+        """Return a whole run as plain JSON values; the scores refer to examples by their index in ``examples``."""
         with self.database.read() as session:
-            return export_run(session, _row(session, run_id))
+            return _export(session, _row(session, run_id))
 
     def delete(self, run_id: str) -> None:
-        """Delete a run with its trials and scores, and the examples that no other run scored.
+        """Delete a run with its trials, scores and the examples that no other run has scored.
 
         Raises:
             RunBusyError: if a live process works on the run.
         """
         with self.database.write() as session:
             row = _row(session, run_id, update=True)
-            if alive(row):
+            if is_alive(row):
                 raise busy_error(row)
             session.execute(delete(RunRow).where(RunRow.id == run_id))
             lock(session.connection(), "examples")
@@ -240,7 +242,7 @@ def _run_info(row: RunRow, trials: int) -> RunInfo:
     return RunInfo(
         id=row.id,
         kind=row.kind,
-        status=shown_status(row),
+        status=current_status(row),
         key=row.key,
         model=row.model,
         task=row.task,
@@ -252,3 +254,58 @@ def _run_info(row: RunRow, trials: int) -> RunInfo:
         outcome=row.outcome,
         reason=row.reason,
     )
+
+
+def _export(session: Session, run: RunRow) -> dict[str, Any]:
+    of_run = select(ScoreRow.example_id).join(TrialRow).where(TrialRow.run_id == run.id)
+    examples = session.scalars(select(ExampleRow).where(ExampleRow.id.in_(of_run)).order_by(ExampleRow.id)).all()
+    indices = {example.id: index for index, example in enumerate(examples)}
+    trials = session.scalars(select(TrialRow).where(TrialRow.run_id == run.id).order_by(TrialRow.id)).all()
+    return {
+        "id": run.id,
+        "kind": run.kind,
+        "status": current_status(run),
+        **_values(run, "reason", "key", "model", "task"),
+        "created": run.created.isoformat(),
+        "updated": run.updated.isoformat(),
+        **_values(run, "settings", "provenance", "notes", "outcome"),
+        "examples": [
+            {
+                "id": example.name,
+                **_values(example, "prompt", "answer", "choices", "group", "fact", "popularity"),
+                **(example.more or {}),
+            }
+            for example in examples
+        ],
+        "trials": [
+            {
+                **_values(trial, "split", "intervention", "status", "reason", "model", "task", "scorer", "n", "accuracy"),
+                **_values(trial, "loss", "seconds", "classes"),
+                "created": trial.created.isoformat(),
+                "scores": _export_scores(session, trial, indices),
+            }
+            for trial in trials
+        ],
+    }
+
+
+def _values(row: Any, *columns: str) -> dict[str, Any]:
+    return {column: getattr(row, column) for column in columns}
+
+
+def _export_scores(session: Session, trial: TrialRow, indices: dict[int, int]) -> list[dict[str, Any]]:
+    rows = session.execute(
+        select(ScoreRow, ExampleRow.answer)
+        .join(ExampleRow, ScoreRow.example_id == ExampleRow.id)
+        .where(ScoreRow.trial_id == trial.id)
+        .order_by(ScoreRow.position)
+    )
+    return [
+        {
+            "example": indices[score.example_id],
+            **_values(score, "correct", "logprob", "tokens", "predicted"),
+            "answer": answer if score.answer is None else score.answer,
+            **(score.figures or {}),
+        }
+        for score, answer in rows
+    ]

@@ -21,17 +21,17 @@ from laserlm.tasks.example import Example
 
 __all__ = ["check", "find_trial", "load_evaluation", "load_examples", "load_trials", "save_evaluation", "save_failure"]
 
-COLUMNS = ("id", "prompt", "answer", "choices", "group", "fact", "popularity")
-MORE = [f for f in fields(Example) if f.name not in COLUMNS]
-CHUNK = 500  # values in one query; SQLite before 3.32 takes 999
+EXAMPLE_COLUMNS = ("id", "prompt", "answer", "choices", "group", "fact", "popularity")
+OTHER_FIELDS = [f for f in fields(Example) if f.name not in EXAMPLE_COLUMNS]
+MAX_QUERY_VALUES = 500  # SQLite before 3.32 takes at most 999
 
 
 def check(evaluation: Evaluation, examples: Sequence[Example]) -> None:
-    """Raise a StoreError unless the scores are those of the examples, in their order, and are numbers."""
+    """Raise a StoreError unless the scores are numbers and belong to the examples, in the same order."""
     trial = f"the evaluation of {evaluation.intervention or 'the unchanged model'!r} on {evaluation.split}"
     if len(examples) != evaluation.n:
         raise StoreError(
-            f"{trial} has {evaluation.n} scores for {len(examples)} examples; record the examples it was made from"
+            f"{trial} has {evaluation.n} scores for {len(examples)} examples; record the examples that were scored"
         )
     for position, (score, example) in enumerate(zip(evaluation.scores, examples, strict=True)):
         if (score.id, score.group) != (example.id, example.group):
@@ -47,14 +47,14 @@ def check(evaluation: Evaluation, examples: Sequence[Example]) -> None:
 
 
 def find_trial(session: Session, run_id: str, split: str, intervention: str) -> TrialRow | None:
-    """Return the trial, done or failed, or None."""
+    """Return the trial, done or failed, or None if it does not exist."""
     return session.scalars(
         select(TrialRow).where(TrialRow.run_id == run_id, TrialRow.split == split, TrialRow.intervention == intervention)
     ).one_or_none()
 
 
 def save_evaluation(session: Session, run_id: str, evaluation: Evaluation, examples: Sequence[Example], start: int) -> None:
-    """Add a trial with its scores, or the next scores to a trial that has ``start`` of them; and the examples that are new."""
+    """Save a new trial, or append scores to a trial that has ``start`` scores; save new examples too."""
     trial = _open_trial(session, run_id, evaluation.split, evaluation.intervention, start)
     n = start + evaluation.n
     trial.status = "done"
@@ -89,7 +89,7 @@ def save_evaluation(session: Session, run_id: str, evaluation: Evaluation, examp
 
 
 def save_failure(session: Session, run_id: str, split: str, intervention: str, reason: str, start: int) -> None:
-    """Add a trial that has no scores, or end one that has ``start`` of them, and say why it has no more."""
+    """Save why a trial has no scores, or no scores after the first ``start``."""
     trial = _open_trial(session, run_id, split, intervention, start)
     trial.status = "failed"
     trial.reason = reason
@@ -97,22 +97,22 @@ def save_failure(session: Session, run_id: str, split: str, intervention: str, r
 
 
 def load_evaluation(session: Session, run_id: str, split: str, intervention: str) -> Evaluation | None:
-    """Return the evaluation as it was recorded, or None where there is none or it failed."""
+    """Return the recorded evaluation, or None if the trial is missing or failed."""
     trial = find_trial(session, run_id, split, intervention)
-    return None if trial is None or trial.status != "done" else _loaded(session, [trial])[0]
+    return None if trial is None or trial.status != "done" else _load(session, [trial])[0]
 
 
 def load_trials(session: Session, run_id: str, split: str) -> tuple[dict[str, Evaluation], dict[str, str]]:
-    """Return the scores of every trial of a split that has some, and the reasons of those that failed, by intervention."""
+    """Return the scores and the reasons of failures of the trials on a split, by intervention."""
     trials = session.scalars(
         select(TrialRow).where(TrialRow.run_id == run_id, TrialRow.split == split).order_by(TrialRow.id)
     ).all()
-    found = {e.intervention: e for e in _loaded(session, [t for t in trials if t.n])}
-    return found, {t.intervention: t.reason or "" for t in trials if t.status == "failed"}
+    evaluations = {e.intervention: e for e in _load(session, [t for t in trials if t.n])}
+    return evaluations, {t.intervention: t.reason or "" for t in trials if t.status == "failed"}
 
 
 def load_examples(session: Session, run_id: str, split: str) -> tuple[Example, ...]:
-    """Return the examples that the unchanged model was scored on, in the order of its scores; none where it was not."""
+    """Return the examples on which the unchanged model was scored, in the order of its scores."""
     trial = find_trial(session, run_id, split, "")
     if trial is None:
         return ()
@@ -122,19 +122,19 @@ def load_examples(session: Session, run_id: str, split: str) -> tuple[Example, .
 
 
 def _example(row: ExampleRow) -> Example:
-    more = {name: _tupled(value) for name, value in (row.more or {}).items()}
+    more = {name: _lists_to_tuples(value) for name, value in (row.more or {}).items()}
     return Example(row.name, row.prompt, row.answer, tuple(row.choices), row.group, row.fact, row.popularity, **more)
 
 
-def _tupled(value: Any) -> Any:
-    """Return a JSON value with tuples for its lists, as an example has them."""
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+def _lists_to_tuples(value: Any) -> Any:
+    """Return a JSON value with its lists as tuples, the type of an example's fields."""
+    return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _loaded(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:
+def _load(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:
     scores: dict[int, list[ExampleScore]] = {trial.id: [] for trial in trials}
-    wanted = list(scores)
-    for first in range(0, len(wanted), CHUNK):
+    trial_ids = list(scores)
+    for start in range(0, len(trial_ids), MAX_QUERY_VALUES):
         rows = session.execute(
             select(
                 ScoreRow.trial_id,
@@ -148,7 +148,7 @@ def _loaded(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:
                 ScoreRow.figures,
             )
             .join(ExampleRow, ScoreRow.example_id == ExampleRow.id)
-            .where(ScoreRow.trial_id.in_(wanted[first : first + CHUNK]))
+            .where(ScoreRow.trial_id.in_(trial_ids[start : start + MAX_QUERY_VALUES]))
             .order_by(ScoreRow.trial_id, ScoreRow.position)
         )
         for trial_id, id, correct, logprob, tokens, predicted, answer, group, figures in rows:
@@ -158,7 +158,7 @@ def _loaded(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:
         if len(scores[trial.id]) != trial.n:
             raise StoreError(
                 f"run {trial.run_id} has {len(scores[trial.id])} of {trial.n} scores for {trial.intervention!r} on "
-                f"{trial.split}; the database is damaged, restore a copy or start again with another --store"
+                f"{trial.split}; the database is damaged; restore a copy, or give another --store"
             )
         evaluations.append(
             Evaluation(
@@ -176,7 +176,7 @@ def _loaded(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:
 
 
 def _open_trial(session: Session, run_id: str, split: str, intervention: str, start: int) -> TrialRow:
-    """Return a new trial, or the one that has ``start`` scores so far."""
+    """Return a new trial if ``start`` is 0, else the trial that has ``start`` scores."""
     earlier = find_trial(session, run_id, split, intervention)
     if earlier is None and start == 0:
         return TrialRow(run_id=run_id, split=split, intervention=intervention, created=datetime.now(UTC))
@@ -184,19 +184,17 @@ def _open_trial(session: Session, run_id: str, split: str, intervention: str, st
         return earlier
     trial = f"trial of {intervention or 'the unchanged model'!r} on {split}"
     has = f"has no {trial}" if earlier is None else f"already has a {trial} ({earlier.status}, {earlier.n or 0} scores)"
-    raise StoreError(
-        f"run {run_id} {has}, which cannot go on from score {start}; look before measuring, or start a new run with --restart"
-    )
+    raise StoreError(f"run {run_id} {has}, but {start} scores were expected; start a new run with --restart")
 
 
 def _example_ids(session: Session, examples: Iterable[Example]) -> dict[Example, int]:
     connection = session.connection()
-    lock(connection, "examples", shared=True)  # nobody deletes, as scored by none, what we are about to score
+    lock(connection, "examples", shared=True)  # nobody may delete the examples before their scores are saved
     digests = {example: _digest(example) for example in examples}
-    ids = _known(session, digests.values())
+    ids = _known_ids(session, digests.values())
     if missing := set(digests.values()) - ids.keys():
         lock(connection, "new examples")
-        ids |= _known(session, missing)  # what others added until then
+        ids |= _known_ids(session, missing)  # another process may have added some
     new = [
         {
             "digest": digest,
@@ -207,7 +205,7 @@ def _example_ids(session: Session, examples: Iterable[Example]) -> dict[Example,
             "group": example.group,
             "fact": example.fact,
             "popularity": example.popularity,
-            "more": {f.name: value for f in MORE if (value := getattr(example, f.name)) != f.default} or None,
+            "more": {f.name: value for f in OTHER_FIELDS if (value := getattr(example, f.name)) != f.default} or None,
         }
         for example, digest in digests.items()
         if digest not in ids
@@ -218,11 +216,13 @@ def _example_ids(session: Session, examples: Iterable[Example]) -> dict[Example,
     return {example: ids[digest] for example, digest in digests.items()}
 
 
-def _known(session: Session, digests: Iterable[str]) -> dict[str, int]:
-    wanted = list(digests)
+def _known_ids(session: Session, digests: Iterable[str]) -> dict[str, int]:
+    remaining = list(digests)
     ids: dict[str, int] = {}
-    for start in range(0, len(wanted), CHUNK):
-        query = select(ExampleRow.digest, ExampleRow.id).where(ExampleRow.digest.in_(wanted[start : start + CHUNK]))
+    for start in range(0, len(remaining), MAX_QUERY_VALUES):
+        query = select(ExampleRow.digest, ExampleRow.id).where(
+            ExampleRow.digest.in_(remaining[start : start + MAX_QUERY_VALUES])
+        )
         ids.update((digest, id) for digest, id in session.execute(query))
     return ids
 

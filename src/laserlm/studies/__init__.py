@@ -1,4 +1,4 @@
-"""Studies of a model, of a reduction and of what it changed; each is one command."""
+"""Studies of a model and of what a reduction changes. Each study is one command of ``laser analyze``."""
 
 from laserlm.studies.flipping import Flip, Flips, flips, likeliest
 from laserlm.studies.matrices import Correlation, MatrixMetrics, best_of_each, correlations, gains, matrix_metrics

@@ -1,12 +1,11 @@
-"""Whether a model is right as often as the probability that it gives to what it puts first, before and after."""
+"""Calibration: compare the confidence of a model with its accuracy, unchanged and reduced."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from laserlm.errors import AnalysisError, ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.forward import Progress, TokenScores, run_rows
-from laserlm.scoring.statistics import Interval
+from laserlm.scoring.scorers import SCORERS
+from laserlm.scoring.statistics import Interval, bootstrap
 from laserlm.scoring.tokenize import TokenSequence, encode
 from laserlm.studies.estimates import Estimate
 from laserlm.tasks import Example, Split
@@ -23,26 +23,26 @@ from laserlm.tasks import Example, Split
 __all__ = ["Bin", "Calibration", "Confidence", "Measures", "calibration", "check_scorer", "confidences"]
 
 Confidence = tuple[float, bool]
-"""The probability that a model gives to what it puts first on an example, and whether that is right."""
-FEWEST = 5
-"""Examples of a bin at least."""
-SURE = 2.0
-"""Standard errors beyond which a bin's confidence is surely too high, or too low."""
+"""Probability of the likeliest answer of an example, and whether that answer is right."""
+MIN_BIN_EXAMPLES = 5
+"""Minimum number of examples in a bin."""
+SURE_STANDARD_ERRORS = 2.0
+"""Distance from calibration, in standard errors, at which a bin counts as surely over- or underconfident."""
 RESAMPLES = 2000
-"""Sets of examples that the bootstrap draws."""
-DRAWN = 2_000_000
-"""Examples that it draws at once, which bounds the memory."""
+"""Number of bootstrap resamples."""
+EXAMPLES_AT_ONCE = 2_000_000
+"""Examples that the bootstrap draws at once. It bounds the memory."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """How well one model is calibrated, or how much larger each measure is after than before, pair by pair.
+    """Calibration of one model, or the paired change from the unchanged to the reduced model.
 
     Args:
         ece: expected calibration error.
-        brier: mean of the squared difference between the confidence and 1 where it is right, 0 where it is wrong.
+        brier: mean squared difference between the confidence and 1 (right) or 0 (wrong).
         confidence: mean confidence.
-        accuracy: share of examples on which what the model puts first is right.
+        accuracy: share of examples whose likeliest answer is right.
     """
 
     ece: Estimate
@@ -50,79 +50,61 @@ class Measures:
     confidence: Estimate
     accuracy: Estimate
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return {name: getattr(self, name).as_dict() for name in ("ece", "brier", "confidence", "accuracy")}
-
 
 @dataclass(frozen=True)
 class Bin:
     """Examples of similar confidence: a point of the reliability curve.
 
     Args:
-        confidence: their mean confidence.
-        accuracy: share of them on which the model is right.
+        confidence: mean confidence of the examples.
+        accuracy: share of the examples on which the model is right.
     """
 
     confidence: float
     accuracy: Estimate
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return {"confidence": self.confidence, "accuracy": self.accuracy.as_dict()}
-
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well the unchanged and the reduced model are calibrated on the same examples.
+    """Calibration of the unchanged and of the reduced model on the same examples.
 
     Args:
-        before: of the unchanged model.
-        after: of the reduced one.
-        change: from the one to the other.
-        curve_before: bins of the unchanged model, the least confident first.
-        curve_after: likewise of the reduced one.
+        base: measures of the unchanged model.
+        edited: measures of the reduced model.
+        change: edited minus base.
+        curve_base: bins of the unchanged model, the least confident first.
+        curve_edited: bins of the reduced model.
     """
 
-    before: Measures
-    after: Measures
+    base: Measures = field(metadata={"json": "before"})
+    edited: Measures = field(metadata={"json": "after"})
     change: Measures
-    curve_before: tuple[Bin, ...]
-    curve_after: tuple[Bin, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return {
-            "before": self.before.as_dict(),
-            "after": self.after.as_dict(),
-            "change": self.change.as_dict(),
-            "curve_before": [b.as_dict() for b in self.curve_before],
-            "curve_after": [b.as_dict() for b in self.curve_after],
-        }
+    curve_base: tuple[Bin, ...] = field(metadata={"json": "curve_before"})
+    curve_edited: tuple[Bin, ...] = field(metadata={"json": "curve_after"})
 
 
 def check_scorer(scorer: str) -> None:
-    """Raise an error for a scorer that reads neither choices nor the answer that should follow.
+    """Raise an error if a scorer reads neither choices nor the first token of the answer.
 
     Raises:
         AnalysisError: for ``perplexity``, ``lm_eval``, ``lm_eval_text``, ``program`` and ``rollout``.
     """
-    if scorer in ("perplexity", "lm_eval", "lm_eval_text", "program", "rollout"):
+    if not SCORERS[scorer].is_short_answer:
         raise AnalysisError(
-            f"calibration is of a choice or of an answer's first token, and {scorer} reads neither; give a model, "
-            "--reduce SPEC and --scorer choice or first_token, on a task with choices or short answers such as worldfacts"
+            f"calibration needs a choice or the first token of an answer, and scorer {scorer} reads neither. Give a model, "
+            "--reduce SPEC and --scorer choice or first_token, on a task with choices or short answers such as worldfacts."
         )
 
 
 def confidences(lm: LanguageModel, split: Split, batch_size: int = 32, on_progress: Progress | None = None) -> list[Confidence]:
-    """Return for each example the probability that a model gives to what it puts first, and whether that is right.
+    """Return the probability of the likeliest answer of each example, and whether that answer is right.
 
-    With scorer ``choice`` that is the likeliest choice: its probability is the softmax over the choices of their
-    log-probabilities, each summed over its tokens, and a tie is wrong. With any other scorer it is the likeliest token where
-    the answer begins, which is right if it is the answer's first, as scorer ``first_token`` has it.
+    Scorer ``choice``: the likeliest choice. Its probability is the softmax over the choices of their log-probabilities,
+    each summed over its tokens. A tie is wrong. Any other scorer: the likeliest token at the start of the answer. It is
+    right if it is the first token of the answer.
 
     Args:
-        lm: the model, under whatever intervention is applied at the moment.
+        lm: the model, with the intervention that is applied to it at the moment.
         split: the examples, with their scorer.
         batch_size: sequences in one forward pass.
         on_progress: called with the number of sequences done and their total.
@@ -130,7 +112,7 @@ def confidences(lm: LanguageModel, split: Split, batch_size: int = 32, on_progre
     Raises:
         AnalysisError: for a scorer that reads neither choices nor the answer that should follow.
         ScoringError: if the model takes no such sequences, or a probability is not a number.
-        TokenizationError: if an answer's tokens cannot be told from its prompt's.
+        TokenizationError: if the tokens of an answer cannot be separated from the tokens of its prompt.
     """
     check_scorer(split.scorer)
     if not len(split):
@@ -138,22 +120,22 @@ def confidences(lm: LanguageModel, split: Split, batch_size: int = 32, on_progre
     choosing = split.scorer == "choice"
     rows = encode(lm, split.examples, "choice" if choosing else "first_token")
     ran = zip(rows, run_rows(lm, rows, batch_size, on_progress), strict=True)
-    found = []
+    results = []
     for i, of in groupby(ran, key=lambda pair: pair[0].example):
         e, pairs = split.examples[i], list(of)
         confidence, right = _choice(e, [outcome for _, outcome in pairs]) if choosing else _token(*pairs[0])
         if not math.isfinite(confidence):
             raise ScoringError(
                 f"{lm.intervention or 'the unchanged model'} gives a probability of {confidence} on example {e.id!r}; "
-                "the model overflows its dtype: load it with dtype float32 or bfloat16"
+                "the model overflows its dtype. Load it with dtype float32 or bfloat16."
             )
-        found.append((confidence, right))
-    return found
+        results.append((confidence, right))
+    return results
 
 
 def _choice(e: Example, outcomes: Sequence[TokenScores]) -> Confidence:
-    """Return the confidence in the likeliest choice; choices of one token are read off one row, others have one each."""
-    totals = torch.tensor(outcomes[0].options or [math.fsum(o.logprobs) for o in outcomes], dtype=torch.float64)
+    """Return the confidence in the likeliest choice. Choices of one token share one row, longer choices have one row each."""
+    totals = torch.tensor(outcomes[0].choice_logprobs or [math.fsum(o.logprobs) for o in outcomes], dtype=torch.float64)
     at_least = totals >= totals[e.choices.index(e.answer)]
     return float(totals.softmax(0).max()), int(at_least.sum()) == 1
 
@@ -162,28 +144,27 @@ def _token(row: TokenSequence, outcome: TokenScores) -> Confidence:
     return math.exp(outcome.best[0]), outcome.argmax[0] == row.targets[0]
 
 
-def calibration(before: Sequence[Confidence], after: Sequence[Confidence], *, bins: int = 10, seed: int = 0) -> Calibration:
+def calibration(base: Sequence[Confidence], edited: Sequence[Confidence], *, bins: int = 10, seed: int = 0) -> Calibration:
     """Measure how well two models are calibrated on the same examples, taken as independent, and the change.
 
     The expected calibration error (ECE) is the mean over bins, weighted by their examples, of the distance between mean
-    confidence and accuracy. Every bin of a model holds as many examples, up to one, in the order of its confidence; equal
-    ones are in the order of the examples.
+    confidence and accuracy. The bins hold equal numbers of examples (within one), sorted by confidence.
 
-    Noise alone makes an ECE larger: that of a perfectly calibrated model is above 0 on any finite number of examples, and
-    a resample's is larger once more, so that no quantiles of resampled ECEs give an interval that holds its level. Here
-    the interval is of what noise can have added. With g the gap of a bin and h its error, the bin's part g + h counts as
+    Even a perfectly calibrated model has an ECE above 0, because of sampling noise. Bootstrapping adds more noise, so plain
+    bootstrap quantiles give intervals that are too high. This interval bounds what noise can have added. With g the gap of
+    a bin and h its error, the bin contributes |g + h|, and
 
         |g| + sign(g) h  <=  |g + h|  <=  |g| + |h|,
 
-    so the sums over the bins of the two ends bound the error of the ECE. The interval takes the 2.5 % quantile of the
-    lower and the 97.5 % quantile of the upper sum, with the h of a paired bootstrap over examples; for a bin whose gap is
-    beyond two standard errors the lower end stands for both. In simulations it covers 93 % or more from 100 examples on,
-    also for a perfectly calibrated model; with fewer, less where the model is hardly ever right. Where most bins are nearly
-    calibrated, that of the change covers almost always and is wide: the change of the Brier score tells more.
+    so the sums of both ends over the bins bound the error of the ECE. The interval takes the 2.5 % quantile of the lower sum
+    and the 97.5 % quantile of the upper sum, with h from a paired bootstrap over examples. A bin whose gap is beyond two
+    standard errors uses the lower end for both. In simulations the interval covers 93 % or more from 100 examples on, also
+    for a perfectly calibrated model. It covers less with fewer examples if the model is hardly ever right. The interval of
+    the change is wide if most bins are nearly calibrated. The change of the Brier score then says more.
 
     Args:
-        before: confidences of the unchanged model.
-        after: of the reduced one, on the same examples in the same order.
+        base: confidences of the unchanged model.
+        edited: confidences of the reduced model on the same examples in the same order.
         bins: number of bins; fewer where one would hold fewer than 5 examples.
         seed: of the bootstrap.
 
@@ -196,25 +177,25 @@ def calibration(before: Sequence[Confidence], after: Sequence[Confidence], *, bi
     """
     if bins < 1:
         raise AnalysisError(f"cannot put examples into {bins} bins; write 1 or more")
-    if not before or len(before) != len(after):
+    if not base or len(base) != len(edited):
         raise AnalysisError(
-            f"{len(before)} examples before and {len(after)} after are no pairs; give the same ones, at least one"
+            f"{len(base)} examples before and {len(edited)} after are no pairs; give the same ones, at least one"
         )
-    first, second = sides = [_Side.of(given, bins) for given in (before, after)]
+    first, second = sides = [_Side.of(pairs, bins) for pairs in (base, edited)]
     drawn = _resampled(sides, seed)
     (least_before, most_before), (least_after, most_after) = map(_bounds, sides, drawn)
     change = Measures(
-        ece=_estimate(second.ece - first.ece, least_after - most_before, most_after - least_before, len(before)),
+        ece=_estimate(second.ece - first.ece, least_after - most_before, most_after - least_before, len(base)),
         brier=Estimate.mean((second.squares - first.squares).tolist()),
         confidence=Estimate.mean((second.confidence - first.confidence).tolist()),
         accuracy=Estimate.gain(first.right.tolist(), second.right.tolist()),
     )
     return Calibration(
-        before=_measures(first, least_before, most_before),
-        after=_measures(second, least_after, most_after),
+        base=_measures(first, least_before, most_before),
+        edited=_measures(second, least_after, most_after),
         change=change,
-        curve_before=_curve(first),
-        curve_after=_curve(second),
+        curve_base=_curve(first),
+        curve_edited=_curve(second),
     )
 
 
@@ -224,9 +205,9 @@ class _Side:
 
     Args:
         confidence: (n,) by example.
-        right: (n,) likewise.
+        right: (n,) by example.
         order: (n,) indices of the examples, the least confident first.
-        starts: (bins,) where each bin starts in that order.
+        starts: (bins,) index in ``order`` at which each bin starts.
     """
 
     confidence: NDArray[np.float64]
@@ -235,9 +216,9 @@ class _Side:
     starts: NDArray[np.intp]
 
     @classmethod
-    def of(cls, given: Sequence[Confidence], bins: int) -> _Side:
-        confidence, right = np.array([c for c, _ in given], dtype=np.float64), np.array([r for _, r in given], dtype=np.bool_)
-        sizes = [len(part) for part in np.array_split(right, max(1, min(bins, len(given) // FEWEST)))]
+    def of(cls, pairs: Sequence[Confidence], bins: int) -> _Side:
+        confidence, right = np.array([c for c, _ in pairs], dtype=np.float64), np.array([r for _, r in pairs], dtype=np.bool_)
+        sizes = [len(part) for part in np.array_split(right, max(1, min(bins, len(pairs) // MIN_BIN_EXAMPLES)))]
         return cls(confidence, right, np.argsort(confidence, kind="stable"), np.cumsum([0, *sizes[:-1]]))
 
     @property
@@ -256,30 +237,27 @@ class _Side:
 
 
 def _resampled(sides: Sequence[_Side], seed: int) -> list[NDArray[np.float64]]:
-    """Return the gaps of each model on resamples of the examples, the same for both; (resamples, bins) each."""
+    """Return the gaps of each model on the same resamples of the examples, (resamples, bins) for each model."""
     n = len(sides[0].order)
-    generator = np.random.default_rng(seed)
-    places = [np.argsort(side.order).astype(np.int32) for side in sides]  # of the examples, in the order of confidence
+    positions = [np.argsort(side.order).astype(np.int32) for side in sides]  # of the examples, by confidence
     ordered = [(side.confidence - side.right)[side.order] for side in sides]
-    found: list[list[NDArray[np.float64]]] = [[] for _ in sides]
-    at_once = max(1, DRAWN // n)
-    for first in range(0, RESAMPLES, at_once):
-        drawn = generator.integers(n, size=(min(at_once, RESAMPLES - first), n), dtype=np.int32)
-        for side, place, gaps, of in zip(sides, places, ordered, found, strict=True):
-            of.append(np.add.reduceat(gaps[np.sort(place[drawn], axis=1)], side.starts, axis=1) / n)
-    return [np.concatenate(of) for of in found]
+    results: list[list[NDArray[np.float64]]] = [[] for _ in sides]
+    for drawn in bootstrap(n, RESAMPLES, seed, at_once=max(1, EXAMPLES_AT_ONCE // n)):
+        for side, position, gaps, resampled in zip(sides, positions, ordered, results, strict=True):
+            resampled.append(np.add.reduceat(gaps[np.sort(position[drawn], axis=1)], side.starts, axis=1) / n)
+    return [np.concatenate(of) for of in results]
 
 
 def _bounds(side: _Side, drawn: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return what noise adds to the ECE on each resample, at least and at most."""
+    """Return lower and upper bounds of what noise adds to the ECE on each resample."""
     errors = drawn - side.gaps
     least = np.where(side.gaps < 0, -errors, errors)
-    sure = np.abs(side.gaps) > SURE * errors.std(axis=0)
+    sure = np.abs(side.gaps) > SURE_STANDARD_ERRORS * errors.std(axis=0)
     return least.sum(axis=1), np.where(sure, least, np.abs(errors)).sum(axis=1)
 
 
 def _estimate(value: float, least: NDArray[np.float64], most: NDArray[np.float64], n: int) -> Estimate:
-    """Return a value with the interval that noise between two bounds leaves."""
+    """Return a value with its interval, given bounds of its noise."""
     if n == 1:
         return Estimate(value, Interval(-math.inf, math.inf), n)
     return Estimate(value, Interval(value - float(np.quantile(most, 0.975)), value - float(np.quantile(least, 0.025))), n)

@@ -1,4 +1,4 @@
-"""What the smallest singular values of a reduced matrix hold, and which parts of its spectrum are signal or noise."""
+"""Study what the smallest singular values of a reduced matrix answer, and which parts of the spectrum are signal or noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,13 @@ from torch.nn.functional import cosine_similarity
 from laserlm.edit import applied
 from laserlm.edit.apply import Edit, default_cache, label_as_edited, replaced_weights, resolve
 from laserlm.errors import AnalysisError, ScoringError
+from laserlm.jsonable import fields_to_json
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import read_matrix
 from laserlm.reductions import Intervention
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.identity import digest
-from laserlm.scoring.tokenize import encode
+from laserlm.scoring.tokenize import TokenSequence, encode
 from laserlm.studies.estimates import Estimate, paired_estimates
 from laserlm.studies.rank_curve import sizes_of
 from laserlm.studies.scores import CachedScorer
@@ -32,21 +34,21 @@ __all__ = ["CLASSES", "FRACTIONS", "BottomResult", "SpectrumRun", "bottom_compon
 
 FRACTIONS = ("0", "0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99", "1")
 CLASSES = ("right", "right type", "another answer", "generic word", "capitalised word", "other word")
-"""What wins: the answer; the answer of another example of its group; that of another group; a frequent word, or no word;
-a word with a capital, which is mostly a name; the rest."""
-WINNERS = 5
+"""Classes of the likeliest token: the answer; the answer of another example of the group; the answer of another group; a
+frequent word or no word; a capitalised word, mostly a name; all other words."""
+MAX_WINNERS = 5
 
 
 @dataclass(frozen=True)
 class BottomResult:
-    """What the model puts first where only the smallest singular values are kept.
+    """Likeliest first tokens of the model that keeps only the smallest singular values.
 
     Args:
-        fraction: of the singular values that is kept, as text.
+        fraction: kept fraction of the singular values, as text.
         n: number of examples.
         probability: mean probability of the answer's first token.
         cosine: mean cosine between the embeddings of the winning token and of the answer's first token.
-        classes: share of the examples whose winner is of each class.
+        classes: share of the examples whose winning token is of each class.
         winners: the most frequent winning tokens and their number.
     """
 
@@ -59,18 +61,11 @@ class BottomResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        return {
-            "fraction": self.fraction,
-            "n": self.n,
-            "probability": self.probability.as_dict(),
-            "cosine": self.cosine.as_dict(),
-            "classes": {name: share.as_dict() for name, share in self.classes.items()},
-            "winners": [{"token": token, "count": count} for token, count in self.winners],
-        }
+        return fields_to_json(self) | {"winners": [{"token": token, "count": count} for token, count in self.winners]}
 
 
 def bottom_components(
-    book: CachedScorer,
+    scorer: CachedScorer,
     examples: Sequence[Example],
     intervention: str,
     words: Words,
@@ -78,14 +73,14 @@ def bottom_components(
     fractions: Sequence[str] = FRACTIONS,
     on_fraction: Callable[[int, int, str], None] | None = None,
 ) -> list[BottomResult]:
-    """Return what wins as ever more of the smallest singular values of the reduced matrices are kept, and nothing else.
+    """Keep only the smallest singular values of the reduced matrices, more and more of them, and read the likeliest tokens.
 
     Args:
-        book: the scores of the model on all examples of the split, whose answers tell of the right type.
-        examples: those to look at, such as the corrected ones.
+        scorer: scores of the model on all examples of the split, whose answers define the right type.
+        examples: the examples to look at, such as the corrected ones.
         intervention: text of the reduction whose matrices are taken.
-        words: tells frequent words from others.
-        fractions: kept of the smallest singular values, as text.
+        words: the generic words.
+        fractions: kept fractions of the smallest singular values, as text.
         on_fraction: called with the number of fractions done, their total and the next.
 
     Raises:
@@ -93,47 +88,48 @@ def bottom_components(
         ScoringError: if the model overflows its dtype.
         SpecError: if a fraction cannot be read.
     """
-    lm = book.lm
+    lm = scorer.lm
     reductions = Intervention.parse(intervention).reductions
     if not examples or not reductions:
         raise AnalysisError("there is no example to look at; components are studied where a reduction corrects something")
     sizes = sizes_of(fractions)
     rows = encode(lm, examples, "first_token")
-    first = [row.targets[0] for row in rows]
-    own = {e.id: t for e, t in zip(examples, first, strict=True)}
+    answers = [row.targets[0] for row in rows]
     of_group: dict[str, set[int]] = {}
-    for e, row in zip(book.split.examples, encode(lm, book.split.examples, "first_token"), strict=True):
+    for e, row in zip(scorer.split.examples, encode(lm, scorer.split.examples, "first_token"), strict=True):
         of_group.setdefault(e.group, set()).add(row.targets[0])
     embeddings = _embeddings(lm)
-    same = digest([e.id for e in examples])
-    found = []
+    key = digest([e.id for e in examples])
+    results = []
     for done, size in enumerate(sizes):
         if on_fraction is not None:
             on_fraction(done, len(sizes), str(size))
         text = str(Intervention(tuple(replace(r, size=size, keep="bottom", method="exact") for r in reductions)))
-
-        def read_off(text: str = text) -> list[tuple[int, float]]:
-            with applied(lm, text, seed=book.seed):
-                outcomes = run_rows(lm, rows, book.batch_size)
-            if not all(math.isfinite(o.logprobs[0]) for o in outcomes):
-                raise ScoringError(f"{text} overflows {lm.dtype}; load the model with dtype float32 or bfloat16")
-            return [(o.argmax[0], o.logprobs[0]) for o in outcomes]
-
-        kept = book.remember(f"first tokens of {same} under {text}", read_off)
-        winners = [int(token) for token, _ in kept]
-        cosines = cosine_similarity(embeddings(winners), embeddings(first), dim=-1).tolist()
-        classes = [_class(lm, w, own[e.id], e, of_group, words) for w, e in zip(winners, examples, strict=True)]
-        found.append(
+        stored = scorer.cached(f"first tokens of {key} under {text}", partial(_first_tokens, scorer, rows, text))
+        winners = [int(token) for token, _ in stored]
+        cosines = cosine_similarity(embeddings(winners), embeddings(answers), dim=-1).tolist()
+        classes = [_class(lm, *three, of_group, words) for three in zip(winners, answers, examples, strict=True)]
+        results.append(
             BottomResult(
                 fraction=str(size),
                 n=len(examples),
-                probability=Estimate.mean([math.exp(logprob) for _, logprob in kept]),
+                probability=Estimate.mean([math.exp(logprob) for _, logprob in stored]),
                 cosine=Estimate.mean(cosines),
                 classes={name: Estimate.share(classes.count(name), len(classes)) for name in CLASSES},
-                winners=tuple(Counter(_token(lm, w) for w in winners).most_common(WINNERS)),
+                winners=tuple(Counter(_token(lm, w) for w in winners).most_common(MAX_WINNERS)),
             )
         )
-    return found
+    return results
+
+
+def _first_tokens(scorer: CachedScorer, rows: Sequence[TokenSequence], intervention: str) -> list[tuple[int, float]]:
+    """Return for each example the likeliest first token and the log-probability of the answer's first token."""
+    lm = scorer.lm
+    with applied(lm, intervention, seed=scorer.seed):
+        scores = run_rows(lm, rows, scorer.batch_size)
+    if not all(math.isfinite(score.logprobs[0]) for score in scores):
+        raise ScoringError(f"{intervention} overflows {lm.dtype}; load the model with dtype float32 or bfloat16")
+    return [(score.argmax[0], score.logprobs[0]) for score in scores]
 
 
 def _class(lm: LanguageModel, winner: int, right: int, e: Example, of_group: dict[str, set[int]], words: Words) -> str:
@@ -150,11 +146,11 @@ def _class(lm: LanguageModel, winner: int, right: int, e: Example, of_group: dic
 
 
 def _token(lm: LanguageModel, token: int) -> str:
-    return str(lm.need_tokenizer().decode([token]))
+    return str(lm.require_tokenizer().decode([token]))
 
 
 def _embeddings(lm: LanguageModel) -> Callable[[Sequence[int]], Tensor]:
-    """Return a function from tokens to the rows (tokens, width) of the input embeddings, in float32."""
+    """Return a function that maps tokens to their input embeddings (tokens, width) in float32."""
     embeddings: Any = lm.model.get_input_embeddings()
     if embeddings is None:
         raise AnalysisError(f"{lm.name} embeds no tokens, so there is no cosine between answers; leave this study out")
@@ -164,18 +160,17 @@ def _embeddings(lm: LanguageModel) -> Callable[[Sequence[int]], Tensor]:
 
 @dataclass(frozen=True)
 class SpectrumRun:
-    """One run of singular values, and the model without it.
+    """One run of adjacent singular values, and the model without it.
 
     Args:
-        matrix: its id.
-        first: index of the largest of them, from 0.
+        matrix: id of the matrix.
+        first: index of the largest singular value of the run, from 0.
         last: index of the smallest.
-        energy: their share of the squared Frobenius norm.
+        energy: share of the run in the squared Frobenius norm.
         n: number of examples.
-        gain: in accuracy without them, paired.
-        loss_change: of the loss in nats per answer token without them, paired.
-        verdict: ``noise`` where the loss falls without them beyond its interval, ``signal`` where it rises, else
-            ``neither``.
+        gain: paired gain in accuracy without the run.
+        loss_change: paired change of the loss without the run, in nats per answer token.
+        verdict: ``noise`` if the interval of the change lies below 0, ``signal`` if it lies above 0, else ``neither``.
     """
 
     matrix: str
@@ -187,38 +182,34 @@ class SpectrumRun:
     loss_change: Estimate
     verdict: Literal["noise", "signal", "neither"]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return asdict(self) | {name: getattr(self, name).as_dict() for name in ("gain", "loss_change")}
-
 
 def chunk_map(
-    intervention: str, score: CachedScorer, *, chunk: int = 32, on_chunk: Callable[[int, int, str], None] | None = None
+    intervention: str, scorer: CachedScorer, *, chunk: int = 32, on_chunk: Callable[[int, int, str], None] | None = None
 ) -> list[SpectrumRun]:
-    """Take the singular values of the reduced matrices out in runs of ``chunk``, each run alone, and score each.
+    """Score the model without each run of ``chunk`` adjacent singular values of the reduced matrices.
 
     Args:
         intervention: text of the reduction whose matrices are taken.
-        score: of the model.
-        chunk: number of singular values; where a matrix is split, of each block of rows.
+        scorer: scores of the model.
+        chunk: number of singular values; for a split matrix, of each block of rows.
         on_chunk: called with the number of runs done, their total and the next.
 
     Raises:
         AnalysisError: if ``chunk`` is below 1, or there is no reduction.
     """
-    lm = score.lm
+    lm = scorer.lm
     edits = resolve(lm.matrices, intervention)
     if chunk < 1 or not edits:
         raise AnalysisError(f"no runs of {chunk} singular values of {intervention or 'no matrix'}; write 1 or more")
     cuts = [(edit, i, min(i + chunk, edit.max_rank)) for edit in edits for i in range(0, edit.max_rank, chunk)]
-    base = score("")
+    base = scorer("")
     found = []
     for done, (edit, start, end) in enumerate(cuts):
         name = f"{edit.matrix.id}{f':split{edit.reduction.split}' if edit.reduction.split > 1 else ''}"
         text = f"without the singular values {start} to {end - 1} of {name}"
         if on_chunk is not None:
             on_chunk(done, len(cuts), text)
-        without = score(text, _without(lm, edit, start, end, text), at=intervention)
+        without = scorer(text, _without(lm, edit, start, end, text), matrices_of=intervention)
         gain, change = paired_estimates(base, without)
         found.append(
             SpectrumRun(
@@ -237,7 +228,7 @@ def chunk_map(
 
 @contextmanager
 def _without(lm: LanguageModel, edit: Edit, start: int, end: int, text: str) -> Iterator[None]:
-    """Take a run of singular values out of a matrix until the end of the block."""
+    """Remove a run of singular values from a matrix inside the ``with`` block."""
     whole = replace(edit, rank=0)  # so that it counts as an edit, whatever rank the reduction keeps
 
     def make(edit: Edit) -> Tensor:
@@ -248,7 +239,7 @@ def _without(lm: LanguageModel, edit: Edit, start: int, end: int, text: str) -> 
 
 
 def _parts(lm: LanguageModel, edit: Edit, start: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each block of rows of a matrix and the part of it that a run of singular values holds."""
+    """Yield each block of rows of a matrix, and the part of the block that a run of singular values makes."""
     cache = default_cache(lm.cache)
     for block in read_matrix(lm.model, edit.matrix).chunk(edit.reduction.split):
         d = cache.get(block)

@@ -1,12 +1,11 @@
-"""Changes of the same matrices and of the same size: does low rank help because it is low rank?"""
+"""Controls: change the same matrices by the same amount in other ways. Does low rank help because it is low rank?"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,20 +28,20 @@ class Control:
     """One way of changing the matrices, against the unchanged model.
 
     Args:
-        control: its name.
-        draws: number of times that it was drawn; 1 for what is not random.
+        control: name of the control.
+        draws: number of random draws; 1 for a control that is not random.
         n: number of examples.
-        size: Frobenius norm of the change over that of the matrices, mean over the draws.
+        size: Frobenius norm of the change over the norm of the matrices, mean over the draws.
         accuracy: mean over the draws.
         gain: mean over the draws of the gain in accuracy over the unchanged model.
-        interval: its 95 % interval: Tango's of each draw, the mean of their ends.
-        least: gain of the worst draw.
-        most: gain of the best draw.
-        behind: accuracy of the reduction minus that of the control, mean over the draws.
-        behind_interval: its 95 % interval, likewise.
+        interval: 95 % interval of the gain: the mean of the ends of each draw's Tango interval.
+        min_gain: gain of the worst draw.
+        max_gain: gain of the best draw.
+        deficit: accuracy of the reduction minus that of the control, mean over the draws.
+        deficit_interval: 95 % interval of the deficit, made like ``interval``.
         loss: mean log-loss in nats per answer token, over the draws.
-        loss_change: its change.
-        loss_interval: 95 % Student interval over the examples of the change, each the mean over the draws.
+        loss_change: change of that loss.
+        loss_interval: 95 % Student interval of the change over examples; each example counts with its mean over the draws.
     """
 
     control: str
@@ -52,26 +51,21 @@ class Control:
     accuracy: float
     gain: float
     interval: Interval
-    least: float
-    most: float
-    behind: float
-    behind_interval: Interval
+    min_gain: float = field(metadata={"json": "least"})
+    max_gain: float = field(metadata={"json": "most"})
+    deficit: float = field(metadata={"json": "behind"})
+    deficit_interval: Interval = field(metadata={"json": "behind_interval"})
     loss: float
     loss_change: float
     loss_interval: Interval
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        ends = {name: list(getattr(self, name)) for name in ("interval", "behind_interval", "loss_interval")}
-        return asdict(self) | {name: None if math.isinf(both[0]) else both for name, both in ends.items()}
-
 
 Make = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
-"""Given W (m, n), its truncation, the rank and a source of randomness, returns what takes W's place."""
+"""Takes W (m, n), its truncation, the rank and a random generator; returns the matrix that replaces W."""
 
 
 def _pruned(W: Tensor, size: float, order: Tensor) -> Tensor:
-    """Return W without the first entries of an order, as many as have together this Frobenius norm."""
+    """Return W with its first entries in an order set to zero, until their Frobenius norm reaches ``size``."""
     flat = W.flatten().clone()
     energy = flat[order].cpu().double().square().cumsum(0)
     gone = int(torch.searchsorted(energy, torch.tensor(size**2, dtype=energy.dtype)))
@@ -91,7 +85,7 @@ def _noise(W: Tensor, size: float, generator: torch.Generator) -> Tensor:
 
 
 def _projected(W: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Return W projected on random directions of its shorter side, as many as the rank."""
+    """Return W projected on ``rank`` random directions of its shorter side."""
     m, n = W.shape
     Q = torch.linalg.qr(torch.randn(min(m, n), rank, generator=generator, dtype=torch.float64))[0].to(W)
     projected: Tensor = (W @ Q) @ Q.T if n <= m else Q @ (Q.T @ W)
@@ -112,8 +106,8 @@ CONTROLS: dict[str, tuple[bool, Make]] = {
     "Gaussian noise": (True, lambda W, kept, rank, g: _noise(W, _size(W, kept), g)),
     "all zero": (False, lambda W, kept, rank, g: torch.zeros_like(W)),
 }
-"""Whether each is random, and how it is made. Zeroed entries and noise are of the Frobenius norm of what the reduction
-removes; a random subspace is of the reduction's rank, and so its change is larger.
+"""By name, whether the control is random, and the function that makes it. Zeroed entries and noise have the Frobenius norm
+of the part that the reduction removes. A random subspace has the rank of the reduction, so its change is larger.
 
 Source: arXiv 2312.13558, appendix; the released code calls the zeroing of the smallest entries dropout.
 """
@@ -123,14 +117,14 @@ Source: arXiv 2312.13558, appendix; the released code calls the zeroing of the s
 def changed(
     lm: LanguageModel, intervention: str, control: str, draw: int, sizes: list[float] | None = None, *, seed: int = 0
 ) -> Iterator[None]:
-    """Let the matrices of an intervention be changed by a control until the end of the block.
+    """Change the matrices of an intervention by a control inside the ``with`` block.
 
     Args:
         lm: the unchanged model.
-        intervention: text of the reduction whose matrices, ranks and size of change are taken.
+        intervention: text of the reduction that gives the matrices, the ranks and the size of the change.
         control: a name of ``CONTROLS``.
-        draw: seed of what is random in the control.
-        sizes: where the relative Frobenius norm of the whole change is appended.
+        draw: seed of the control.
+        sizes: list to which the relative Frobenius norm of the whole change is appended.
         seed: of ``:reference`` decompositions.
 
     Raises:
@@ -159,26 +153,26 @@ def changed(
 
 
 def key_of(control: str, draw: int, intervention: str) -> str:
-    """Return the name under which a control's scores are kept."""
+    """Return the name under which the scores of a control are stored."""
     return f"control: {control}, draw {draw}, {intervention}"
 
 
 def controls(
     lm: LanguageModel,
     intervention: str,
-    score: CachedScorer,
+    scorer: CachedScorer,
     *,
     draws: int = 3,
     seed: int = 0,
     on_model: Callable[[int, int, str], None] | None = None,
 ) -> list[Control]:
-    """Score the reduction beside every control of the same matrices and size, each random one several times.
+    """Score the reduction and every control of the same matrices and size. Draw each random control several times.
 
     Args:
         lm: the unchanged model.
         intervention: text of the reduction.
-        score: see ``laserlm.studies.scored``.
-        draws: number of times that what is random is drawn.
+        scorer: scores of the model.
+        draws: number of draws of each random control.
         seed: of ``:reference`` decompositions.
         on_model: called with the number of models done, their total and the name of the next.
 
@@ -188,39 +182,41 @@ def controls(
     wanted = [(name, draw) for name, (random, _) in CONTROLS.items() for draw in range(draws if random else 1)]
     evaluations: dict[str, list[Evaluation]] = {}
     sizes: dict[str, list[float]] = {}
-    base = score("")
+    base = scorer("")
     for done, (name, draw) in enumerate(wanted):
         if on_model is not None:
             on_model(done, len(wanted), name)
         with changed(lm, intervention, name, draw, sizes.setdefault(name, []), seed=seed):
-            pass  # for its size alone, which no store keeps
-        found = (
-            score(intervention)
+            pass  # measures the size, which the store does not keep
+        evaluation = (
+            scorer(intervention)
             if name == LOW_RANK
-            else score(key_of(name, draw, intervention), changed(lm, intervention, name, draw, seed=seed), at=intervention)
+            else scorer(
+                key_of(name, draw, intervention), changed(lm, intervention, name, draw, seed=seed), matrices_of=intervention
+            )
         )
-        evaluations.setdefault(name, []).append(found)
+        evaluations.setdefault(name, []).append(evaluation)
     reduced = evaluations[LOW_RANK][0]
-    return [_control(name, base, reduced, found, sizes[name]) for name, found in evaluations.items()]
+    return [_control(name, base, reduced, scored, sizes[name]) for name, scored in evaluations.items()]
 
 
-def _control(name: str, base: Evaluation, reduced: Evaluation, found: Sequence[Evaluation], sizes: Sequence[float]) -> Control:
-    against = [compare(base, e) for e in found]
-    beside = [compare(e, reduced) for e in found]
-    changes = [sum(e.scores[i].loss for e in found) / len(found) - b.loss for i, b in enumerate(base.scores)]
+def _control(name: str, base: Evaluation, reduced: Evaluation, scored: Sequence[Evaluation], sizes: Sequence[float]) -> Control:
+    against = [compare(base, e) for e in scored]
+    beside = [compare(e, reduced) for e in scored]
+    changes = [sum(e.scores[i].loss for e in scored) / len(scored) - b.loss for i, b in enumerate(base.scores)]
     return Control(
         control=name,
-        draws=len(found),
+        draws=len(scored),
         n=base.n,
         size=_mean(sizes),
-        accuracy=_mean([e.accuracy for e in found]),
+        accuracy=_mean([e.accuracy for e in scored]),
         gain=_mean([c.gain for c in against]),
         interval=_mean_interval([c.interval for c in against]),
-        least=min(c.gain for c in against),
-        most=max(c.gain for c in against),
-        behind=_mean([c.gain for c in beside]),
-        behind_interval=_mean_interval([c.interval for c in beside]),
-        loss=_mean([e.loss for e in found]),
+        min_gain=min(c.gain for c in against),
+        max_gain=max(c.gain for c in against),
+        deficit=_mean([c.gain for c in beside]),
+        deficit_interval=_mean_interval([c.interval for c in beside]),
+        loss=_mean([e.loss for e in scored]),
         loss_change=_mean(changes),
         loss_interval=paired_mean(changes),
     )
@@ -231,5 +227,5 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _mean_interval(intervals: Sequence[Interval]) -> Interval:
-    """Return the mean of the ends: wider than an interval of the mean over draws, and it does not collapse on few examples."""
+    """Return the mean of the ends. It is wider than an interval of the mean, and does not collapse on few examples."""
     return Interval(_mean([i.low for i in intervals]), _mean([i.high for i in intervals]))

@@ -17,10 +17,10 @@ from laserlm.scoring.identity import digest
 
 __all__ = ["Corpus", "Files", "Stream", "open_corpus", "texts_of"]
 
-TEXT = (".txt", ".md")
-FORMATS = (*TEXT, ".jsonl")
-HUB = "hub:"
-AGAIN = "start the same again, which goes on after the documents that are done"
+TEXT_SUFFIXES = (".txt", ".md")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
+HUB_PREFIX = "hub:"
+RESTART_HINT = "start the same again, which goes on after the documents that are done"
 
 
 class Corpus(Protocol):
@@ -130,18 +130,18 @@ def open_corpus(corpus: str) -> Corpus:
     Raises:
         AnalysisError: if there is no such corpus.
     """
-    if corpus.startswith(HUB):
+    if corpus.startswith(HUB_PREFIX):
         return _stream(corpus)
     path = Path(corpus).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _format(file) in FORMATS and file.is_file())
+        files = sorted(file for file in path.rglob("*") if _format(file) in SUFFIXES and file.is_file())
         if not files:
-            raise AnalysisError(f"no file below {path} ends in {', '.join(FORMATS)}; there is no document to read")
+            raise AnalysisError(f"no file below {path} ends in {', '.join(SUFFIXES)}; there is no document to read")
         return Files(path, tuple(files), whole=True)
     if not path.is_file():
-        raise AnalysisError(f"no corpus {corpus!r}; give a folder, a file, or {HUB}NAME[:CONFIG[:SPLIT]] for a data set")
-    if _format(path) not in FORMATS:
-        raise AnalysisError(f"{path} is no corpus; give a file that ends in {', '.join(FORMATS)}, or a folder of them")
+        raise AnalysisError(f"no corpus {corpus!r}; give a folder, a file, or {HUB_PREFIX}NAME[:CONFIG[:SPLIT]] for a data set")
+    if _format(path) not in SUFFIXES:
+        raise AnalysisError(f"{path} is no corpus; give a file that ends in {', '.join(SUFFIXES)}, or a folder of them")
     return Files(path.parent, (path,), whole=False)
 
 
@@ -161,15 +161,15 @@ def texts_of(rows: Any, name: str, start: int = 0) -> Iterator[str]:
             yield _text(row, f"{name}, row {number}")
     # Where a file is out of reach or not what it should be, the library's many parts raise one of these.
     except (OSError, ValueError, LookupError, RuntimeError) as error:
-        raise AnalysisError(f"the stream of {name} broke off: {error}; {AGAIN}") from error
+        raise AnalysisError(f"the stream of {name} broke off: {error}; {RESTART_HINT}") from error
 
 
 def _stream(corpus: str) -> Stream:
     from datasets import load_dataset_builder
 
-    parts = corpus.removeprefix(HUB).split(":")
+    parts = corpus.removeprefix(HUB_PREFIX).split(":")
     if not parts[0] or len(parts) > 3:
-        raise AnalysisError(f"cannot read the corpus {corpus!r}; write {HUB}NAME[:CONFIG[:SPLIT]]")
+        raise AnalysisError(f"cannot read the corpus {corpus!r}; write {HUB_PREFIX}NAME[:CONFIG[:SPLIT]]")
     name, config, split = [*parts, "", ""][:3]
     try:
         builder = load_dataset_builder(name, config or None)
@@ -191,15 +191,15 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 
 def _paragraphs(file: Path) -> Iterator[Callable[[], str]]:
-    found: list[bytes] = []
+    paragraph: list[bytes] = []
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
-            found.append(line)
-        elif found:
-            yield partial(_decoded, b"".join(found), f"{file}, before line {number}")
-            found = []
-    if found:
-        yield partial(_decoded, b"".join(found), f"{file}, its end")
+            paragraph.append(line)
+        elif paragraph:
+            yield partial(_decoded, b"".join(paragraph), f"{file}, before line {number}")
+            paragraph = []
+    if paragraph:
+        yield partial(_decoded, b"".join(paragraph), f"{file}, its end")
 
 
 def _whole(file: Path) -> str:

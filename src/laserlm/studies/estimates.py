@@ -1,4 +1,4 @@
-"""An estimate with its interval and the number of examples it is over: what every study gives."""
+"""An estimate with its 95 % interval and its number of examples."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from laserlm.errors import AnalysisError
+from laserlm.jsonable import to_json
 from laserlm.scoring.evaluate import compare
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import Interval, paired_difference, paired_mean, wilson
+from laserlm.tasks import Example
 
-__all__ = ["FEW", "Estimate", "paired_estimates"]
+__all__ = ["MIN_EXAMPLES", "Estimate", "examples_of", "paired_estimates"]
 
-FEW = 5
-"""Examples below which an estimate says nothing by itself."""
+MIN_EXAMPLES = 5
+"""Number of examples below which an estimate is marked as having too few."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Estimate:
 
     Args:
         value: the estimate; NaN over no examples.
-        interval: its 95 % interval; infinite over a single one, where it is a mean.
+        interval: 95 % interval; infinite for a mean over a single example.
         n: number of examples.
     """
 
@@ -34,39 +37,34 @@ class Estimate:
     @classmethod
     def share(cls, count: int, n: int) -> Estimate:
         """Return ``count / n`` with its Wilson interval."""
-        return cls(count / n, wilson(count, n), n) if n else cls.none()
+        return cls(count / n, wilson(count, n), n) if n else cls.empty()
 
     @classmethod
     def mean(cls, values: Sequence[float]) -> Estimate:
         """Return a mean, or a mean of paired differences, with Student's interval."""
-        return cls(math.fsum(values) / len(values), paired_mean(values), len(values)) if values else cls.none()
+        return cls(math.fsum(values) / len(values), paired_mean(values), len(values)) if values else cls.empty()
 
     @classmethod
-    def gain(cls, before: Sequence[bool], after: Sequence[bool]) -> Estimate:
-        """Return how much larger the share of the second is, with Tango's paired interval."""
-        corrected = sum(a > b for b, a in zip(before, after, strict=True))
-        broken = sum(a < b for b, a in zip(before, after, strict=True))
-        n = len(before)
-        return cls((corrected - broken) / n, paired_difference(corrected, broken, n), n) if n else cls.none()
+    def gain(cls, base: Sequence[bool], edited: Sequence[bool]) -> Estimate:
+        """Return the paired gain in the share of the second, with Tango's interval."""
+        corrected = sum(a > b for b, a in zip(base, edited, strict=True))
+        broken = sum(a < b for b, a in zip(base, edited, strict=True))
+        n = len(base)
+        return cls((corrected - broken) / n, paired_difference(corrected, broken, n), n) if n else cls.empty()
 
     @classmethod
-    def none(cls) -> Estimate:
+    def empty(cls) -> Estimate:
         """Return an estimate over no examples."""
         return cls(math.nan, Interval(-math.inf, math.inf), 0)
 
     @property
-    def few(self) -> bool:
-        """Whether it is over too few examples to say anything."""
-        return self.n < FEW
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values; what is not a number is None."""
-        ends = list(self.interval) if all(map(math.isfinite, self.interval)) else None
-        return {"value": self.value if math.isfinite(self.value) else None, "interval": ends, "n": self.n}
+    def is_small(self) -> bool:
+        """Whether there are too few examples to say anything."""
+        return self.n < MIN_EXAMPLES
 
     def as_row(self, name: str) -> dict[str, Any]:
-        """Return the columns of a table: the value under a name, the ends of its interval and n beside it."""
-        values = self.as_dict()
+        """Return the columns of a table: the value, both ends of the interval, and n."""
+        values = to_json(self)
         low, high = values["interval"] or (None, None)
         return {name: values["value"], f"{name} low": low, f"{name} high": high, f"{name} n": self.n}
 
@@ -75,21 +73,34 @@ class Estimate:
             return ""
         if math.isinf(self.interval.low):
             return f"{self.value:.3g} (few)"
-        return f"{self.value:.3g} [{self.interval.low:.3g}, {self.interval.high:.3g}]" + (" (few)" if self.few else "")
+        return f"{self.value:.3g} [{self.interval.low:.3g}, {self.interval.high:.3g}]" + (" (few)" if self.is_small else "")
 
     def percent(self) -> str:
-        """Return the share and its interval as text, in per cent."""
+        """Return the share and its interval in per cent, as text."""
         if not self.n:
             return "unknown (no examples)"
-        few = ", few" if self.few else ""
+        few = ", few" if self.is_small else ""
         return f"{self.value:.1%} [{self.interval.low:.1%}, {self.interval.high:.1%}] (n {self.n}{few})"
 
 
-def paired_estimates(base: Evaluation, found: Evaluation) -> tuple[Estimate, Estimate]:
+def paired_estimates(base: Evaluation, edited: Evaluation) -> tuple[Estimate, Estimate]:
     """Return the gain in accuracy and the change of loss (nats per answer token) from one evaluation to another, paired.
 
     Raises:
         ScoringError: if the two cannot be compared.
     """
-    c = compare(base, found)
+    c = compare(base, edited)
     return Estimate(c.gain, c.interval, c.n), Estimate(c.edited_loss - c.base_loss, c.loss_interval, c.n)
+
+
+def examples_of(scored: Evaluation, examples: Sequence[Example]) -> dict[str, Example]:
+    """Return examples by id.
+
+    Raises:
+        AnalysisError: if an example that was scored is missing.
+    """
+    by_id = {e.id: e for e in examples}
+    missing = [score.id for score in scored.scores if score.id not in by_id]
+    if missing:
+        raise AnalysisError(f"the task has no example {missing[0]!r} that was scored; give the data and options of that search")
+    return by_id

@@ -16,14 +16,15 @@ from laserlm.studies.controls import Control
 from laserlm.studies.entities import Entities
 from laserlm.studies.estimates import Estimate
 from laserlm.studies.flipping import Flips
+from laserlm.studies.loss_map import LossMap, stacked_name
 from laserlm.studies.matrices import MatrixMetrics
-from laserlm.studies.rank_curve import LossAtRank, Point
+from laserlm.studies.rank_curve import Point
 from laserlm.studies.side_effects import Transfer
 from laserlm.studies.terms import GroupTerms
 
 __all__ = ["bars", "check_figure", "controls_figure", "curves", "flips_figure", "heat", "matrices_figure", "write_figure"]
 
-STILL = (".png", ".svg", ".pdf")
+IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_figure(file: Path) -> None:
@@ -32,8 +33,8 @@ def check_figure(file: Path) -> None:
     Raises:
         AnalysisError: if the file's ending is unknown, or its folder is not there.
     """
-    if file.suffix not in (".html", *STILL):
-        raise AnalysisError(f"cannot write a figure to {file}; end its name in .html, {', '.join(STILL)}")
+    if file.suffix not in (".html", *IMAGE_SUFFIXES):
+        raise AnalysisError(f"cannot write a figure to {file}; end its name in .html, {', '.join(IMAGE_SUFFIXES)}")
     if not file.absolute().parent.is_dir():
         raise AnalysisError(f"no folder {file.absolute().parent} to write the figure in; make it first")
 
@@ -72,7 +73,7 @@ def curves(series: Mapping[str, Sequence[tuple[Any, Estimate]]], title: str, x: 
             y=[e.value for _, e in drawn],
             error_y=_errors([e for _, e in drawn]),
             mode="lines+markers",
-            marker={"symbol": ["circle-open" if e.few else "circle" for _, e in drawn]},
+            marker={"symbol": ["circle-open" if e.is_small else "circle" for _, e in drawn]},
             customdata=[e.n for _, e in drawn],
             hovertemplate="%{x}: %{y:.4g}, n %{customdata}",
         )
@@ -95,7 +96,7 @@ def bars(series: Mapping[str, Sequence[tuple[str, Estimate]]], title: str, y: st
         drawn = [(label, e) for label, e in of if e.n]
         figure.add_bar(
             name=name,
-            x=[f"{label} (few)" if e.few else label for label, e in drawn],
+            x=[f"{label} (few)" if e.is_small else label for label, e in drawn],
             y=[e.value for _, e in drawn],
             error_y=_errors([e for _, e in drawn]),
             customdata=[e.n for _, e in drawn],
@@ -124,18 +125,18 @@ def heat(
     return figure
 
 
-def flips_figure(found: Flips, title: str) -> Any:
+def flips_figure(result: Flips, title: str) -> Any:
     """Return the gain of every group, and of all examples."""
-    c = found.comparison
+    c = result.comparison
     of = [("all", Estimate(c.gain, c.interval, c.n))]
-    of += [(g.group, Estimate(g.comparison.gain, g.comparison.interval, g.comparison.n)) for g in found.groups]
+    of += [(g.group, Estimate(g.comparison.gain, g.comparison.interval, g.comparison.n)) for g in result.groups]
     return bars({"gain": of}, title, "gain in accuracy")
 
 
-def controls_figure(found: Sequence[Control], title: str) -> Any:
+def controls_figure(rows: Sequence[Control], title: str) -> Any:
     """Return the gain of every control, and its change of loss."""
-    gain = [(c.control, Estimate(c.gain, c.interval, c.n)) for c in found]
-    loss = [(c.control, Estimate(c.loss_change, c.loss_interval, c.n)) for c in found]
+    gain = [(c.control, Estimate(c.gain, c.interval, c.n)) for c in rows]
+    loss = [(c.control, Estimate(c.loss_change, c.loss_interval, c.n)) for c in rows]
     return bars({"gain in accuracy": gain, "change of loss, nats per token": loss}, title, "against the unchanged model")
 
 
@@ -166,31 +167,32 @@ def rank_curve_figure(points: Sequence[Point], title: str) -> Any:
     return curves(series, title, "size kept", "score")
 
 
-def map_figure(found: Sequence[LossAtRank], title: str) -> Any:
-    """Return a heat map of the change of loss: layers by matrices and sizes (arXiv 2312.13558, figure 2)."""
-    rows = sorted({(m.stack, m.name, m.size) for m in found})
-    layers = sorted({m.layer for m in found})
-    values = {(m.stack, m.name, m.size, m.layer): m.loss_change.value for m in found}
+def map_figure(loss_map: LossMap, title: str) -> Any:
+    """Return a heat map of the change of loss: matrices and sizes by layers (arXiv 2312.13558, figure 2)."""
+    values = {(m.stack, m.name, m.size, m.layer): m.loss_change.value for m in loss_map}
+    scored = {key[:3] for key in values}
+    rows = [(*key, size) for key in sorted(loss_map.matrices) for size in loss_map.sizes if (*key, size) in scored]
+    layers = sorted({m.layer for m in loss_map})
     z = [[values.get((*row, layer)) for layer in layers] for row in rows]
-    names = [f"{stack}.{name}@{size}" if stack else f"{name}@{size}" for stack, name, size in rows]
+    names = [stacked_name(stack, f"{name}@{size}") for stack, name, size in rows]
     return heat(names, layers, z, title, ("matrix and size", "layer", "change of loss"))
 
 
-def entities_figure(found: Sequence[Entities], title: str) -> Any:
+def entities_figure(rows: Sequence[Entities], title: str) -> Any:
     """Return the mean number of entities, and the shares of texts, by set and model."""
     series = {
-        "entities": [(f"{e.set}, {e.model}", e.entities) for e in found],
-        "share with the answer's": [(f"{e.set}, {e.model}", e.with_answer) for e in found],
-        "share with none": [(f"{e.set}, {e.model}", e.without) for e in found],
+        "entities": [(f"{e.set}, {e.model}", e.entities) for e in rows],
+        "share with the answer's": [(f"{e.set}, {e.model}", e.with_answer) for e in rows],
+        "share with none": [(f"{e.set}, {e.model}", e.without) for e in rows],
     }
     return bars(series, title, "entities in a text, or share of texts")
 
 
-def terms_figure(found: Mapping[str, Sequence[GroupTerms]], title: str) -> Any:
+def terms_figure(by_text: Mapping[str, Sequence[GroupTerms]], title: str) -> Any:
     """Return a heat map of how far ahead the marking words of each group are; groups that are too small are not in it."""
-    rows = [(of, g) for of, groups in found.items() for g in groups if not g.few and g.terms]
+    rows = [(of, g) for of, groups in by_text.items() for g in groups if not g.is_small and g.terms]
     words = list(dict.fromkeys(t.term for _, g in rows for t in g.terms))
-    z = [[{t.term: t.ahead.value for t in g.terms}.get(word) for word in words] for _, g in rows]
+    z = [[{t.term: t.lift.value for t in g.terms}.get(word) for word in words] for _, g in rows]
     names = [f"{g.group} (n {g.n}), {of}" for of, g in rows]
     return heat(names, words, z, f"{title}: words that mark a group", ("group", "word", "TF-IDF ahead by"))
 
@@ -210,7 +212,7 @@ def matrices_figure(metrics: Sequence[MatrixMetrics], metric: str) -> Any:
     values = {(m.layer, m.stack, m.name): getattr(m, metric) for m in metrics}
     z = [[values.get((layer, *column)) for column in columns] for layer in layers]
     name = metric.replace("_", " ")
-    x = [f"{stack}.{name}" if stack else name for stack, name in columns]
+    x = [stacked_name(stack, name) for stack, name in columns]
     return heat(layers, x, z, f"{name} of every matrix", ("layer", "matrix", name))
 
 

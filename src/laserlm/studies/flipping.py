@@ -1,21 +1,22 @@
-"""Which examples a reduction corrects, which it breaks, and what the model says instead."""
+"""The examples that a reduction corrects and breaks, and what the model answers instead."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from laserlm.edit import applied
-from laserlm.errors import AnalysisError
+from laserlm.jsonable import fields_to_json
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.records import Evaluation
+from laserlm.scoring.scorers import GENERATING
 from laserlm.scoring.tokenize import encode
-from laserlm.studies.estimates import FEW, Estimate
-from laserlm.tasks import GENERATING, Example
+from laserlm.studies.estimates import MIN_EXAMPLES, Estimate, examples_of
+from laserlm.tasks import Example
 
 __all__ = ["Flip", "Flips", "Group", "Label", "flips", "likeliest"]
 
@@ -26,24 +27,24 @@ CHANGES: dict[tuple[bool, bool], Change] = {
     (True, True): "right",
     (False, False): "wrong",
 }
-OTHERS = 5
-"""Texts that are given most often without being an answer, which are counted beside the answers."""
+OTHER_TEXTS = 5
+"""Number of most frequent texts outside the answers that are counted too."""
 
 
 @dataclass(frozen=True)
 class Flip:
-    """One example before and after.
+    """One example under the unchanged and the reduced model.
 
     Args:
         id: the example's id.
         change: ``corrected``, ``broken``, or unchanged: ``right``, ``wrong``.
         group: its group (relation or class), or empty.
-        prompt: what the model was asked.
+        prompt: the prompt.
         answer: the right answer.
-        before: what the unchanged model puts first.
-        after: what the reduced model puts first.
-        loss_before: log-loss of the answer in nats per token.
-        loss_after: likewise.
+        base: answer of the unchanged model.
+        edited: answer of the reduced model.
+        base_loss: log-loss of the right answer under the unchanged model, in nats per token.
+        edited_loss: log-loss of the right answer under the reduced model.
     """
 
     id: str
@@ -51,42 +52,42 @@ class Flip:
     group: str
     prompt: str
     answer: str
-    before: str
-    after: str
-    loss_before: float
-    loss_after: float
+    base: str = field(metadata={"json": "before"})
+    edited: str = field(metadata={"json": "after"})
+    base_loss: float = field(metadata={"json": "loss_before"})
+    edited_loss: float = field(metadata={"json": "loss_after"})
 
 
 @dataclass(frozen=True)
 class Group:
-    """What happened to the examples of one group.
+    """The examples of one group.
 
     Args:
-        group: its name.
-        comparison: before against after.
-        few: whether there are too few examples to say anything.
+        group: name of the group.
+        comparison: the two models on these examples.
+        is_small: whether there are too few examples to say anything.
     """
 
     group: str
     comparison: Comparison
-    few: bool
+    is_small: bool
 
 
 @dataclass(frozen=True)
 class Label:
-    """How often something is the answer, and how often it is given.
+    """How often a text is the right answer, and how often each model gives it.
 
     Args:
-        label: the answer, in lower case.
+        label: the text, in lower case.
         answers: examples whose right answer it is.
-        before: examples for which the unchanged model gives it.
-        after: examples for which the reduced model does.
+        base: examples for which the unchanged model gives it.
+        edited: examples for which the reduced model does.
     """
 
     label: str
     answers: int
-    before: int
-    after: int
+    base: int = field(metadata={"json": "before"})
+    edited: int = field(metadata={"json": "after"})
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,14 @@ class Flips:
     Args:
         comparison: over all examples.
         flips: every example.
-        groups: by group, the largest first; empty where the task has none.
-        labels: answers and what is given, the most frequent answers first, then what is given and nobody's answer.
+        groups: by group, the largest first; empty if the task has no groups.
+        labels: the answers, the most frequent first, then the most frequent texts that are no answer.
         majority: share of the most frequent answer.
-        outside_before: examples for which the unchanged model gives what is no answer, choice or alias of any example, nor
-            the beginning of one where only tokens are read, nor holds one where the model writes.
-        outside_after: likewise of the reduced model.
-        same: examples for which both give the same.
+        off_list_base: share of examples for which the unchanged model gives no known answer. Known are the answers, choices
+            and aliases of all examples. A scorer that reads tokens accepts the beginning of one, a scorer of written text
+            any text that holds one.
+        off_list_edited: the same share for the reduced model.
+        unchanged: share of examples for which both models give the same.
     """
 
     comparison: Comparison
@@ -110,9 +112,9 @@ class Flips:
     groups: tuple[Group, ...]
     labels: tuple[Label, ...]
     majority: Estimate
-    outside_before: Estimate
-    outside_after: Estimate
-    same: Estimate
+    off_list_base: Estimate = field(metadata={"json": "outside_before"})
+    off_list_edited: Estimate = field(metadata={"json": "outside_after"})
+    unchanged: Estimate = field(metadata={"json": "same"})
 
     def of(self, change: Change) -> list[Flip]:
         """Return the examples with one change."""
@@ -120,21 +122,13 @@ class Flips:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        return {
-            "comparison": self.comparison.as_dict(),
-            "counts": {change: len(self.of(change)) for change in CHANGES.values()},
-            "majority": self.majority.as_dict(),
-            "outside_before": self.outside_before.as_dict(),
-            "outside_after": self.outside_after.as_dict(),
-            "same": self.same.as_dict(),
-            "groups": [{"group": g.group, "few": g.few, **g.comparison.as_dict()} for g in self.groups],
-            "labels": [asdict(label) for label in self.labels],
-            "flips": [asdict(flip) for flip in self.flips],
-        }
+        groups = [{"group": g.group, "few": g.is_small, **g.comparison.as_dict()} for g in self.groups]
+        counts = {change: len(self.of(change)) for change in CHANGES.values()}
+        return fields_to_json(self) | {"groups": groups, "counts": counts}
 
 
 def flips(base: Evaluation, edited: Evaluation, examples: Sequence[Example]) -> Flips:
-    """Pair the scores of the unchanged and of the reduced model.
+    """Pair the scores of the unchanged and the reduced model, example by example.
 
     Args:
         base: of the unchanged model.
@@ -146,49 +140,55 @@ def flips(base: Evaluation, edited: Evaluation, examples: Sequence[Example]) -> 
         AnalysisError: if an example is missing.
     """
     comparison = compare(base, edited)
-    by_id = {e.id: e for e in examples}
-    missing = [s.id for s in base.scores if s.id not in by_id]
-    if missing:
-        raise AnalysisError(f"the task has no example {missing[0]!r} that was scored; give the data and options of that search")
-    pairs = list(zip(base.scores, edited.scores, strict=True))
-    found = tuple(
+    by_id = examples_of(base, examples)
+    rows = tuple(
         Flip(
             b.id, CHANGES[b.correct, e.correct], b.group, by_id[b.id].prompt, b.answer, b.predicted, e.predicted, b.loss, e.loss
         )
-        for b, e in pairs
+        for b, e in zip(base.scores, edited.scores, strict=True)
     )
-    sizes = Counter(f.group for f in found if f.group)
-    groups = []
-    for name, n in sizes.most_common():
-        part = [replace(x, scores=tuple(s for s in x.scores if s.group == name)) for x in (base, edited)]
-        groups.append(Group(name, compare(*part), n < FEW))
-    n = len(found)
-    answers = Counter(f.answer.lower() for f in found)
-    # What is right counts as the answer, whatever share of it is read.
-    said = [[f.answer.lower() if right else text.lower() for f, right, text in side] for side in _sides(found)]
-    before, after = (Counter(side) for side in said)
-    others = [text for text, _ in (before + after).most_common() if text not in answers][:OTHERS]
-    labels = [Label(label, k, before[label], after[label]) for label, k in answers.most_common()]
-    labels += [Label(text, 0, before[text], after[text]) for text in others]
-    used = [by_id[f.id] for f in found]
-    known = {*answers, *(text.lower() for e in used for text in (*e.choices, *e.aliases))}
-    outside = [Estimate.share(sum(not _inside(text, known, base.scorer) for text in side), n) for side in said]
+    base_texts, edited_texts = _answers_given(rows)
+    labels = _labels(rows, Counter(base_texts), Counter(edited_texts))
+    known = {label.label for label in labels if label.answers}
+    known |= {text.lower() for row in rows for text in (*by_id[row.id].choices, *by_id[row.id].aliases)}
+
+    def off_list(texts: Sequence[str]) -> Estimate:
+        return Estimate.share(sum(not _is_known(text, known, base.scorer) for text in texts), len(texts))
+
+    groups = _groups(base, edited)
     return Flips(
         comparison=comparison,
-        flips=found,
-        groups=tuple(groups) if len(groups) > 1 else (),
-        labels=tuple(labels),
-        majority=Estimate.share(labels[0].answers, n),
-        outside_before=outside[0],
-        outside_after=outside[1],
-        same=Estimate.share(sum(f.before.lower() == f.after.lower() for f in found), n),
+        flips=rows,
+        groups=groups if len(groups) > 1 else (),
+        labels=labels,
+        majority=Estimate.share(labels[0].answers, len(rows)),
+        off_list_base=off_list(base_texts),
+        off_list_edited=off_list(edited_texts),
+        unchanged=Estimate.share(sum(row.base.lower() == row.edited.lower() for row in rows), len(rows)),
     )
+
+
+def _groups(base: Evaluation, edited: Evaluation) -> tuple[Group, ...]:
+    """Compare the two evaluations on each named group of examples, the largest group first."""
+    groups = []
+    for name, n in Counter(score.group for score in base.scores if score.group).most_common():
+        part = [replace(e, scores=tuple(s for s in e.scores if s.group == name)) for e in (base, edited)]
+        groups.append(Group(name, compare(*part), n < MIN_EXAMPLES))
+    return tuple(groups)
+
+
+def _labels(rows: Sequence[Flip], base: Counter[str], edited: Counter[str]) -> tuple[Label, ...]:
+    """Return all answers by frequency, then the most frequent texts that are no answer."""
+    answers = Counter(row.answer.lower() for row in rows)
+    others = [text for text, _ in (base + edited).most_common() if text not in answers][:OTHER_TEXTS]
+    labels = [(label, count) for label, count in answers.most_common()] + [(text, 0) for text in others]
+    return tuple(Label(label, count, base[label], edited[label]) for label, count in labels)
 
 
 def likeliest(
     lm: LanguageModel, examples: Sequence[Example], intervention: str, *, k: int = 5, batch_size: int = 32, seed: int = 0
 ) -> list[tuple[list[str], list[str]]]:
-    """Return for each example the k likeliest first tokens of its answer before and after a reduction.
+    """Return the k likeliest first tokens of each example's answer, for the unchanged and for the reduced model.
 
     Args:
         lm: the unchanged model.
@@ -198,7 +198,7 @@ def likeliest(
         batch_size: sequences in one forward pass.
         seed: of ``:reference`` decompositions.
     """
-    tokenizer = lm.need_tokenizer()
+    tokenizer = lm.require_tokenizer()
     rows = [replace(row, top=k) for row in encode(lm, examples, "first_token")]
     sides = []
     for text in ("", intervention):
@@ -207,14 +207,15 @@ def likeliest(
     return list(zip(*sides, strict=True))
 
 
-def _sides(found: Sequence[Flip]) -> tuple[list[tuple[Flip, bool, str]], list[tuple[Flip, bool, str]]]:
-    """Return each example with whether it is right and what is given, before and after."""
-    before = [(f, f.change in ("right", "broken"), f.before) for f in found]
-    return before, [(f, f.change in ("right", "corrected"), f.after) for f in found]
+def _answers_given(rows: Sequence[Flip]) -> tuple[list[str], list[str]]:
+    """Return what each model gives for each example, in lower case; a right text counts as the answer, however long it is."""
+    base = [row.answer if row.change in ("right", "broken") else row.base for row in rows]
+    edited = [row.answer if row.change in ("right", "corrected") else row.edited for row in rows]
+    return [text.lower() for text in base], [text.lower() for text in edited]
 
 
-def _inside(text: str, known: set[str], scorer: str) -> bool:
-    """Return whether what a model gives is one of the known answers, as far as its scorer reads it."""
+def _is_known(text: str, known: set[str], scorer: str) -> bool:
+    """Return whether a text is a known answer, as far as the scorer reads it."""
     if scorer in GENERATING:
         return any(answer in text for answer in known)
     if text in known:

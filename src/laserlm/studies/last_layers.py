@@ -1,4 +1,4 @@
-"""Reduce every matrix of the last blocks, more and more of them: the threshold-layer study."""
+"""The threshold-layer study: reduce every matrix of the last 1, 2, ... blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from laserlm.edit import factored, resolve
 from laserlm.models.language_model import LanguageModel
-from laserlm.reductions import GridPart, Intervention, Layers, Reduction
+from laserlm.reductions import Intervention, Layers, Reduction, Size
 from laserlm.scoring.evaluate import Comparison, compare, evaluate
 from laserlm.scoring.records import Evaluation
 from laserlm.tasks import Split
@@ -18,14 +18,14 @@ __all__ = ["SweepPoint", "sweep_layers"]
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """A model of the sweep and its score.
+    """One model of the sweep and its scores.
 
     Args:
         top: number of last blocks whose matrices are all reduced; 0 is the unchanged model.
         rho: kept fraction of their singular values, None for the unchanged model.
-        evaluation: its scores.
-        comparison: with the unchanged model.
-        parameters: share of the model's parameters kept, matrices held as two factors where those are fewer.
+        evaluation: the scores.
+        comparison: comparison with the unchanged model.
+        parameters: kept share of the parameters; a matrix is stored as two factors if that takes fewer.
     """
 
     top: int
@@ -62,36 +62,36 @@ def sweep_layers(
     batch_size: int = 32,
     on_model: Callable[[int, int, str], None] | None = None,
 ) -> list[SweepPoint]:
-    """Score the model with every matrix of the last 1, 2, ... blocks reduced to each ratio; each is made once.
+    """Score the model with every matrix of the last 1, 2, ... blocks reduced to each ratio.
 
     Args:
         lm: the unchanged model.
         split: the examples.
         ratios: kept fractions of the singular values, as text.
-        from_top: number of blocks to go down to.
-        stack: name of the stack of blocks, where the model has several.
+        from_top: largest number of last blocks.
+        stack: name of the stack of blocks, if the model has several.
         batch_size: sequences in one forward pass.
-        on_model: called with the number of models done, their total and the intervention that is next.
+        on_model: called with the number of models done, their total and the next intervention.
 
     Raises:
         LaserError: as ``applied`` and ``evaluate``.
     """
-    sizes = GridPart.parse(f"all.all@{','.join(ratios)}").sizes
-    wanted = [(0, None, Intervention())] + [
+    sizes = [Size.parse(ratio) for ratio in ratios]
+    sweep = [(0, None, Intervention())] + [
         (top, str(size), Intervention((Reduction(Layers(top=top), "all", size, stack=stack),)))
         for top in range(1, from_top + 1)
         for size in sizes
     ]
-    for _, _, intervention in wanted:
+    for _, _, intervention in sweep:
         resolve(lm.matrices, intervention)  # before hours of scoring
     total = sum(p.numel() for p in lm.model.parameters())
-    found: list[SweepPoint] = []
-    for done, (top, rho, intervention) in enumerate(wanted):
+    points: list[SweepPoint] = []
+    for done, (top, rho, intervention) in enumerate(sweep):
         if on_model is not None:
-            on_model(done, len(wanted), str(intervention))
+            on_model(done, len(sweep), str(intervention))
         with factored(lm, intervention):
             evaluation = evaluate(lm, split, batch_size=batch_size)
             kept = sum(p.numel() for p in lm.model.parameters())
-        base = found[0].evaluation if found else evaluation
-        found.append(SweepPoint(top, rho, evaluation, compare(base, evaluation), kept / total))
-    return found
+        base = points[0].evaluation if points else evaluation
+        points.append(SweepPoint(top, rho, evaluation, compare(base, evaluation), kept / total))
+    return points

@@ -1,20 +1,18 @@
-"""Spectral metrics of every matrix of a model, and which of them tell where a reduction helps."""
+"""Spectral metrics of every matrix of a model, and their correlation with the gain of a reduction."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from laserlm.errors import AnalysisError, WeightError
-from laserlm.linalg.decomposition import Decomposition, decompose
-from laserlm.linalg.ranks import rank_at
+from laserlm.linalg.decomposition import Decomposition, decompose, rank_at
 from laserlm.linalg.spectrum import (
     condition,
     edge,
@@ -32,50 +30,51 @@ from laserlm.linalg.spectrum import (
 from laserlm.models.matrices import Matrix
 from laserlm.reductions import Intervention, Size
 from laserlm.scoring.records import Evaluation
+from laserlm.scoring.statistics import bootstrap, dense_ranks, percentile_interval, spearman
 
 __all__ = ["Correlation", "MatrixMetrics", "Source", "best_of_each", "correlations", "gains", "matrix_metrics"]
 
 SHARES = ("0.01", "0.05", "0.1", "0.25", "0.5")
-FEWEST = 5
+MIN_MATRICES = 5
 RESAMPLES = 2000
 
 
 class Source(Protocol):
-    """Something that has matrices and reads them one at a time."""
+    """A model or checkpoint that reads its matrices one at a time."""
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """All of them."""
+        """All matrices."""
 
     def read(self, matrix: Matrix) -> Tensor:
-        """Return one as an (out, in) tensor."""
+        """Return a matrix as an (out, in) tensor."""
 
 
 @dataclass(frozen=True)
 class MatrixMetrics:
-    """What the singular values of a matrix (m, n) say; k = min(m, n).
+    """Spectral metrics of a matrix (m, n).
 
     Args:
-        matrix: its id.
-        stack: its stack of blocks, empty where the model has one.
+        matrix: id of the matrix.
+        stack: its stack of blocks, empty if the model has one stack.
         layer: 0-based block.
-        name: its name within the block.
-        type: its type, such as ``fc_in``.
+        name: name of the matrix within the block.
+        type: type, such as ``fc_in``.
         shape: (m, n).
         effective_rank: exponential of the entropy of the singular values.
         stable_rank: squared Frobenius norm over the squared largest singular value.
-        numerical_rank: singular values that float32 tells from zero.
+        numerical_rank: number of singular values that are not zero in float32.
         condition: largest over smallest singular value.
         norm: Frobenius norm.
-        noise: standard deviation of entries of noise with this median singular value.
+        noise: standard deviation of the entries of a noise matrix with the same median singular value.
         edge: Marchenko-Pastur edge of that noise.
-        rank_beyond: singular values beyond what noise explains.
-        gavish_donoho: rank that the optimal hard threshold keeps.
+        rank_beyond: number of singular values beyond the edge.
+        gavish_donoho: rank after the optimal hard threshold.
         signal_to_noise: energy beyond the edge over the energy below it.
         nuclear: shares of the sum of the singular values, by kept fraction rho.
         energy: shares of the sum of their squares, by rho.
-        shared: rank of the singular vectors of this and the previous layer side by side over what it would be if they
-            shared nothing, by threshold; empty in the first layer.
+        shared: by threshold, the rank of the singular vectors of this and the previous layer together, over the rank if
+            they shared nothing. Empty in the first layer.
     """
 
     matrix: str
@@ -98,11 +97,6 @@ class MatrixMetrics:
     energy: dict[str, float]
     shared: dict[str, float]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values; what is infinite is None."""
-        values = asdict(self) | {"shape": list(self.shape)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
 
 def matrix_metrics(
     source: Source,
@@ -115,11 +109,11 @@ def matrix_metrics(
     """Yield the metrics of every matrix, one type after another; one is decomposed at a time.
 
     Args:
-        source: a stored checkpoint, or anything else that reads its matrices.
-        types: types or names of matrices to look at; empty takes all but fused ones whose parts are looked at.
+        source: a checkpoint or a model.
+        types: types or names of matrices. Empty takes all; of a fused matrix it takes the parts.
         thresholds: magnitudes below which an entry of a singular vector counts as zero in ``shared``.
         side: singular vectors compared between layers: ``right`` (of the inputs) or ``left`` (of the outputs).
-        on_skip: called with a matrix that cannot be read or decomposed, and why; None lets that be an error.
+        on_skip: called with a matrix that cannot be read or decomposed, and the reason. None raises the error.
 
     Raises:
         AnalysisError: if there is no matrix of these types.
@@ -150,9 +144,9 @@ def matrix_metrics(
 
 
 def gains(base: Evaluation, trials: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Return for each matrix the largest fall of the loss that a search measured for a reduction of it alone, in nats.
+    """Return the largest fall of the loss, in nats, that a search measured for a reduction of each matrix alone.
 
-    All are over the first examples that every trial has.
+    All falls are over the first examples that every trial has.
 
     Args:
         base: the unchanged model on the validation split.
@@ -164,25 +158,25 @@ def gains(base: Evaluation, trials: Mapping[str, Evaluation]) -> dict[str, float
 
 
 def best_of_each(values: Mapping[str, float]) -> dict[str, float]:
-    """Return for each matrix the largest value among the reductions of it alone, by the matrix's id."""
-    found: dict[str, float] = {}
+    """Return the largest value of the reductions of each matrix alone, by the id of the matrix."""
+    rows: dict[str, float] = {}
     for text, value in values.items():
         reductions = Intervention.parse(text).reductions
         if len(reductions) == 1:
             (r,) = reductions
             name = f"{r.stack}.{r.layers}.{r.matrix}" if r.stack else f"{r.layers}.{r.matrix}"
-            found[name] = max(value, found.get(name, -math.inf))
-    return found
+            rows[name] = max(value, rows.get(name, -math.inf))
+    return rows
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """How a metric goes with the measured gain, over matrices.
+    """Correlation of a metric with the measured gain over matrices.
 
     Args:
-        metric: its name.
+        metric: name of the metric.
         rho: Spearman's rank correlation.
-        low: lower end of its 95 % bootstrap interval over matrices.
+        low: lower end of the 95 % bootstrap interval over matrices.
         high: upper end.
         n: number of matrices.
     """
@@ -200,17 +194,17 @@ def correlations(
     """Return the rank correlation of every metric with the gain, the strongest first.
 
     Args:
-        metrics: of all matrices.
-        gain: by the matrix's id, as ``gains`` returns them.
-        screen: the gain that a first-order screen expected, by the matrix's id.
+        metrics: metrics of all matrices.
+        gain: gain by the id of the matrix, as ``gains`` returns it.
+        screen: gain that a first-order screen expected, by the id of the matrix.
         seed: of the bootstrap.
 
     Raises:
         AnalysisError: if fewer than five matrices have a gain.
     """
     both = [m for m in metrics if m.matrix in gain]
-    if len(both) < FEWEST:
-        raise AnalysisError(f"{len(both)} matrices have both metrics and a measured gain; a correlation needs {FEWEST}")
+    if len(both) < MIN_MATRICES:
+        raise AnalysisError(f"{len(both)} matrices have both metrics and a measured gain; a correlation needs {MIN_MATRICES}")
     y = np.array([gain[m.matrix] for m in both])
     columns: dict[str, list[float]] = {
         f.name: [float(getattr(m, f.name)) for m in both] for f in fields(MatrixMetrics) if f.type in ("float", "int")
@@ -221,26 +215,17 @@ def correlations(
         columns[f"shared@{t}"] = [m.shared.get(t, math.nan) for m in both]
     if screen:
         columns["screen"] = [screen.get(m.matrix, math.nan) for m in both]
-    draws = np.random.default_rng(seed).integers(len(both), size=(RESAMPLES, len(both)))
-    found = []
+    weights = [np.bincount(drawn[0], minlength=len(both)) for drawn in bootstrap(len(both), RESAMPLES, seed)]
+    rows = []
     for name, column in columns.items():
         x = np.array(column)
         finite = np.isfinite(x)
-        if finite.sum() < FEWEST or len(set(x[finite])) < 2:
+        if finite.sum() < MIN_MATRICES or len(set(x[finite])) < 2:
             continue
-        rho = float(stats.spearmanr(x[finite], y[finite]).statistic)
-        again = [_spearman(x[d][finite[d]], y[d][finite[d]]) for d in draws]
-        low, high = np.nanquantile(again, [0.025, 0.975])
-        found.append(Correlation(name, rho, float(low), float(high), int(finite.sum())))
-    return sorted(found, key=lambda c: -abs(c.rho))
-
-
-def _spearman(x: Any, y: Any) -> float:
-    """Return the rank correlation, NaN where one side is constant."""
-    a, b = stats.rankdata(x), stats.rankdata(y)
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / norm if norm > 0 else math.nan
+        ranks = dense_ranks(x[finite]), dense_ranks(y[finite])
+        interval = percentile_interval([spearman(*ranks, w[finite]) for w in weights])
+        rows.append(Correlation(name, spearman(*ranks), *interval, int(finite.sum())))
+    return sorted(rows, key=lambda c: -abs(c.rho))
 
 
 def _metrics(m: Matrix, S: Tensor, shared: dict[str, float]) -> MatrixMetrics:
@@ -272,7 +257,7 @@ def _metrics(m: Matrix, S: Tensor, shared: dict[str, float]) -> MatrixMetrics:
 
 
 def _vectors(d: Decomposition, side: str) -> Tensor:
-    """Return singular vectors as columns, (n, k) of the inputs or (m, k) of the outputs."""
+    """Return the singular vectors as columns: (n, k) of the inputs or (m, k) of the outputs."""
     factor = d.right.T if side == "right" else d.left
     vectors: Tensor = factor / torch.linalg.vector_norm(factor, dim=0).clamp_min(1e-30)
     return vectors

@@ -1,4 +1,4 @@
-"""How often facts occur in a text corpus: documents that mention a subject, its answer, or both."""
+"""Count the documents of a text corpus that mention the subject of a fact, its answer, or both."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from laserlm.tasks import Example
 __all__ = ["Mentions", "count_mentions"]
 
 METHOD = 1
-"""Goes up when a change moves counts."""
-BLOCK = 1 << 20
-"""Characters, of whole documents, that a process counts at once."""
-ALONE = 256
-"""Blocks that are counted before other processes are started, which takes as long as these do."""
-AHEAD = 4
-"""Blocks that wait for each process."""
+"""Raise it when a change of the code changes counts; stored counts of another number are not used."""
+BLOCK_CHARACTERS = 1 << 20
+"""Characters in a block of whole documents, the unit of work."""
+SERIAL_BLOCKS = 256
+"""Blocks that are counted in this process before workers start. Starting them takes about as long."""
+QUEUED_BLOCKS = 4
+"""Blocks in the queue for each worker."""
 NOTE_SECONDS = 10.0
-"""What an interruption loses at most."""
+"""Seconds of work that an interruption loses at most."""
 
 
 @dataclass(frozen=True)
 class Mentions:
-    """Documents of a corpus that mention what examples are about, by the example's id.
+    """Numbers of documents that mention a fact, by the id of the example.
 
     Args:
-        documents: their number.
-        subject: those that mention the subject.
-        answer: those that mention the answer or one of its aliases.
-        both: those that mention subject and answer.
+        documents: number of documents in the corpus.
+        subject: documents that mention the subject.
+        answer: documents that mention the answer or one of its aliases.
+        both: documents that mention subject and answer.
     """
 
     documents: int
@@ -55,19 +55,15 @@ class Mentions:
     answer: dict[str, int]
     both: dict[str, int]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Patterns:
-    """What is looked for, folded and in an order that does not depend on that of the examples.
+    """The texts to look for, case-folded, in an order that does not depend on the order of the examples.
 
     Args:
-        subjects: each once.
-        answers: each with its aliases.
-        pairs: places of a subject and of an answer.
+        subjects: each subject once.
+        answers: each answer with its aliases.
+        pairs: index of a subject and index of an answer.
     """
 
     subjects: tuple[str, ...]
@@ -77,13 +73,13 @@ class Patterns:
 
 @dataclass
 class Tally:
-    """Documents so far.
+    """Counts of the documents so far.
 
     Args:
-        documents: their number.
-        subjects: those that mention each subject.
-        answers: likewise.
-        pairs: those that mention both.
+        documents: number of documents.
+        subjects: documents that mention each subject.
+        answers: documents that mention each answer.
+        pairs: documents that mention both texts of each pair.
     """
 
     documents: int
@@ -91,24 +87,24 @@ class Tally:
     answers: list[int]
     pairs: list[int]
 
-    def add(self, found: SearchResult) -> None:
+    def add(self, block: BlockCounts) -> None:
         """Add the documents of a block."""
-        documents, *counts = found
+        documents, *counts = block
         self.documents += documents
         for mine, more in zip((self.subjects, self.answers, self.pairs), counts, strict=True):
             for place, n in more.items():
                 mine[place] += n
 
 
-SearchResult = tuple[int, Counter[int], Counter[int], Counter[int]]
-"""Documents of a block, and those that mention each subject, answer and pair."""
+BlockCounts = tuple[int, Counter[int], Counter[int], Counter[int]]
+"""Number of documents in a block, and the documents that mention each subject, answer and pair."""
 
 
 class Finder:
     """Finds all patterns in one pass over a text.
 
     Args:
-        patterns: what is looked for.
+        patterns: the texts to look for.
     """
 
     def __init__(self, patterns: Patterns) -> None:
@@ -128,7 +124,7 @@ class Finder:
         for p, (s, a) in enumerate(patterns.pairs):
             self._pairs_of.setdefault(s, []).append((p, a))
 
-    def count(self, documents: Sequence[str]) -> SearchResult:
+    def count(self, documents: Sequence[str]) -> BlockCounts:
         """Return how many documents mention each subject, answer and pair."""
         counts: tuple[Counter[int], Counter[int], Counter[int]] = (Counter(), Counter(), Counter())
         for document in documents:
@@ -142,11 +138,11 @@ class Finder:
 
     def _mentioned(self, document: str) -> set[int]:
         text = f" {folded(document)} "
-        found: set[int] = set()
+        mentioned: set[int] = set()
         for end, word in self._automaton.iter(text):
-            if word not in found and not _in_word(text[end + 1]) and not _in_word(text[end - self._lengths[word]]):
-                found.add(word)
-        return found
+            if word not in mentioned and not _in_word(text[end + 1]) and not _in_word(text[end - self._lengths[word]]):
+                mentioned.add(word)
+        return mentioned
 
 
 def count_mentions(
@@ -159,16 +155,16 @@ def count_mentions(
 ) -> Mentions:
     """Count the documents that mention the subject, the answer, and both, of every example that names its subject.
 
-    Case and the kind of white space do not matter; no letter or digit may stand directly before or after a mention, so that
-    languages written without spaces give few. The counts are kept in the results database: an interrupted count goes on,
-    and a finished one is not made again for as long as the corpus is the same.
+    Case and the kind of white space do not matter. A mention has no letter or digit directly before or after it, so languages
+    written without spaces have few mentions. The counts are stored in the results database. An interrupted count resumes. A
+    finished count is reused while the corpus stays the same.
 
     Args:
         corpus: see ``laserlm.studies.corpora.open_corpus``.
-        examples: those without a subject are left out.
+        examples: the examples; those without a subject are left out.
         store: the results database.
         workers: processes that count; a script that asks for several must be importable (``if __name__ == "__main__":``).
-        on_progress: called with the documents done, their number where it is known, and those of them that were read now.
+        on_progress: called with the documents done, their total if it is known, and the documents read in this call.
 
     Raises:
         AnalysisError: if no example names a subject, or the corpus cannot be read or is empty.
@@ -176,7 +172,7 @@ def count_mentions(
         RunBusyError: if another process counts the same at the moment.
     """
     if workers < 1:
-        raise AnalysisError(f"{workers} processes count nothing; write 1 or more workers")
+        raise AnalysisError(f"cannot count with {workers} workers; write 1 or more workers")
     patterns, pair_of = _patterns(examples)
     _ahocorasick()
     source = open_corpus(corpus)
@@ -185,12 +181,12 @@ def count_mentions(
     made_by = provenance(device="cpu", dtype="none")
     with store.run(kind="mentions", key=digest(identity), settings=settings, provenance=made_by) as run:
         if run.outcome is None:
-            tally = Tally(**run.notes["so far"]) if "so far" in run.notes else _nothing(patterns)
+            tally = Tally(**run.notes["so far"]) if "so far" in run.notes else _empty_tally(patterns)
             begun, noted = tally.documents, time.monotonic()
             total = None if on_progress is None else source.count()
-            with closing(_counted(_blocks(source.documents(begun)), patterns, workers)) as blocks:
-                for found in blocks:
-                    tally.add(found)
+            with closing(_count_blocks(_blocks(source.documents(begun)), patterns, workers)) as blocks:
+                for block in blocks:
+                    tally.add(block)
                     if time.monotonic() - noted >= NOTE_SECONDS:
                         run.note("so far", asdict(tally))
                         noted = time.monotonic()
@@ -210,7 +206,7 @@ def count_mentions(
 
 
 def folded(text: str) -> str:
-    """Return a text without what does not tell mentions apart: case, the kind of white space, how accents are encoded."""
+    """Return a text with case, white space and the encoding of accents normalised."""
     text = text.casefold()
     return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
@@ -221,7 +217,7 @@ def _in_word(character: str) -> bool:
 
 
 def _patterns(examples: Sequence[Example]) -> tuple[Patterns, dict[str, int]]:
-    """Return what is looked for, and by the id of each example the place of its pair."""
+    """Return the texts to look for, and the index of each example's pair by its id."""
     of = {
         e.id: (folded(e.subject), tuple(sorted({folded(text) for text in (e.answer, *e.aliases)} - {""})))
         for e in examples
@@ -235,11 +231,11 @@ def _patterns(examples: Sequence[Example]) -> tuple[Patterns, dict[str, int]]:
     subjects = {text: i for i, text in enumerate(sorted({s for s, _ in of.values()}))}
     answers = {texts: i for i, texts in enumerate(sorted({a for _, a in of.values()}))}
     pairs = {pair: i for i, pair in enumerate(sorted({(subjects[s], answers[a]) for s, a in of.values()}))}
-    found = Patterns(tuple(subjects), tuple(answers), tuple(pairs))
-    return found, {id_: pairs[subjects[s], answers[a]] for id_, (s, a) in of.items()}
+    patterns = Patterns(tuple(subjects), tuple(answers), tuple(pairs))
+    return patterns, {id_: pairs[subjects[s], answers[a]] for id_, (s, a) in of.items()}
 
 
-def _nothing(patterns: Patterns) -> Tally:
+def _empty_tally(patterns: Patterns) -> Tally:
     return Tally(0, [0] * len(patterns.subjects), [0] * len(patterns.answers), [0] * len(patterns.pairs))
 
 
@@ -249,26 +245,26 @@ def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
     for document in documents:
         block.append(document)
         size += len(document) + 1
-        if size >= BLOCK:
+        if size >= BLOCK_CHARACTERS:
             yield block
             block, size = [], 0
     if block:
         yield block
 
 
-def _counted(blocks: Iterator[list[str]], patterns: Patterns, workers: int) -> Generator[SearchResult, None, None]:
-    """Yield what is found in each block, in their order."""
-    yield from map(Finder(patterns).count, islice(blocks, ALONE if workers > 1 else None))
+def _count_blocks(blocks: Iterator[list[str]], patterns: Patterns, workers: int) -> Generator[BlockCounts, None, None]:
+    """Yield the counts of each block, in order."""
+    yield from map(Finder(patterns).count, islice(blocks, SERIAL_BLOCKS if workers > 1 else None))
     first = next(blocks, None)
     if first is None:
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start, initargs=(patterns,)) as pool:
-        waiting: deque[Future[SearchResult]] = deque()
+        waiting: deque[Future[BlockCounts]] = deque()
         try:
             for block in chain([first], blocks):
                 waiting.append(pool.submit(_count, block))
-                if len(waiting) >= AHEAD * workers:
+                if len(waiting) >= QUEUED_BLOCKS * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -299,7 +295,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _count(block: list[str]) -> SearchResult:
+def _count(block: list[str]) -> BlockCounts:
     assert _finder is not None
     return _finder.count(block)
 

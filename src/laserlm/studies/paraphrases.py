@@ -1,18 +1,19 @@
-"""Whether a reduction makes the phrasings of a fact agree, and whether what is right only grows."""
+"""Study whether a reduction makes the phrasings of a fact agree, and whether it breaks facts that were right."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
 from laserlm.errors import AnalysisError
+from laserlm.jsonable import fields_to_json, to_json
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.scoring.statistics import mcnemar
-from laserlm.studies.estimates import Estimate
+from laserlm.studies.estimates import Estimate, examples_of
 from laserlm.tasks import Example
 
 __all__ = ["Growth", "Paired", "Paraphrases", "Table", "paraphrases"]
@@ -20,46 +21,42 @@ __all__ = ["Growth", "Paired", "Paraphrases", "Table", "paraphrases"]
 
 @dataclass(frozen=True)
 class Paired:
-    """A share or a mean over facts before and after.
+    """A share or a mean over facts for both models.
 
     Args:
-        before: of the unchanged model.
-        after: of the reduced one.
-        change: how much larger it is after, fact by fact.
+        base: value of the unchanged model.
+        edited: value of the reduced model.
+        change: paired change, edited minus base.
         p: exact two-sided McNemar p-value of a share; None of a mean.
     """
 
-    before: Estimate
-    after: Estimate
+    base: Estimate = field(metadata={"json": "before"})
+    edited: Estimate = field(metadata={"json": "after"})
     change: Estimate
     p: float | None = None
 
     @classmethod
-    def share(cls, before: Sequence[bool], after: Sequence[bool]) -> Paired:
+    def share(cls, base: Sequence[bool], edited: Sequence[bool]) -> Paired:
         """Return the shares of facts that have something."""
-        first, second = (Estimate.share(sum(of), len(of)) for of in (before, after))
-        growth = Growth.of(before, after)
-        return cls(first, second, Estimate.gain(before, after), mcnemar(growth.gained, growth.lost))
+        first, second = (Estimate.share(sum(of), len(of)) for of in (base, edited))
+        growth = Growth.of(base, edited)
+        return cls(first, second, Estimate.gain(base, edited), mcnemar(growth.gained, growth.lost))
 
     @classmethod
-    def mean(cls, before: Sequence[float], after: Sequence[float]) -> Paired:
+    def mean(cls, base: Sequence[float], edited: Sequence[float]) -> Paired:
         """Return the means of a value that each fact has."""
-        changes = [a - b for b, a in zip(before, after, strict=True)]
-        return cls(Estimate.mean(before), Estimate.mean(after), Estimate.mean(changes))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return {name: getattr(self, name).as_dict() for name in ("before", "after", "change")} | {"p": self.p}
+        changes = [e - b for b, e in zip(base, edited, strict=True)]
+        return cls(Estimate.mean(base), Estimate.mean(edited), Estimate.mean(changes))
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What becomes of all that was right, and what joins it.
+    """Numbers of items that stay right, become right and become wrong.
 
     Args:
         kept: number right before and after.
-        gained: right after alone.
-        lost: right before alone.
+        gained: number right after only.
+        lost: number right before only.
     """
 
     kept: int
@@ -67,24 +64,24 @@ class Growth:
     lost: int
 
     @classmethod
-    def of(cls, before: Sequence[bool], after: Sequence[bool]) -> Growth:
+    def of(cls, base: Sequence[bool], edited: Sequence[bool]) -> Growth:
         """Count pairs."""
-        pairs = list(zip(before, after, strict=True))
+        pairs = list(zip(base, edited, strict=True))
         return cls(*(pairs.count(wanted) for wanted in ((True, True), (False, True), (True, False))))
 
     @property
     def share_lost(self) -> Estimate:
-        """Share lost of what was right. Where nothing is, the upper end tells how much the number right leaves possible."""
+        """Share of the right items that were lost. If none was lost, the upper end says what share is still possible."""
         return Estimate.share(self.lost, self.kept + self.lost)
 
     @property
     def only_grows(self) -> bool:
-        """Whether nothing that was right is lost."""
+        """Whether no right item was lost."""
         return self.lost == 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        return asdict(self) | {"share_lost": self.share_lost.as_dict(), "only_grows": self.only_grows}
+        return fields_to_json(self) | {"share_lost": to_json(self.share_lost), "only_grows": self.only_grows}
 
 
 @dataclass(frozen=True)
@@ -102,19 +99,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Paraphrases:
-    """What a reduction does to facts that are phrased in several ways.
+    """Effect of a reduction on facts that have several phrasings.
 
     Args:
-        facts: number of facts with at least two phrasings; all else is over these.
+        facts: number of facts with at least two phrasings; all other values are over these.
         single: number of facts with one phrasing, which are left out.
-        comparison: over the phrasings as if each was independent of the others, which the shares of facts do not take for
-            granted.
+        comparison: comparison over phrasings as if they were independent. The shares of facts do not assume this.
         all_right: share of facts with all phrasings right.
         any_right: share of facts with a phrasing right.
-        consistency: mean over facts of the share of pairs of phrasings for which the model puts the same first, right or
-            wrong, case aside; where it writes, the same text.
-        examples: what becomes of the phrasings that are right.
-        whole: what becomes of the facts with all phrasings right.
+        consistency: mean over facts of the share of pairs of phrasings with the same answer, right or wrong. Case is
+            ignored.
+        examples: growth of the right phrasings.
+        whole: growth of the facts with all phrasings right.
         tables: facts by the number of phrasings right, a table for each number of phrasings.
     """
 
@@ -128,26 +124,12 @@ class Paraphrases:
     whole: Growth
     tables: tuple[Table, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return {
-            "facts": self.facts,
-            "single": self.single,
-            "comparison": self.comparison.as_dict(),
-            "all_right": self.all_right.as_dict(),
-            "any_right": self.any_right.as_dict(),
-            "consistency": self.consistency.as_dict(),
-            "examples": self.examples.as_dict(),
-            "whole": self.whole.as_dict(),
-            "tables": [asdict(table) for table in self.tables],
-        }
-
 
 def paraphrases(base: Evaluation, edited: Evaluation, examples: Sequence[Example]) -> Paraphrases:
     """Pair the scores of the unchanged and of the reduced model fact by fact.
 
-    Phrasings of one fact are examples that share fact, group and answer: a fact that is asked for from its other side, or
-    by another relation, is another one here.
+    Phrasings of one fact are examples with the same fact, group and answer. A question for the other side of a fact, or by
+    another relation, counts as another fact.
 
     Args:
         base: of the unchanged model.
@@ -159,12 +141,10 @@ def paraphrases(base: Evaluation, edited: Evaluation, examples: Sequence[Example
         AnalysisError: if an example is missing, or no fact has two phrasings.
     """
     compare(base, edited)
-    by_id = {e.id: e for e in examples}
+    by_id = examples_of(base, examples)
     of_fact: dict[tuple[str, str, str], list[tuple[ExampleScore, ExampleScore]]] = {}
     for pair in zip(base.scores, edited.scores, strict=True):
-        e = by_id.get(pair[0].id)
-        if e is None:
-            raise AnalysisError(f"the task has no example {pair[0].id!r} that was scored; give its data and options")
+        e = by_id[pair[0].id]
         of_fact.setdefault((e.fact or e.id, e.group, e.answer.lower()), []).append(pair)
     facts = [pairs for pairs in of_fact.values() if len(pairs) > 1]
     if not facts:
@@ -190,7 +170,7 @@ def paraphrases(base: Evaluation, edited: Evaluation, examples: Sequence[Example
 
 
 def _agreement(phrasings: Sequence[ExampleScore]) -> float:
-    """Return the share of pairs of phrasings for which the model puts the same first."""
+    """Return the share of pairs of phrasings with the same answer."""
     pairs = list(combinations([s.predicted.lower() for s in phrasings], 2))
     return sum(a == b for a, b in pairs) / len(pairs)
 

@@ -1,4 +1,4 @@
-"""Run what was published, and hold it against the published figures."""
+"""Score published interventions and compare the scores with the published values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKPOINTS = {
     "roberta-base": ("FacebookAI/roberta-base", "float32"),
     "mistral-7b-instruct-v0.1": ("mistralai/Mistral-7B-Instruct-v0.1", None),
 }
-"""Hub id and dtype of the models with published results, by the names that these use."""
+"""Hub id and dtype of the models with published results, by their names in the publications."""
 PERCENT = ("accuracy_percent",)
 SEVERAL_MASKS = ("hotpotqa", "wikidata-qa", "epistemic-reasoning")
 """Tasks whose answers the authors' code gives a masked model as several masks."""
@@ -61,15 +61,15 @@ class Published:
 
 @dataclass(frozen=True)
 class PublishedComparison:
-    """A published result beside ours.
+    """A published result and our result.
 
     Args:
-        row: what is published.
+        row: the published result.
         base: our evaluation of the unchanged model.
-        edited: ours under the same intervention.
+        edited: our evaluation under the same intervention.
         accuracies: our accuracies before and after, as the publication counts, on its scale.
         losses: our losses before and after, as the publication counts.
-        settings: what is known to move these figures and is, or may be, different here.
+        settings: settings that change these values and are, or may be, different here.
     """
 
     row: Published
@@ -105,8 +105,8 @@ def as_published(model: str, task: Task) -> Task:
     """
     if not (model.startswith("llama") and task.name == "counterfact"):
         return task
-    how = Decoding(new_tokens=10)
-    split = replace(task.test, scorer="contains", decoding=how)
+    decoding = Decoding(new_tokens=10)
+    split = replace(task.test, scorer="contains", decoding=decoding)
     return replace(task, test=split)
 
 
@@ -134,28 +134,28 @@ def compare_with_published(
     Raises:
         LaserError: if the model lacks a matrix, or cannot be scored.
     """
-    made = as_published(rows[0].model, task)
-    whole = made.every if task.name == "humaneval" else made.test
-    split = whole.limit(limit)
+    published_task = as_published(rows[0].model, task)
+    full_split = published_task.every if task.name == "humaneval" else published_task.test
+    split = full_split.limit(limit)
     base = evaluate(lm, split, batch_size=batch_size, on_progress=on_progress)
-    found: list[PublishedComparison] = []
+    comparisons: list[PublishedComparison] = []
     for row in rows:
         reductions = Intervention.parse(row.intervention).reductions
         same = Intervention(tuple(replace(r, method="reference") for r in reductions))
         with applied(lm, same, seed=seed):
             edited = evaluate(lm, split, batch_size=batch_size, on_progress=on_progress)
         scale = 100 if row.metric in PERCENT else 1
-        found.append(
+        comparisons.append(
             PublishedComparison(
                 row=row,
                 base=base,
                 edited=edited,
                 accuracies=(scale * _accuracy(base), scale * _accuracy(edited)),
                 losses=(_loss(lm, base), _loss(lm, edited)),
-                settings=tuple(_settings(lm, task, row, base, len(whole))),
+                settings=tuple(_settings(lm, task, row, base, len(full_split))),
             )
         )
-    return found
+    return comparisons
 
 
 def _accuracy(e: Evaluation) -> float:
@@ -170,19 +170,19 @@ def _loss(lm: LanguageModel, e: Evaluation) -> float:
 
 
 def _settings(lm: LanguageModel, task: Task, row: Published, base: Evaluation, n: int) -> list[str]:
-    said = [f"{base.n} test rows{f', the first of {n}' if base.n < n else ''}; {task.source}"]
+    notes = [f"{base.n} test rows{f', the first of {n}' if base.n < n else ''}; {task.source}"]
     dtype = CHECKPOINTS[row.model][1]
     if dtype is not None and str(lm.dtype) != f"torch.{dtype}":
-        said.append(f"dtype {lm.dtype}; published with {dtype}")
-    said.append("the published decomposition is random, with no seed stated: another seed moves the edited figures")
+        notes.append(f"dtype {lm.dtype}; published with {dtype}")
+    notes.append("the published decomposition is random, with no seed stated: another seed moves the edited figures")
     if "accuracy_reference" in base.figures:
-        said.append(
+        notes.append(
             f"published accuracy finds the answer in the prompt too; in the continuation alone it is {base.accuracy:.1%} before"
         )
     if lm.kind == "masked" and task.name in SEVERAL_MASKS:
-        said.append("published loss of a masked model divides by one token too many, as here; true is more")
+        notes.append("published loss of a masked model divides by one token too many, as here; true is more")
     if base.scorer == "choice":
-        said.append("a tie between two choices counts as wrong")
+        notes.append("a tie between two choices counts as wrong")
     if task.name == "hotpotqa":
-        said.append("published rows have answers of at most 15 tokens of Llama-2: --answer-tokenizer meta-llama/Llama-2-7b-hf")
-    return said
+        notes.append("published rows have answers of at most 15 tokens of Llama-2: --answer-tokenizer meta-llama/Llama-2-7b-hf")
+    return notes

@@ -1,4 +1,4 @@
-"""What a model does on one set of examples, kept in the results database and made only where it is missing."""
+"""Score a model under interventions on one set of examples, with the results database as a cache."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from laserlm.tasks import Scorer, Split
 __all__ = ["CachedScorer", "cached_scorer"]
 
 METHOD = 1
-"""Goes up when a change moves scores."""
-MEMORY = 2**30
-"""Bytes that a boundary may take; more examples than fit are scored in whole passes."""
+"""Raise it when a change of the code changes scores; stored scores of another number are not used."""
+PREFIX_CACHE_BYTES = 2**30
+"""Bytes for the activations of the prefix cache. More examples than fit are scored in whole passes."""
 
 
 class CachedScorer:
-    """The scores of one model on one set of examples, under whatever changes it; made by ``scored``.
+    """Scores one model on one set of examples and stores the scores; made by ``cached_scorer``.
 
-    Blocks below the first one that is changed are run once, as in a search.
+    The blocks below the first changed block are run once, as in a search.
 
     Args:
         lm: the unchanged model.
         split: the examples.
         batch_size: sequences in one forward pass.
         seed: of ``:reference`` decompositions.
-        run: where they are kept.
-        rows: what ``encode`` made of the examples.
-        known: scores that are at hand already, by the text of the intervention.
+        run: the run that stores the scores.
+        rows: the encoded examples.
+        known: scores that exist already, by the text of the intervention.
     """
 
     def __init__(
@@ -63,46 +63,46 @@ class CachedScorer:
         self._known = dict(known)
         self._frontier: PrefixCache | None = None
 
-    def __call__(self, name: str, change: AbstractContextManager[Any] | None = None, *, at: str = "") -> Evaluation:
-        """Return scores under an intervention, or under a context that changes the model.
+    def __call__(self, name: str, change: AbstractContextManager[Any] | None = None, *, matrices_of: str = "") -> Evaluation:
+        """Return the scores under an intervention, or under a context that changes the model.
 
         Args:
-            name: the intervention's text; or what the scores under a context are kept under.
+            name: text of the intervention, or the name that the scores under a context are stored under.
             change: the context.
-            at: text of an intervention with the matrices that the context changes, and no other; empty where that is not
-                known, which takes longer.
+            matrices_of: text of an intervention with exactly the matrices that the context changes. Empty: unknown; then whole
+                passes are run, which takes longer.
         """
         name = name if change is not None else str(Intervention.parse(name))
         known = self._known.get(name) or self._run.evaluation(self.split.name, name)
         if known is not None:
             return known
-        advanced = (change is None or bool(at)) and self._advance(name if change is None else at)
+        advanced = (change is None or bool(matrices_of)) and self._advance(name if change is None else matrices_of)
         with change if change is not None else applied(self.lm, name, seed=self.seed):
-            made = self._evaluated(advanced)
-        found = replace(made, intervention=name)
-        self._run.record(found, self.split.examples)
-        return found
+            scored = self._evaluated(advanced)
+        evaluation = replace(scored, intervention=name)
+        self._run.record(evaluation, self.split.examples)
+        return evaluation
 
-    def remember(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what is kept under a name, or what ``make`` returns, plain JSON values, which is kept from now on."""
+    def cached(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the JSON values stored under a name. The first time, compute and store them."""
         if name not in self._run.notes:
-            self._run.note(name, make())
+            self._run.note(name, compute())
         return self._run.notes[name]
 
     def _advance(self, intervention: str) -> bool:
-        """Move the frontier just below the first block that an intervention changes; return whether it could."""
+        """Move the prefix cache just below the first block that an intervention changes; return whether that is possible."""
         width = self.lm.width * self.lm.dtype.itemsize
         # While the boundary moves, the old and the new one are there.
-        if 2 * width * sum(len(row.ids) + len(row.decoder) for row in self._rows) > MEMORY:
+        if 2 * width * sum(len(row.ids) + len(row.decoder) for row in self._rows) > PREFIX_CACHE_BYTES:
             return False
         paths = {e.matrix.tied_to or e.matrix.path for e in resolve(self.lm.matrices, intervention)}
         places = {(m.stack, m.layer) for m in self.lm.matrices if (m.tied_to or m.path) in paths}
         try:
             self._frontier = self._frontier or PrefixCache(self.lm, self._rows, self.batch_size)
-            order = self._frontier.checks.order
+            order = self._frontier.check.block_order
             if order and places:
-                self._frontier.advance(*order[min(map(order.index, places))])
-                self._frontier.forget()
+                self._frontier.move_to(*order[min(map(order.index, places))])
+                self._frontier.free_lowest()
         except torch.OutOfMemoryError:
             self._frontier = None
         return self._frontier is not None
@@ -131,7 +131,7 @@ def cached_scorer(
     seed: int = 0,
     known: Mapping[str, Evaluation] | None = None,
 ) -> Iterator[CachedScorer]:
-    """Yield the scores of a model on some examples: those in the store, and new ones that are put there.
+    """Yield a scorer of a model on some examples. It takes scores from the store and puts new scores there.
 
     Args:
         lm: the unchanged model.
@@ -140,7 +140,7 @@ def cached_scorer(
         scorer: None takes the split's own.
         batch_size: sequences in one forward pass.
         seed: of ``:reference`` decompositions.
-        known: scores that are at hand already, by the text of the intervention, such as those of a search.
+        known: scores that exist already, such as those of a search, by the text of the intervention.
 
     Raises:
         RunBusyError: if another process scores the same model on the same examples at the moment.
@@ -148,6 +148,6 @@ def cached_scorer(
     split = replace(split, scorer=scorer or split.scorer)
     rows = encode(lm, split.examples, split.scorer)
     settings = identity(lm, split.scorer, (split,), rows, seed) | {"method": METHOD}
-    made_by = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
-    with store.run(kind="scores", key=digest(settings), settings=settings, provenance=made_by) as run:
+    origin = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
+    with store.run(kind="scores", key=digest(settings), settings=settings, provenance=origin) as run:
         yield CachedScorer(lm, split, batch_size, seed, run, rows, known or {})

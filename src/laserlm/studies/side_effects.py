@@ -1,11 +1,11 @@
-"""What a reduction does beside its task: to general text, to neutral prompts and to other tasks."""
+"""Side effects of a reduction on general text, neutral prompts and other tasks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -30,18 +30,14 @@ class OnText:
     """Perplexity on a general text.
 
     Args:
-        before: of the unchanged model, per token over all passages.
-        after: of the reduced one.
+        base: perplexity of the unchanged model, per token over all passages.
+        edited: perplexity of the reduced model.
         ratio: exponential of the mean over passages of the change of loss; its interval is over passages.
     """
 
-    before: float
-    after: float
+    base: float = field(metadata={"json": "before"})
+    edited: float = field(metadata={"json": "after"})
     ratio: Estimate
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return {"before": self.before, "after": self.after, "ratio": self.ratio.as_dict()}
 
 
 @dataclass(frozen=True)
@@ -49,31 +45,26 @@ class Transfer:
     """One intervention on one task: a cell of the transfer matrix.
 
     Args:
-        intervention: its text.
+        intervention: text of the intervention.
         chosen_on: the task that it was chosen on.
         scored_on: the task of these scores.
-        before: accuracy of the unchanged model; None of a text, where nothing is right or wrong.
-        after: accuracy under the intervention, likewise.
-        gain: in accuracy, paired; over no examples of a text.
-        loss_change: of the loss in nats per answer token, paired.
+        base: accuracy of the unchanged model; None for a general text, which has no right answers.
+        edited: accuracy under the intervention; None for a general text.
+        gain: paired gain in accuracy; over no examples for a general text.
+        loss_change: paired change of the loss, in nats per answer token.
     """
 
     intervention: str
     chosen_on: str
     scored_on: str
-    before: float | None
-    after: float | None
+    base: float | None = field(metadata={"json": "before"})
+    edited: float | None = field(metadata={"json": "after"})
     gain: Estimate
     loss_change: Estimate
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        names = ("intervention", "chosen_on", "scored_on", "before", "after")
-        return {n: getattr(self, n) for n in names} | {n: getattr(self, n).as_dict() for n in ("gain", "loss_change")}
-
 
 def neutral_prompts() -> list[str]:
-    """Return forty plain English sentences that ask for no fact; made for this."""
+    """Return forty plain English sentences that ask for no fact."""
     text = (files(__package__) / "data" / "neutral.txt").read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line.strip()]
 
@@ -98,7 +89,7 @@ def transfer(base: Evaluation, reduced: Evaluation, chosen_on: str) -> Transfer:
     """
     gain, change = paired_estimates(base, reduced)
     if base.scorer == "perplexity":  # where nothing is right or wrong
-        return Transfer(reduced.intervention, chosen_on, base.task, None, None, Estimate.none(), change)
+        return Transfer(reduced.intervention, chosen_on, base.task, None, None, Estimate.empty(), change)
     return Transfer(reduced.intervention, chosen_on, base.task, base.accuracy, reduced.accuracy, gain, change)
 
 
@@ -112,15 +103,15 @@ def divergence(
     seed: int = 0,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """Return for each text the Kullback-Leibler divergence of the reduced model's predictions from the unchanged model's.
+    """Return the Kullback-Leibler divergence of the reduced model from the unchanged model on each text.
 
-    It is sum p log(p / q) in nats, p of the unchanged model and q of the reduced one, mean over the text's tokens: over the
-    predictions that follow each of them, for a masked model over those in their places. An encoder-decoder reads the text
-    and predicts the first token of its answer.
+    It is sum p log(p / q) in nats, with p of the unchanged and q of the reduced model, as a mean over the tokens of the text.
+    A causal model predicts the token after each token, a masked model the token at each position. An encoder-decoder reads
+    the text and predicts only the first token of its answer.
 
     Args:
         lm: the unchanged model.
-        texts: some.
+        texts: the texts.
         intervention: text of the reduction.
         batch_size: texts in one forward pass.
         seed: of ``:reference`` decompositions.
@@ -130,7 +121,7 @@ def divergence(
         AnalysisError: if there are no texts, one is too long, or a divergence is not finite.
         ModelError: if the model has no tokenizer or no head.
     """
-    tokenizer = lm.need_tokenizer()
+    tokenizer = lm.require_tokenizer()
     if not texts:
         raise AnalysisError("there are no prompts to compare the models on; give a file with one on each line")
     for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
@@ -138,7 +129,7 @@ def divergence(
             raise AnalysisError(
                 f"the prompt {text[:40]!r}... has {len(ids)} tokens; {lm.name} takes {max_length(lm)}: shorten it"
             )
-    found: list[float] = []
+    divergences: list[float] = []
     for start in range(0, len(texts), batch_size):
         part = list(texts[start : start + batch_size])
         inputs = tokenizer(part, return_tensors="pt", padding=True, padding_side="right").to(lm.device)
@@ -149,12 +140,12 @@ def divergence(
             mask[:, -1] = True
         p, q = (_predictions(lm, inputs, text, seed) for text in ("", intervention))
         each = torch.where(mask, kl_div(q, p, reduction="none", log_target=True).sum(-1), 0.0)  # (B, T)
-        found += (each.sum(1) / mask.sum(1)).tolist()
+        divergences += (each.sum(1) / mask.sum(1)).tolist()
         if on_batch is not None:
-            on_batch(len(found), len(texts))
-    if not all(map(math.isfinite, found)):
+            on_batch(len(divergences), len(texts))
+    if not all(map(math.isfinite, divergences)):
         raise AnalysisError(f"{intervention} overflows {lm.dtype} on these prompts; load the model with dtype float32")
-    return found
+    return divergences
 
 
 def _predictions(lm: LanguageModel, inputs: Any, intervention: str, seed: int) -> Tensor:

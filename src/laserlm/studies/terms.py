@@ -1,9 +1,9 @@
-"""Words that mark a group of texts: TF-IDF of prompts and of what models write, by label and by flip."""
+"""Words that mark a group of texts, by TF-IDF."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from scipy import stats
 
 from laserlm.errors import AnalysisError
 from laserlm.scoring.statistics import Interval
-from laserlm.studies.estimates import FEW, Estimate
+from laserlm.studies.estimates import MIN_EXAMPLES, Estimate
 from laserlm.studies.words import sklearn_text
 
 __all__ = ["GroupTerms", "Term", "terms"]
@@ -19,18 +19,18 @@ __all__ = ["GroupTerms", "Term", "terms"]
 
 @dataclass(frozen=True)
 class Term:
-    """A word that a group has more of than the other texts.
+    """A word that is more frequent in a group than in the other texts.
 
     Args:
         term: the word, in lower case.
         weight: its mean TF-IDF in the group.
-        ahead: how much more that is than in the other texts, with Welch's 95 % interval; n is the group's.
-        texts: texts of the group that hold it.
+        lift: its mean TF-IDF in the group minus that in the other texts, with Welch's 95 % interval; n is the group's.
+        texts: texts of the group that hold the word.
     """
 
     term: str
     weight: float
-    ahead: Estimate
+    lift: Estimate = field(metadata={"json": "ahead"})
     texts: int
 
 
@@ -42,28 +42,22 @@ class GroupTerms:
         group: its name.
         n: texts in it.
         others: texts outside it.
-        few: whether it, or what is outside it, is too small to say anything; it has no terms then.
-        terms: the furthest ahead first.
+        is_small: whether the group or the rest has too few texts to say anything. It has no terms then.
+        terms: the words with the highest statistic first.
     """
 
     group: str
     n: int
     others: int
-    few: bool
+    is_small: bool = field(metadata={"json": "few"})
     terms: tuple[Term, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        of = [{"term": t.term, "weight": t.weight, "ahead": t.ahead.as_dict(), "texts": t.texts} for t in self.terms]
-        return {"group": self.group, "n": self.n, "others": self.others, "few": self.few, "terms": of}
 
 
 def terms(texts: Sequence[str], groups: Mapping[str, Sequence[int]], *, top: int = 8) -> list[GroupTerms]:
-    """Return for each group of texts the words whose mean TF-IDF is furthest ahead of that in all other texts.
+    """Return the words that mark each group: those with the highest mean TF-IDF relative to all other texts.
 
-    Each text is a document; stop words are kept, for they are what generic answers are made of. Words are ranked by
-    Welch's statistic, and only those that are ahead beyond their interval are returned; over many words some are by
-    chance.
+    Each text is a document. Stop words are kept, because generic answers consist of them. Words are ranked by Welch's
+    statistic. Only words whose interval lies above 0 are returned. With many words, some of them are there by chance.
 
     Args:
         texts: the documents.
@@ -80,19 +74,19 @@ def terms(texts: Sequence[str], groups: Mapping[str, Sequence[int]], *, top: int
     except ValueError:
         raise AnalysisError(f"none of the {len(texts)} texts holds a word; there are no terms to weigh") from None
     names = vectorizer.get_feature_names_out()
-    found = []
+    rows = []
     for group, inside in groups.items():
         mask = np.zeros(len(texts), dtype=bool)
         mask[list(inside)] = True
         n, others = int(mask.sum()), int((~mask).sum())
-        few = n < FEW or others < FEW
-        best = () if few else tuple(_ahead(X[mask], X[~mask], names, top))
-        found.append(GroupTerms(group, n, others, few, best))
-    return found
+        is_small = n < MIN_EXAMPLES or others < MIN_EXAMPLES
+        best = () if is_small else tuple(_ahead(X[mask], X[~mask], names, top))
+        rows.append(GroupTerms(group, n, others, is_small, best))
+    return rows
 
 
 def _ahead(own: Any, rest: Any, names: Any, top: int) -> list[Term]:
-    """Return the words that are ahead in the first of two sparse matrices (texts, words)."""
+    """Return the words with more weight in the first of two sparse matrices (texts, words)."""
     (mean, variance), (mean_rest, variance_rest) = _moments(own), _moments(rest)
     n, m = own.shape[0], rest.shape[0]
     a, b = variance / n, variance_rest / m
@@ -103,15 +97,15 @@ def _ahead(own: Any, rest: Any, names: Any, top: int) -> list[Term]:
         statistic = np.where(error > 0, difference / error, np.where(difference > 0, np.inf, 0.0))
     order = np.argsort(-statistic, kind="stable")
     holds = np.asarray((own > 0).sum(axis=0)).ravel()
-    found = []
+    rows = []
     for i in order[:top]:
         # A word of one weight in all texts of the group and in none of the others has no error.
         half = float(stats.t.ppf(0.975, freedom[i]) * error[i]) if error[i] > 0 else 0.0
         low, high = float(difference[i]) - half, float(difference[i]) + half
         if not low > 0:
             break
-        found.append(Term(str(names[i]), float(mean[i]), Estimate(float(difference[i]), Interval(low, high), n), int(holds[i])))
-    return found
+        rows.append(Term(str(names[i]), float(mean[i]), Estimate(float(difference[i]), Interval(low, high), n), int(holds[i])))
+    return rows
 
 
 def _moments(X: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Frequent words of no content, told from others by a corpus or by a list."""
+"""Generic words, taken from a corpus or from a list of stop words."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""What a model writes under several interventions, kept beside its scores."""
+"""Generate texts under several interventions, and store them with the scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from laserlm.scoring.scorers import GENERATING
 from laserlm.store import Store
 from laserlm.studies.scores import CachedScorer, cached_scorer
-from laserlm.tasks import GENERATING, Decoding, Example, Split
+from laserlm.tasks import Decoding, Example, Split
 
 __all__ = ["NEW_TOKENS", "generated_texts"]
 
@@ -15,7 +16,7 @@ STOPS = ("\n",)
 
 
 def generated_texts(
-    book: CachedScorer,
+    scorer: CachedScorer,
     store: Store,
     examples: Sequence[Example],
     interventions: Mapping[str, str],
@@ -23,35 +24,35 @@ def generated_texts(
     new_tokens: int | None = None,
     on_model: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, list[str]]:
-    """Return what the model writes for each example under each intervention.
+    """Return the generated text of each example under each intervention.
 
-    Where the task judges what is written anyway, and no other length is asked for, those texts are taken.
+    If the task generates texts anyway and ``new_tokens`` is None, the texts of its scores are returned.
 
     Args:
-        book: the scores of the model.
+        scorer: the scores of the model.
         store: the results database, where the texts are kept.
-        examples: of the book's split.
-        interventions: by the name of what they make of the model.
-        new_tokens: at most so many in a text, which ends with its line; None takes the task's own way of writing, or 10.
+        examples: of the scorer's split.
+        interventions: text of each intervention, by the name of the resulting model.
+        new_tokens: maximum length of a text, which ends with its line. None takes the task's decoding, or 10 tokens.
         on_model: called with the number of models done, their total and the name of the next.
     """
 
     def texts(of: CachedScorer) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        texts_of_model: dict[str, list[str]] = {}
         for done, (name, intervention) in enumerate(interventions.items()):
             if on_model is not None:
                 on_model(done, len(interventions), name)
             by_id = {score.id: score.predicted for score in of(intervention).scores}
-            found[name] = [by_id[e.id] for e in examples]
-        return found
+            texts_of_model[name] = [by_id[e.id] for e in examples]
+        return texts_of_model
 
     if not examples:
         return {name: [] for name in interventions}
-    if book.split.scorer in GENERATING and new_tokens is None:
-        return texts(book)
-    how = Decoding(new_tokens=new_tokens or NEW_TOKENS, stops=STOPS)
-    split = Split(book.split.task, book.split.name, tuple(examples), "contains", how)
-    if split == book.split:  # these very texts
-        return texts(book)
-    with cached_scorer(book.lm, split, store, batch_size=book.batch_size, seed=book.seed) as of:
+    if scorer.split.scorer in GENERATING and new_tokens is None:
+        return texts(scorer)
+    decoding = Decoding(new_tokens=new_tokens or NEW_TOKENS, stops=STOPS)
+    split = Split(scorer.split.task, scorer.split.name, tuple(examples), "contains", decoding)
+    if split == scorer.split:  # these very texts
+        return texts(scorer)
+    with cached_scorer(scorer.lm, split, store, batch_size=scorer.batch_size, seed=scorer.seed) as of:
         return texts(of)

@@ -1,4 +1,4 @@
-"""The table of tasks: where the rows of each come from, how many there are, and how they are scored."""
+"""The table of tasks: the source, the size and the scorer of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from laserlm.tasks import (
+from laserlm.tasks.datasets import (
     bigbench,
     bios,
     counterfact,
@@ -30,21 +30,21 @@ __all__ = ["DEFINITIONS", "Definition"]
 
 @dataclass(frozen=True)
 class Definition:
-    """One task by name.
+    """A task that has a name of its own.
 
     Args:
-        about: what is asked.
-        rows: how many there are when all of it is read, as published where it was.
-        licence: of the data.
-        scorer: how an example is scored unless told otherwise.
-        examples: makes examples of the rows of each file or split, or of nothing for a task that comes with laserlm.
-        split: how the rows are split unless told otherwise.
-        decoding: how the model writes, where the scorer judges that.
-        files: patterns of the names of files, ``|`` between several of one file, in the order in which they are read.
-        folders: where in a data folder they may lie, beside its top.
+        about: what the task asks.
+        rows: number of rows in the complete data, as published if it was.
+        licence: licence of the data.
+        scorer: default scorer.
+        examples: makes examples of the rows of each file or split. A task that comes with laserlm has no rows.
+        split: default way to split.
+        decoding: default way to generate text.
+        files: name patterns of the files in the order in which they are read; ``|`` separates several patterns of one file.
+        folders: folders in a data folder that may hold the files. They may also lie at its top.
         records: reads one file.
-        hub: where the hub has the same rows.
-        url: where the publication's own file is, for a task that is not read from the hub.
+        hub: the data set on the hub with the same rows.
+        url: the published file, for a task that is not read from the hub.
     """
 
     about: str
@@ -62,12 +62,12 @@ class Definition:
 
 
 def _flat(make: Callable[[Sequence[Record]], list[Example]]) -> Callable[[Sequence[Sequence[Record]]], list[Example]]:
-    """Let a reader of rows take those of several files, one file after another."""
-    return lambda parts: make(list(chain.from_iterable(parts)))
+    """Let a reader of rows read several files, one after another."""
+    return lambda files: make(list(chain.from_iterable(files)))
 
 
 def _bigbench(config: str) -> Hub:
-    """Return where the hub has a task of BIG-bench, in the order of the published results."""
+    """Return the hub data set of a BIG-bench task, in the order of the published results."""
     files = {split: f"{config}/{split}/0000.parquet" for split in ("validation", "train")}
     return Hub("tasksource/bigbench", "a104c7e981d585893872e3bed1d0d91a543503be", tuple(files), files=files)
 
@@ -111,7 +111,7 @@ DEFINITIONS: dict[str, Definition] = {
         rows="14,810; 14,618 with answers of at most 15 tokens",
         licence="CC BY-SA 4.0",
         scorer="contains",
-        examples=lambda parts: hotpotqa.examples(hotpotqa.joined(parts)),
+        examples=lambda files: hotpotqa.examples(hotpotqa.join_files(files)),
         decoding=Decoding(new_tokens=15),
         files=("hotpot_train*.json*", "hotpot_dev*.json*"),
         folders=("hotpotqa",),
@@ -175,7 +175,7 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "web-of-lies": Definition(
         about="who tells the truth, if each says that another lies; made by laserlm",
-        rows=f"{web_of_lies.N:,}",
+        rows=f"{web_of_lies.N_EXAMPLES:,}",
         licence="MIT",
         scorer="choice",
         examples=lambda _: web_of_lies.examples(),
@@ -200,7 +200,7 @@ DEFINITIONS: dict[str, Definition] = {
         scorer="program",
         examples=_flat(humaneval.examples),
         split="shuffled",
-        decoding=Decoding(new_tokens=1024, stops=humaneval.STOPS),
+        decoding=Decoding(new_tokens=1024, stops=humaneval.STOP_STRINGS),
         files=("HumanEval*.jsonl*",),
         folders=("humaneval",),
         hub=Hub("openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", ("test",)),

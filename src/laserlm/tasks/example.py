@@ -1,9 +1,10 @@
-"""The unit of a task: an example, and the splits made of examples."""
+"""Examples, and the tasks and splits that hold them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -11,18 +12,29 @@ from typing import Any, Literal, get_args
 
 from laserlm.errors import TaskError
 
-__all__ = ["GENERATING", "Decoding", "Example", "Generating", "Judge", "Phrasings", "Scorer", "Split", "SplitBy", "Task"]
+__all__ = ["Decoding", "Example", "Judge", "Phrasings", "Scorer", "Split", "SplitBy", "Task", "TaskSource"]
 
-Generating = Literal["contains", "exact_match", "number", "program", "rollout", "lm_eval_text"]
-GENERATING = get_args(Generating)
-"""Scorers that judge what the model writes; the loss beside them is that of the right answer."""
-Reading = Literal["next_token", "first_token", "top5", "top10", "answer", "choice", "perplexity", "lm_eval"]
-Scorer = Literal[Reading, Generating]
-"""How an example is scored; ``laserlm.scoring.evaluate`` says what each means."""
+Scorer = Literal[
+    "next_token",
+    "first_token",
+    "top5",
+    "top10",
+    "answer",
+    "choice",
+    "perplexity",
+    "lm_eval",
+    "contains",
+    "exact_match",
+    "number",
+    "program",
+    "rollout",
+    "lm_eval_text",
+]
+"""How an example is scored. ``laserlm.scoring.scorers.SCORERS`` says when each scorer counts an example as correct."""
 SplitBy = Literal["paper", "shuffled"]
 Phrasings = Literal["rewrite", "all"]
 Judge = Callable[["Example", list[Any]], tuple[bool, dict[str, float]]]
-"""Tells of an example, and of what a model said of it, whether that is right, and other figures on it."""
+"""Grades the model's output for an example: returns whether it is correct, and extra metrics by name."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +44,19 @@ class Example:
     Args:
         id: unique within a task.
         prompt: the text before the answer.
-        answer: the right continuation, without the space that joins it to the prompt.
-        choices: the answers to choose from, the right one among them; empty for an open question.
+        answer: the right continuation, without the separator between prompt and answer.
+        choices: the answers to choose from, including the right one; empty for an open question.
         group: relation or class, or empty.
-        fact: examples that phrase one fact share it; no shuffled split separates them.
+        fact: examples that phrase one fact share it. No shuffled split separates them.
         popularity: how widely the fact is known, on the task's own scale, or None.
-        aliases: other texts that are as right as the answer where the model writes its own.
-        joint: what joins answer and prompt, left out where either has white space there.
-        masked: what a masked model is given, with ``{mask}`` where it fills in and ``{passage}`` for the end of
-            ``passage``; empty for the prompt, a mask and a full stop.
+        aliases: other right answers, for scorers of generated text.
+        joint: separator between prompt and answer. It is left out if either has white space there.
+        masked: prompt for a masked model, with ``{mask}`` for the answer and ``{passage}`` for the end of ``passage``. If it is
+            empty, the prompt is followed by a mask and a full stop.
         passage: a text of which a masked model reads the last 50 tokens (arXiv 2312.13558).
-        program: for a programming problem, what tests the function that prompt and answer make.
+        program: for a programming problem, the tests of the function that prompt and answer define.
         pairs: contexts and continuations that are scored in place of prompt and answer, or of the choices.
-        right: which of the pairs is the answer's.
+        right: index of the answer's pair.
         subject: what the fact is about, as the prompt names it, or empty.
     """
 
@@ -67,16 +79,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a model writes where its scorer judges what it writes.
+    """How a model generates text, for scorers that grade it.
 
     Args:
-        new_tokens: at most so many; a causal model stops at its end token too.
-        stops: texts before which what it wrote ends.
-        masks: mask tokens that a masked model fills at once, which writes in no other way.
-        samples: texts for each example; one is greedy decoding.
-        temperature: of sampling, where there are several.
-        seed: of sampling.
-        run_programs: whether programs that the model writes may be run.
+        new_tokens: largest number of new tokens. A causal model also stops at its end token.
+        stops: stop strings. The generation is cut before the first one.
+        masks: number of masks that a masked model fills at once, since it cannot generate in another way.
+        samples: texts for each example; with 1, decoding is greedy.
+        temperature: sampling temperature, if there are several samples.
+        seed: seed of the sampling.
+        run_programs: whether generated programs may be run.
     """
 
     new_tokens: int = 10
@@ -99,11 +111,11 @@ class Split:
     Args:
         task: the task's name.
         name: ``validation``, ``test`` or ``all``.
-        examples: in the order they are counted in.
-        scorer: how the task scores an example unless told otherwise.
-        decoding: how the model writes, where the scorer judges that.
-        judge: for a task of another library: given the summed log-probability of each pair and whether greedy decoding
-            would give it, or the one text that the model wrote.
+        examples: the examples in their order.
+        scorer: the task's default scorer.
+        decoding: how the model generates text.
+        judge: grades the examples of a task of another library. It gets, for each pair, the summed log-probability and
+            whether greedy decoding gives the continuation; or the generated text.
     """
 
     task: str
@@ -121,7 +133,7 @@ class Split:
 
     @cached_property
     def hash(self) -> str:
-        """Sha256 over the examples: equal for equal content, in whatever file it came."""
+        """Sha256 of the examples: equal content has an equal hash, whatever file it came from."""
         rows = json.dumps([asdict(e) for e in self.examples], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(rows.encode()).hexdigest()
 
@@ -132,8 +144,21 @@ class Split:
             TaskError: if n is below 1.
         """
         if n is not None and n < 1:
-            raise TaskError(f"a limit of {n} leaves no example; write 1 or more")
+            raise TaskError(f"a limit of {n} leaves no example. Write 1 or more.")
         return replace(self, examples=self.examples[:n])
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """The examples of a task in file order, where they come from, and the task's defaults."""
+
+    name: str
+    examples: Sequence[Example]
+    source: str
+    scorer: Scorer = "answer"
+    split_by: SplitBy = "shuffled"
+    decoding: Decoding = Decoding()
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -141,9 +166,9 @@ class Task:
     """A named task with its two splits.
 
     Args:
-        name: as given to ``laserlm.task``.
-        validation: candidates are chosen here.
-        test: the chosen one is measured here, once.
+        name: the name given to ``laserlm.task``.
+        validation: a search chooses by these examples.
+        test: the chosen intervention is measured on these examples, once.
         every: all examples in file order.
         source: where the examples come from, with the licence.
     """
@@ -173,46 +198,35 @@ class Task:
         Args:
             name: the task's name.
             examples: in file order.
-            scorer: how an example is scored unless told otherwise.
-            split: ``paper`` takes the first floor(n / 5) rows in file order for validation; ``shuffled`` takes a fifth of
-                the facts (at least one, where there are two) in an order that depends on the seed and the fact alone.
-            seed: of the shuffled order.
-            phrasings: ``rewrite`` keeps the first phrasing of each fact in each group, ``all`` keeps them all.
+            scorer: the task's default scorer.
+            split: ``paper`` takes the first floor(n / 5) rows in file order for validation. ``shuffled`` takes a fifth of
+                the facts (at least one, if there are two) in an order that depends on the seed and the fact only.
+            seed: seed of the shuffled order.
+            phrasings: ``rewrite`` keeps the first phrasing of each fact in each group. ``all`` keeps all phrasings.
             source: where the examples come from.
-            decoding: how the model writes, where the scorer judges that.
-            judge: of a task of another library.
+            decoding: how the model generates text.
+            judge: grades the examples of a task of another library.
 
         Raises:
-            TaskError: if there are no examples, or two have one id.
+            TaskError: if there are no examples, or two have the same id.
         """
         for value, known in ((phrasings, get_args(Phrasings)), (split, get_args(SplitBy)), (scorer, get_args(Scorer))):
             if value not in known:
-                raise TaskError(f"the task {name!r} cannot take {value!r}; write one of {', '.join(known)}")
+                raise TaskError(f"the task {name!r} cannot take {value!r}. Write one of {', '.join(known)}.")
         examples = tuple(replace(e, fact=e.fact or e.id) for e in examples)
         if not examples:
-            raise TaskError(f"the task {name!r} has no examples; check the file and its filters")
-        ids: set[str] = set()
-        for e in examples:
-            if e.id in ids:
-                raise TaskError(f"the task {name!r} has two examples with the id {e.id!r}; ids must differ")
-            ids.add(e.id)
+            raise TaskError(f"the task {name!r} has no examples. Check the file and its filters.")
+        id_, count = Counter(e.id for e in examples).most_common(1)[0]
+        if count > 1:
+            raise TaskError(f"the task {name!r} has two examples with the id {id_!r}. Ids must differ.")
         if phrasings == "rewrite":
             first_of = {(e.group, e.fact): e.id for e in reversed(examples)}
             examples = tuple(e for e in examples if first_of[e.group, e.fact] == e.id)
-        if split == "paper":
-            cut = len(examples) // 5
-            first, rest = examples[:cut], examples[cut:]
-        else:
-            order = sorted({e.fact for e in examples}, key=lambda fact: hashlib.sha256(f"{seed} {fact}".encode()).digest())
-            place = {fact: i for i, fact in enumerate(order)}
-            shuffled = sorted(examples, key=lambda e: place[e.fact])
-            cut = max(len(order) // 5, min(1, len(order) - 1))
-            first = tuple(e for e in shuffled if place[e.fact] < cut)
-            rest = tuple(e for e in shuffled if place[e.fact] >= cut)
+        validation, test = _split_as_published(examples) if split == "paper" else _split_by_fact(examples, seed)
         return cls(
             name=name,
-            validation=Split(name, "validation", tuple(first), scorer, decoding, judge),
-            test=Split(name, "test", tuple(rest), scorer, decoding, judge),
+            validation=Split(name, "validation", validation, scorer, decoding, judge),
+            test=Split(name, "test", test, scorer, decoding, judge),
             every=Split(name, "all", examples, scorer, decoding, judge),
             source=source,
         )
@@ -227,3 +241,23 @@ class Task:
         if name not in splits:
             raise TaskError(f"no split {name!r}; there are validation, test and all")
         return splits[name]
+
+
+Examples = tuple[Example, ...]
+
+
+def _split_as_published(examples: Examples) -> tuple[Examples, Examples]:
+    """Return validation and test examples: the first fifth of the rows, and the rest."""
+    cut = len(examples) // 5
+    return examples[:cut], examples[cut:]
+
+
+def _split_by_fact(examples: Examples, seed: int) -> tuple[Examples, Examples]:
+    """Return validation and test examples: those of a fifth of the facts, and the rest, in a shuffled order of the facts."""
+    order = sorted({e.fact for e in examples}, key=lambda fact: hashlib.sha256(f"{seed} {fact}".encode()).digest())
+    rank = {fact: i for i, fact in enumerate(order)}
+    shuffled = sorted(examples, key=lambda e: rank[e.fact])
+    cut = max(len(order) // 5, min(1, len(order) - 1))
+    validation = tuple(e for e in shuffled if rank[e.fact] < cut)
+    test = tuple(e for e in shuffled if rank[e.fact] >= cut)
+    return validation, test

@@ -1,4 +1,4 @@
-"""Read data files of users and of public data sets, with errors that say where."""
+"""Read data files of users and of public data sets. Errors name the line or the record."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from laserlm.paths import atomic_file, cache_folder
 __all__ = ["FORMATS", "Record", "field", "json_document", "json_lines", "local_file", "read_records", "read_text"]
 
 Record = tuple[str, dict[str, Any]]
-"""Where a row of data comes from, for errors, and the row."""
+"""The origin of a row, for error messages, and the row."""
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def local_file(data: str | Path, cache: Path | None = None) -> Path:
-    """Return a local path for a path or a download URL; a download is kept in the cache.
+    """Return a local path for a path or a download URL. Downloads stay in the cache.
 
     Raises:
         TaskError: if there is no such file, or the download fails.
@@ -41,27 +41,27 @@ def local_file(data: str | Path, cache: Path | None = None) -> Path:
                 with urllib.request.urlopen(url, timeout=60) as reply, atomic_file(file) as part:
                     with part.open("wb") as out:
                         shutil.copyfileobj(reply, out)
-                    announced = reply.headers.get("Content-Length")
-                    if announced is not None and part.stat().st_size != int(announced):
-                        raise OSError(f"the connection ended after {part.stat().st_size} of {announced} bytes")
+                    expected_size = reply.headers.get("Content-Length")
+                    if expected_size is not None and part.stat().st_size != int(expected_size):
+                        raise OSError(f"the connection ended after {part.stat().st_size} of {expected_size} bytes")
             except (OSError, ValueError, http.client.HTTPException) as error:
                 if isinstance(error, urllib.error.HTTPError):
                     error.close()  # it holds the connection
                 raise TaskError(
-                    f"cannot download {url}: {error}; fetch it yourself and give it with --data (data=...)"
+                    f"cannot download {url}: {error}. Fetch it yourself and give it with --data (data=...)."
                 ) from error
         return file
     file = Path(data).expanduser()
     if not file.is_file():
-        raise TaskError(f"no data file {str(data)!r}; give the path of a file, or a URL that starts with https://")
+        raise TaskError(f"no data file {str(data)!r}. Give the path of a file, or a URL that starts with https://.")
     return file
 
 
 def read_records(file: Path) -> list[Record]:
-    """Read the rows of a data file: a JSON list, JSON lines, CSV, TSV (each may be packed, ``.gz``) or Parquet.
+    """Read the rows of a data file: a JSON list, JSON lines, CSV, TSV (each may be compressed, ``.gz``) or Parquet.
 
     Raises:
-        TaskError: if it cannot be read as what its name says; the line or the record is named.
+        TaskError: if its content does not match its name; the message names the line or the record.
     """
     kind = Path(file.name.removesuffix(".gz")).suffix.lower()
     if kind == ".json":
@@ -86,7 +86,7 @@ def read_records(file: Path) -> list[Record]:
 
 
 def read_text(file: Path) -> str:
-    """Read a UTF-8 text, packed or not.
+    """Read a UTF-8 text, compressed or not.
 
     Raises:
         TaskError: if it is not one.
@@ -97,14 +97,14 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise TaskError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise TaskError(f"{file} cannot be unpacked: {error}; fetch it again") from None
+        raise TaskError(f"{file} cannot be unpacked: {error}. Fetch it again.") from None
 
 
 def json_document(file: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        TaskError: if it is not one; the line is named.
+        TaskError: if it is not one; the message names the line.
     """
     try:
         return json.loads(read_text(file))
@@ -113,10 +113,10 @@ def json_document(file: Path) -> Any:
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line number (from 1) and object of a JSON-lines file; blank lines are skipped.
+    """Yield line number (from 1) and object of a JSON-lines file. Blank lines are skipped.
 
     Raises:
-        TaskError: if a line is not a JSON object; the line is named.
+        TaskError: if a line is not a JSON object; the message names the line.
     """
     for number, line in enumerate(io.StringIO(read_text(file)), start=1):
         if not line.strip():
@@ -130,23 +130,23 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def field(row: Any, path: str, kind: type[Any], where: str) -> Any:
-    """Return the value at a dotted path of a record, checked to be of a kind.
+def field(row: Any, path: str, kind: type[Any], origin: str) -> Any:
+    """Return the value at a dotted path of a record, and check its type.
 
     Raises:
-        TaskError: if it is missing or of another kind; names the file, the record and the field.
+        TaskError: if it is missing or of another type; the message names the file, the record and the field.
     """
     value: Any = row
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:
-            raise TaskError(f"{where}: the field '{path}' is missing")
+            raise TaskError(f"{origin}: the field '{path}' is missing")
         value = value[name]
     if not isinstance(value, kind) or (kind is str and not value.strip()):
         wanted = "text that is not empty" if kind is str else f"of type {kind.__name__}"
-        raise TaskError(f"{where}: the field '{path}' must be {wanted}, got {value!r:.60}")
+        raise TaskError(f"{origin}: the field '{path}' must be {wanted}, got {value!r:.60}")
     if kind is str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise TaskError(f"{where}: the field '{path}' holds half a surrogate pair, {value!r:.60}") from None
+            raise TaskError(f"{origin}: the field '{path}' holds half a surrogate pair, {value!r:.60}") from None
     return value

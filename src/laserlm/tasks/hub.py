@@ -1,4 +1,4 @@
-"""Data sets of the hub, through the ``datasets`` library."""
+"""Read data sets of the hub through the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Hub:
     """A data set on the hub.
 
     Args:
-        path: its id, or a folder laid out as one.
-        revision: the commit that is read.
-        splits: those to read, in this order.
-        name: its configuration, or None.
-        files: the file of each split, where the data set does not say so itself.
+        path: the id of the data set, or a folder with the same layout.
+        revision: the commit to read.
+        splits: splits to read, in this order.
+        name: configuration, or None.
+        files: the file of each split, if the data set does not name it.
     """
 
     path: str
@@ -31,22 +31,22 @@ class Hub:
 
 
 def hub_records(hub: Hub) -> list[list[Record]]:
-    """Read each split of a data set; what was downloaded once is not downloaded again.
+    """Read each split of a data set. The ``datasets`` library keeps downloads in its cache.
 
     Raises:
         TaskError: if it cannot be downloaded or read.
     """
     from datasets import load_dataset
 
-    parts: list[list[Record]] = []
+    tables: list[list[Record]] = []
     for split in hub.splits:
         try:
             rows = load_dataset(hub.path, hub.name, split=split, revision=hub.revision, data_files=dict(hub.files) or None)
-        # Where the hub, a split or a file is out of reach, its many parts raise one of these.
+        # The library raises any of these if the hub, a split or a file cannot be reached.
         except (OSError, ValueError, LookupError, RuntimeError) as error:
             raise TaskError(
-                f"cannot read {hub.path} ({split}) from the hub: {error}; fetch the file of its publication and give it with "
-                "--data (data=...)"
+                f"cannot read {hub.path} ({split}) from the hub: {error}. Fetch the published file and give it with --data "
+                "(data=...)."
             ) from error
-        parts.append([(f"{hub.path}, {split}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)])
-    return parts
+        tables.append([(f"{hub.path}, {split}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)])
+    return tables

@@ -1,4 +1,4 @@
-"""The local app: leaderboard, explorer of searches, playground and examples, in a browser on this machine."""
+"""The local app for a browser on this machine: leaderboard, explorer of searches, playground, examples."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from laserlm.errors import LaserError
 from laserlm.models.language_model import LanguageModel
 from laserlm.reductions import Layers, Reduction, Size
 from laserlm.store import Store
+from laserlm.studies.flipping import Flips
+from laserlm.studies.loss_map import LossMap
 from laserlm.studies.published import published
-from laserlm.studies.rank_curve import LossAtRank
 from laserlm.web import explorer
 from laserlm.web.pages import page
-from laserlm.web.playground import LONGEST_PROMPT, MOST_TOKENS, Playground
+from laserlm.web.playground import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, Playground
 
-__all__ = ["build", "rows", "style"]
+__all__ = ["build", "leaderboard_rows", "stylesheet"]
 
 PROMPTS = (
     "The capital of Portugal is",
@@ -32,7 +33,7 @@ PROMPTS = (
     "The language spoken in Brazil is",
     "Water boils at a temperature of",
 )
-"""Prompts to begin with: facts that a small model half knows."""
+"""Example prompts: facts that a small model partly knows."""
 COLUMNS = {
     "from": ("str", "150px"),
     "model": ("str", "170px"),
@@ -44,25 +45,25 @@ COLUMNS = {
     "n": ("number", "80px"),
     "intervention": ("str", "240px"),
 }
-"""Columns of the leaderboard with their kind and width."""
-SIDES = ("Unchanged", "Reduced (LASER)", "Only what is taken away")
-LOWEST = "lowest over sizes"
-SHOWN = 100
-"""Corrected and broken examples shown, of each."""
-OFFERED = 30
-"""Corrected examples of a run that fill the playground."""
-WAITING = 32
-"""Questions that may wait; more are turned away."""
-MAPS = 4
-"""Loss maps that are remembered; one is made of all scores of a search."""
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-MODEL: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
-"""Of what runs the model: one at a time, and of a slider's places the last."""
+"""Columns of the leaderboard with data type and width."""
+VARIANT_NAMES = ("Unchanged", "Reduced (LASER)", "Only what is taken away")
+LOWEST_SIZE = "lowest over sizes"
+MAX_EXAMPLES_SHOWN = 100
+"""Number of corrected, and of broken, examples shown."""
+MAX_PROMPTS_OFFERED = 30
+"""Number of corrected examples of a run offered as prompts."""
+QUEUE_SIZE = 32
+"""Number of waiting requests; further ones are refused."""
+MAP_CACHE_SIZE = 4
+"""Number of cached loss maps. Each is computed from all scores of a search."""
+LISTENER_OPTIONS: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+MODEL_OPTIONS: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
+"""Options of listeners that run the model: one call at a time, and only the last position of a slider."""
 
 
-def rows(store: Store) -> list[list[Any]]:
-    """Return what a database's finished searches found on their test splits, then what is published, by ``COLUMNS``."""
-    found: list[list[Any]] = []
+def leaderboard_rows(store: Store) -> list[list[Any]]:
+    """Return the test results of a database's finished searches, then the published results, by ``COLUMNS``."""
+    rows: list[list[Any]] = []
     for run in explorer.searches(store):
         if run.outcome is None:
             continue
@@ -71,25 +72,25 @@ def rows(store: Store) -> list[list[Any]]:
         interval = "{:+.1f} to {:+.1f}".format(*(100 * x for x in test["interval"]))
         if run.settings.get("scorer") == "perplexity":
             shares, interval = [None] * 3, ""
-        found.append([f"run {run.id}", run.model, run.task, *shares, interval, test["n"], best])
+        rows.append([f"run {run.id}", run.model, run.task, *shares, interval, test["n"], best])
     for p in published():
         scale = 1 if p.metric.endswith("percent") else 100
         shares = [round(scale * x, 1) for x in (p.base, p.edited, p.edited - p.base)]
-        found.append([p.source, p.model, p.task, *shares, "", None, p.intervention])
-    return found
+        rows.append([p.source, p.model, p.task, *shares, "", None, p.intervention])
+    return rows
 
 
-def style() -> str:
+def stylesheet() -> str:
     """Return the app's own style sheet."""
     return _asset("app.css")
 
 
 def build(store: Store, lm: LanguageModel) -> gr.Blocks:
-    """Return the app; what a user chose is nowhere but in the user's page.
+    """Return the app. The choices of a user exist only in the user's page.
 
     Args:
         store: the results database.
-        lm: the model of the playground, which nobody else may use meanwhile.
+        lm: the model of the playground; no other code may use it at the same time.
 
     Raises:
         ModelError: if the model has no head or no tokenizer.
@@ -101,15 +102,15 @@ def build(store: Store, lm: LanguageModel) -> gr.Blocks:
             with gr.Tab("Leaderboard", id="leaderboard"):
                 board = _board()
             with gr.Tab("Explorer", id="explorer"):
-                run, shown_map = _explorer(store)
+                run, loss_map = _explorer(store)
             with gr.Tab("Playground", id="playground"):
-                asked = _playground(playground)
+                form = _playground(playground)
             with gr.Tab("Examples", id="examples"):
-                _examples(store, run, asked, tabs)
-        blocks.load(lambda: rows(store), None, board, **PRIVATE)
-        blocks.load(lambda: _runs(store), None, [run, shown_map], **PRIVATE)
-    made: gr.Blocks = blocks.queue(max_size=WAITING)
-    return made
+                _examples(store, run, form, tabs)
+        blocks.load(lambda: leaderboard_rows(store), None, board, **LISTENER_OPTIONS)
+        blocks.load(lambda: _runs(store), None, [run, loss_map], **LISTENER_OPTIONS)
+    app: gr.Blocks = blocks.queue(max_size=QUEUE_SIZE)
+    return app
 
 
 def _board() -> gr.Dataframe:
@@ -127,76 +128,79 @@ def _board() -> gr.Dataframe:
 
 
 def _runs(store: Store) -> tuple[Any, str]:
-    """Return the searches to choose from, and what stands in the map's place until one is chosen."""
-    found = explorer.searches(store)
-    none = page("app_alert", text="There is no search in this database yet; make one: laser search bundled")
-    choices = [(explorer.name_of(r), r.id) for r in found]
-    return gr.Dropdown(choices=choices, value=found[0].id if found else None), "" if found else none
+    """Return the dropdown of searches, and the text in the place of the map until one is chosen."""
+    searches = explorer.searches(store)
+    alert = _alert("There is no search in this database yet; make one: laser search bundled")
+    choices = [(explorer.name_of(r), r.id) for r in searches]
+    return gr.Dropdown(choices=choices, value=searches[0].id if searches else None), "" if searches else alert
 
 
 def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:
-    """Lay out the explorer: a search, its loss map, and what the chosen candidate changed."""
+    """Lay out the explorer: a search, its loss map, and the examples that the chosen candidate changed."""
 
-    @lru_cache(maxsize=MAPS)
-    def remembered(run: str, _updated: datetime) -> tuple[LossAtRank, ...]:
-        return tuple(explorer.measured(store, run))
+    @lru_cache(maxsize=MAP_CACHE_SIZE)
+    def cached_map(run: str, _updated: datetime) -> LossMap:
+        return explorer.loss_map(store, run)
 
-    def measured(run: str) -> tuple[LossAtRank, ...]:
-        return remembered(run, store.find(run).updated)
+    def current_map(run: str) -> LossMap:
+        return cached_map(run, store.find(run).updated)
 
-    def opened(run: str | None) -> tuple[Any, Any, Any]:
+    def open_run(run: str | None) -> tuple[Any, Any, Any]:
         if not run:
             return gr.skip(), gr.skip(), gr.skip()
         try:
             choices = explorer.candidates(store, run)
         except LaserError as error:
-            return gr.skip(), gr.skip(), page("app_alert", text=str(error))
+            return gr.skip(), gr.skip(), _alert(str(error))
         try:
-            sizes = explorer.sizes(measured(run))
-        except LaserError:  # told where the map would be
+            sizes = current_map(run).sizes
+        except LaserError:  # draw_map shows the error
             sizes = []
-        return gr.Dropdown(choices=[LOWEST, *sizes], value=LOWEST), gr.Dropdown(choices=choices, value=None), drawn(run, LOWEST)
+        return (
+            gr.Dropdown(choices=[LOWEST_SIZE, *sizes], value=LOWEST_SIZE),
+            gr.Dropdown(choices=choices, value=None),
+            draw_map(run, LOWEST_SIZE),
+        )
 
-    def drawn(run: str | None, size: str) -> str:
+    def draw_map(run: str | None, size: str) -> str:
         if not run:
             return ""
         try:
-            return explorer.grid_html(explorer.grid(measured(run), "" if size == LOWEST else size))
+            return explorer.table_html(explorer.table(current_map(run), "" if size == LOWEST_SIZE else size))
         except LaserError as error:
-            return page("app_alert", text=str(error))
+            return _alert(str(error))
 
-    def changed(run: str | None, candidate: str | None) -> str:
+    def show_changes(run: str | None, candidate: str | None) -> str:
         if not run or not candidate:
             return ""
         try:
-            found = explorer.changes(store, run, candidate)
+            changes = explorer.changes(store, run, candidate)
         except LaserError as error:
-            return page("app_alert", text=str(error))
-        lists = [("Corrected", found.of("corrected")), ("Broken", found.of("broken"))]
-        return page("app_changes", candidate=candidate, summary=explorer.summary(found), lists=lists, shown=SHOWN)
+            return _alert(str(error))
+        return _changes_html(candidate, changes)
 
-    def picked(event: gr.EventData) -> str:
+    def picked_value(event: gr.EventData) -> str:
         return str(event.pick)
 
     with gr.Row():
         run = gr.Dropdown(label="Search", choices=[], scale=3, min_width=300)
-        size = gr.Dropdown(label="Size", choices=[LOWEST], value=LOWEST)
+        size = gr.Dropdown(label="Size", choices=[LOWEST_SIZE], value=LOWEST_SIZE)
         candidate = gr.Dropdown(label="Candidate", choices=[], value=None, info="Or click one on the map.")
     with gr.Row():
         with gr.Column(min_width=340):
-            shown = _picks("")
+            map_html = _picks("")
         with gr.Column(min_width=340):
-            changes = _html("", elem_id="changes")
-    run.change(opened, run, [size, candidate, shown], **PRIVATE)
-    size.input(drawn, [run, size], shown, **PRIVATE)
-    shown.click(picked, None, candidate, **PRIVATE)
-    candidate.change(changed, [run, candidate], changes, **PRIVATE)
-    return run, shown
+            changes_html = _html("", elem_id="changes")
+    run.change(open_run, run, [size, candidate, map_html], **LISTENER_OPTIONS)
+    size.input(draw_map, [run, size], map_html, **LISTENER_OPTIONS)
+    map_html.click(picked_value, None, candidate, **LISTENER_OPTIONS)
+    candidate.change(show_changes, [run, candidate], changes_html, **LISTENER_OPTIONS)
+    return run, map_html
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What the playground is asked by, and how it answers."""
+class _PlaygroundForm:
+    """The inputs and outputs of the playground, and its function."""
 
     prompt: gr.Textbox
     text: gr.Textbox
@@ -205,8 +209,8 @@ class _Asked:
     ask: Callable[..., list[str]]
 
 
-def _playground(playground: Playground) -> _Asked:
-    """Lay out the playground: a prompt, a reduction, and what three versions of the model make of it."""
+def _playground(playground: Playground) -> _PlaygroundForm:
+    """Lay out the playground: a prompt, a reduction, and the continuations of three variants of the model."""
     lm = playground.lm
     stacks = list(dict.fromkeys(m.stack for m in lm.matrices))
     names = list(dict.fromkeys(m.name for m in lm.matrices))
@@ -216,16 +220,16 @@ def _playground(playground: Playground) -> _Asked:
         prompt: str, tokens: float, stack: str | None, layer: float, matrix: str, rho: float, text: str | None
     ) -> list[str]:
         try:
-            given = (text or "").strip() or str(_reduction(stack or "", int(layer), matrix, rho))
-            sides = playground.answer(prompt or "", given, int(tokens))
+            intervention = (text or "").strip() or str(_reduction(stack or "", int(layer), matrix, rho))
+            variants = playground.answer(prompt or "", intervention, int(tokens))
         except LaserError as error:
-            return [page("app_alert", text=str(error)), "", "", ""]
-        answers = zip(SIDES, sides, strict=True)
-        return ["", *(page("app_side", name=name, prompt=prompt, side=side) for name, side in answers)]
+            return [_alert(str(error)), "", "", ""]
+        named = zip(VARIANT_NAMES, variants, strict=True)
+        return ["", *(page("app_variant", name=name, prompt=prompt, variant=variant) for name, variant in named)]
 
     with gr.Row():
-        prompt = gr.Textbox(label="Prompt", value=PROMPTS[0], lines=2, max_length=LONGEST_PROMPT, scale=3, min_width=300)
-        tokens = gr.Slider(1, MOST_TOKENS, value=8, step=1, label="New tokens")
+        prompt = gr.Textbox(label="Prompt", value=PROMPTS[0], lines=2, max_length=MAX_PROMPT_CHARACTERS, scale=3, min_width=300)
+        tokens = gr.Slider(1, MAX_NEW_TOKENS, value=8, step=1, label="New tokens")
     with gr.Row():
         stack = gr.Dropdown(stacks, value=last.stack, label="Stack", visible=len(stacks) > 1)
         layer = gr.Slider(0, max(m.layer for m in lm.matrices), value=last.layer, step=1, label="Block")
@@ -241,24 +245,24 @@ def _playground(playground: Playground) -> _Asked:
         button = gr.Button("Answer", variant="primary", scale=1)
     alert = _html("")
     with gr.Row():
-        sides = []
-        for i in range(len(SIDES)):
+        outputs = []
+        for i in range(len(VARIANT_NAMES)):
             with gr.Column(min_width=240):
-                sides.append(_html("", elem_id=f"side-{i}"))
-    asked = _Asked(prompt, text, [prompt, tokens, stack, layer, matrix, rho, text], [alert, *sides], ask)
+                outputs.append(_html("", elem_id=f"side-{i}"))
+    form = _PlaygroundForm(prompt, text, [prompt, tokens, stack, layer, matrix, rho, text], [alert, *outputs], ask)
     listeners: list[Any] = [button.click, prompt.submit, text.submit]
     listeners += [x.input for x in (tokens, stack, layer, matrix, rho)]
-    gr.on(listeners, ask, asked.inputs, asked.outputs, **PRIVATE, **MODEL)
-    return asked
+    gr.on(listeners, ask, form.inputs, form.outputs, **LISTENER_OPTIONS, **MODEL_OPTIONS)
+    return form
 
 
 def _reduction(stack: str, layer: int, matrix: str, rho: float) -> Reduction:
-    kept = Size(rho=Decimal(str(round(rho, 4))))
-    return Reduction(Layers(first=layer, last=layer), matrix, kept, stack=stack)
+    size = Size(rho=Decimal(str(round(rho, 4))))
+    return Reduction(Layers(first=layer, last=layer), matrix, size, stack=stack)
 
 
-def _examples(store: Store, run: gr.Dropdown, asked: _Asked, tabs: gr.Tabs) -> None:
-    """Lay out prompts that fill the playground: some facts, and what the explorer's search corrected on its test split."""
+def _examples(store: Store, run: gr.Dropdown, form: _PlaygroundForm, tabs: gr.Tabs) -> None:
+    """Lay out prompts for the playground: some facts, and the test examples that the explorer's search corrected."""
 
     def fill(event: gr.EventData) -> tuple[str, Any]:
         return str(event.pick), gr.Tabs(selected="playground")
@@ -267,35 +271,50 @@ def _examples(store: Store, run: gr.Dropdown, asked: _Asked, tabs: gr.Tabs) -> N
         best = (store.find(run).outcome or {}).get("best") if run else None
         return str(event.pick), best or gr.skip(), gr.Tabs(selected="playground")
 
-    def listed(run: str | None) -> str:
+    def list_corrected(run: str | None) -> str:
         if not run:
             return ""
         try:
             info = store.find(run)
-            found = explorer.corrected(store, info)
+            flips = explorer.corrected(store, info)
         except LaserError as error:
-            return page("app_alert", text=str(error))
-        first = f", the first {OFFERED}" if len(found) > OFFERED else ""
-        about = f"Run {info.id} of {info.model}: {len(found)} test examples that its best corrects{first}"
-        picks = [(f.prompt, f"{f.prompt} → {f.after}, before {f.before}") for f in found[:OFFERED]]
+            return _alert(str(error))
+        first = f", the first {MAX_PROMPTS_OFFERED}" if len(flips) > MAX_PROMPTS_OFFERED else ""
+        about = f"Run {info.id} of {info.model}: {len(flips)} test examples that its best corrects{first}"
+        picks = [(f.prompt, f"{f.prompt} → {f.edited}, before {f.base}") for f in flips[:MAX_PROMPTS_OFFERED]]
         return page("app_picks", about=about, picks=picks)
 
     facts = _picks(page("app_picks", about="Facts", picks=[(p, p) for p in PROMPTS]))
     corrected = _picks("")
-    run.change(listed, run, corrected, **PRIVATE)
-    how: dict[str, Any] = {"fn": asked.ask, "inputs": asked.inputs, "outputs": asked.outputs, **PRIVATE, **MODEL}
-    facts.click(fill, None, [asked.prompt, tabs], **PRIVATE).then(**how)
-    corrected.click(fill_with_best, run, [asked.prompt, asked.text, tabs], **PRIVATE).then(**how)
+    run.change(list_corrected, run, corrected, **LISTENER_OPTIONS)
+    options: dict[str, Any] = {
+        "fn": form.ask,
+        "inputs": form.inputs,
+        "outputs": form.outputs,
+        **LISTENER_OPTIONS,
+        **MODEL_OPTIONS,
+    }
+    facts.click(fill, None, [form.prompt, tabs], **LISTENER_OPTIONS).then(**options)
+    corrected.click(fill_with_best, run, [form.prompt, form.text, tabs], **LISTENER_OPTIONS).then(**options)
+
+
+def _changes_html(candidate: str, changes: Flips) -> str:
+    lists = [("Corrected", changes.of("corrected")), ("Broken", changes.of("broken"))]
+    return page("app_changes", candidate=candidate, summary=explorer.summary(changes), lists=lists, shown=MAX_EXAMPLES_SHOWN)
 
 
 def _picks(value: str) -> gr.HTML:
-    """Return an element whose buttons trigger a click that says which one was pressed."""
+    """Return an element whose buttons trigger a click event with the value of the button."""
     return _html(value, js_on_load=_asset("app.js"))
 
 
-def _html(value: str, **given: Any) -> gr.HTML:
-    """Return an element that holds what ``page`` made: all that is data in it is escaped."""
-    return gr.HTML(value, apply_default_css=False, **given)
+def _html(value: str, **options: Any) -> gr.HTML:
+    """Return an element with HTML from ``page``, which escapes all data."""
+    return gr.HTML(value, apply_default_css=False, **options)
+
+
+def _alert(text: str) -> str:
+    return page("app_alert", text=text)
 
 
 def _asset(name: str) -> str:

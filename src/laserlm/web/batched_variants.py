@@ -1,4 +1,4 @@
-"""Versions of a model side by side: each row of a batch goes through weights of its own."""
+"""Run several variants of a model in one batch: each row of the batch has its own weights."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from laserlm.models.language_model import LanguageModel
 
 __all__ = ["CannotBatchError", "run_variants"]
 
-MEMORY = 2**30
-"""Bytes that changed weights may take; all others are there once for all versions."""
+MAX_VARIANT_BYTES = 2**30
+"""Maximum bytes of the changed weights; all variants share the other weights."""
 
 
 class CannotBatchError(Exception):
-    """Tell that the versions have to be run one by one."""
+    """The variants must run one after another."""
 
 
 @contextmanager
 def run_variants(lm: LanguageModel, interventions: Sequence[str]) -> Iterator[None]:
-    """Send row i of a batch through the model as intervention i leaves it, until the end of the context.
+    """Compute row i of every batch with intervention i applied, until the end of the context.
 
-    A pass over one short text takes about as long as its weights take to be read, so that three versions that share nearly
-    all of them are as quick together as one.
+    A pass over a short text takes about as long as reading the weights. Three variants that share nearly all weights
+    therefore take about as long as one.
 
     Args:
-        lm: the unchanged model; its weights stay as they are.
-        interventions: texts, one for each row of every batch that is run meanwhile.
+        lm: the unchanged model; its weights do not change.
+        interventions: texts, one for each row of the batches.
 
     Raises:
-        ApartError: if the changed weights take too much memory, or are not those of plain matrices that meet a batch row by
-            row; at the end of the context too.
-        MatrixError: if an intervention names a matrix that the model does not have.
+        CannotBatchError: if the changed weights are too large, or do not belong to modules that see the batch row by row.
+            It is also raised at the end of the context.
+        MatrixError: if the model has no such matrix.
     """
-    meant = [{e.matrix.path: e.matrix for e in resolve(lm.matrices, text) if not e.is_identity} for text in interventions]
-    parameters = {path: lm.model.get_parameter(path) for of in meant for path in of}
+    matrices = [{e.matrix.path: e.matrix for e in resolve(lm.matrices, text) if not e.is_identity} for text in interventions]
+    parameters = {path: lm.model.get_parameter(path) for row in matrices for path in row}
     holders = _holders(lm.model, parameters)
-    if sum(parameters[path].nbytes for of in meant for path in of) > MEMORY:
+    if sum(parameters[path].nbytes for row in matrices for path in row) > MAX_VARIANT_BYTES:
         raise CannotBatchError
     changed: dict[str, dict[int, Tensor]] = {path: {} for path in parameters}  # by path and row, (out, in)
     for row, text in enumerate(interventions):
         with applied(lm, text):
-            for path, matrix in meant[row].items():
+            for path, matrix in matrices[row].items():
                 weight = parameters[path].data
                 changed[path][row] = weight.T if matrix.transposed else weight
     used: set[str] = set()
@@ -59,26 +59,26 @@ def run_variants(lm: LanguageModel, interventions: Sequence[str]) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
-    if used != changed.keys():  # the model reads the weight itself, or left the matrix out
+    if used != changed.keys():  # the model reads the weight directly, or skipped the module
         raise CannotBatchError
 
 
 def _holders(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[str, nn.Module]]:
-    """Return all modules that hold one of some parameters, which several may share, each with its path."""
+    """Return the modules that hold one of the parameters, each with the path of its parameter; modules may share one."""
     paths = {id(parameter): path for path, parameter in parameters.items()}
-    found = [
+    holders = [
         (paths[id(parameter)], module)
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
         if id(parameter) in paths
     ]
-    if not all(isinstance(module, nn.Linear | Conv1D) for _, module in found):
+    if not all(isinstance(module, nn.Linear | Conv1D) for _, module in holders):
         raise CannotBatchError
-    return found
+    return holders
 
 
 def _replaced(path: str, weights: dict[int, Tensor], rows: int, used: set[str]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """Return a hook that computes what a matrix gives out anew for the rows that have one of their own."""
+    """Return a hook that recomputes a module's output for the rows that have their own weights."""
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         x: Tensor = args[0]  # (rows, T, in)
@@ -86,7 +86,7 @@ def _replaced(path: str, weights: dict[int, Tensor], rows: int, used: set[str]) 
             raise CannotBatchError
         used.add(path)
         bias: Any = module.bias
-        made = [nn.functional.linear(x[i], weights[i], bias) if i in weights else output[i] for i in range(rows)]
-        return torch.stack(made)  # (rows, T, out)
+        outputs = [nn.functional.linear(x[i], weights[i], bias) if i in weights else output[i] for i in range(rows)]
+        return torch.stack(outputs)  # (rows, T, out)
 
     return hook

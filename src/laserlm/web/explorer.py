@@ -1,57 +1,32 @@
-"""What the searches of a results database found, to walk about in: the loss map, and what a candidate changed."""
+"""Read the searches of a results database for the app: the loss map, and the examples that a candidate changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from decimal import Decimal
+from collections.abc import Mapping
+from dataclasses import replace
 
 from laserlm.errors import AnalysisError, ReportError
-from laserlm.reductions import Size
 from laserlm.store import RunInfo, Store
 from laserlm.studies.flipping import Flip, Flips, flips
-from laserlm.studies.rank_curve import LossAtRank, loss_map
+from laserlm.studies.loss_map import LossMap, LossTable
 from laserlm.web.pages import page
 
 __all__ = [
-    "LossMap",
     "candidates",
     "changes",
+    "colour",
     "corrected",
-    "grid",
-    "grid_html",
-    "measured",
+    "loss_map",
     "name_of",
     "searches",
-    "sizes",
     "summary",
-    "text_of",
+    "table",
+    "table_html",
 ]
 
-ORDER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_up", "fc_out")
-"""Matrices as a block runs them; others come after these."""
-
-
-@dataclass(frozen=True)
-class LossMap:
-    """Blocks by matrices.
-
-    Args:
-        columns: names of the matrices.
-        rows: the name of each block and, for each column, what was measured there, or None.
-        end: change of loss, in nats per token, at which the colours end on either side.
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[LossAtRank | None, ...]], ...]
-    end: float
-
-    def colour(self, change: float) -> str:
-        """Return the colour of a change of loss: blue where it falls, orange where it rises, none where it stays."""
-        share = max(-1.0, min(1.0, change / self.end))
-        hue, light = (205, 62) if share < 0 else (28, 60)
-        return f"hsl({hue} 80% {100 - (100 - light) * abs(share):.0f}%)"
+MATRIX_ORDER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_up", "fc_out")
+"""Order of the matrices as a block runs them. Other matrices come after these."""
 
 
 def searches(store: Store) -> list[RunInfo]:
@@ -60,101 +35,63 @@ def searches(store: Store) -> list[RunInfo]:
 
 
 def name_of(run: RunInfo) -> str:
-    """Return what a search is called in a list."""
+    """Return the name of a search in a list."""
     best = (run.outcome or {}).get("best")
-    found = run.status if best is None else best or "the unchanged model"
-    return f"{run.id}: {run.model} on {run.task}, {run.created:%Y-%m-%d}, {found}"
+    result = run.status if best is None else best or "the unchanged model"
+    return f"{run.id}: {run.model} on {run.task}, {run.created:%Y-%m-%d}, {result}"
 
 
-def measured(store: Store, run: str) -> list[LossAtRank]:
-    """Return what a search measured on validation of each single matrix and size; of a race, on as many examples as it got to.
-
-    Args:
-        store: the results database.
-        run: the search's id.
+def loss_map(store: Store, run: str) -> LossMap:
+    """Return the loss map of a search.
 
     Raises:
-        ReportError: if the unchanged model was not scored yet, or no reduction of a single matrix was.
+        ReportError: if the unchanged model has no scores yet, or no reduction of a single matrix has.
         StoreError: if there is no such run.
     """
-    done = {t.intervention for t in store.trials(run) if t.split == "validation" and t.status == "done"}
-    trials = {text: found for text, found in store.evaluations(run, "validation").items() if text in done}
-    base = trials.pop("", None)
-    if base is None:
-        raise ReportError(f"run {run} has not scored the unchanged model yet; go on with the same 'laser search'")
     try:
-        return loss_map(base, trials)
+        return LossMap.read(store, run)
     except AnalysisError as error:
-        raise ReportError(f"run {run}: {error}") from None
+        raise ReportError(str(error)) from None
 
 
-def text_of(found: LossAtRank) -> str:
-    """Return the canonical text of a reduction on the map."""
-    return f"{found.matrix}@{found.size}"
-
-
-def sizes(found: Sequence[LossAtRank]) -> list[str]:
-    """Return the sizes on a map: kept fractions, then ranks, rising."""
-
-    def order(text: str) -> tuple[bool, Decimal | int, str]:
-        number, _, options = text.partition(":")
-        size = Size.parse(number)
-        return (False, size.rho, options) if size.rho is not None else (True, size.rank or 0, options)
-
-    return sorted({m.size for m in found}, key=order)
-
-
-def grid(found: Sequence[LossAtRank], size: str = "") -> LossMap:
-    """Arrange what was measured in blocks by matrices.
-
-    The colours end at the largest fall of the loss, or at the median rise where that is more, so that what breaks the model
-    does not drown the rest.
+def table(loss_map: LossMap, size: str = "") -> LossTable:
+    """Return a loss map as blocks by matrices.
 
     Args:
-        found: of one search.
-        size: the one to show; empty takes, of every matrix, the size at which the loss is lowest.
+        loss_map: of one search.
+        size: the size to show; empty takes, for every matrix, the size with the lowest loss.
 
     Raises:
-        ReportError: if nothing was measured at this size.
+        ReportError: if the search scored nothing at this size.
     """
-    best: dict[tuple[str, int, str], LossAtRank] = {}
-    for m in found:
-        key = (m.stack, m.layer, m.name)
-        if size in ("", m.size) and (key not in best or m.loss_change.value < best[key].loss_change.value):
-            best[key] = m
-    if not best:
-        raise ReportError(f"the search measured nothing at size {size!r}; it has {', '.join(sizes(found))}")
-    columns = sorted({(m.stack, m.name) for m in found}, key=_place)
-    blocks = list(dict.fromkeys((m.stack, m.layer) for m in found))
-    rises = sorted(m.loss_change.value for m in best.values() if m.loss_change.value > 0)
-    falls = [-m.loss_change.value for m in best.values() if m.loss_change.value < 0]
-    return LossMap(
-        columns=tuple(f"{stack}.{name}" if stack else name for stack, name in columns),
-        rows=tuple(
-            (
-                f"{stack}.{layer}" if stack else str(layer),
-                tuple(best.get((stack, layer, name)) if of == stack else None for of, name in columns),
-            )
-            for stack, layer in blocks
-        ),
-        end=max([*falls, rises[len(rises) // 2] if rises else 0.0, 1e-6]),
-    )
+    shown = loss_map.at(size) if size else loss_map.lowest()
+    if not shown:
+        raise ReportError(f"the search measured nothing at size {size!r}; it has {', '.join(loss_map.sizes)}")
+    return loss_map.table(shown, sorted(loss_map.matrices, key=_matrix_order))
 
 
-def grid_html(shown: LossMap) -> str:
-    """Return a map as a table of buttons, which hold the text of their reduction; all that is data is escaped."""
-    most = max(m.loss_change.n for _, row in shown.rows for m in row if m is not None)
-    return page("app_map", map=shown, most=most, text_of=text_of)
+def colour(change: float, limit: float) -> str:
+    """Return the colour of a change of loss: blue where the loss falls, orange where it rises, white where it stays."""
+    share = max(-1.0, min(1.0, change / limit))
+    hue, light = (205, 62) if share < 0 else (28, 60)
+    return f"hsl({hue} 80% {100 - (100 - light) * abs(share):.0f}%)"
+
+
+def table_html(table: LossTable) -> str:
+    """Return a table of buttons, which hold the text of their reduction. All data is escaped."""
+    limit = LossMap(tuple(table.cells)).colour_limit
+    most = max(m.loss_change.n for m in table.cells)
+    return page("app_map", map=table, most=most, colour=lambda change: colour(change, limit))
 
 
 def changes(store: Store, run: str, candidate: str, split: str = "validation") -> Flips:
-    """Return what a candidate of a search corrects and breaks, against the unchanged model on the same examples.
+    """Compare a candidate of a search with the unchanged model on the same examples.
 
     Args:
         store: the results database.
         run: the search's id.
-        candidate: canonical text.
-        split: one that the candidate was scored on.
+        candidate: canonical text of the candidate.
+        split: a split that the candidate was scored on.
 
     Raises:
         ReportError: if the search has no scores of it, or none of the unchanged model.
@@ -169,19 +106,19 @@ def changes(store: Store, run: str, candidate: str, split: str = "validation") -
 
 
 def candidates(store: Store, run: str) -> list[str]:
-    """Return all that a search scored on validation, those of the map among them, in the order they were scored."""
+    """Return the candidates that a search scored on validation, in the order of scoring."""
     return [t.intervention for t in store.trials(run) if t.split == "validation" and t.status == "done" and t.intervention]
 
 
 def corrected(store: Store, run: RunInfo) -> list[Flip]:
-    """Return the test examples that a finished search's best corrects and that have a prompt."""
+    """Return the test examples with a prompt that the best candidate of a finished search corrects."""
     best = (run.outcome or {}).get("best")
     return [flip for flip in changes(store, run.id, best, "test").of("corrected") if flip.prompt] if best else []
 
 
-def summary(found: Flips) -> Mapping[str, str]:
+def summary(result: Flips) -> Mapping[str, str]:
     """Return the figures of a candidate as text, by name."""
-    c = found.comparison
+    c = result.comparison
     low, high = c.loss_interval
     interval = f", 95 % interval {low:+.4f} to {high:+.4f}" if math.isfinite(low) else " (a single example)"
     return {
@@ -193,6 +130,6 @@ def summary(found: Flips) -> Mapping[str, str]:
     }
 
 
-def _place(column: tuple[str, str]) -> tuple[str, int, str]:
-    stack, name = column
-    return stack, ORDER.index(name) if name in ORDER else len(ORDER), name
+def _matrix_order(matrix: tuple[str, str]) -> tuple[str, int, str]:
+    stack, name = matrix
+    return stack, MATRIX_ORDER.index(name) if name in MATRIX_ORDER else len(MATRIX_ORDER), name

@@ -1,4 +1,4 @@
-"""A leaderboard: published results, one's own and submitted ones, as a folder of plain files."""
+"""A leaderboard of published, own and submitted results, as a folder of static files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from laserlm.reductions import Intervention, Reduction
 from laserlm.store import Store
 from laserlm.studies.published import CHECKPOINTS, Published, published
 from laserlm.web.pages import page
-from laserlm.web.submissions import described, finished, read
+from laserlm.web.submissions import describe_run, is_finished, load_submission
 
-__all__ = ["MARKER", "BuildResult", "LeaderboardEntry", "Table", "Write", "build", "rows"]
+__all__ = ["MARKER_FILE", "BuildResult", "LeaderboardEntry", "ReportWriter", "Table", "build", "rows"]
 
-MARKER = "laser-leaderboard.json"
-"""Stands in every folder that ``build`` wrote; no other one is replaced."""
+MARKER_FILE = "laser-leaderboard.json"
+"""File in every folder that ``build`` wrote; ``build`` replaces no other folder."""
 INDEX = "index.html"
 REPORTS = "reports"
 FORMAT = 1
@@ -32,34 +32,34 @@ ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
 LINK = re.compile(rf"https://[^\s\"'<>\\]+|{REPORTS}/[0-9a-f]{{12}}\.html", re.ASCII)
 Metric = Literal["accuracy", "pass@1", "loss"]
 Origin = Literal["published", "own run", "submitted"]
-Write = Callable[[Store, str, Path], object]
+ReportWriter = Callable[[Store, str, Path], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderboardEntry:
-    """One result.
+    """One result of the leaderboard.
 
     Args:
-        model: its name.
-        task: the task's name.
-        metric: what is counted, ``loss`` where a task knows no accuracy.
-        base: accuracy before, as a share; None where there is none.
-        base_loss: in nats per answer token; None where it is not known, as below.
+        model: name of the model.
+        task: name of the task.
+        metric: the main metric; ``loss`` for tasks without an accuracy.
+        base: accuracy of the unchanged model as a share; None if there is none.
+        base_loss: loss of the unchanged model in nats per answer token; None if unknown.
         edited: accuracy under the intervention.
-        edited_loss: its loss.
+        edited_loss: loss under the intervention.
         interval: 95 % interval of the gain.
-        loss_interval: of the change of loss.
+        loss_interval: 95 % interval of the change of loss.
         n: number of test examples.
         intervention: canonical text.
-        method: as its source calls it.
-        credit: source, or who handed it in.
-        origin: where the row is from.
-        how: what else is known of how it was found.
-        run: id of the run of one's own that found it, or empty.
-        report: relative path or https address of more about it, or empty.
+        method: name of the method in its source.
+        credit: source or submitter.
+        origin: origin of the entry.
+        how: further facts about the search.
+        run: id of the own run, or empty.
+        report: relative path or https address of a report, or empty.
         model_hash: sha256 of the model's weights, or empty.
         test_hash: sha256 of the test split, or empty.
-        held_out: whether it is measured on a test split that had no part in the choice.
+        held_out: whether the test split had no part in the choice.
     """
 
     model: str
@@ -85,55 +85,49 @@ class LeaderboardEntry:
 
     def __post_init__(self) -> None:
         if self.report and not LINK.fullmatch(self.report):
-            raise ReportError(f"a row cannot link to {self.report!r}; give an https:// address")
+            raise ReportError(f"the report {self.report!r} is not an https:// address; give one, or leave it out")
 
     @property
     def gain(self) -> float | None:
-        """Accuracy under the intervention less that before."""
+        """Accuracy under the intervention minus the base accuracy."""
         return None if self.base is None or self.edited is None else self.edited - self.base
 
     @property
     def change(self) -> float | None:
-        """Loss under the intervention less that before."""
+        """Loss under the intervention minus the base loss."""
         return None if self.base_loss is None or self.edited_loss is None else self.edited_loss - self.base_loss
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """What the row does not carry of what a verified one does."""
+        """The parts that the entry lacks to be verified."""
         needed = {
             "an intervention": self.intervention,
             "a sha256 of the model's weights": self.model_hash,
             "a sha256 of the test split": self.test_hash,
             "a test split that had no part in the choice": self.held_out,
         }
-        return tuple(name for name, there in needed.items() if not there)
+        return tuple(name for name, is_present in needed.items() if not is_present)
 
     @property
     def verified(self) -> bool:
-        """Whether the row carries all that it takes to repeat and trust the measurement."""
+        """Whether the entry has everything that is needed to repeat and trust the measurement."""
         return not self.lacks
 
     @property
     def reductions(self) -> list[str]:
-        """The reductions as ``[matrix, layer, kept fraction]``, or as text where more than these three say what they are."""
+        """The reductions as ``[matrix, layer, kept fraction]``, or as text if these three do not determine the reduction."""
         return [_triple(r) for r in Intervention.parse(self.intervention).reductions]
 
     @property
-    def measured(self) -> tuple[object, ...]:
-        """What was measured: equal for equal rows, whoever tells of them."""
+    def identity(self) -> tuple[object, ...]:
+        """The measurement: equal for entries of the same result, whatever their origin."""
         figures = (self.base, self.base_loss, self.edited, self.edited_loss)
         return (self.model_hash, self.task, self.test_hash, self.intervention, self.n, *figures)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one task that count the same, the best gain first.
-
-    Args:
-        task: the task's name.
-        metric: what is counted.
-        rows: one or more.
-    """
+    """The entries of one task and metric, the best gain first."""
 
     task: str
     metric: Metric
@@ -142,15 +136,7 @@ class Table:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What was built.
-
-    Args:
-        folder: where.
-        rows: number of rows.
-        verified: number of verified ones among them.
-        tables: number of tables.
-        reports: number of reports beside the page.
-    """
+    """The folder of a leaderboard, and the numbers of its rows, verified rows, tables and reports."""
 
     folder: Path
     rows: int
@@ -160,91 +146,89 @@ class BuildResult:
 
 
 def rows(store: Store | None = None, submissions: Path | None = None) -> list[LeaderboardEntry]:
-    """Return the published rows, those of finished searches that found something, and the submitted ones.
+    """Return the published entries, the submitted ones, and those of finished searches that found a reduction.
 
-    A result that was found twice, or was found here and is submitted too, is one row.
+    Equal results of two own runs, or of an own run and a submission, are one entry.
 
     Args:
-        store: the results database; None leaves it out.
-        submissions: folder of submissions; None leaves it out.
+        store: the results database, or None.
+        submissions: folder of submissions, or None.
 
     Raises:
-        ReportError: if a submission is wrong, or there is no such folder.
+        ReportError: if a submission is invalid, or the folder does not exist.
     """
     own: dict[tuple[object, ...], LeaderboardEntry] = {}
     for info in store.runs() if store is not None else ():
-        if finished(info):
-            row = _row(described(info), origin="own run", credit=f"run {info.id}", run=_checked_id(info.id))
-            own.setdefault(row.measured, row)  # the newest of equal ones
+        if is_finished(info):
+            entry = _entry(describe_run(info), origin="own run", credit=f"run {info.id}", run=_checked_id(info.id))
+            own.setdefault(entry.identity, entry)  # the newest run comes first
     submitted = []
     for file in _files(submissions):
-        row = _submitted(read(file))
-        mine = own.pop(row.measured, None)
-        submitted.append(row if mine is None else replace(row, run=mine.run))
-    return [*(_published(p) for p in published()), *submitted, *own.values()]
+        entry = _submitted_entry(load_submission(file))
+        same = own.pop(entry.identity, None)
+        submitted.append(entry if same is None else replace(entry, run=same.run))
+    return [*(_published_entry(p) for p in published()), *submitted, *own.values()]
 
 
 def build(
-    out: str | Path, store: Store | None = None, *, submissions: Path | None = None, report: Write | None = None
+    out: str | Path, store: Store | None = None, *, submissions: Path | None = None, report: ReportWriter | None = None
 ) -> BuildResult:
-    """Write the leaderboard as a folder of plain files: one page, and the reports of one's own runs.
+    """Write the leaderboard as a folder of static files: one page, and the reports of the own runs.
 
-    The folder is written beside ``out`` and moved there at the end.
+    A temporary folder is written and then moved to ``out``.
 
     Args:
-        out: the folder; one that is there already is replaced if this function wrote all of it.
-        store: the results database; None leaves it out.
-        submissions: folder of submissions; None leaves it out.
-        report: writes the report of a run, given store, id and path; with None those that are in ``out`` already are kept.
+        out: the folder. An existing folder is replaced if this function wrote all of it.
+        store: the results database, or None.
+        submissions: folder of submissions, or None.
+        report: writes the report of a run for a store, an id and a path; None keeps the reports that are in ``out``.
 
     Raises:
-        ReportError: if the folder holds anything else or cannot be written, or a submission is wrong.
+        ReportError: if the folder has other files or cannot be written, or a submission is invalid.
     """
     out = Path(out).resolve()
     _check_target(out)
-    listed = rows(store, submissions)
+    entries = rows(store, submissions)
     reports = 0
     try:
         with atomic_folder(out, existing="replace" if out.exists() else "refuse") as part:
-            for i, row in enumerate(listed):
+            for i, row in enumerate(entries):
                 if row.run and _write_report(row.run, store, out, part, report):
                     reports += 1
-                    listed[i] = replace(row, report=row.report or f"{REPORTS}/{row.run}.html")
-            tables = _tables(listed)
-            (part / INDEX).write_text(_page(tables, listed), encoding="utf-8")
-            marker = {"format": FORMAT, "laserlm": versions()["laserlm"], "rows": len(listed)}
-            (part / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+                    entries[i] = replace(row, report=row.report or f"{REPORTS}/{row.run}.html")
+            tables = _tables(entries)
+            (part / INDEX).write_text(_page(tables, entries), encoding="utf-8")
+            marker = {"format": FORMAT, "laserlm": versions()["laserlm"], "rows": len(entries)}
+            (part / MARKER_FILE).write_text(json.dumps(marker) + "\n", encoding="utf-8")
             _check_target(out)
     except OSError as error:
         raise ReportError(f"cannot write {out}: {error}; free space there, or give another folder") from error
-    return BuildResult(out, len(listed), sum(row.verified for row in listed), len(tables), reports)
+    return BuildResult(out, len(entries), sum(row.verified for row in entries), len(tables), reports)
 
 
 def _check_target(out: Path) -> None:
-    """Raise a ReportError where a folder may not be replaced."""
+    """Raise a ReportError if a folder must not be replaced."""
     if not out.exists():
         return
     if not out.is_dir():
         raise ReportError(f"{out} is a file; give a folder")
-    held = [*out.iterdir(), *((out / REPORTS).iterdir() if (out / REPORTS).is_dir() else ())]
-    if not held:
+    paths = [*out.iterdir(), *((out / REPORTS).iterdir() if (out / REPORTS).is_dir() else ())]
+    if not paths:
         return
-    if not (out / MARKER).is_file():
+    if not (out / MARKER_FILE).is_file():
+        raise ReportError(f"{out} was not built by 'laser leaderboard build' (it has no {MARKER_FILE}); give another folder")
+    known = re.compile(rf"{INDEX}|{re.escape(MARKER_FILE)}|{REPORTS}|{REPORTS}/{ID.pattern}\.html")
+    names = sorted(path.relative_to(out).as_posix() for path in paths)
+    foreign = [name for name in names if not known.fullmatch(name)]
+    if foreign:
         raise ReportError(
-            f"{out} was not built by 'laser leaderboard build' (it has no {MARKER}) and is left alone; give another folder"
-        )
-    known = re.compile(rf"{INDEX}|{re.escape(MARKER)}|{REPORTS}|{REPORTS}/{ID.pattern}\.html")
-    names = sorted(path.relative_to(out).as_posix() for path in held)
-    strange = [name for name in names if not known.fullmatch(name)]
-    if strange:
-        raise ReportError(
-            f"{out} holds {', '.join(strange[:5])}, which 'laser leaderboard build' did not write and would delete; "
-            "move that away, or give another folder"
+            f"{out} holds {', '.join(foreign[:5])}, which 'laser leaderboard build' did not write; move these files away, "
+            "or give another folder"
         )
 
 
-def _write_report(run: str, store: Store | None, out: Path, part: Path, write: Write | None) -> bool:
-    """Write the report of a run, or keep the one that is there; return whether there is one."""
+def _write_report(run: str, store: Store | None, out: Path, part: Path, write: ReportWriter | None) -> bool:
+    """Write the report of a run, or keep the existing one; return whether there is a report."""
     name = f"{REPORTS}/{_checked_id(run)}.html"
     if (store is None or write is None) and not (out / name).is_file():
         return False
@@ -257,7 +241,7 @@ def _write_report(run: str, store: Store | None, out: Path, part: Path, write: W
 
 def _checked_id(run: str) -> str:
     if not ID.fullmatch(run):
-        raise ReportError(f"{run!r} is no id of a run, so no file is named after it; an id is 12 hexadecimal digits")
+        raise ReportError(f"{run!r} is not the id of a run; an id has 12 hexadecimal digits")
     return run
 
 
@@ -265,11 +249,11 @@ def _files(folder: Path | None) -> list[Path]:
     if folder is None:
         return []
     if not folder.is_dir():
-        raise ReportError(f"there is no folder {folder}; fill one with 'laser leaderboard add FILE --to {folder}'")
+        raise ReportError(f"there is no folder {folder}; create it with 'laser leaderboard add FILE --to {folder}'")
     return sorted(folder.glob("*.json"))
 
 
-def _published(p: Published) -> LeaderboardEntry:
+def _published_entry(p: Published) -> LeaderboardEntry:
     scale = 100 if p.metric == "accuracy_percent" else 1
     return LeaderboardEntry(
         model=CHECKPOINTS[p.model][0],
@@ -286,13 +270,13 @@ def _published(p: Published) -> LeaderboardEntry:
     )
 
 
-def _submitted(document: dict[str, Any]) -> LeaderboardEntry:
+def _submitted_entry(document: dict[str, Any]) -> LeaderboardEntry:
     credit = document.get("credit", "not named")
-    return replace(_row(document, origin="submitted", credit=credit), report=document.get("report", ""))
+    return replace(_entry(document, origin="submitted", credit=credit), report=document.get("report", ""))
 
 
-def _row(document: dict[str, Any], *, origin: Origin, credit: str, run: str = "") -> LeaderboardEntry:
-    """Return the row of a submission, or of a run in that form."""
+def _entry(document: dict[str, Any], *, origin: Origin, credit: str, run: str = "") -> LeaderboardEntry:
+    """Return the entry of a submission, or of a run in that form."""
     task, result, search = document["task"], document["result"], document.get("search", {})
     metrics: dict[str, Metric] = {"perplexity": "loss", "program": "pass@1"}
     how = [f"scored by {task['scorer']}"]
@@ -335,9 +319,9 @@ def _triple(r: Reduction) -> str:
     return f"[{r.matrix}, {r.layers}, {r.size}]" if r == plain and r.size.rho is not None else str(r)
 
 
-def _tables(listed: Iterable[LeaderboardEntry]) -> list[Table]:
+def _tables(entries: Iterable[LeaderboardEntry]) -> list[Table]:
     groups: dict[tuple[str, Metric], list[LeaderboardEntry]] = defaultdict(list)
-    for row in listed:
+    for row in entries:
         groups[row.task, row.metric].append(row)
     return [Table(*key, tuple(sorted(groups[key], key=_rank))) for key in sorted(groups)]
 
@@ -347,16 +331,16 @@ def _rank(row: LeaderboardEntry) -> tuple[float, str, str]:
     return (float("inf") if best is None else best, row.model, row.intervention)
 
 
-def _page(tables: list[Table], listed: list[LeaderboardEntry]) -> str:
+def _page(tables: list[Table], entries: list[LeaderboardEntry]) -> str:
     return page(
         "leaderboard",
         tables=tables,
-        rows=len(listed),
-        verified=sum(row.verified for row in listed),
+        rows=len(entries),
+        verified=sum(row.verified for row in entries),
         choices={
-            "model": sorted({row.model for row in listed}, key=str.casefold),
-            "task": sorted({row.task for row in listed}, key=str.casefold),
-            "method": sorted({row.method for row in listed}, key=str.casefold),
+            "model": sorted({row.model for row in entries}, key=str.casefold),
+            "task": sorted({row.task for row in entries}, key=str.casefold),
+            "method": sorted({row.method for row in entries}, key=str.casefold),
         },
         version=versions()["laserlm"],
         day=datetime.now(UTC).date().isoformat(),

@@ -1,4 +1,4 @@
-"""HTML pages that hold all they need: templates whose values are escaped, styles and scripts within."""
+"""Self-contained HTML pages from templates. All values are escaped."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def page(template: str, **values: Any) -> str:
 def plot(figure: Any, name: str) -> Markup:
     """Return a plotly figure as an element with this id, for a page that holds ``plot_library``.
 
-    The figure's texts are data: labels of axes and hovers may hold what looks like HTML, which plotly would show as such,
-    so whoever makes the figure escapes them; what is written here cannot leave its script.
+    Plotly shows labels and hovers as HTML, so the caller escapes texts that come from data. The figure itself cannot leave
+    its script element.
     """
     figure.update_layout(template="plotly_white", font={"family": "inherit"}, margin={"t": 60, "r": 20})
-    made = figure.to_html(
+    html = figure.to_html(
         full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False, "responsive": True}
     )
-    return Markup(made)
+    return Markup(html)
 
 
 def plot_library() -> Markup:
-    """Return plotly's script, to stand once in a page before its figures."""
+    """Return the script of plotly. A page needs it once, before its figures."""
     return Markup(f"<script>{get_plotlyjs()}</script>")
 
 
 def script_json(value: Any) -> Markup:
-    """Return a value as JSON that can stand within a script element: nothing in it ends the element."""
+    """Return a value as JSON for a script element. No character in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

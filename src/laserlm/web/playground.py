@@ -1,4 +1,4 @@
-"""One prompt through three versions of a model: unchanged, reduced, and with only what the reduction takes away."""
+"""Run a prompt through three variants of a model: unchanged, reduced, and with only the part that the reduction removes."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from laserlm.scoring.generation import generate, generate_for
 from laserlm.tasks import Decoding, Example
 from laserlm.web.batched_variants import CannotBatchError, run_variants
 
-__all__ = ["LONGEST_PROMPT", "MOST_TOKENS", "Playground", "Variant", "answer"]
+__all__ = ["MAX_NEW_TOKENS", "MAX_PROMPT_CHARACTERS", "Playground", "Variant", "answer"]
 
-MOST_TOKENS = 64
-"""Tokens of a continuation: one user's question holds up all others."""
-LONGEST_PROMPT = 4000
-"""Characters of a prompt, for the same reason."""
-LIKELIEST = 5
-KEPT = 256
-"""Answers that are remembered; each takes a few kilobytes."""
-SMALL = 2**30
-"""Bytes of weights that a single core reads in about a tenth of a second."""
-SHORT = 500
-"""Characters of a prompt whose tokens take no longer to compute than the weights take to be read."""
+MAX_NEW_TOKENS = 64
+"""Maximum tokens of a continuation, because every request delays all other users."""
+MAX_PROMPT_CHARACTERS = 4000
+"""Maximum length of a prompt, for the same reason."""
+N_TOP_TOKENS = 5
+ANSWER_CACHE_SIZE = 256
+"""Number of cached answers; each takes a few kilobytes."""
+SMALL_MODEL_BYTES = 2**30
+"""Size of weights that one core reads in about 0.1 s."""
+SHORT_PROMPT_CHARACTERS = 500
+"""Length of a prompt whose computation takes no longer than reading the weights."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one version of a model makes of a prompt.
+    """The output of one variant of a model for a prompt.
 
     Args:
-        intervention: canonical text of what was changed, empty for the unchanged model.
-        text: how it goes on, greedily; of a masked model, what it fills in.
-        top: the likeliest first tokens with their probabilities, the likeliest first.
+        intervention: canonical text of the intervention, empty for the unchanged model.
+        text: greedy continuation; of a masked model, the text in place of the masks.
+        top: the likeliest first tokens with their probabilities, in descending order.
     """
 
     intervention: str
@@ -51,97 +51,101 @@ class Variant:
     top: tuple[tuple[str, float], ...]
 
 
-Sides = tuple[Variant, ...]
+Variants = tuple[Variant, ...]
 
 
 class Playground:
-    """Answer prompts by one model, for several users at once.
+    """Answers prompts of several users with one model.
 
-    Weights are changed in place for a moment, so that one question is answered at a time and nothing is left changed for
-    the next: no user meets the reduction of another. Answers are remembered.
+    An answer changes weights in place and restores them. A lock therefore allows one request at a time, and no user sees
+    the reduction of another user. Answers are cached.
 
     Args:
-        lm: the unchanged model; nobody else may use it meanwhile.
+        lm: the unchanged model; no other code may use it at the same time.
 
     Raises:
         ModelError: if the model has no head or no tokenizer.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
-        lm.need_tokenizer()
+        lm.require_tokenizer()
         self.lm = lm
         self._lock = Lock()
-        self._known: OrderedDict[tuple[str, str, int], Sides] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str, int], Variants] = OrderedDict()
 
-    def answer(self, prompt: str, intervention: str, tokens: int) -> Sides:
-        """Return what ``answer`` does, by one user after another.
+    def answer(self, prompt: str, intervention: str, tokens: int) -> Variants:
+        """Return the three variants as ``answer`` does, one request at a time.
 
         Raises:
-            ReportError: if the prompt or the number of tokens is too large here, or there is none; or no reduction.
+            ReportError: if the prompt or the number of tokens is empty or too large, or there is no reduction.
             LaserError: as ``answer``.
         """
-        if not prompt or len(prompt) > LONGEST_PROMPT:
-            raise ReportError(f"a prompt of {len(prompt)} characters cannot be answered here; write 1 to {LONGEST_PROMPT}")
-        if not 1 <= tokens <= MOST_TOKENS:
-            raise ReportError(f"cannot go on by {tokens} tokens here; ask for 1 to {MOST_TOKENS}")
-        wanted = str(Intervention.parse(intervention))
-        if not wanted:
-            raise ReportError("no reduction to set beside the unchanged model; write one such as 3.fc_in@0.1")
-        key = (prompt, wanted, tokens)
+        if not prompt or len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise ReportError(f"a prompt must have 1 to {MAX_PROMPT_CHARACTERS} characters, got {len(prompt)}; shorten it")
+        if not 1 <= tokens <= MAX_NEW_TOKENS:
+            raise ReportError(f"the number of new tokens must be 1 to {MAX_NEW_TOKENS}, got {tokens}")
+        canonical = str(Intervention.parse(intervention))
+        if not canonical:
+            raise ReportError("no reduction to compare with the unchanged model; write one such as 3.fc_in@0.1")
+        key = (prompt, canonical, tokens)
         with self._lock:
-            if key not in self._known:
-                self._known[key] = answer(self.lm, *key)
-                if len(self._known) > KEPT:
-                    self._known.popitem(last=False)
-            self._known.move_to_end(key)
-            return self._known[key]
+            if key not in self._cache:
+                self._cache[key] = answer(self.lm, *key)
+                if len(self._cache) > ANSWER_CACHE_SIZE:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(key)
+            return self._cache[key]
 
 
-def answer(lm: LanguageModel, prompt: str, intervention: str, tokens: int) -> Sides:
-    """Return what the unchanged model makes of a prompt, the reduced one, and one with only what was taken away.
+def answer(lm: LanguageModel, prompt: str, intervention: str, tokens: int) -> Variants:
+    """Return the outputs of the unchanged model, the reduced model and the model with only the removed part.
 
-    The three are run together where the model can be, which moves low bits.
+    One batch computes all three if the model allows it. The results then differ in the last bits.
 
     Args:
         lm: the unchanged model.
-        prompt: some text; of a masked model, with its mask token, or the mask comes after it.
+        prompt: some text; for a masked model, with its mask token, or else the mask is appended.
         intervention: text of a reduction, or of several joined by ``+``.
-        tokens: new tokens at most; of a masked model, masks filled in at once.
+        tokens: maximum number of new tokens; for a masked model, the number of masks.
 
     Raises:
-        SpecError: if the intervention cannot be read.
-        MatrixError: if it names a matrix that the model does not have.
-        ScoringError: if the prompt is longer than the model takes, or the model overflows its dtype.
+        SpecError: if the intervention cannot be parsed.
+        MatrixError: if the model has no such matrix.
+        ScoringError: if the prompt is too long for the model, or the model overflows its dtype.
     """
-    versions = ["", str(Intervention.parse(intervention)), str(removed_part(lm.matrices, intervention))]
+    interventions = ["", str(Intervention.parse(intervention)), str(removed_part(lm.matrices, intervention))]
     with _threads(lm, prompt):
         try:
-            with run_variants(lm, versions), _first_logits(lm) as passes:
-                texts = _texts(lm, [prompt] * len(versions), tokens)
+            with run_variants(lm, interventions), _first_logits(lm) as passes:
+                texts = _texts(lm, [prompt] * len(interventions), tokens)
             firsts = list(_first(lm, passes))
         except CannotBatchError:
             texts, firsts = [], []
-            for version in versions:
-                with applied(lm, version), _first_logits(lm) as passes:
+            for text in interventions:
+                with applied(lm, text), _first_logits(lm) as passes:
                     texts += _texts(lm, [prompt], tokens)
                 firsts += _first(lm, passes)
-    return tuple(_side(lm, *of) for of in zip(versions, texts, firsts, strict=True))
+    return tuple(_variant(lm, *outputs) for outputs in zip(interventions, texts, firsts, strict=True))
 
 
 @contextmanager
 def _threads(lm: LanguageModel, prompt: str) -> Iterator[None]:
-    """Compute on one core what one core does in time, until the end of the context.
+    """Use one thread for a small model and a short prompt, until the end of the context.
 
-    Several threads wait for each other after every product. On a machine that does something else too, such as a search,
-    that takes many times as long as the products.
+    Threads wait for each other after every product. On a busy machine, for example during a search, this waiting takes many
+    times as long as the products.
     """
-    before = torch.get_num_threads()
-    small = lm.device.type == "cpu" and lm.model.get_memory_footprint() <= SMALL and len(prompt) <= SHORT
-    torch.set_num_threads(1 if small else before)
+    n_threads = torch.get_num_threads()
+    is_small = (
+        lm.device.type == "cpu"
+        and lm.model.get_memory_footprint() <= SMALL_MODEL_BYTES
+        and len(prompt) <= SHORT_PROMPT_CHARACTERS
+    )
+    torch.set_num_threads(1 if is_small else n_threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(n_threads)
 
 
 def _texts(lm: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
@@ -153,43 +157,43 @@ def _texts(lm: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
 
 @contextmanager
 def _first_logits(lm: LanguageModel) -> Iterator[list[Tensor]]:
-    """Yield a list that gets the logits (B, V) of the next tokens, pass by pass; of a masked model, of its first masks.
+    """Yield a list that collects the logits (B, V) of the next tokens in each pass; of a masked model, of the first masks.
 
-    They are read off while the model writes, for a pass of their own would take as long as another token.
+    A forward hook reads them during generation, because a pass of their own would take as long as another token.
     """
-    found: list[Tensor] = []
+    logits: list[Tensor] = []
 
-    def read(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> None:
-        place = -1
+    def read(_module: Any, _args: Any, inputs: dict[str, Any], output: Any) -> None:
+        position = -1
         if lm.kind == "masked":
-            place = int((given["input_ids"][0] == lm.need_tokenizer().mask_token_id).nonzero()[0])
-        found.append(output.logits[:, place])
+            position = int((inputs["input_ids"][0] == lm.require_tokenizer().mask_token_id).nonzero()[0])
+        logits.append(output.logits[:, position])
 
     handle = lm.model.register_forward_hook(read, with_kwargs=True)
     try:
-        yield found
+        yield logits
     finally:
         handle.remove()
 
 
 def _first(lm: LanguageModel, passes: Sequence[Tensor]) -> Tensor:
-    """Return the logits (B, V) of the first tokens that were chosen."""
+    """Return the logits (B, V) of the first generated tokens."""
     if lm.kind != "encoder-decoder":
         return passes[0]
     settings: Any = lm.model.generation_config
-    # A decoder that is made to begin with a certain token chooses its first one in the second pass.
+    # With a forced first token, the decoder chooses its first token in the second pass.
     forced = settings is not None and settings.forced_bos_token_id is not None
     return passes[min(int(forced), len(passes) - 1)]
 
 
-def _side(lm: LanguageModel, intervention: str, text: str, logits: Tensor) -> Variant:
+def _variant(lm: LanguageModel, intervention: str, text: str, logits: Tensor) -> Variant:
     probabilities = logits.float().softmax(-1)  # (V,)
     if not bool(probabilities.isfinite().all()):
         raise ScoringError(
-            f"{intervention or 'the unchanged model'} gives probabilities that are not numbers; the model overflows its "
-            "dtype: load it with dtype float32 or bfloat16"
+            f"{intervention or 'the unchanged model'} gives probabilities that are not finite, because the model overflows "
+            "its dtype; load it with dtype float32 or bfloat16"
         )
-    best = probabilities.topk(min(LIKELIEST, len(probabilities)))
-    tokenizer = lm.need_tokenizer()
+    best = probabilities.topk(min(N_TOP_TOKENS, len(probabilities)))
+    tokenizer = lm.require_tokenizer()
     top = [(str(tokenizer.decode([t])), p) for t, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
     return Variant(intervention, text, tuple(top))

@@ -1,39 +1,34 @@
-"""Figures of a report: the loss map, and the screen against what was measured."""
+"""Figures of a report: the loss map, and the predictions of the screen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from laserlm.studies.rank_curve import LossAtRank
+from laserlm.studies.loss_map import LossAtRank, LossMap, stacked_name
 
 __all__ = ["map_plot", "screen_plot"]
 
 COLUMNS = 2
 PANEL = 190
-"""Pixels of a panel's height at least."""
+"""Minimum height of a panel, in pixels."""
 ROW = 18
 
 
-def map_plot(measured: Sequence[LossAtRank]) -> Any:
-    """Return the change of loss of every block and kept size, a panel for each matrix; blue is better, red worse.
-
-    The colours end at the largest fall of the loss, or the median rise where that is more, so that what breaks the model
-    does not drown the rest.
-    """
-    panels = list(dict.fromkeys((m.stack, m.name) for m in measured))
-    layers = sorted({m.layer for m in measured})
-    sizes = sorted({m.size for m in measured}, key=_order)
+def map_plot(loss_map: LossMap) -> Any:
+    """Return the change of loss of every block and kept size, one panel for each matrix. Blue is better, red is worse."""
+    panels = loss_map.matrices
+    layers = sorted({m.layer for m in loss_map})
+    sizes = loss_map.sizes
     rows = -(-len(panels) // COLUMNS)
-    names = [escape(f"{stack}.{name}" if stack else name) for stack, name in panels]
+    names = [escape(stacked_name(stack, name)) for stack, name in panels]
     figure = make_subplots(rows=rows, cols=COLUMNS, subplot_titles=names, vertical_spacing=min(0.2, 0.35 / rows))
     for i, (stack, name) in enumerate(panels):
-        of = {(m.size, m.layer): m for m in measured if (m.stack, m.name) == (stack, name)}
+        of = {(m.size, m.layer): m for m in loss_map if (m.stack, m.name) == (stack, name)}
         cells = [[of.get((size, layer)) for layer in layers] for size in sizes]
         figure.add_trace(
             go.Heatmap(
@@ -49,16 +44,13 @@ def map_plot(measured: Sequence[LossAtRank]) -> Any:
             row=i // COLUMNS + 1,
             col=i % COLUMNS + 1,
         )
-    values = np.array([m.loss_change.value for m in measured])
-    end = float(
-        max(np.abs(values[values < 0]).max(initial=0), np.median(values[values > 0]) if (values > 0).any() else 0, 1e-6)
-    )
+    limit = loss_map.colour_limit
     figure.update_layout(
         coloraxis={
             "colorscale": "RdBu",
             "reversescale": True,
-            "cmin": -end,
-            "cmax": end,
+            "cmin": -limit,
+            "cmax": limit,
             "colorbar": {"title": "change of loss"},
         },
         height=90 + rows * max(PANEL, 90 + ROW * len(sizes)),
@@ -69,7 +61,7 @@ def map_plot(measured: Sequence[LossAtRank]) -> Any:
 
 
 def screen_plot(expected: Mapping[str, float], measured: Mapping[str, float]) -> Any:
-    """Return the change of loss that the screen expected of each candidate, against the one that was measured."""
+    """Return the change of loss that the screen expected of each candidate, against the measured change."""
     both = [text for text in expected if text in measured]
     figure = go.Figure(
         go.Scatter(
@@ -94,9 +86,3 @@ def _hover(m: LossAtRank) -> str:
         f"<br>change of loss {loss.value:+.3f} [{loss.interval.low:+.3f}, {loss.interval.high:+.3f}]"
         f"<br>gain {gain.value:+.1%} [{gain.interval.low:+.1%}, {gain.interval.high:+.1%}]<br>n {loss.n}"
     )
-
-
-def _order(size: str) -> tuple[bool, float]:
-    """Order sizes by what they keep: fractions, then ranks."""
-    number = size.partition(":")[0]
-    return number.startswith("r"), float(number.removeprefix("r"))

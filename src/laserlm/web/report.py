@@ -1,9 +1,9 @@
-"""A search as one HTML file: what was asked and found, where, at what cost, and how to go on."""
+"""Write a search as one HTML file: settings, result, loss map, examples, side effects and next commands."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from laserlm.searching import SearchResult
 from laserlm.store import RunInfo, Store
 from laserlm.studies.estimates import Estimate
 from laserlm.studies.flipping import Flips, flips
-from laserlm.studies.rank_curve import LossAtRank, measured_of
+from laserlm.studies.loss_map import LossMap
 from laserlm.studies.side_effects import OnText, Transfer, on_text, transfer
 from laserlm.web.pages import page, plot, plot_library
 from laserlm.web.plots import map_plot, screen_plot
@@ -21,13 +21,13 @@ from laserlm.web.plots import map_plot, screen_plot
 __all__ = ["SideEffects", "side_effects", "write_report"]
 
 EXAMPLES = 10
-"""Corrected and broken examples shown, of each."""
+"""Number of corrected and of broken examples shown."""
 TRIALS = 10
 
 
 @dataclass(frozen=True)
 class SideEffects:
-    """What studies have recorded of an intervention beside its task.
+    """Stored side effects of an intervention.
 
     Args:
         divergences: mean divergence on neutral prompts, one for each set of prompts.
@@ -44,7 +44,7 @@ class SideEffects:
 
 
 def side_effects(store: Store, run: RunInfo, intervention: str) -> SideEffects:
-    """Return what the database holds of an intervention on other tasks, of the model of a run."""
+    """Return the side effects of an intervention on the model of a run, as far as the database has them."""
     divergences: list[Estimate] = []
     texts: list[tuple[str, OnText]] = []
     transfers: list[Transfer] = []
@@ -88,39 +88,39 @@ def write_report(store: Store, run: str, out: Path) -> Path:
     if not out.absolute().parent.is_dir():
         raise ReportError(f"no folder {out.absolute().parent} to write the report in; make it first")
     try:
-        found = SearchResult.from_dict(info.outcome)
+        result = SearchResult.from_dict(info.outcome)
     except (KeyError, TypeError) as error:
         raise ReportError(
             f"run {info.id} was written by an older laserlm and lacks {error}; search again with --restart"
         ) from None
-    text = _page(store, info, found)
+    text = _page(store, info, result)
     with atomic_file(out) as part:
         part.write_text(text, encoding="utf-8")
     return out
 
 
-def _page(store: Store, info: RunInfo, found: SearchResult) -> str:
-    best = str(found.best)
-    measured = measured_of(store, info)
+def _page(store: Store, info: RunInfo, result: SearchResult) -> str:
+    best = str(result.best)
+    loss_map = LossMap.read_or_empty(store, info)
     flipped = _flipped(store, info, best)
-    screened = found.screened
+    screened = result.screened
     figures = {}
-    if measured:
-        figures["map"] = plot(map_plot(measured), "map")
+    if loss_map:
+        figures["map"] = plot(map_plot(loss_map), "map")
     if screened is not None and screened.measured:
         figures["screen"] = plot(screen_plot(screened.expected, screened.measured), "screen")
     return page(
         "report",
         info=info,
-        found=found,
+        found=result,
         best=best,
-        of_text=found.validation.n > 0 and info.settings.get("scorer") == "perplexity",
-        verdict=found.verdict(),
+        of_text=result.validation.n > 0 and info.settings.get("scorer") == "perplexity",
+        verdict=result.verdict(),
         asked=_asked(info),
         library=plot_library() if figures else "",
         figures=figures,
-        lowest=lowest(measured),
-        top=sorted(measured, key=lambda m: m.loss_change.value)[:TRIALS],
+        lowest=loss_map.table(loss_map.lowest()),
+        top=sorted(loss_map, key=lambda m: m.loss_change.value)[:TRIALS],
         flips=flipped,
         examples=[(name, flipped.of(name)[:EXAMPLES]) for name in ("corrected", "broken")] if flipped else [],
         effects=side_effects(store, info, best),
@@ -134,25 +134,6 @@ def _flipped(store: Store, info: RunInfo, best: str) -> Flips | None:
     if not best or base is None or reduced is None or base.scorer == "perplexity":
         return None
     return flips(base, reduced, store.examples(info.id, "test"))
-
-
-def lowest(measured: Sequence[LossAtRank]) -> tuple[list[str], list[tuple[str, list[LossAtRank | None]]]]:
-    """Return the matrices, and for each block what has the lowest change of loss of each of them."""
-    best: dict[tuple[str, int, str], LossAtRank] = {}
-    for m in measured:
-        key = (m.stack, m.layer, m.name)
-        if key not in best or m.loss_change.value < best[key].loss_change.value:
-            best[key] = m
-    columns = list(dict.fromkeys((m.stack, m.name) for m in measured))
-    rows = [
-        (_label(stack, str(layer)), [best.get((stack, layer, name)) if of == stack else None for of, name in columns])
-        for stack, layer in dict.fromkeys((m.stack, m.layer) for m in measured)
-    ]
-    return [_label(stack, name) for stack, name in columns], rows
-
-
-def _label(stack: str, name: str) -> str:
-    return f"{stack}.{name}" if stack else name
 
 
 ASKED = {
@@ -169,7 +150,7 @@ ASKED = {
     "budget": "minutes at most",
     "seed": "seed",
 }
-"""Settings that a report shows, and what they are called there."""
+"""Settings that a report shows, and their titles."""
 
 
 def _asked(info: RunInfo) -> Mapping[str, str]:
@@ -177,7 +158,7 @@ def _asked(info: RunInfo) -> Mapping[str, str]:
 
 
 def _commands(info: RunInfo, best: str) -> list[str]:
-    """Return the commands that go on from here."""
+    """Return the next commands."""
     commands = [f"laser runs show {info.id}"]
     if best:
         commands += [

@@ -1,4 +1,4 @@
-"""Serve an app to this machine's browsers alone: nothing of it leaves, and nothing but the app is given out."""
+"""Serve an app to the browsers of this machine only, and nothing else."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["HOST", "listen", "server"]
 HOST = "127.0.0.1"
 NAMES = [HOST, "localhost"]
 API = "/gradio_api/"
-USED = ("queue/", "heartbeat/", "cancel", "reset")
-"""What a page asks Gradio's interface for; the rest of it reads files and addresses, takes uploads, edits the app."""
-UNUSED = ("/monitoring", "/login", "/logout", "/pwa_icon", "/svelte", "/file")
+USED_API_PATHS = ("queue/", "heartbeat/", "cancel", "reset")
+"""Paths of Gradio's API that a page uses. The other paths read files and addresses, take uploads or edit the app."""
+UNUSED_PATHS = ("/monitoring", "/login", "/logout", "/pwa_icon", "/svelte", "/file")
 POLICY = "; ".join(
     [
         "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio's page begins with a script, and it compiles templates
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio's page has an inline script and compiles templates
         "style-src 'self' 'unsafe-inline'",
         "img-src 'self' data: blob:",
         "font-src 'self' data:",
@@ -41,37 +41,37 @@ POLICY = "; ".join(
 )
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "DejaVu Sans", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "DejaVu Sans Mono", "monospace"]
-PATIENCE_SECONDS = 1
-"""Time that open pages have to let go of the server when it ends."""
+SHUTDOWN_SECONDS = 1
+"""Time for open pages to disconnect when the server ends."""
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on this machine alone.
+    """Return a socket that listens on this machine only.
 
     Args:
-        port: its number, 0 for any that is free.
+        port: port number; 0 takes a free one.
 
     Raises:
-        ReportError: if it is taken or not allowed.
+        ReportError: if the port is in use or not allowed.
     """
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
-        raise ReportError(f"cannot listen on {HOST}:{port}: {error.strerror}; give another with --port") from error
+        raise ReportError(f"cannot listen on {HOST}:{port}: {error.strerror}; give another port with --port") from error
 
 
 def server(make: Callable[[], gradio.Blocks], css: str = "") -> uvicorn.Server:
-    """Return a server of an app; it is run with a socket of ``listen``.
+    """Return the server of an app; run it with a socket of ``listen``.
 
-    Pages are kept from asking any other machine for anything, requests that another site's pages make are refused, and so
-    is all that Gradio could do beside showing the app, such as giving out files.
+    Pages cannot send requests to other machines. The server refuses requests from pages of other sites, and all functions
+    of Gradio that the app does not need, such as serving files.
 
     Args:
-        make: returns the app, with its queue; called as the server starts, for Gradio wants the event loop it is to run in.
-        css: style of its own.
+        make: returns the app with its queue. It is called when the server starts, because Gradio needs the event loop.
+        css: additional style sheet.
     """
     config = uvicorn.Config(
-        lambda: _mounted(make(), css), factory=True, log_level="error", timeout_graceful_shutdown=PATIENCE_SECONDS
+        lambda: _mounted(make(), css), factory=True, log_level="error", timeout_graceful_shutdown=SHUTDOWN_SECONDS
     )
     return uvicorn.Server(config)
 
@@ -100,13 +100,13 @@ def _mounted(blocks: gradio.Blocks, css: str) -> FastAPI:
 
 
 def _theme() -> Any:
-    """Return Gradio's plain theme with this machine's own fonts, and its hints dark enough to be read."""
+    """Return Gradio's plain theme with system fonts and with hints that are dark enough to read."""
     theme = gradio.themes.Base(font=FONTS, font_mono=MONO_FONTS)
     return theme.set(block_info_text_color="*neutral_600", input_placeholder_color="*neutral_500")
 
 
 class _Guard:
-    """Refuse what the app does not need, and tell browsers to load from nowhere else."""
+    """Refuses requests that the app does not need, and tells browsers to load from this server only."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -118,7 +118,7 @@ class _Guard:
         if not _is_ours(Headers(scope=scope)):
             await PlainTextResponse("another site asks\n", 403)(scope, receive, send)
             return
-        if not _is_used(scope["path"]):
+        if not _is_used_by_app(scope["path"]):
             await PlainTextResponse("not found\n", 404)(scope, receive, send)
             return
 
@@ -148,7 +148,7 @@ def _is_ours(headers: Headers) -> bool:
     return origin is None or origin == f"http://{headers.get('host')}"
 
 
-def _is_used(path: str) -> bool:
+def _is_used_by_app(path: str) -> bool:
     if path.startswith(API):
-        return path.removeprefix(API).startswith(USED)
-    return ".." not in path.split("/") and not path.startswith(UNUSED)
+        return path.removeprefix(API).startswith(USED_API_PATHS)
+    return ".." not in path.split("/") and not path.startswith(UNUSED_PATHS)

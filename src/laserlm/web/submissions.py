@@ -1,4 +1,4 @@
-"""Results that are passed on: written from a run, checked against a schema, collected in a folder."""
+"""Submissions of results: create them from runs, check them against a schema, collect them in a folder."""
 
 from __future__ import annotations
 
@@ -24,18 +24,28 @@ from laserlm.scoring.statistics import mcnemar
 if TYPE_CHECKING:
     from laserlm.store import RunInfo
 
-__all__ = ["FORMAT", "AddResult", "add", "described", "finished", "problems", "public_name", "read", "submission"]
+__all__ = [
+    "FORMAT",
+    "AddResult",
+    "add",
+    "describe_run",
+    "find_problems",
+    "is_finished",
+    "load_submission",
+    "public_name",
+    "submission",
+]
 
 FORMAT = 1
 METHOD = "LASER"
-LIMIT = 1_000_000
-"""Bytes of a submission at most."""
-SHOWN = 60
-"""Characters of a wrong value that a message shows."""
-PROBLEMS = 20
-"""Problems told of one file at most."""
+MAX_BYTES = 1_000_000
+"""Maximum size of a submission."""
+MAX_VALUE_CHARACTERS = 60
+"""Maximum characters of a wrong value in a message."""
+MAX_PROBLEMS = 20
+"""Maximum number of reported problems of a file."""
 ROUNDING = 1.001e-3
-"""Difference of a stated gain from what follows from the other figures that their rounding explains."""
+"""Tolerance of a stated gain against the gain computed from the other figures, which may be rounded."""
 BUNDLED = "SmolLM2-135M-Instruct (bundled, Q4_1)"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 KINDS = {
@@ -51,58 +61,52 @@ KINDS = {
 
 @dataclass(frozen=True)
 class AddResult:
-    """What became of one file that was to be added.
-
-    Args:
-        file: as given.
-        target: the file it was copied to, None where it was refused.
-        problems: why it was refused.
-    """
+    """The result of adding a file: the copy, or the problems for which it was refused."""
 
     file: Path
     target: Path | None
     problems: tuple[str, ...] = ()
 
 
-def finished(info: RunInfo) -> bool:
-    """Return whether a run is a search that came to its end and found something better than the unchanged model."""
+def is_finished(info: RunInfo) -> bool:
+    """Return whether a run is a finished search whose best candidate is not the unchanged model."""
     return info.kind == "search" and info.status == "done" and bool((info.outcome or {}).get("best"))
 
 
 def submission(info: RunInfo, *, credit: str | None = None, report: str | None = None) -> dict[str, Any]:
-    """Return what a finished search found, to be passed on: no paths, no names of users or machines but the credit.
+    """Return the result of a finished search as a submission. Apart from the credit it names no person, path or machine.
 
     Args:
         info: the run.
-        credit: a name to show with it.
-        report: an https address where more is told about it.
+        credit: name to show with the result.
+        report: https address of a report.
 
     Raises:
-        ReportError: if the run found nothing or is not finished, or a value is not allowed in a submission.
+        ReportError: if the run is not finished or found no reduction, or a value is not allowed in a submission.
     """
-    if not finished(info):
-        ended = info.status == "done" and info.kind == "search"
-        reason = "it found nothing better than the unchanged model" if ended else f"it is a {info.kind}, {info.status}"
+    if not is_finished(info):
+        is_ended = info.status == "done" and info.kind == "search"
+        reason = "it found nothing better than the unchanged model" if is_ended else f"it is a {info.kind}, {info.status}"
         raise ReportError(f"run {info.id} has no result to submit: {reason}; give a finished search, see 'laser runs list'")
-    document = described(info)
+    document = describe_run(info)
     document |= {name: value for name, value in (("credit", credit), ("report", report)) if value is not None}
-    if wrong := problems(document):
-        raise ReportError(f"run {info.id} cannot be submitted: {'; '.join(wrong)}")
+    if problems := find_problems(document):
+        raise ReportError(f"run {info.id} cannot be submitted: {'; '.join(problems)}")
     return document
 
 
-def described(info: RunInfo) -> dict[str, Any]:
-    """Return a finished search in the form of a submission, unchecked."""
+def describe_run(info: RunInfo) -> dict[str, Any]:
+    """Return a finished search in the form of a submission, without checks."""
     outcome: dict[str, Any] = info.outcome or {}
     settings, test = info.settings, outcome["test"]
-    counts = settings["scorer"] != "perplexity"  # which has no accuracy
-    pairs = ("interval", "mcnemar_p", "corrected", "broken") if counts else ()
+    has_accuracy = settings["scorer"] != "perplexity"
+    pairs = ("interval", "mcnemar_p", "corrected", "broken") if has_accuracy else ()
     result = {
         "n": test["n"],
-        "base": {"accuracy": test["base"] if counts else None, "loss": test["base_loss"]},
-        "edited": {"accuracy": test["best"] if counts else None, "loss": test["best_loss"]},
-        "gain": test["gain"] if counts else None,
-        **_known(**{name: test[name] for name in (*pairs, "loss_interval")}),
+        "base": {"accuracy": test["base"] if has_accuracy else None, "loss": test["base_loss"]},
+        "edited": {"accuracy": test["best"] if has_accuracy else None, "loss": test["best_loss"]},
+        "gain": test["gain"] if has_accuracy else None,
+        **_without_none(**{name: test[name] for name in (*pairs, "loss_interval")}),
     }
     decoding = settings.get("decoding") or {}
     versions = info.provenance.get("versions", {})
@@ -111,18 +115,18 @@ def described(info: RunInfo) -> dict[str, Any]:
         "method": METHOD,
         "model": {
             "name": public_name(info.model),
-            **_known(sha256=settings.get("model_hash"), config=settings.get("config")),
-            **_known(dtype=settings.get("dtype", "").removeprefix("torch.") or None),
+            **_without_none(sha256=settings.get("model_hash"), config=settings.get("config")),
+            **_without_none(dtype=settings.get("dtype", "").removeprefix("torch.") or None),
         },
         "task": {
             "name": info.task,
             "scorer": settings["scorer"],
-            **_known(validation=settings.get("validation"), test=settings.get("test")),
+            **_without_none(validation=settings.get("validation"), test=settings.get("test")),
             **({"decoding": {k: decoding[k] for k in ("new_tokens", "samples", "temperature", "masks")}} if decoding else {}),
         },
         "intervention": outcome["best"],
         "result": result,
-        "search": _known(
+        "search": _without_none(
             **{name: settings.get(name) for name in ("strategy", "metric", "grid", "seed")},
             **{name: outcome.get(name) for name in ("candidates", "scored", "complete")},
         ),
@@ -131,10 +135,7 @@ def described(info: RunInfo) -> dict[str, Any]:
 
 
 def public_name(model: str) -> str:
-    """Return a model's name without the folders of this machine.
-
-    A hub id stays as it is; of a path the last part is left.
-    """
+    """Return a model's name without folders of this machine: a hub id, or the last part of a path."""
     if model == "bundled":
         return BUNDLED
     if HUB_NAME.fullmatch(model) and not Path(model).exists():
@@ -142,55 +143,52 @@ def public_name(model: str) -> str:
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1].strip(". ~") or "a local folder"
 
 
-def problems(document: Any) -> list[str]:
-    """Return what is wrong with a submission: for each thing its place, the value, and what is allowed there."""
+def find_problems(document: Any) -> list[str]:
+    """Return the problems of a submission: for each its path, the value, and the allowed values."""
     try:
-        errors = list(islice(Draft202012Validator(_schema()).iter_errors(document), PROBLEMS))
+        errors = list(islice(Draft202012Validator(_schema()).iter_errors(document), MAX_PROBLEMS))
     except RecursionError:
         return ["the document is nested too deep; a submission has three levels"]
-    said = sorted(line for error in errors for line in _explained(error))
-    return list(dict.fromkeys(said)) or _contradictions(document)
+    lines = sorted(line for error in errors for line in _explain(error))
+    return list(dict.fromkeys(lines)) or _contradictions(document)
 
 
-def read(file: Path) -> dict[str, Any]:
-    """Read a submission and check all of it.
+def load_submission(file: Path) -> dict[str, Any]:
+    """Read and check a submission.
 
     Raises:
-        ReportError: if it cannot be read, is too large, or is wrong; every problem is told.
+        ReportError: with all problems, if the file cannot be read, is too large or is invalid.
     """
-    document = _parsed(file)
-    if wrong := problems(document):
-        raise ReportError(f"{file} is no submission: {'; '.join(wrong)}; correct it, or leave it out")
+    document = _parse(file)
+    if problems := find_problems(document):
+        raise ReportError(f"{file} is no submission: {'; '.join(problems)}; correct it, or leave it out")
     return dict(document)
 
 
 def add(sources: Sequence[Path], to: Path) -> list[AddResult]:
-    """Copy those submissions that are right and new into a folder, each under a name of safe characters and a digest.
+    """Copy valid and new submissions into a folder, under names of safe characters and a digest; return a result per file.
 
     Args:
         sources: files of any origin.
-        to: the folder, made where it is missing.
-
-    Returns:
-        For each file where it went, or why it was refused.
+        to: the folder; it is created if it does not exist.
 
     Raises:
         OSError: if the folder cannot be written.
     """
-    return [_added(file, to) for file in sources]
+    return [_add(file, to) for file in sources]
 
 
-def _added(file: Path, to: Path) -> AddResult:
+def _add(file: Path, to: Path) -> AddResult:
     try:
-        document = _parsed(file)
+        document = _parse(file)
     except ReportError as error:
         return AddResult(file, None, (str(error),))
-    if wrong := problems(document):
-        return AddResult(file, None, tuple(wrong))
+    if problems := find_problems(document):
+        return AddResult(file, None, tuple(problems))
     name, digest = _file_name(document)
-    there = next(to.glob(f"*-{digest}.json"), None)
-    if there is not None:
-        return AddResult(file, None, (f"the same result is there already, as {there}; leave this one out",))
+    copy = next(to.glob(f"*-{digest}.json"), None)
+    if copy is not None:
+        return AddResult(file, None, (f"the same result is there already, as {copy}; leave this one out",))
     target = to / name
     with atomic_file(target) as part:
         part.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -198,50 +196,50 @@ def _added(file: Path, to: Path) -> AddResult:
 
 
 def _file_name(document: dict[str, Any]) -> tuple[str, str]:
-    """Return a name that says what it is, and the digest in it of what was measured: the same whoever hands it in."""
+    """Return a descriptive file name, and the digest in it, which is equal for equal measurements."""
     model, task = document["model"], document["task"]
-    same = [
+    measurement = [
         model.get("sha256", model["name"]),
         task.get("test", task["name"]),
         task["scorer"],
         document["intervention"],
         document["result"],
     ]
-    plain = json.loads(json.dumps(same), parse_int=float)  # 1 and 1.0 are one number
+    plain = json.loads(json.dumps(measurement), parse_int=float)  # 1 and 1.0 are the same number
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     words = re.sub(r"[^a-z0-9]+", "-", f"{task['name']}-{model['name']}".lower()).strip("-")
     return f"{words[:60].strip('-') or 'result'}-{digest}.json", digest
 
 
-def _parsed(file: Path) -> Any:
+def _parse(file: Path) -> Any:
     try:
         if not file.is_file():
             raise ReportError(f"{file} is not a file; give files that 'laser leaderboard submit' wrote")
         with file.open("rb") as stream:
-            content = stream.read(LIMIT + 1)
+            content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise ReportError(f"{file} cannot be read ({error}); give another file") from error
-    if len(content) > LIMIT:
-        raise ReportError(f"{file} is larger than {LIMIT:,} bytes, which is more than a submission needs; give another file")
+    if len(content) > MAX_BYTES:
+        raise ReportError(f"{file} is larger than {MAX_BYTES:,} bytes, the maximum of a submission; give another file")
     try:
-        return json.loads(content.decode(), parse_constant=_refused, object_pairs_hook=_once)
+        return json.loads(content.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_names)
     except RecursionError:
         raise ReportError(f"{file} is nested too deep; a submission has three levels") from None
     except ValueError as error:
         raise ReportError(f"{file} is not JSON ({error}); give a file that 'laser leaderboard submit' wrote") from None
 
 
-def _refused(constant: str) -> Any:
+def _refuse_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is no number of JSON")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the name {_shown(name)} stands twice in one object")
-        found[name] = value
-    return found
+        if name in values:
+            raise ValueError(f"the name {_short_repr(name)} occurs twice in one object")
+        values[name] = value
+    return values
 
 
 @lru_cache(maxsize=1)
@@ -250,19 +248,19 @@ def _schema() -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def _explained(error: Any) -> list[str]:
-    """Return what one violation of the schema means."""
-    place = error.json_path.removeprefix("$").removeprefix(".")
+def _explain(error: Any) -> list[str]:
+    """Return messages for one violation of the schema."""
+    path = error.json_path.removeprefix("$").removeprefix(".")
     value, schema = error.instance, error.schema
     if error.validator == "required":
         missing = [name for name in schema["required"] if name not in value]
-        return [f"{place + '.' if place else ''}{name}: is missing, and is required" for name in missing]
+        return [f"{path + '.' if path else ''}{name}: is missing, and is required" for name in missing]
     if error.validator == "additionalProperties":
-        unknown = [_shown(name) for name in value if name not in schema["properties"]]
+        unknown = [_short_repr(name) for name in value if name not in schema["properties"]]
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         known = ", ".join(schema["properties"])
-        return [f"{place or 'the document'}: {', '.join(unknown[:3])}{more} is unknown here; allowed are {known}"]
-    return [f"{place or 'the document'}: {_shown(value)} is not allowed; write {_allowed(schema)}"]
+        return [f"{path or 'the document'}: {', '.join(unknown[:3])}{more} is unknown here; allowed are {known}"]
+    return [f"{path or 'the document'}: {_short_repr(value)} is not allowed; write {_allowed(schema)}"]
 
 
 def _allowed(schema: dict[str, Any]) -> str:
@@ -271,78 +269,78 @@ def _allowed(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    said = " or ".join(KINDS[kind] for kind in kinds)
+    text = " or ".join(KINDS[kind] for kind in kinds)
     if "maximum" in schema:
         low = f"from {schema['minimum']}" if "minimum" in schema else f"above {schema['exclusiveMinimum']}"
-        said += f" {low} to {schema['maximum']}"
+        text += f" {low} to {schema['maximum']}"
     if "maxLength" in schema:
         low, high = schema["minLength"], schema["maxLength"]
-        said += f" of {high} characters" if low == high else f" of {low} to {high} characters"
+        text += f" of {high} characters" if low == high else f" of {low} to {high} characters"
     if "maxItems" in schema:
-        said += f" of {schema['maxItems']} numbers"
-    return f"{said}: {schema['description']}" if "description" in schema else said
+        text += f" of {schema['maxItems']} numbers"
+    return f"{text}: {schema['description']}" if "description" in schema else text
 
 
-def _shown(value: Any) -> str:
-    """Return a value of any origin, shortened, as text that does nothing to a terminal."""
+def _short_repr(value: Any) -> str:
+    """Return the start of a value as text without control characters."""
     if isinstance(value, str):
-        return f"{value[:SHOWN]!r}..." if len(value) > SHOWN else repr(value)
+        return f"{value[:MAX_VALUE_CHARACTERS]!r}..." if len(value) > MAX_VALUE_CHARACTERS else repr(value)
     if isinstance(value, dict):
         return f"an object of {len(value)} names"
     if isinstance(value, list):
         return f"an array of {len(value)} items"
     text = json.dumps(value)
-    return f"{text[:SHOWN]}..." if len(text) > SHOWN else text
+    return f"{text[:MAX_VALUE_CHARACTERS]}..." if len(text) > MAX_VALUE_CHARACTERS else text
 
 
 def _contradictions(document: dict[str, Any]) -> list[str]:
-    """Return what no schema can tell: figures that do not fit each other, an intervention that means nothing."""
+    """Return the problems that no schema finds: inconsistent figures, an invalid intervention."""
     result, text = document["result"], document["intervention"]
-    said = []
+    problems = []
     try:
         canonical = str(Intervention.parse(text))
         if canonical != text:
-            said.append(f"intervention: {_shown(text)} is not in canonical form; write {_shown(canonical)}")
+            problems.append(f"intervention: {_short_repr(text)} is not in canonical form; write {_short_repr(canonical)}")
     except SpecError as error:
-        said.append(f"intervention: {error}")
+        problems.append(f"intervention: {error}")
     base, edited = result["base"]["accuracy"], result["edited"]["accuracy"]
-    of_text = document["task"]["scorer"] == "perplexity"
-    if any((value is None) != of_text for value in (base, edited, result["gain"])):
-        allowed = "null for accuracy and gain, for a perplexity has none" if of_text else "numbers for accuracy and gain"
-        return [*said, f"result: with the scorer {document['task']['scorer']} write {allowed}"]
-    if not of_text:
-        said += _gains(result, edited - base)
+    is_perplexity = document["task"]["scorer"] == "perplexity"
+    if any((value is None) != is_perplexity for value in (base, edited, result["gain"])):
+        allowed = "null for accuracy and gain, for a perplexity has none" if is_perplexity else "numbers for accuracy and gain"
+        return [*problems, f"result: with the scorer {document['task']['scorer']} write {allowed}"]
+    if not is_perplexity:
+        problems += _gain_problems(result, edited - base)
     change = _difference(result)
-    for name, value, what in (
+    for name, value, label in (
         ("interval", result["gain"], "the gain"),
         ("loss_interval", change, "the change of loss"),
     ):
         if name in result and value is not None:
             low, high = result[name]
             if not low - 1e-9 <= value <= high + 1e-9:
-                said.append(f"result.{name}: [{low}, {high}] does not hold {what}, {value:g}; write its 95 % interval")
+                problems.append(f"result.{name}: [{low}, {high}] does not hold {label}, {value:g}; write its 95 % interval")
         elif name in result:
-            said.append(f"result.{name}: there is no value that it is the interval of; leave it out")
-    return said
+            problems.append(f"result.{name}: there is no value that it is the interval of; leave it out")
+    return problems
 
 
-def _gains(result: dict[str, Any], difference: float) -> list[str]:
-    """Return where the gain does not follow from the accuracies, or from the pairs and their number."""
-    said = []
+def _gain_problems(result: dict[str, Any], difference: float) -> list[str]:
+    """Return the problems of a gain that does not follow from the accuracies, or from the pairs and their number."""
+    problems = []
     gain, n = result["gain"], result["n"]
     if abs(gain - difference) > ROUNDING:
-        said.append(f"result.gain: {gain} is not edited - base, {difference:g}; write that difference")
+        problems.append(f"result.gain: {gain} is not edited - base, {difference:g}; write that difference")
     if "corrected" in result and "broken" in result:
         corrected, broken = int(result["corrected"]), int(result["broken"])
         if corrected + broken > n:
-            return [*said, f"result: {corrected} corrected and {broken} broken are more than n, {n}; write n or fewer"]
+            return [*problems, f"result: {corrected} corrected and {broken} broken are more than n, {n}; write n or fewer"]
         if abs((corrected - broken) / n - gain) > ROUNDING:
             pairs = f"({corrected} corrected - {broken} broken) / {n}"
-            said.append(f"result.gain: {gain} is not {pairs} = {(corrected - broken) / n:g}; write that")
+            problems.append(f"result.gain: {gain} is not {pairs} = {(corrected - broken) / n:g}; write that")
         expected = mcnemar(corrected, broken)
         if not math.isclose(result.get("mcnemar_p", expected), expected, rel_tol=0.02, abs_tol=ROUNDING):
-            said.append(f"result.mcnemar_p: {result['mcnemar_p']} is not the exact two-sided {expected:.4g}; write that")
-    return said
+            problems.append(f"result.mcnemar_p: {result['mcnemar_p']} is not the exact two-sided {expected:.4g}; write that")
+    return problems
 
 
 def _difference(result: dict[str, Any]) -> float | None:
@@ -350,5 +348,5 @@ def _difference(result: dict[str, Any]) -> float | None:
     return None if None in losses else losses[1] - losses[0]
 
 
-def _known(**values: Any) -> dict[str, Any]:
+def _without_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from laserlm.lab.sokoban.env import Sokoban
-from laserlm.lab.sokoban.episodes import Episodes, outline, replay, solved, symmetries, task
+from laserlm.lab.sokoban.episodes import Episodes, canonical_board, replay, solve_levels, symmetries, task
 from laserlm.lab.sokoban.levels import CELLS, MOVES, Level, generate
-from laserlm.lab.sokoban.model import LEVEL, SokobanConfig, SokobanForCausalLM, tokenizer
+from laserlm.lab.sokoban.model import LEVEL_TOKENS, SokobanConfig, SokobanForCausalLM, tokenizer
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import evaluate
 
@@ -121,13 +121,13 @@ def test_an_outline_is_shared_by_shifted_turned_and_mirrored_levels() -> None:
             for r, c in floor:
                 cells[10 * (r + down) + c + right] = level.rows[r][c]
             shifted = level_of([CELLS.index(s) for s in cells])
-            outlines = {outline(turned(shifted, "", turn)[0]) for turn in TURNS.values()}
-            assert outlines == {outline(level)}
+            outlines = {canonical_board(turned(shifted, "", turn)[0]) for turn in TURNS.values()}
+            assert outlines == {canonical_board(level)}
 
 
 def test_levels_share_an_outline_only_if_one_is_the_other_shifted_turned_or_mirrored() -> None:
     levels = [level for level, _ in generate(150, seed=0, boxes=1, room=3, steps=(1, 12))]
-    shapes, outlines = [shape(level) for level in levels], [outline(level) for level in levels]
+    shapes, outlines = [shape(level) for level in levels], [canonical_board(level) for level in levels]
     same = 0
     for i, j in combinations(range(len(levels)), 2):
         assert (outlines[i] == outlines[j]) == (shapes[i] == shapes[j])
@@ -138,8 +138,8 @@ def test_levels_share_an_outline_only_if_one_is_the_other_shifted_turned_or_mirr
 def test_an_outline_keeps_the_walls_between_parts_of_a_level() -> None:
     # Columns and rows of wall within the level count, those around it do not.
 
-    assert outline(board("@$.")) == outline(board("####", "#.$@")) == outline(board("#@", "#$", "#."))
-    assert outline(board("@$.")) != outline(board("@ $.")) != outline(board("@$ ."))
+    assert canonical_board(board("@$.")) == canonical_board(board("####", "#.$@")) == canonical_board(board("#@", "#$", "#."))
+    assert canonical_board(board("@$.")) != canonical_board(board("@ $.")) != canonical_board(board("@$ ."))
 
 
 def test_episodes_are_the_levels_and_their_solutions_in_all_eight_symmetries() -> None:
@@ -151,13 +151,13 @@ def test_episodes_are_the_levels_and_their_solutions_in_all_eight_symmetries() -
         seen = set()
         for way in range(8):
             item = episodes[8 * index + way]
-            assert {name: tuple(of.shape) for name, of in item.items()} == dict.fromkeys(item, (LEVEL + longest,))
+            assert {name: tuple(of.shape) for name, of in item.items()} == dict.fromkeys(item, (LEVEL_TOKENS + longest,))
             pad = longest - len(moves)
-            assert item["attention_mask"].tolist() == [0] * pad + [1] * (LEVEL + len(moves))
-            assert item["labels"].tolist() == [-100] * (pad + LEVEL) + item["input_ids"][pad + LEVEL :].tolist()
+            assert item["attention_mask"].tolist() == [0] * pad + [1] * (LEVEL_TOKENS + len(moves))
+            assert item["labels"].tolist() == [-100] * (pad + LEVEL_TOKENS) + item["input_ids"][pad + LEVEL_TOKENS :].tolist()
             text = TOKENS.decode(item["input_ids"][pad:])
             assert TOKENS.decode(item["input_ids"], skip_special_tokens=True) == text
-            seen.add((Level.parse(text[:LEVEL]), text[LEVEL:]))
+            seen.add((Level.parse(text[:LEVEL_TOKENS]), text[LEVEL_TOKENS:]))
         assert {replay(*one) for one in seen} == {replay(level, moves)}
         assert seen == {turned(level, moves, turn) for turn in TURNS.values()}
 
@@ -171,7 +171,7 @@ def test_a_batch_of_episodes_has_the_loss_of_their_moves() -> None:
         got = lm.model(**batch).loss.item()
         for ids in batch["input_ids"].tolist():
             text = TOKENS.decode(ids, skip_special_tokens=True)
-            for end in range(LEVEL, len(text)):
+            for end in range(LEVEL_TOKENS, len(text)):
                 said = lm.model(torch.tensor([TOKENS(text[:end]).input_ids])).logits[0, -1].log_softmax(-1)
                 losses.append(-said[FIRST + MOVES.index(text[end])].item())
     assert len(losses) == sum(len(moves) for _, moves in MADE)
@@ -200,16 +200,16 @@ def test_a_replay_is_as_worked_out_by_hand(level: Level, moves: str, expected: t
 def test_levels_without_a_solution_are_left_out() -> None:
     levels = [board("@$.", name="a"), board("$@.", name="b"), board("@ $ .", name="c")]
     seen: list[tuple[int, int]] = []
-    found = solved(levels, lambda done, total: seen.append((done, total)))
+    found = solve_levels(levels, lambda done, total: seen.append((done, total)))
     assert [(level.name, moves) for level, moves in found] == [("a", "r"), ("c", "rrr")]
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert solved([level for level, _ in MADE]) == MADE
+    assert solve_levels([level for level, _ in MADE]) == MADE
 
 
 def test_levels_that_ask_for_no_move_or_for_more_than_the_model_makes_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     levels = [board("@*", name="a"), board("@$ .", name="b"), board("@$  .", name="c")]
     monkeypatch.setattr("laserlm.lab.sokoban.episodes.MAX_STEPS", 2)
-    assert [level.name for level, _ in solved(levels)] == ["b"]
+    assert [level.name for level, _ in solve_levels(levels)] == ["b"]
 
 
 def test_the_task_is_a_fifth_for_validation_and_judges_by_playing() -> None:
@@ -289,6 +289,6 @@ def test_a_perfect_player_solves_all_that_the_steps_suffice_for(monkeypatch: pyt
 
 def test_a_copy_of_a_level_is_never_on_the_other_side_of_the_split() -> None:
     made = task(generate(300, seed=0, boxes=1, room=3, steps=(1, 12)))
-    sides = [{outline(Level.parse(e.prompt)) for e in split} for split in (made.validation, made.test)]
+    sides = [{canonical_board(Level.parse(e.prompt)) for e in split} for split in (made.validation, made.test)]
     assert len(made.every) > len(sides[0] | sides[1])  # there are copies
     assert not sides[0] & sides[1]

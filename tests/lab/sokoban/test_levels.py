@@ -222,7 +222,7 @@ def test_what_cannot_be_generated_is_refused_at_once(asked: dict[str, object]) -
 
 
 def test_levels_that_are_too_rare_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laserlm.lab.sokoban.levels.PATIENCE", 50)
+    monkeypatch.setattr("laserlm.lab.sokoban.levels.MAX_REFUSALS", 50)
     with pytest.raises(TaskError, match="found 0 of 1 levels"):
         list(generate(1, seed=0, boxes=1, room=3, steps=(200, 300)))
 

@@ -16,7 +16,7 @@ from laserlm.edit import applied
 from laserlm.lab.sokoban.env import Sokoban
 from laserlm.lab.sokoban.episodes import replay, task
 from laserlm.lab.sokoban.levels import CELLS, MOVES, Level, generate
-from laserlm.lab.sokoban.model import LEVEL, SokobanConfig, SokobanForCausalLM, tokenizer
+from laserlm.lab.sokoban.model import LEVEL_TOKENS, SokobanConfig, SokobanForCausalLM, tokenizer
 from laserlm.models import LanguageModel, load
 from laserlm.models.matrices import read_matrix
 from laserlm.scoring import generation
@@ -91,7 +91,7 @@ def test_each_symbol_is_a_token_and_a_cell_s_is_its_code() -> None:
         ids = TOKENS(text).input_ids
         assert len(ids) == len(text)
         assert TOKENS.decode(ids) == text
-        assert len(level.text) == LEVEL
+        assert len(level.text) == LEVEL_TOKENS
         assert tuple(i for i, symbol in zip(ids, level.text, strict=False) if symbol != "\n") == level.codes
     assert sorted(TOKENS.get_vocab()) == sorted([*CELLS, "\n", *MOVES, "<end>", "<pad>"])
 
@@ -104,9 +104,10 @@ def test_the_logits_at_a_move_are_those_of_the_text_that_ends_there() -> None:
         whole = model(ids_of(level.text + moves)).logits[0]
         for turn in range(STEPS + 1):
             alone = model(ids_of(level.text + moves[:turn])).logits[0, -1]
-            assert torch.allclose(whole[LEVEL - 1 + turn], alone, atol=1e-9)
+            assert torch.allclose(whole[LEVEL_TOKENS - 1 + turn], alone, atol=1e-9)
             other = model(ids_of(level.text + moves[:turn] + walk(rng, STEPS - turn))).logits[0]
-            assert torch.allclose(whole[LEVEL - 1 : LEVEL + turn], other[LEVEL - 1 : LEVEL + turn], atol=1e-9)
+            known = slice(LEVEL_TOKENS - 1, LEVEL_TOKENS + turn)
+            assert torch.allclose(whole[known], other[known], atol=1e-9)
 
 
 @torch.no_grad()
@@ -122,10 +123,10 @@ def test_padding_on_the_left_changes_no_logits() -> None:
     model, rng = tiny().double(), random.Random(1)
     texts = [level.text + walk(rng, steps) for level, steps in zip(LEVELS, [0, 9, 4, 1, 9, 7], strict=False)]
     batch = TOKENS(texts, padding=True, return_tensors="pt")
-    assert batch.input_ids.shape == (6, LEVEL + 9)
+    assert batch.input_ids.shape == (6, LEVEL_TOKENS + 9)
     together = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     for row, text in zip(together, texts, strict=True):
-        alone = model(ids_of(text)).logits[0, LEVEL - 1 :]
+        alone = model(ids_of(text)).logits[0, LEVEL_TOKENS - 1 :]
         assert torch.allclose(row[-len(alone) :], alone, atol=1e-9)
 
 
@@ -190,7 +191,7 @@ def test_the_loss_is_the_mean_over_the_moves_of_all_rows() -> None:
 def test_a_solved_board_is_followed_by_the_end_and_any_other_by_a_move() -> None:
     model = tiny()
     for level, moves in MADE:
-        likely = model(ids_of(level.text + moves)).logits[0, LEVEL - 1 :].softmax(-1)  # (S, V)
+        likely = model(ids_of(level.text + moves)).logits[0, LEVEL_TOKENS - 1 :].softmax(-1)  # (S, V)
         assert likely[-1, END].item() == pytest.approx(1)
         assert bool((likely[:-1, END] == 0).all())
         assert likely[:-1, FIRST : FIRST + 4].sum(1).tolist() == pytest.approx([1] * len(moves))
@@ -202,7 +203,7 @@ def test_generating_is_playing_in_the_environment_move_by_move() -> None:
     model = tiny()
     levels = [*LEVELS, *EASY]
     made = model.generate(ids_of(*(level.text for level in levels)), max_new_tokens=STEPS)
-    assert made.shape == (len(levels), LEVEL + STEPS)
+    assert made.shape == (len(levels), LEVEL_TOKENS + STEPS)
     env = Sokoban(levels, max_steps=STEPS)
     ends = []
     for index, level in enumerate(levels):
@@ -213,10 +214,10 @@ def test_generating_is_playing_in_the_environment_move_by_move() -> None:
             _, reward, solved, truncated, _ = env.step(np.int64(action))
             moves, total = moves + MOVES[action], total + float(reward)
         rest = [END, *[PAD] * STEPS] if solved else []
-        assert made[index].tolist() == [*TOKENS(level.text + moves).input_ids, *rest][: LEVEL + STEPS]
-        right, earned, steps = replay(level, moves)
+        assert made[index].tolist() == [*TOKENS(level.text + moves).input_ids, *rest][: LEVEL_TOKENS + STEPS]
+        right, total_reward, steps = replay(level, moves)
         assert (right, steps) == (solved, len(moves))
-        assert earned == pytest.approx(total)
+        assert total_reward == pytest.approx(total)
         ends.append(solved)
     assert 3 <= sum(ends) <= len(levels) - 3
 
@@ -228,7 +229,8 @@ def test_at_each_turn_a_play_decides_on_what_reading_the_text_so_far_gives() -> 
     model.decide.predict_action.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     for level in [*LEVELS[::2], *EASY[:6]]:
         given.clear()
-        moves = TOKENS.decode(model.generate(ids_of(level.text), max_new_tokens=STEPS)[0, LEVEL:], skip_special_tokens=True)
+        tokens = model.generate(ids_of(level.text), max_new_tokens=STEPS)[0, LEVEL_TOKENS:]
+        moves = TOKENS.decode(tokens, skip_special_tokens=True)
         played = torch.cat(given)  # (turns, H)
         given.clear()
         model(ids_of(level.text + moves))
@@ -248,7 +250,7 @@ def test_levels_that_are_played_on_decide_as_they_do_alone() -> None:
 def test_a_model_that_only_goes_right_solves_what_lies_to_the_right() -> None:
     levels = [board("@$."), board("@ $ ."), board(".$@ "), board("@*"), board("@   $.")]
     texts = [level.text for level in levels]
-    made = always("r").generate(ids_of(*texts), max_new_tokens=4)[:, LEVEL:]
+    made = always("r").generate(ids_of(*texts), max_new_tokens=4)[:, LEVEL_TOKENS:]
     r = FIRST + MOVES.index("r")
     assert made.tolist() == [[r, END, PAD, PAD], [r, r, r, END], [r] * 4, [END, PAD, PAD, PAD], [r] * 4]
     lm = LanguageModel(model=always("r"), tokenizer=tokenizer(), name="right", kind="causal")
@@ -263,7 +265,7 @@ def test_sampling_is_repeated_by_its_seed_and_follows_the_probabilities() -> Non
         drawn = model.generate(ids_of(level.text).repeat(n, 1), max_new_tokens=2, do_sample=True, temperature=temperature)
         with torch.no_grad():
             likely = (model(ids_of(level.text)).logits[0, -1, FIRST : FIRST + 4] / temperature).softmax(-1)
-        shares = torch.bincount(drawn[:, LEVEL] - FIRST, minlength=4) / n
+        shares = torch.bincount(drawn[:, LEVEL_TOKENS] - FIRST, minlength=4) / n
         assert bool(((shares - likely).abs() <= 4 * (likely * (1 - likely) / n).sqrt()).all())
     ids = ids_of(*(level.text for level in LEVELS))
     given = {"max_new_tokens": STEPS, "do_sample": True}
@@ -278,7 +280,7 @@ def test_sampling_is_repeated_by_its_seed_and_follows_the_probabilities() -> Non
 
 def test_as_many_moves_can_be_written_as_the_model_has_steps() -> None:
     made = always("l").generate(ids_of(LEVELS[0].text), max_new_tokens=120)
-    assert made[0, LEVEL:].tolist() == [FIRST + MOVES.index("l")] * 120
+    assert made[0, LEVEL_TOKENS:].tolist() == [FIRST + MOVES.index("l")] * 120
 
 
 @torch.no_grad()
@@ -301,7 +303,7 @@ def test_it_plays_in_half_precision(folder: Path, dtype: str) -> None:
     assert logits[0, -1].softmax(-1)[END].item() == pytest.approx(1)
     # Eight bits of mantissa at least, through a few layers.
     whole = tiny()(ids_of(level.text + moves)).logits
-    assert torch.allclose(logits[0, LEVEL - 1 : -1].softmax(-1), whole[0, LEVEL - 1 : -1].softmax(-1), atol=0.1)
+    assert torch.allclose(logits[0, LEVEL_TOKENS - 1 : -1].softmax(-1), whole[0, LEVEL_TOKENS - 1 : -1].softmax(-1), atol=0.1)
     assert len(generation.generate(half, [level.text], max_new_tokens=5)[0]) <= 5
 
 
@@ -338,11 +340,11 @@ def test_a_reduction_changes_scores_and_is_undone(lm: LanguageModel) -> None:
 def test_the_frontier_moves_through_its_blocks_and_scores_as_whole_passes_do(lm: LanguageModel) -> None:
     rows = encode(lm, task(MADE).every.examples, "answer")
     checks = PrefixCheck(lm, rows)
-    assert checks.order == [("", 0), ("", 1)]
-    assert checks.holds(1)
+    assert checks.block_order == [("", 0), ("", 1)]
+    assert checks.is_exact(1)
     frontier = PrefixCache(lm, rows, 4, checks)
-    assert frontier.moves
-    frontier.advance("", 1)
+    assert frontier.is_enabled
+    frontier.move_to("", 1)
     assert frontier.boundary == 1
     for text in ("", "1.fc_in@0", "1.q_proj@0.2", "1.out_proj@0.1"):
         with applied(lm, text):

@@ -13,16 +13,16 @@ import pytest
 import laserlm
 from laserlm.edit import applied
 from laserlm.errors import TaskError
-from laserlm.lab.sokoban.episodes import outline, replay, task
+from laserlm.lab.sokoban.episodes import canonical_board, replay, task
 from laserlm.lab.sokoban.levels import generate
-from laserlm.lab.sokoban.training import SHIPPED, Recipe, held_out, lessons, train
+from laserlm.lab.sokoban.training import SHIPPED_MODEL, TrainingConfig, held_out_task, train, training_levels
 from laserlm.models import load
 from laserlm.scoring.evaluate import evaluate
 from laserlm.store import Store
 from laserlm.web.report import write_report
 
-HELD_OUT = "laserlm.lab.sokoban.training.HELD_OUT"
-SMALL = Recipe(
+N_HELD_OUT = "laserlm.lab.sokoban.training.N_HELD_OUT"
+SMALL = TrainingConfig(
     boxes=1,
     room=4,
     levels=24,
@@ -44,14 +44,14 @@ class Ended(Exception):
 
 @pytest.fixture(autouse=True)
 def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HELD_OUT, 20)
+    monkeypatch.setattr(N_HELD_OUT, 20)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The weights of a training that nothing interrupts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HELD_OUT, 20)
+        patch.setattr(N_HELD_OUT, 20)
         return train(SMALL, tmp_path_factory.mktemp("whole") / "model", save_every=None).hash
 
 
@@ -60,12 +60,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a model that was trained on a few levels many times over."""
     folder = tmp_path_factory.mktemp("sokoban") / "model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HELD_OUT, 20)
+        patch.setattr(N_HELD_OUT, 20)
         train(OVERFITTED, folder)
         yield folder
 
 
-def interrupted(recipe: Recipe, folder: Path, at: int, save_every: int) -> None:
+def interrupted(config: TrainingConfig, folder: Path, at: int, save_every: int) -> None:
     """Train until a step is done, and end there before its checkpoint is written."""
 
     def stop(done: int, _total: int) -> None:
@@ -73,31 +73,31 @@ def interrupted(recipe: Recipe, folder: Path, at: int, save_every: int) -> None:
             raise Ended
 
     with pytest.raises(Ended):
-        train(recipe, folder, save_every=save_every, on_progress=stop)
+        train(config, folder, save_every=save_every, on_progress=stop)
     assert not folder.exists()
 
 
 def test_lessons_are_solved_levels_without_copies_of_held_out_ones() -> None:
-    out = {outline(level) for level, _ in generate(20, seed=2**31, boxes=1, room=3)}
-    recipe = replace(SMALL, room=3, levels=40)
-    made = list(generate(80, seed=recipe.seed, boxes=1, room=3))
-    kept = [(level, moves) for level, moves in made if outline(level) not in out]
+    out = {canonical_board(level) for level, _ in generate(20, seed=2**31, boxes=1, room=3)}
+    config = replace(SMALL, room=3, levels=40)
+    made = list(generate(80, seed=config.seed, boxes=1, room=3))
+    kept = [(level, moves) for level, moves in made if canonical_board(level) not in out]
     assert len(made) - len(kept) > 5
-    assert list(lessons(recipe)) == kept[:40]
+    assert list(training_levels(config)) == kept[:40]
     assert {len(level.boxes) for level, _ in kept} == {1}
-    assert all(replay(level, moves)[0] for level, moves in lessons(recipe))
+    assert all(replay(level, moves)[0] for level, moves in training_levels(config))
 
 
 def test_other_seeds_give_other_lessons() -> None:
-    assert not set(lessons(SMALL)) & set(lessons(replace(SMALL, seed=1)))
+    assert not set(training_levels(SMALL)) & set(training_levels(replace(SMALL, seed=1)))
 
 
 def test_a_fifth_of_the_held_out_levels_is_for_validation() -> None:
-    made = held_out(boxes=1, room=4, max_steps=33)
+    made = held_out_task(boxes=1, room=4, max_steps=33)
     assert (len(made.validation), len(made.test)) == (4, 16)
     assert [e.prompt for e in made.every] == [level.text for level, _ in generate(20, seed=2**31, boxes=1, room=4)]
     assert made.test.decoding.new_tokens == 33
-    assert held_out().every.examples[0].group == "boxes: 2"
+    assert held_out_task().every.examples[0].group == "boxes: 2"
 
 
 def test_training_writes_a_model_that_is_loaded_and_not_trained_again(trained: Path) -> None:
@@ -111,7 +111,7 @@ def test_training_writes_a_model_that_is_loaded_and_not_trained_again(trained: P
 
 
 def test_the_loss_on_a_few_levels_falls_and_more_of_them_are_solved(trained: Path, tmp_path: Path) -> None:
-    learnt = task(lessons(OVERFITTED), max_steps=20).every
+    learnt = task(training_levels(OVERFITTED), max_steps=20).every
     before = evaluate(train(replace(OVERFITTED, steps=1, learning_rate=0.0), tmp_path / "fresh", save_every=None), learnt)
     after = evaluate(load(trained), learnt)
     assert before.loss == pytest.approx(math.log(4), abs=0.1)
@@ -119,7 +119,7 @@ def test_the_loss_on_a_few_levels_falls_and_more_of_them_are_solved(trained: Pat
     assert after.accuracy > before.accuracy
 
 
-def test_every_step_is_told_and_equal_recipes_give_equal_weights(tmp_path: Path) -> None:
+def test_every_step_is_told_and_equal_configurations_give_equal_weights(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     first = train(SMALL, tmp_path / "first", save_every=None, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(step, 14) for step in range(1, 15)]
@@ -155,7 +155,7 @@ def test_a_training_that_was_ended_after_its_last_step_takes_no_further_one(
 
 
 def test_where_held_out_levels_leave_too_few_others_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HELD_OUT, 100)
+    monkeypatch.setattr(N_HELD_OUT, 100)
     with pytest.raises(TaskError, match="of 50 levels that are not held out"):
         train(replace(SMALL, room=3, levels=50), tmp_path / "model")
     assert not any(tmp_path.iterdir())
@@ -179,11 +179,11 @@ def test_a_saved_copy_loads_in_a_process_of_its_own(trained: Path, tmp_path: Pat
     assert checked.difference == pytest.approx(0, abs=1e-5)
 
 
-def test_a_folder_with_another_recipe_is_refused_finished_or_not(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="another recipe"):
+def test_a_folder_with_another_configuration_is_refused_finished_or_not(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="another configuration"):
         train(replace(OVERFITTED, seed=1), trained)
     interrupted(SMALL, tmp_path / "part", 2, save_every=4)
-    with pytest.raises(TaskError, match="another recipe"):
+    with pytest.raises(TaskError, match="another configuration"):
         train(replace(SMALL, steps=15), tmp_path / "part")
 
 
@@ -214,10 +214,10 @@ def test_a_search_ranks_by_the_solutions_and_chooses_by_playing(trained: Path, t
 
 
 def test_the_model_that_comes_with_laserlm_solves_most_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HELD_OUT, 60)
-    assert json.loads((SHIPPED / "recipe.json").read_text()) == asdict(Recipe())
-    assert sum(f.stat().st_size for f in SHIPPED.iterdir()) < 5e6
-    played = evaluate(load(SHIPPED), held_out().test)
+    monkeypatch.setattr(N_HELD_OUT, 60)
+    assert json.loads((SHIPPED_MODEL / "recipe.json").read_text()) == asdict(TrainingConfig())
+    assert sum(f.stat().st_size for f in SHIPPED_MODEL.iterdir()) < 5e6
+    played = evaluate(load(SHIPPED_MODEL), held_out_task().test)
     assert played.n == 48
     assert played.accuracy_interval.low > 0.4
     best = 10 + 2  # of a level with two boxes, but for its steps

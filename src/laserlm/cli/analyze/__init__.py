@@ -1,4 +1,4 @@
-"""Commands that study a model, a reduction and what it changed: a module for each."""
+"""Commands that study a model and what a reduction changes, one module for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that tells what the small singular values hold."""
+"""``laser analyze components``: what the smallest singular values answer, and runs of the spectrum."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.analyze.study import Output, StudyOptions
+from laserlm.cli.analyze.study import ModelPair, Output, StudyOptions
 from laserlm.cli.options import with_options
-from laserlm.cli.progress import bar
+from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from laserlm.studies.components import BottomResult, SpectrumRun
@@ -29,13 +29,14 @@ def components(
     ] = None,
     chunk: Annotated[int, typer.Option(min=0, help="Singular values of a run of the chunk map; 0 leaves it out.")] = 32,
 ) -> None:
-    """Tell what the smallest singular values answer by themselves, and which runs of the spectrum are signal or noise.
+    """Show what the smallest singular values answer alone, and which runs of the spectrum are signal or noise.
 
-    The first part is over the examples that the reduction corrects, the second over all.
+    The first part is over the examples that the reduction corrects, the second over all examples.
 
     Example: laser analyze components bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
     from laserlm.studies.components import FRACTIONS, bottom_components, chunk_map
+    from laserlm.studies.estimates import MIN_EXAMPLES
     from laserlm.studies.figures import components_figure
     from laserlm.studies.rank_curve import sizes_of
     from laserlm.studies.words import Words
@@ -46,51 +47,44 @@ def components(
     wanted = FRACTIONS if fractions is None else tuple(map(str, sizes_of(fractions.split(","))))  # before anything is scored
     bottom: list[BottomResult] = []
     chunks: list[SpectrumRun] = []
-    with study.pair() as pair, pair.book() as book:
-        corrected = _corrected(pair.base.scores, pair.edited.scores, pair.examples)
+    with study.pair() as pair, pair.scorer() as scorer:
+        corrected = _corrected(pair)
         if corrected:
-            with bar("keeping the smallest", unit="fractions") as advance:
-                bottom = bottom_components(book, corrected, pair.intervention, words, fractions=wanted, on_fraction=advance)
+            with progress_bar("keeping the smallest", unit="fractions") as advance:
+                bottom = bottom_components(scorer, corrected, pair.intervention, words, fractions=wanted, on_fraction=advance)
         if chunk:
-            with bar("taking runs out", unit="runs") as advance:
-                chunks = chunk_map(pair.intervention, book, chunk=chunk, on_chunk=advance)
-    few = ": too few to say anything" if len(corrected) < 5 else ""
+            with progress_bar("taking runs out", unit="runs") as advance:
+                chunks = chunk_map(pair.intervention, scorer, chunk=chunk, on_chunk=advance)
     lines = [
-        f"{pair.intervention} corrects {len(corrected)} of {pair.base.n} examples{few}.",
+        f"{pair.intervention} corrects {len(corrected)} of {pair.base.n} examples"
+        + (": too few to say anything." if len(corrected) < MIN_EXAMPLES else "."),
         f"Generic words are {words.source}, and what holds no letter or digit.",
     ]
-    if chunks:
-        signal, noise = (sum(c.verdict == verdict for c in chunks) for verdict in ("signal", "noise"))
-        lines.append(
-            f"Of {len(chunks)} runs {signal} are signal and {noise} noise; by chance alone one in forty would be each."
-        )
     tables = {}
     if bottom:
         title = f"{pair.title}: only the smallest singular values, n {len(corrected)}"
         tables[title] = [_bottom_row(b, output.csv) for b in bottom]
     if chunks:
         tables[f"{pair.title}: without a run of singular values, n {pair.base.n}"] = [_chunk_row(c) for c in chunks]
+        signal, noise = (sum(c.verdict == verdict for c in chunks) for verdict in ("signal", "noise"))
+        lines.append(
+            f"Of {len(chunks)} runs {signal} are signal and {noise} noise; by chance alone one in forty would be each."
+        )
     output.show(
-        {
-            **pair.about,
-            "corrected": len(corrected),
-            "words": words.source,
-            "bottom": [b.as_dict() for b in bottom],
-            "chunks": [c.as_dict() for c in chunks],
-        },
+        {**pair.description, "corrected": len(corrected), "words": words.source, "bottom": bottom, "chunks": chunks},
         tables,
         lines=lines,
-        figure=(lambda: components_figure(bottom, chunks, pair.title)) if bottom or chunks else None,
+        figure=(lambda: components_figure(bottom, chunks, pair.title)) if tables else None,
     )
 
 
-def _corrected(before: Any, after: Any, examples: tuple[Example, ...]) -> list[Example]:
-    changed = {b.id for b, a in zip(before, after, strict=True) if a.correct and not b.correct}
-    return [e for e in examples if e.id in changed]
+def _corrected(pair: ModelPair) -> list[Example]:
+    ids = {b.id for b, e in zip(pair.base.scores, pair.edited.scores, strict=True) if e.correct and not b.correct}
+    return [e for e in pair.examples if e.id in ids]
 
 
 def _bottom_row(b: BottomResult, wide: bool) -> dict[str, Any]:
-    """Return a row of the table, which has no room for the intervals of all shares."""
+    """Return a row of the table. Only CSV has the intervals of all shares."""
     return {
         "fraction": b.fraction,
         **{name: share if wide else share.value for name, share in b.classes.items()},

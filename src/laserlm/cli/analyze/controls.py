@@ -1,4 +1,4 @@
-"""The command that changes the same matrices by as much in other ways."""
+"""``laser analyze controls``: change the same matrices by the same amount in other ways."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from laserlm.cli.analyze.study import Output, StudyOptions
 from laserlm.cli.options import with_options
-from laserlm.cli.progress import bar
+from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from laserlm.studies.controls import Control
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def controls(
     study: StudyOptions,
     output: Output,
-    draws: Annotated[int, typer.Option(min=1, help="Number of times that what is random is drawn.")] = 3,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of each random control.")] = 3,
 ) -> None:
-    """Change the same matrices by as much in other ways: does low rank help because it is low rank?
+    """Change the same matrices by the same amount in other ways: does low rank help because it is low rank?
 
     Example: laser analyze controls bundled --task worldfacts --reduce 29.v_proj@0.75 --limit 300
     """
@@ -28,12 +28,12 @@ def controls(
     from laserlm.studies.figures import controls_figure
 
     output.check()
-    with study.pair() as pair, pair.book() as score, bar("scoring controls", unit="models") as advance:
-        found = controls_(pair.lm, pair.intervention, score, draws=draws, seed=pair.seed, on_model=advance)
+    with study.pair() as pair, pair.scorer() as scorer, progress_bar("scoring controls", unit="models") as advance:
+        rows = controls_(pair.lm, pair.intervention, scorer, draws=draws, seed=pair.seed, on_model=advance)
     output.show(
-        {**pair.about, "controls": [c.as_dict() for c in found]},
-        {f"{pair.title}: its controls, n {pair.base.n}": [_row(c) for c in found]},
-        figure=lambda: controls_figure(found, pair.title),
+        {**pair.description, "controls": rows},
+        {f"{pair.title}: its controls, n {pair.base.n}": [_row(c) for c in rows]},
+        figure=lambda: controls_figure(rows, pair.title),
     )
 
 
@@ -46,8 +46,8 @@ def _row(c: Control) -> dict[str, Any]:
         "size": c.size,
         "accuracy": c.accuracy,
         "gain": Estimate(c.gain, c.interval, c.n),
-        "worst draw": c.least,
-        "best draw": c.most,
-        "behind": Estimate(c.behind, c.behind_interval, c.n),
+        "worst draw": c.min_gain,
+        "best draw": c.max_gain,
+        "behind": Estimate(c.deficit, c.deficit_interval, c.n),
         "change of loss": Estimate(c.loss_change, c.loss_interval, c.n),
     }

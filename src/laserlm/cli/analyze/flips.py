@@ -1,4 +1,4 @@
-"""The command that tells which examples a reduction corrects and breaks."""
+"""``laser analyze flips``: the examples that a reduction corrects and breaks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.analyze.study import Output, StudyOptions
+from laserlm.cli.analyze.study import ModelPair, Output, StudyOptions
 from laserlm.cli.options import with_options
-from laserlm.cli.progress import say
+from laserlm.cli.progress import print_stderr
 
 if TYPE_CHECKING:
-    from laserlm.studies.flipping import Flips, Label
+    from laserlm.studies.flipping import Flip, Flips
 
 NAMES: dict[Any, str] = {"corrected": "corrected", "broken": "broken", "right": "right twice", "wrong": "wrong twice"}
 
@@ -23,64 +23,69 @@ def flips(
     top: Annotated[int, typer.Option(min=0, help="Likeliest first tokens shown, before and after.")] = 5,
     shown: Annotated[int, typer.Option(min=0, help="Corrected and broken examples shown, of each.")] = 5,
 ) -> None:
-    """Tell which examples a reduction corrects and breaks, by group, and what the model says instead.
+    """Show the examples that a reduction corrects and breaks, by group, and what the model answers instead.
 
     CSV holds every example.
 
     Example: laser analyze flips bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
-    from dataclasses import asdict
-
-    from laserlm.errors import ScoringError, TokenizationError
+    from laserlm.jsonable import to_json
     from laserlm.studies.figures import flips_figure
     from laserlm.studies.flipping import flips as flips_
-    from laserlm.studies.flipping import likeliest
 
     output.check()
     with study.pair() as pair:
-        found = flips_(pair.base, pair.edited, pair.examples)
-    chosen = [*found.of("corrected")[:shown], *found.of("broken")[:shown]]
-    tokens: list[Any] = [None] * len(chosen)
-    if top and chosen and not output.csv:
-        wanted = {e.id: e for e in pair.examples}
-        asked = [wanted[f.id] for f in chosen]
-        try:
-            sides = likeliest(pair.lm, asked, pair.intervention, k=top, batch_size=study.batch_size, seed=pair.seed)
-            tokens = [{"before": before, "after": after} for before, after in sides]
-        except (TokenizationError, ScoringError) as error:
-            say(f"The likeliest tokens are not shown: {error}")
-    examples = [
-        {"change": f.change, "prompt": f.prompt, "answer": f.answer, "before": f.before, "after": f.after}
-        | {f"likeliest {side}": " ".join(map(repr, of)) for side, of in (t or {}).items()}
-        for f, t in zip(chosen, tokens, strict=True)
-    ]
-    counts = ", ".join(f"{len(found.of(change))} {name}" for change, name in NAMES.items())
+        result = flips_(pair.base, pair.edited, pair.examples)
+    examples = [*result.of("corrected")[:shown], *result.of("broken")[:shown]]
+    tokens = _likeliest(pair, examples, top) if top and not output.csv else [None] * len(examples)
+    counts = ", ".join(f"{len(result.of(change))} {name}" for change, name in NAMES.items())
+    tables = {"the most frequent answers": _frequent(result)}
+    if result.groups:
+        tables["groups"] = _groups(result)
+    tables["corrected and broken examples"] = [_example(f, t) for f, t in zip(examples, tokens, strict=True)]
     output.show(
-        {**pair.about, **found.as_dict(), "shown": [asdict(f) | {"likeliest": t} for f, t in zip(chosen, tokens, strict=True)]},
-        {"every example": [asdict(f) for f in found.flips]}
-        if output.csv
-        else {
-            "the most frequent answers": [
-                {"answer": x.label, "is right": x.answers, "given before": x.before, "given after": x.after}
-                for x in _frequent(found)
-            ],
-            **({"groups": _groups(found)} if found.groups else {}),
-            "corrected and broken examples": examples,
+        {
+            **pair.description,
+            **to_json(result),
+            "shown": [to_json(f) | {"likeliest": t} for f, t in zip(examples, tokens, strict=True)],
         },
+        {"every example": [to_json(f) for f in result.flips]} if output.csv else tables,
         lines=[
-            str(found.comparison),
-            f"{counts}; the same answer before and after for {found.same.percent()}",
-            f"outside of all answers: {found.outside_before.percent()} before, {found.outside_after.percent()} after; "
-            f"always giving the most frequent answer scores {found.majority.percent()}",
+            str(result.comparison),
+            f"{counts}; the same answer before and after for {result.unchanged.percent()}",
+            f"outside of all answers: {result.off_list_base.percent()} before, {result.off_list_edited.percent()} after; "
+            f"always giving the most frequent answer scores {result.majority.percent()}",
         ],
-        figure=lambda: flips_figure(found, pair.title),
+        figure=lambda: flips_figure(result, pair.title),
     )
 
 
-def _groups(found: Flips) -> list[dict[str, Any]]:
+def _likeliest(pair: ModelPair, flips: list[Flip], top: int) -> list[Any]:
+    """Return the likeliest first tokens of both models for each example, or None for each if they cannot be read."""
+    from laserlm.errors import ScoringError, TokenizationError
+    from laserlm.studies.flipping import likeliest
+
+    by_id = {e.id: e for e in pair.examples}
+    examples = [by_id[f.id] for f in flips]
+    if not examples:
+        return []
+    try:
+        tokens = likeliest(pair.lm, examples, pair.intervention, k=top, batch_size=pair.batch_size, seed=pair.seed)
+    except (TokenizationError, ScoringError) as error:
+        print_stderr(f"The likeliest tokens are not shown: {error}")
+        return [None] * len(flips)
+    return [{"before": base, "after": edited} for base, edited in tokens]
+
+
+def _example(flip: Flip, tokens: dict[str, list[str]] | None) -> dict[str, Any]:
+    row = {"change": flip.change, "prompt": flip.prompt, "answer": flip.answer, "before": flip.base, "after": flip.edited}
+    return row | {f"likeliest {model}": " ".join(map(repr, of)) for model, of in (tokens or {}).items()}
+
+
+def _groups(result: Flips) -> list[dict[str, Any]]:
     return [
         {
-            "group": g.group + (" (few)" if g.few else ""),
+            "group": g.group + (" (few)" if g.is_small else ""),
             "n": g.comparison.n,
             "before": g.comparison.base,
             "after": g.comparison.edited,
@@ -91,11 +96,14 @@ def _groups(found: Flips) -> list[dict[str, Any]]:
             "broken": g.comparison.broken,
             "p": g.comparison.mcnemar_p,
         }
-        for g in found.groups
+        for g in result.groups
     ]
 
 
-def _frequent(found: Flips) -> list[Label]:
-    """Return the most frequent answers, and what is given most often without being one."""
-    answers = [x for x in found.labels if x.answers]
-    return [*answers[:8], *(x for x in found.labels if not x.answers)]
+def _frequent(result: Flips) -> list[dict[str, Any]]:
+    """Return the most frequent answers, and the texts that are given most often without being an answer."""
+    answers = [x for x in result.labels if x.answers]
+    return [
+        {"answer": x.label, "is right": x.answers, "given before": x.base, "given after": x.edited}
+        for x in [*answers[:8], *(x for x in result.labels if not x.answers)]
+    ]

@@ -1,4 +1,4 @@
-"""The command that sets the gain of a reduction against how often facts occur."""
+"""``laser analyze frequency``: compare the gain of a reduction with the frequency of facts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.analyze.study import Output, Pair, StudyOptions
+from laserlm.cli.analyze.study import ModelPair, Output, StudyOptions
 from laserlm.cli.options import with_options
-from laserlm.cli.progress import bar
+from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from laserlm.studies.estimates import Estimate
-    from laserlm.studies.frequency import Part
+    from laserlm.studies.frequency import FrequencyBin
     from laserlm.studies.mentions import Mentions
 
 
@@ -32,12 +32,13 @@ def frequency(
     workers: Annotated[int, typer.Option(min=1, help="Processes that read the corpus.")] = 1,
     bins: Annotated[int, typer.Option(min=1, help="Bins of examples by how often their facts occur.")] = 5,
 ) -> None:
-    """Set the gain of a reduction against how often the fact occurs: is it what is rare that gains?
+    """Compare the gain of a reduction with the frequency of the fact: do rare facts gain most?
 
     CSV holds the bins.
 
     Example: laser analyze frequency bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
+    from laserlm.jsonable import to_json
     from laserlm.studies.figures import curves
     from laserlm.studies.frequency import frequency as frequency_
     from laserlm.studies.frequency import popularity
@@ -45,33 +46,33 @@ def frequency(
     output.check()
     with study.pair() as pair:
         mentions = None if corpus is None else _mentions(corpus, pair, workers)
-    found = frequency_(
+    result = frequency_(
         pair.base, pair.edited, pair.examples, popularity(pair.examples) if mentions is None else mentions.both, bins=bins
     )
     occurs = "popularity" if mentions is None else "documents with subject and answer"
     lines = [
-        f"{len(found.examples)} examples of {found.facts} facts, by {occurs}; {found.without} more without",
-        f"rank correlation with the change of correctness {_text(found.correctness)}, "
-        f"with the fall of the loss {_text(found.loss)}",
-        f"gain of the rarer half {_text(found.rare.gain)}, of the other {_text(found.frequent.gain)}; "
-        f"the first minus the second {_text(found.difference)}",
+        f"{len(result.examples)} examples of {result.facts} facts, by {occurs}; {result.without} more without",
+        f"rank correlation with the change of correctness {_text(result.correctness)}, "
+        f"with the fall of the loss {_text(result.loss)}",
+        f"gain of the rarer half {_text(result.rare.gain)}, of the other {_text(result.frequent.gain)}; "
+        f"the first minus the second {_text(result.difference)}",
     ]
     if mentions is not None:
         never = sum(n == 0 for n in mentions.both.values())
         lines.append(f"of {mentions.documents} documents none mentions both subject and answer of {never} examples")
     output.show(
         {
-            **pair.about,
+            **pair.description,
             "frequency": occurs,
-            **({} if mentions is None else {"corpus": corpus, "mentions": mentions.as_dict()}),
-            **found.as_dict(),
+            **({} if mentions is None else {"corpus": corpus, "mentions": mentions}),
+            **to_json(result),
         },
-        {"bins": _rows(found.bins), "cumulative": _rows(found.cumulative)},
+        {"bins": _rows(result.bins), "cumulative": _rows(result.cumulative)},
         lines=lines,
         figure=lambda: curves(
             {
-                "before": [(f"up to {_number(part.high)}", part.before) for part in found.bins],
-                "after": [(f"up to {_number(part.high)}", part.after) for part in found.bins],
+                "before": [(f"up to {_number(part.high)}", part.base) for part in result.bins],
+                "after": [(f"up to {_number(part.high)}", part.edited) for part in result.bins],
             },
             pair.title,
             occurs,
@@ -80,10 +81,10 @@ def frequency(
     )
 
 
-def _mentions(corpus: str, pair: Pair, workers: int) -> Mentions:
+def _mentions(corpus: str, pair: ModelPair, workers: int) -> Mentions:
     from laserlm.studies.mentions import count_mentions
 
-    with bar("reading the corpus", unit="documents") as advance:
+    with progress_bar("reading the corpus", unit="documents") as advance:
 
         def show(done: int, total: int | None, read: int) -> None:
             if total is None:
@@ -94,14 +95,14 @@ def _mentions(corpus: str, pair: Pair, workers: int) -> Mentions:
         return count_mentions(corpus, pair.examples, pair.results, workers=workers, on_progress=show)
 
 
-def _rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
+def _rows(parts: Sequence[FrequencyBin]) -> list[dict[str, Any]]:
     return [
         {
             "from": _number(part.low),
             "to": _number(part.high),
             "n": part.n,
-            "before": part.before,
-            "after": part.after,
+            "before": part.base,
+            "after": part.edited,
             "gain": part.gain,
             "change of loss": part.loss,
         }

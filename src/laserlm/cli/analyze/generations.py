@@ -1,4 +1,4 @@
-"""The command that counts named entities in what the models write."""
+"""``laser analyze generations``: count named entities in the texts of the models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from laserlm.cli.analyze.study import Output, StudyOptions
 from laserlm.cli.options import with_options
-from laserlm.cli.progress import bar
+from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from laserlm.studies.entities import Entities
@@ -18,7 +18,7 @@ SETS = {
     "B": "set B: the removed part alone wrong, the reduced model right",
 }
 FIGURES = {"entities": "entities", "with_answer": "with the answer's", "without": "with none"}
-"""The figures, and the names of the published ones."""
+"""Fields of the counts, and the names of the published values."""
 
 
 @with_options(study=StudyOptions, output=Output)
@@ -31,9 +31,9 @@ def generations(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a text; default: as the task is written, or 10.")] = None,
     shown: Annotated[int, typer.Option(min=0, help="Examples shown with all three texts.")] = 5,
 ) -> None:
-    """Count named entities in what the model writes: unchanged, reduced, and with the removed part alone.
+    """Count named entities in the texts of the model: unchanged, reduced, and with the removed part alone.
 
-    Beside them stand the figures published for GPT-J on Wikidata QA.
+    The output includes the values published for GPT-J on Wikidata QA.
 
     Example: laser analyze generations bundled --task worldfacts --reduce 29.v_proj@0.75 --limit 500
     """
@@ -45,33 +45,33 @@ def generations(
 
     output.check()
     find = pipeline_(pipeline)
-    with study.pair() as pair, pair.book() as book, bar("writing", unit="models") as advance:
+    with study.pair() as pair, pair.scorer() as scorer, progress_bar("writing", unit="models") as advance:
         alone = str(removed_part(pair.lm.matrices, pair.intervention))
-        sets = sets_of(pair.base, pair.edited, book(alone))
+        sets = sets_of(pair.base, pair.edited, scorer(alone))
         chosen = [e for e in pair.examples if e.id in sets]
         wanted = dict(zip(MODELS, ("", pair.intervention, alone), strict=True))
-        texts = generated_texts(book, pair.results, chosen, wanted, new_tokens=tokens, on_model=advance)
-    found, said = entities(texts, chosen, sets, find)
+        texts = generated_texts(scorer, pair.results, chosen, wanted, new_tokens=tokens, on_model=advance)
+    counts, generated = entities(texts, chosen, sets, find)
     published = [
         {"set": name, "figure": figure, **values} for name, figures in PUBLISHED.items() for figure, values in figures.items()
     ]
     output.show(
         {
-            **pair.about,
+            **pair.description,
             "removed_part_alone": alone,
-            "entities": [e.as_dict() for e in found],
+            "entities": counts,
             "published": published,
-            "texts": [s.as_dict() for s in said],
+            "texts": generated,
         },
         {
-            **{title: [_row(e) for e in found if e.set == name] for name, title in SETS.items()},
+            **{title: [_row(e) for e in counts if e.set == name] for name, title in SETS.items()},
             "published for GPT-J on Wikidata QA": published,
-            f"some of {len(said)} examples": [
-                {"set": "".join(s.sets), "prompt": s.prompt, "answer": s.answer, **s.texts} for s in said[:shown]
+            f"some of {len(generated)} examples": [
+                {"set": "".join(s.sets), "prompt": s.prompt, "answer": s.answer, **s.texts} for s in generated[:shown]
             ],
         },
         lines=[pair.title],
-        figure=lambda: entities_figure(found, pair.title),
+        figure=lambda: entities_figure(counts, pair.title),
     )
 
 

@@ -1,4 +1,4 @@
-"""The command that measures the spectrum of every matrix."""
+"""``laser analyze matrices``: measure the spectrum of every matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from laserlm.cli.analyze.study import Output
 from laserlm.cli.options import STORE_DEFAULT, Cache, Store, with_options
-from laserlm.cli.progress import bar, say
+from laserlm.cli.progress import print_stderr, progress_bar
 
 if TYPE_CHECKING:
     from laserlm.studies import Correlation, MatrixMetrics
@@ -46,19 +46,19 @@ def matrices(
     magnitudes = _magnitudes(thresholds)
     measured = _Measured() if run is None else _measured(run, model, store)
     source = open_checkpoint(model, revision=revision, cache=cache, allow_remote_code=allow_remote_code)
-    found: list[MatrixMetrics] = []
+    metrics: list[MatrixMetrics] = []
     given: dict[str, Any] = {"side": side, "types": types or (), "thresholds": magnitudes}
-    with bar("decomposing", unit="matrices") as advance:
-        for one in matrix_metrics(source, on_skip=lambda m, why: say(f"{m.id} is left out: {why}"), **given):
-            found.append(one)
-            advance(len(found), len(source.matrices))
-    tables = {f"matrices of {model}": _flat(found)}
-    values: Any = [m.as_dict() for m in found]
+    with progress_bar("decomposing", unit="matrices") as advance:
+        for one in matrix_metrics(source, on_skip=lambda m, why: print_stderr(f"{m.id} is left out: {why}"), **given):
+            metrics.append(one)
+            advance(len(metrics), len(source.matrices))
+    tables = {f"matrices of {model}": _flat(metrics)}
+    values: Any = metrics
     if run is not None:
-        rows = [_correlation(c) for c in correlations(found, measured.gains, screen=measured.screen)]
+        rows = [_correlation(c) for c in correlations(metrics, measured.gains, screen=measured.screen)]
         tables[f"metrics of {model} and the gain that run {run} measured"] = rows
         values = {"matrices": values, "correlations": rows}
-    output.show(values, tables, figure=(lambda: matrices_figure(found, metric)) if found else None)
+    output.show(values, tables, figure=(lambda: matrices_figure(metrics, metric)) if metrics else None)
 
 
 def _check_drawn(metric: str) -> None:
@@ -69,7 +69,7 @@ def _check_drawn(metric: str) -> None:
 
     drawn = [f.name for f in fields(MatrixMetrics) if f.type in ("float", "int") and f.name != "layer"]
     if metric not in drawn:
-        raise AnalysisError(f"no metric {metric!r} to draw; there are {', '.join(drawn)}")
+        raise AnalysisError(f"cannot draw metric {metric!r}; choose one of {', '.join(drawn)}")
 
 
 def _magnitudes(thresholds: str) -> list[float]:
@@ -83,7 +83,7 @@ def _magnitudes(thresholds: str) -> list[float]:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a search measured and expected for each matrix."""
+    """The gains that a search measured and expected for each matrix."""
 
     gains: dict[str, float] = field(default_factory=dict)
     screen: dict[str, float] = field(default_factory=dict)
@@ -110,9 +110,11 @@ def _correlation(c: Correlation) -> dict[str, Any]:
     return {"metric": c.metric, "spearman": c.rho, "low": c.low, "high": c.high, "matrices": c.n}
 
 
-def _flat(found: list[MatrixMetrics]) -> list[dict[str, Any]]:
-    """Return rows that share their keys: the first layer shares nothing with one before it."""
-    rows = [m.as_dict() for m in found]
+def _flat(metrics: list[MatrixMetrics]) -> list[dict[str, Any]]:
+    """Return rows with the same keys. The first layer has no shared subspace."""
+    from laserlm.jsonable import to_json
+
+    rows = [to_json(m) for m in metrics]
     for row in rows:
         for name in ("nuclear", "energy", "shared"):
             row |= {f"{name}@{key}": value for key, value in row.pop(name).items()}

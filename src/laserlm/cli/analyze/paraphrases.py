@@ -1,4 +1,4 @@
-"""The command that tells whether a reduction makes the phrasings of a fact agree."""
+"""``laser analyze paraphrases``: whether a reduction makes the phrasings of a fact agree."""
 
 from __future__ import annotations
 
@@ -13,56 +13,60 @@ if TYPE_CHECKING:
 
 @with_options(study=StudyOptions, output=Output)
 def paraphrases(study: StudyOptions, output: Output) -> None:
-    """Tell whether the phrasings of a fact come to agree, and whether what is right only grows. A run needs no model.
+    """Show whether the phrasings of a fact agree more, and whether right facts are lost. A run needs no model.
 
     Example: laser analyze paraphrases bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
+    from laserlm.jsonable import to_json
     from laserlm.studies.figures import bars
     from laserlm.studies.paraphrases import paraphrases as paraphrases_
 
     output.check()
     with study.pair() as pair:
-        found = paraphrases_(pair.base, pair.edited, pair.examples)
-    rows = _rows(found)
+        result = paraphrases_(pair.base, pair.edited, pair.examples)
+    rows = _rows(result)
     tables = {
-        f"{pair.title}: facts, n {found.facts}": [
-            {"of facts": name, "before": of.before, "after": of.after, "change": of.change, "p": of.p}
+        f"{pair.title}: facts, n {result.facts}": [
+            {"of facts": name, "before": of.base, "after": of.edited, "change": of.change, "p": of.p}
             for name, of in rows.items()
         ],
-        "what was right": _growth(found),
+        "what was right": _growth(result),
     }
     output.show(
-        {**pair.about, **found.as_dict()},
-        tables | _tables(found),
+        {**pair.description, **to_json(result)},
+        tables | _tables(result),
         lines=[
-            f"{found.facts} facts with two phrasings or more ({found.single} with one left out)",
-            f"{found.comparison}; as if phrasings were independent, which the table of facts does not take for granted",
+            f"{result.facts} facts with two phrasings or more ({result.single} with one left out)",
+            f"{result.comparison}; as if phrasings were independent, which the table of facts does not take for granted",
         ],
         figure=lambda: bars(
-            {side: [(name, getattr(of, side)) for name, of in rows.items()] for side in ("before", "after")},
+            {
+                title: [(name, getattr(of, side)) for name, of in rows.items()]
+                for title, side in (("before", "base"), ("after", "edited"))
+            },
             pair.title,
             "share of facts, or of pairs of phrasings",
         ),
     )
 
 
-def _rows(found: Paraphrases) -> dict[str, Paired]:
-    return {"all phrasings right": found.all_right, "any right": found.any_right, "phrasings agree": found.consistency}
+def _rows(result: Paraphrases) -> dict[str, Paired]:
+    return {"all phrasings right": result.all_right, "any right": result.any_right, "phrasings agree": result.consistency}
 
 
-def _growth(found: Paraphrases) -> list[dict[str, Any]]:
+def _growth(result: Paraphrases) -> list[dict[str, Any]]:
     return [
         {"of": name, "kept": of.kept, "gained": of.gained, "lost": of.lost, "share lost": of.share_lost}
         | {"only grows": "yes" if of.only_grows else "no"}
-        for name, of in (("phrasings", found.examples), ("facts with all right", found.whole))
+        for name, of in (("phrasings", result.examples), ("facts with all right", result.whole))
     ]
 
 
-def _tables(found: Paraphrases) -> dict[str, list[dict[str, Any]]]:
-    """Return for each number of phrasings the facts by how many of them are right."""
+def _tables(result: Paraphrases) -> dict[str, list[dict[str, Any]]]:
+    """Return a table for each number of phrasings: the facts by their number of right phrasings."""
     return {
         f"facts of {t.phrasings} phrasings, by how many are right": [
             {"before": f"{i} right"} | {f"{j} after": n for j, n in enumerate(row)} for i, row in enumerate(t.counts)
         ]
-        for t in found.tables
+        for t in result.tables
     }

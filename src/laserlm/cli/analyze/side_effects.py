@@ -1,4 +1,4 @@
-"""The command that tells what a reduction does beside its task."""
+"""``laser analyze side-effects``: effects of a reduction on text, prompts and other tasks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.analyze.study import Output, Pair, StudyOptions
+from laserlm.cli.analyze.study import ModelPair, Output, StudyOptions
 from laserlm.cli.options import with_options
-from laserlm.cli.progress import bar
+from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from laserlm.studies.side_effects import OnText, Transfer
@@ -33,7 +33,7 @@ def side_effects(
         Path | None, typer.Option(help="Neutral prompts, one on each line; default: forty that come with laserlm.")
     ] = None,
 ) -> None:
-    """Tell what a reduction does beside its task: to general text, to neutral prompts, to other tasks.
+    """Measure side effects of a reduction: on general text, on neutral prompts and on other tasks.
 
     Example: laser analyze side-effects bundled --task worldfacts --reduce 29.v_proj@0.75 --limit 300 --on web-of-lies
     """
@@ -44,95 +44,88 @@ def side_effects(
 
     output.check()
     lines = neutral_prompts() if prompts is None else [x for x in read_text(prompts).splitlines() if x.strip()]
-    reader = study.of_other_tasks()
-    other = [reader.read(name).test.limit(examples) for name in on or ()]
-    passage = None if text is None else reader.read(f"perplexity:{text}").every.limit(passages)
+    reader = study.data_options()
+    other = [reader.load_task(name).test.limit(examples) for name in on or ()]
+    passage = None if text is None else reader.load_task(f"perplexity:{text}").every.limit(passages)
     with ExitStack() as stack:
         first = stack.enter_context(study.pair())
         pairs = [first]
         for run in also or ():
-            bare = StudyOptions(what=run, store=study.store, limit=study.limit, batch_size=study.batch_size)
-            pairs.append(stack.enter_context(bare.pair()).on(first.lm))
+            bare = StudyOptions(run_or_model=run, store=study.store, limit=study.limit, batch_size=study.batch_size)
+            pairs.append(stack.enter_context(bare.pair()).with_model(first.lm))
         divergences = {p.intervention: Estimate.mean(_divergence(p, lines)) for p in pairs}
         texts = {} if passage is None else {p.intervention: _on_text(p, passage) for p in pairs}
         cells = _cells(pairs, other)
-    effects = [
+    rows = [
         {
             "intervention": p.intervention,
             "chosen on": p.base.task,
             "divergence on neutral prompts, nats": divergences[p.intervention],
         }
-        | _of_text(texts.get(p.intervention))
+        | _text_columns(texts.get(p.intervention))
         for p in pairs
     ]
-    output.show(
+    effects = [
         {
-            "model": first.model,
-            "effects": [
-                {
-                    "intervention": p.intervention,
-                    "chosen_on": p.base.task,
-                    "divergence": divergences[p.intervention].as_dict(),
-                    "text": texts[p.intervention].as_dict() if texts else None,
-                }
-                for p in pairs
-            ],
-            "transfer": [c.as_dict() for c in cells],
-        },
-        {"transfer": [_row(c) for c in cells]}
-        if output.csv
-        else {
-            f"beside the task, {len(lines)} neutral prompts": effects,
-            "chosen on one task, scored on another": [_row(c) for c in cells],
-        },
+            "intervention": p.intervention,
+            "chosen_on": p.base.task,
+            "divergence": divergences[p.intervention],
+            "text": texts.get(p.intervention),
+        }
+        for p in pairs
+    ]
+    transfers = [_transfer_row(c) for c in cells]
+    tables = {f"beside the task, {len(lines)} neutral prompts": rows, "chosen on one task, scored on another": transfers}
+    output.show(
+        {"model": first.model, "effects": effects, "transfer": cells},
+        {"transfer": transfers} if output.csv else tables,
         lines=[] if text is not None else ["Perplexity is measured where a general text is given with --text FILE."],
         figure=lambda: transfer_figure(cells, f"transfer of {first.model}"),
     )
 
 
-def _divergence(pair: Pair, lines: list[str]) -> list[float]:
+def _divergence(pair: ModelPair, lines: list[str]) -> list[float]:
     from laserlm.scoring.identity import digest
     from laserlm.studies.side_effects import divergence
 
-    given: Any = {"batch_size": pair.batch_size, "seed": pair.seed}
-    with pair.book() as book, bar("comparing predictions", unit="prompts") as advance:
-        kept: list[float] = book.remember(
+    with pair.scorer() as scorer, progress_bar("comparing predictions", unit="prompts") as advance:
+        divergences: list[float] = scorer.cached(
             f"divergence under {pair.intervention} on {digest(lines)}",
-            lambda: divergence(pair.lm, lines, pair.intervention, on_batch=advance, **given),
+            lambda: divergence(pair.lm, lines, pair.intervention, batch_size=pair.batch_size, seed=pair.seed, on_batch=advance),
         )
-    return kept
+    return divergences
 
 
-def _on_text(pair: Pair, passage: Split) -> OnText:
+def _on_text(pair: ModelPair, passage: Split) -> OnText:
     from laserlm.studies.side_effects import on_text
 
-    with pair.book(passage) as book:
-        return on_text(book(""), book(pair.intervention))
+    with pair.scorer(passage) as scorer:
+        return on_text(scorer(""), scorer(pair.intervention))
 
 
-def _of_text(found: OnText | None) -> dict[str, Any]:
-    if found is None:
+def _text_columns(effect: OnText | None) -> dict[str, Any]:
+    if effect is None:
         return {}
-    return {"perplexity before": found.before, "after": found.after, "ratio": found.ratio, "passages": found.ratio.n}
+    return {"perplexity before": effect.base, "after": effect.edited, "ratio": effect.ratio, "passages": effect.ratio.n}
 
 
-def _cells(pairs: list[Pair], other: list[Split]) -> list[Transfer]:
-    """Return every intervention on every task, their own and the others, each once."""
+def _cells(pairs: list[ModelPair], other: list[Split]) -> list[Transfer]:
+    """Score every intervention on every task, its own and the others, each once."""
     from laserlm.studies.side_effects import transfer
 
     columns: dict[tuple[str, str, str], Split] = {}
     for split in [*(p.split for p in pairs), *other]:
         columns.setdefault((split.task, split.hash, split.scorer), split)
     cells = []
-    with bar("scoring", unit="tasks") as advance:
+    with progress_bar("scoring", unit="tasks") as advance:
         for done, split in enumerate(columns.values()):
             advance(done, len(columns), split.task)
             for pair in pairs:
-                with pair.book(None if split.hash == pair.split.hash else split) as book:
-                    cells.append(transfer(book(""), book(pair.intervention), pair.base.task))
+                with pair.scorer(None if split.hash == pair.split.hash else split) as scorer:
+                    cells.append(transfer(scorer(""), scorer(pair.intervention), pair.base.task))
     return cells
 
 
-def _row(c: Transfer) -> dict[str, Any]:
+def _transfer_row(c: Transfer) -> dict[str, Any]:
     names = {"intervention": c.intervention, "chosen on": c.chosen_on, "scored on": c.scored_on, "n": c.gain.n}
-    return names | {"before": c.before, "after": c.after, "gain": c.gain, "change of loss": c.loss_change}
+    return names | {"before": c.base, "after": c.edited, "gain": c.gain, "change of loss": c.loss_change}

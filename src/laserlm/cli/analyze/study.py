@@ -1,4 +1,4 @@
-"""What the commands that study a reduction share: the scores that they are about, and how they show what they find."""
+"""Input and output that the commands of ``laser analyze`` share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, DataOptions, Listing, LoadOptions, Store, TaskOptions, print_json
+from laserlm.cli.options import STORE_DEFAULT, DataOptions, LoadOptions, Store, TableOptions, TaskOptions, print_json
 
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from laserlm.studies.scores import CachedScorer
     from laserlm.tasks import Example, Scorer, Split
 
-__all__ = ["Output", "Pair", "StudyOptions"]
+__all__ = ["ModelPair", "Output", "StudyOptions"]
 
 OF_ANY_TASK = ("data_folder", "batch_size", "allow_code_execution")
-"""Options of a task that mean the same for any."""
+"""Options that apply to every task."""
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 """Rows by the title of their table."""
 
 
 @dataclass(frozen=True)
-class Output(Listing):
-    """How a study shows what it found: tables unless told otherwise, and a figure."""
+class Output(TableOptions):
+    """How a study shows its result: tables, JSON or CSV, and a figure."""
 
     figure: Annotated[
         Path | None, typer.Option(help="Also draw it: .html (self-contained), .png, .svg or .pdf (with a browser).")
     ] = None
 
     def check(self) -> None:
-        """Raise an error where what is found could not be shown so, before it is computed."""
+        """Raise an error if the result cannot be shown this way, before it is computed."""
         from laserlm.studies.figures import check_figure
 
         if self.table + self.json + self.csv > 1:
@@ -47,19 +47,20 @@ class Output(Listing):
             check_figure(self.figure)
 
     def show(self, values: Any, tables: Tables, *, lines: Sequence[str] = (), figure: Callable[[], Any] | None = None) -> None:
-        """Print what was found, and draw it where that was asked for.
+        """Print the result, and draw the figure if a file is given.
 
         Args:
-            values: everything, as plain JSON values.
-            tables: the first is what CSV holds. Cells may be estimates, which have a column for each of their ends there.
-            lines: sentences that stand above the tables.
-            figure: makes the plotly figure; None where there is nothing to draw.
+            values: all values, for ``to_json``.
+            tables: rows by title; CSV holds the first table. A cell may be an estimate, which takes several columns in CSV.
+            lines: sentences above the tables.
+            figure: makes the plotly figure; None if there is nothing to draw.
         """
         from laserlm.errors import AnalysisError
+        from laserlm.jsonable import to_json
         from laserlm.studies.figures import write_figure
 
         if self.json:
-            print_json(values)
+            print_json(to_json(values))
         elif self.csv:
             self.print([_flat(row) for row in next(iter(tables.values()), [])])
         else:
@@ -69,7 +70,7 @@ class Output(Listing):
                 self.print([{k: str(v) if _estimated(v) else v for k, v in row.items()} for row in rows], title)
         if self.figure is not None:
             if figure is None:
-                raise AnalysisError(f"there is nothing to draw in {self.figure}; leave --figure out")
+                raise AnalysisError(f"there is nothing to draw in {self.figure}. Leave --figure out.")
             write_figure(figure(), self.figure)
 
 
@@ -80,29 +81,29 @@ def _estimated(value: Any) -> bool:
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     for name, value in row.items():
-        found |= value.as_row(name) if _estimated(value) else {name: value}
-    if "n" in found:  # one for all
-        found = {name: value for name, value in found.items() if not name.endswith(" n")}
-    return found
+        cells |= value.as_row(name) if _estimated(value) else {name: value}
+    if "n" in cells:  # one for all
+        cells = {name: value for name, value in cells.items() if not name.endswith(" n")}
+    return cells
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """The unchanged and the reduced model on the same examples.
 
     Args:
-        model: the model's name.
+        model: name of the model.
         intervention: text of the reduction.
         base: scores of the unchanged model.
-        edited: scores of the reduced one.
-        examples: those that were scored.
+        edited: scores of the reduced model.
+        examples: the scored examples.
         results: the results database.
         batch_size: sequences in one forward pass.
-        model_hash: sha256 of the model's weights.
-        load: returns the model.
-        made: returns the examples as a split of their task.
+        model_hash: sha256 of the weights.
+        load_model: returns the model.
+        load_split: returns the examples as a split of their task.
         seed: of ``:reference`` decompositions.
     """
 
@@ -114,33 +115,33 @@ class Pair:
     results: Results
     batch_size: int
     model_hash: str
-    load: Callable[[], LanguageModel] = field(repr=False)
-    made: Callable[[], Split] = field(repr=False)
+    load_model: Callable[[], LanguageModel] = field(repr=False)
+    load_split: Callable[[], Split] = field(repr=False)
     seed: int = 0
 
     @cached_property
     def lm(self) -> LanguageModel:
-        """The model, loaded when it is first asked for: what was recorded needs none."""
-        return self.load()
+        """The model. It is loaded at the first use, because recorded scores need none."""
+        return self.load_model()
 
     @cached_property
     def split(self) -> Split:
         """The examples as a split of their task."""
-        return self.made()
+        return self.load_split()
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What the scores are of, as plain JSON values."""
+    def description(self) -> dict[str, Any]:
+        """Model, intervention, task, split and number of examples, as JSON values."""
         names = {"model": self.model, "intervention": self.intervention}
         return names | {"task": self.base.task, "split": self.base.split, "n": self.base.n}
 
     @property
     def title(self) -> str:
-        """What the scores are of, for the title of a table."""
+        """Title of a table or figure about these scores."""
         return f"{self.intervention} on {self.base.task}, {self.base.split}"
 
-    def book(self, split: Split | None = None, scorer: Scorer | None = None) -> AbstractContextManager[CachedScorer]:
-        """Return the scores of the model on these examples, or on others, to which new ones can be added."""
+    def scorer(self, split: Split | None = None, scorer: Scorer | None = None) -> AbstractContextManager[CachedScorer]:
+        """Return a scorer of the model on these examples or on another split."""
         from laserlm.studies.scores import cached_scorer
 
         same = split is None and scorer in (None, self.base.scorer)
@@ -154,11 +155,11 @@ class Pair:
             known={"": self.base, self.intervention: self.edited} if same else {},
         )
 
-    def on(self, lm: LanguageModel) -> Pair:
-        """Return the same scores, with a model that is loaded already for those to come.
+    def with_model(self, lm: LanguageModel) -> ModelPair:
+        """Return the same scores with a loaded model for new scores.
 
         Raises:
-            AnalysisError: if they are of another one.
+            AnalysisError: if the scores are of other weights.
         """
         from laserlm.errors import AnalysisError
 
@@ -167,14 +168,14 @@ class Pair:
                 f"{self.intervention} was scored on {self.model} with other weights or another dtype than {lm.name} has here; "
                 "compare runs of one model"
             )
-        return replace(self, load=lambda: lm)
+        return replace(self, load_model=lambda: lm)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(LoadOptions, TaskOptions):
     """A search's run, or a model with a task and a reduction."""
 
-    what: Annotated[str, typer.Argument(help="A search's run (an id, the start of one, or 'last'), or a model.")]
+    run_or_model: Annotated[str, typer.Argument(help="A search's run (an id, the start of one, or 'last'), or a model.")]
     reduce: Annotated[
         list[str] | None, typer.Option(help="A reduction such as 27.fc_in@0.01, where a model is given; may be repeated.")
     ] = None
@@ -184,13 +185,13 @@ class StudyOptions(LoadOptions, TaskOptions):
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the split.")] = None
     store: Store = STORE_DEFAULT
 
-    def of_other_tasks(self) -> DataOptions:
-        """Return the options for reading tasks beside the one that is studied."""
+    def data_options(self) -> DataOptions:
+        """Return the options for loading other tasks."""
         return DataOptions(**{name: getattr(self, name) for name in OF_ANY_TASK})
 
     @contextmanager
-    def pair(self) -> Iterator[Pair]:
-        """Yield the scores that a search recorded on its test split, or those of a model, made only where they are missing."""
+    def pair(self) -> Iterator[ModelPair]:
+        """Yield the test scores of a search, or the scores of a model. Scores that are missing are made."""
         from laserlm.errors import AnalysisError
         from laserlm.reductions import Intervention
         from laserlm.store import Store as Results
@@ -198,42 +199,42 @@ class StudyOptions(LoadOptions, TaskOptions):
 
         with Results.open(self.store) as results:
             if not self.reduce:
-                yield self._of_run(results, self.find(results))
+                yield self._of_run(results, self.find_run(results))
                 return
             text = str(Intervention.parse(self.reduce))
             if not text:
-                raise AnalysisError("no reduction to study: give --reduce SPEC, or the id of a search's run")
+                raise AnalysisError("there is no reduction to study. Give --reduce SPEC, or the id of a search's run.")
             examples = self.split(self.split_name, self.limit)
-            lm = self.load_named(self.what)
-            with cached_scorer(lm, examples, results, batch_size=self.batch_size) as score:
-                base, edited = score(""), score(text)
+            lm = self.load_named(self.run_or_model)
+            with cached_scorer(lm, examples, results, batch_size=self.batch_size) as scorer:
+                base, edited = scorer(""), scorer(text)
             of = (base, edited, examples.examples, results, self.batch_size, lm.hash)
-            yield Pair(lm.name, text, *of, lambda: lm, lambda: examples)
+            yield ModelPair(lm.name, text, *of, lambda: lm, lambda: examples)
 
-    def find(self, results: Results) -> RunInfo:
-        """Return the run that is to be studied.
+    def find_run(self, results: Results) -> RunInfo:
+        """Return the run to study.
 
         Raises:
-            AnalysisError: if there is none, or options are given that a run decides for itself.
+            AnalysisError: if there is no such run, or an option is given that the run decides.
         """
         from laserlm.errors import AnalysisError, StoreError
 
-        own = [f.name for f in fields(TaskOptions) if f.name not in OF_ANY_TASK and getattr(self, f.name) != f.default]
+        ignored = [f.name for f in fields(TaskOptions) if f.name not in OF_ANY_TASK and getattr(self, f.name) != f.default]
         if self.split_name != "test":
-            own.append("split")
+            ignored.append("split")
         try:
-            info = results.find(self.what, kind="search")
+            info = results.find(self.run_or_model, kind="search")
         except StoreError as error:
-            raise AnalysisError(f"{error}; or give --reduce SPEC, if {self.what!r} is a model") from None
-        if own:
-            given = ", ".join(f"--{name.replace('_', '-')}" for name in own)
+            raise AnalysisError(f"{error}; or give --reduce SPEC, if {self.run_or_model!r} is a model") from None
+        if ignored:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
             raise AnalysisError(
                 f"run {info.id} is studied on its own test examples, which had no part in the choice; leave out {given}, or "
                 "give a model and --reduce SPEC"
             )
         return info
 
-    def _of_run(self, results: Results, info: RunInfo) -> Pair:
+    def _of_run(self, results: Results, info: RunInfo) -> ModelPair:
         from laserlm.errors import AnalysisError
 
         best = (info.outcome or {}).get("best")
@@ -247,7 +248,7 @@ class StudyOptions(LoadOptions, TaskOptions):
         base, edited = (replace(e, scores=e.scores[: self.limit]) for e in (base, edited))
         examples = results.examples(info.id, "test")[: self.limit]
 
-        def load() -> LanguageModel:
+        def load_model() -> LanguageModel:
             dtype = self.dtype or str(info.settings["dtype"]).removeprefix("torch.")
             lm = replace(self, dtype=dtype).load_named(info.model)
             if lm.hash != info.settings["model_hash"]:
@@ -257,7 +258,7 @@ class StudyOptions(LoadOptions, TaskOptions):
                 )
             return lm
 
-        def made() -> Split:
+        def load_split() -> Split:
             """Return the examples of the search's test split as they were scored."""
             from laserlm.tasks import Decoding, Split
 
@@ -271,4 +272,6 @@ class StudyOptions(LoadOptions, TaskOptions):
             return Split(base.task, base.split, examples, scorer, Decoding(**how))
 
         seed, model_hash = int(info.settings.get("seed", 0)), str(info.settings["model_hash"])
-        return Pair(info.model, best, base, edited, examples, results, self.batch_size, model_hash, load, made, seed)
+        return ModelPair(
+            info.model, best, base, edited, examples, results, self.batch_size, model_hash, load_model, load_split, seed
+        )

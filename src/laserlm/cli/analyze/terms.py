@@ -1,4 +1,4 @@
-"""The command that weighs the words of prompts and of what the models write."""
+"""``laser analyze terms``: words that mark prompts and generated texts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.analyze.study import Output, Pair, StudyOptions
+from laserlm.cli.analyze.study import ModelPair, Output, StudyOptions
 from laserlm.cli.options import with_options
-from laserlm.cli.progress import bar
+from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from laserlm.studies.terms import GroupTerms
@@ -26,7 +26,7 @@ def terms(
     generations: Annotated[bool, typer.Option(help="Also weigh what the models write for every example.")] = True,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a text; default: as the task is written, or 10.")] = None,
 ) -> None:
-    """Tell which words mark the prompts, and what is written, by answer and by what the reduction did (TF-IDF).
+    """Show the words that mark prompts and generated texts, by answer and by flip (TF-IDF).
 
     Example: laser analyze terms bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
@@ -39,17 +39,17 @@ def terms(
         texts: dict[str, Sequence[str]] = {"prompts": [e.prompt for e in pair.examples]}
         if generations:
             wanted = {UNCHANGED: "", REDUCED: pair.intervention}
-            with pair.book() as book, bar("writing", unit="models") as advance:
-                texts |= generated_texts(book, pair.results, pair.examples, wanted, new_tokens=tokens, on_model=advance)
+            with pair.scorer() as scorer, progress_bar("writing", unit="models") as advance:
+                texts |= generated_texts(scorer, pair.results, pair.examples, wanted, new_tokens=tokens, on_model=advance)
     groups = _groups(pair, labels)
     wordless = [name for name, of in texts.items() if not any(c.isalnum() for t in of for c in t)]
-    found = {name: terms_(of, groups, top=top) for name, of in texts.items() if name not in wordless}
-    small = sorted({f"{g.group} ({g.n})" for of in found.values() for g in of if g.few})
-    rows = [_row(name, g) for name, of in found.items() for g in of if not g.few]
+    by_text = {name: terms_(of, groups, top=top) for name, of in texts.items() if name not in wordless}
+    small = sorted({f"{g.group} ({g.n})" for of in by_text.values() for g in of if g.is_small})
+    rows = [_row(name, g) for name, of in by_text.items() for g in of if not g.is_small]
     output.show(
-        {**pair.about, "terms": {name: [g.as_dict() for g in of] for name, of in found.items()}},
+        {**pair.description, "terms": by_text},
         {
-            "every word": [row for name, of in found.items() for g in of for row in _words(name, g)],
+            "every word": [row for name, of in by_text.items() for g in of for row in _words(name, g)],
         }
         if output.csv
         else {f"{pair.title}: words whose TF-IDF is ahead of that in all other examples": rows},
@@ -58,19 +58,19 @@ def terms(
             *(f"No word at all is in {name}." for name in wordless),
             "Of many words some are ahead by chance; the intervals are for each by itself.",
         ],
-        figure=(lambda: terms_figure(found, pair.title)) if rows else None,
+        figure=(lambda: terms_figure(by_text, pair.title)) if rows else None,
     )
 
 
-def _groups(pair: Pair, labels: int) -> Mapping[str, Sequence[int]]:
-    """Return the indices of the examples of each flip group and of the most frequent answers."""
+def _groups(pair: ModelPair, labels: int) -> Mapping[str, Sequence[int]]:
+    """Return the indices of the examples of each kind of flip and of each frequent answer."""
     from laserlm.studies.flipping import flips
 
-    found = flips(pair.base, pair.edited, pair.examples)
+    by_text = flips(pair.base, pair.edited, pair.examples)
     groups: dict[str, list[int]] = {name: [] for name in ("corrected", "broken", "right", "wrong")}
-    frequent = [label.label for label in found.labels if label.answers][:labels]
+    frequent = [label.label for label in by_text.labels if label.answers][:labels]
     groups |= {f"answer {label}": [] for label in frequent}
-    for i, flip in enumerate(found.flips):
+    for i, flip in enumerate(by_text.flips):
         groups[flip.change].append(i)
         if flip.answer.lower() in frequent:
             groups[f"answer {flip.answer.lower()}"].append(i)
@@ -78,10 +78,10 @@ def _groups(pair: Pair, labels: int) -> Mapping[str, Sequence[int]]:
 
 
 def _row(name: str, g: GroupTerms) -> dict[str, Any]:
-    words = ", ".join(f"{t.term} {t.ahead.value:+.2f} ({t.texts})" for t in g.terms)
+    words = ", ".join(f"{t.term} {t.lift.value:+.2f} ({t.texts})" for t in g.terms)
     return {"of": name, "group": g.group, "n": g.n, "words ahead (in so many texts)": words or "none beyond its interval"}
 
 
 def _words(name: str, g: GroupTerms) -> list[dict[str, Any]]:
-    start = {"of": name, "group": g.group, "n": g.n, "few": g.few}
-    return [start | {"term": t.term, "weight": t.weight, "ahead": t.ahead, "texts": t.texts} for t in g.terms]
+    start = {"of": name, "group": g.group, "n": g.n, "few": g.is_small}
+    return [start | {"term": t.term, "weight": t.weight, "ahead": t.lift, "texts": t.texts} for t in g.terms]

@@ -15,16 +15,16 @@ from laserlm.lab.sokoban.levels import CELLS, DELTAS, SIDE
 __all__ = ["REWARD_OFF_GOAL", "REWARD_ON_GOAL", "REWARD_SOLVED", "REWARD_STEP", "State", "step"]
 
 REWARD_STEP = -0.1
-"""For every step, also one that moves nothing."""
+"""Reward of every step, also of a step that moves nothing."""
 
 REWARD_ON_GOAL = 1.0
-"""For pushing a box onto a goal."""
+"""Reward of pushing a box onto a goal."""
 
 REWARD_OFF_GOAL = -1.0
-"""For pushing a box off a goal; a push from goal to goal earns both."""
+"""Reward of pushing a box off a goal. A push from goal to goal gets both."""
 
 REWARD_SOLVED = 10.0
-"""For the step that brings the last box onto a goal, besides that push's reward."""
+"""Reward of the step that solves the level, in addition to the reward of its push."""
 
 FLOOR, GOAL, WALL, BOX, BOX_ON_GOAL, PLAYER, PLAYER_ON_GOAL = range(len(CELLS))
 
@@ -60,8 +60,8 @@ class State:
     def of(cls, codes: Tensor) -> State:
         """Read boards of cell codes, (B, 100), integers.
 
-        Anything is accepted: an unknown code is floor, the first of several players counts, and a board without a
-        player gets one in cell 0. Rows that only fill up a batch may hold what they like.
+        All codes are accepted, so rows that pad a batch may hold anything. An unknown code is floor, the first of several
+        players counts, and a board without a player gets one in cell 0.
         """
         player = (codes == PLAYER) | (codes == PLAYER_ON_GOAL)  # (B, 100)
         return cls(
@@ -86,20 +86,20 @@ class State:
 
     @property
     def planes(self) -> Tensor:
-        """Return walls, goals, boxes and player as pictures of zeros and ones, (B, 4, 10, 10), float32."""
+        """Return walls, goals, boxes and player as binary planes, (B, 4, 10, 10), float32."""
         player = torch.zeros_like(self.walls).scatter(1, self.player[:, None], True)
         planes = torch.stack([self.walls, self.goals, self.boxes, player], dim=1)  # (B, 4, 100)
         return planes.float().view(-1, 4, SIDE, SIDE)
 
 
 def step(state: State, moves: Tensor) -> tuple[State, Tensor]:
-    """Move each player, who pushes a single box before it where the cell behind is free.
+    """Move each player; a player pushes one box if the cell behind the box is free.
 
-    A move against a wall, or against a box before a wall or a box, changes nothing and costs a step.
+    A move against a wall, or against a box with a wall or a box behind it, changes nothing and costs a step.
 
     Args:
-        state: boards of B levels; the border need not be walls, nothing leaves the board.
-        moves: (B,), long, 0 to 3 as in ``MOVES``; what is out of range is clamped.
+        state: boards of B levels; nothing leaves the board, even without walls at the border.
+        moves: (B,), long, 0 to 3 as in ``MOVES``; other values are clamped.
 
     Returns:
         The new boards, and the rewards, (B,), float32.

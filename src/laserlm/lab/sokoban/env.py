@@ -16,12 +16,12 @@ from laserlm.lab.sokoban.levels import CELLS, MOVES, SIDE, Level
 try:
     import gymnasium
 except ImportError as error:
-    raise MissingExtraError("the Sokoban environment needs Gymnasium: pip install 'laserlm[rl]'") from error
+    raise MissingExtraError("the Sokoban environment needs Gymnasium; run: pip install 'laserlm[rl]'") from error
 
 __all__ = ["Sokoban"]
 
 PIXELS = 16
-"""Side of a cell in a picture."""
+"""Side of a cell in a picture, in pixels."""
 
 COLOURS = np.array(
     [
@@ -39,10 +39,10 @@ COLOURS = np.array(
 
 
 class Sokoban(gymnasium.Env[NDArray[np.uint8], np.int64]):
-    """Play levels: an observation is the (10, 10) cell codes, an action the number of a move in ``MOVES``.
+    """An environment of levels. An observation is the (10, 10) cell codes, an action the number of a move in ``MOVES``.
 
-    An episode terminates when all boxes are on goals and is truncated after ``max_steps`` steps. The information of
-    each step has ``solved``, ``boxes_on_goals`` and ``steps``, the number of steps since the reset.
+    An episode terminates when all boxes are on goals. It is truncated after ``max_steps`` steps. The info dictionary of each
+    step has ``solved``, ``boxes_on_goals`` and ``steps``, the number of steps since the reset.
 
     Args:
         levels: the levels to choose from.
@@ -57,9 +57,9 @@ class Sokoban(gymnasium.Env[NDArray[np.uint8], np.int64]):
 
     def __init__(self, levels: Sequence[Level], *, max_steps: int = 120, render_mode: str | None = None) -> None:
         if not levels:
-            raise TaskError("the environment got no levels; give at least one, such as those of levels.generate")
+            raise TaskError("the environment needs at least one level, for example from levels.generate")
         if max_steps < 1:
-            raise TaskError(f"max_steps is {max_steps}; an episode has at least 1 step")
+            raise TaskError(f"max_steps must be at least 1, got {max_steps}")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise TaskError(f"no render mode {render_mode!r}; there are 'ansi' and 'rgb_array', or None")
         self.levels = tuple(levels)
@@ -74,34 +74,31 @@ class Sokoban(gymnasium.Env[NDArray[np.uint8], np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """Begin the level ``options["level"]``, an index, or else a random one.
+        """Start the level with index ``options["level"]``, or else a random level; return observation and info.
 
         Args:
-            seed: of the random choices from now on.
+            seed: seed of all random choices from now on.
             options: may hold ``level``.
 
-        Returns:
-            The observation and the information.
-
         Raises:
-            TaskError: if there is no level of this index.
+            TaskError: if there is no level with this index.
         """
         super().reset(seed=seed)
-        chosen = (options or {}).get("level")
-        if chosen is None:
-            chosen = int(self.np_random.integers(len(self.levels)))
-        elif not (0 <= chosen < len(self.levels)):
-            raise TaskError(f"no level {chosen}; this environment's levels are 0 to {len(self.levels) - 1}")
-        self._state = State.of(torch.tensor([self.levels[chosen].codes]))
+        index = (options or {}).get("level")
+        if index is None:
+            index = int(self.np_random.integers(len(self.levels)))
+        elif not (0 <= index < len(self.levels)):
+            raise TaskError(f"no level {index}; this environment's levels are 0 to {len(self.levels) - 1}")
+        self._state = State.of(torch.tensor([self.levels[index].codes]))
         self._steps = 0
         self._ended = False
         return self._codes(self._state), self._info(self._state)
 
     def step(self, action: np.int64) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
-        """Make a move; one that is not possible changes nothing and costs a step.
+        """Make a move; an impossible move changes nothing and costs a step.
 
         Returns:
-            The observation, the reward, whether the level is solved, whether the steps are used up, the information.
+            The observation, the reward, whether the level is solved, whether the steps are used up, the info.
 
         Raises:
             gymnasium.error.ResetNeeded: before the first reset, or after the end of the episode.

@@ -16,7 +16,7 @@ from rich.text import Text
 from laserlm.errors import MissingExtraError
 from laserlm.lab.sokoban.env import Sokoban
 from laserlm.lab.sokoban.levels import CELLS, MOVES, Level
-from laserlm.lab.sokoban.model import FIRST_MOVE
+from laserlm.lab.sokoban.model import FIRST_MOVE_TOKEN
 from laserlm.models.language_model import LanguageModel
 from laserlm.paths import atomic_file
 
@@ -28,48 +28,48 @@ STYLES = {"#": "white on grey35", "@": "bold blue", "+": "bold blue", "$": "bold
 
 @dataclass(frozen=True)
 class Episode:
-    """What was played.
+    """A played level.
 
     Args:
-        moves: in letters.
-        solved: whether the level was solved.
-        earned: the return.
-        boards: (10, 10) cell codes before the first and after each move.
-        pictures: (H, W, 3) of the same.
+        moves: letters of the moves.
+        solved: whether the moves solve the level.
+        total_reward: the undiscounted return.
+        boards: (10, 10) cell codes at the start and after each move.
+        pictures: (H, W, 3) pictures of the boards.
     """
 
     moves: str
     solved: bool
-    earned: float
+    total_reward: float
     boards: tuple[NDArray[np.uint8], ...]
     pictures: tuple[NDArray[np.uint8], ...]
 
 
 @torch.no_grad()
 def play(lm: LanguageModel, level: Level, *, max_steps: int = 60) -> Episode:
-    """Let the model take its likeliest move again and again, until the environment ends the episode.
+    """Play the model's likeliest moves until the environment ends the episode.
 
     Args:
-        lm: the model, under whatever intervention is applied at the moment.
-        level: where it begins.
-        max_steps: after which the environment truncates the episode.
+        lm: the model, with the intervention that is applied at the moment.
+        level: the level to play.
+        max_steps: number of steps after which the environment truncates the episode.
     """
     env = Sokoban([level], max_steps=max_steps, render_mode="rgb_array")
-    tokenizer = lm.need_tokenizer()
+    tokenizer = lm.require_tokenizer()
     board, _ = env.reset()
-    moves, earned, solved, truncated = "", 0.0, False, False
+    moves, total_reward, solved, truncated = "", 0.0, False, False
     boards, pictures = [board], [env.render()]
     while not (solved or truncated):
         ids = tokenizer(level.text + moves, return_tensors="pt").input_ids.to(lm.device)
-        action = lm.model(ids).logits[0, -1, FIRST_MOVE : FIRST_MOVE + len(MOVES)].argmax()
+        action = lm.model(ids).logits[0, -1, FIRST_MOVE_TOKEN : FIRST_MOVE_TOKEN + len(MOVES)].argmax()
         board, reward, solved, truncated, _ = env.step(np.int64(action))
-        moves, earned = moves + MOVES[int(action)], earned + reward
+        moves, total_reward = moves + MOVES[int(action)], total_reward + reward
         boards, pictures = [*boards, board], [*pictures, env.render()]
-    return Episode(moves, solved, earned, tuple(boards), tuple(np.asarray(p) for p in pictures))
+    return Episode(moves, solved, total_reward, tuple(boards), tuple(np.asarray(p) for p in pictures))
 
 
 def show(episode: Episode, *, delay: float) -> None:
-    """Print an episode: on a terminal move by move, ``delay`` seconds each, elsewhere its first and its last board."""
+    """Print an episode: on a terminal every move for ``delay`` seconds, elsewhere the first and the last board."""
     console = Console()
     if not console.is_terminal:
         console.print(_text(episode.boards[0]), _text(episode.boards[-1]), sep="\n")
@@ -84,7 +84,7 @@ def _text(board: NDArray[np.uint8]) -> Text:
     text = Text()
     for row in board:
         for code in row:
-            text.append(CELLS[code] * 2, STYLES.get(CELLS[code], ""))  # twice, for a letter is higher than wide
+            text.append(CELLS[code] * 2, STYLES.get(CELLS[code], ""))  # twice, because a letter is higher than wide
         text.append("\n")
     return text
 
@@ -98,7 +98,7 @@ def animate(episode: Episode, file: Path) -> None:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError("animated pictures need Pillow: pip install 'laserlm[rl]'") from error
+        raise MissingExtraError("animated pictures need Pillow; run: pip install 'laserlm[rl]'") from error
     first, *later = [Image.fromarray(picture) for picture in episode.pictures]
     times = [FRAME_MS] * len(later) + [LAST_FRAME_MS]
     with atomic_file(file) as part:

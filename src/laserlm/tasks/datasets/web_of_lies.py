@@ -1,4 +1,4 @@
-"""Web of lies: who tells the truth, if each says that the one before lies or does not? Made, not read."""
+"""Web of lies: who tells the truth, if each person says whether the one before lies? laserlm makes these questions."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ NAMES = (
     "Marta Milo Nadia Nora Olaf Olga Oscar Otto Paula Petra Quentin Rita Rosa Rufus Selma Silas Sonja Stella Tessa Theo "
     "Ulla Vera Viktor Wanda"
 ).split()
-N = 1000
-PEOPLE = 5
+N_EXAMPLES = 1000
+N_PEOPLE = 5
 
 
 def examples() -> list[Example]:
-    """Return questions about five people each, always the same ones; half of the answers are yes."""
+    """Return questions about five people each. They are always the same, and half of the answers are yes."""
     rows: list[Example] = []
     draw = random.Random(0)
-    while len(rows) < N:
-        people = draw.sample(NAMES, PEOPLE)
+    while len(rows) < N_EXAMPLES:
+        people = draw.sample(NAMES, N_PEOPLE)
         honest = draw.random() < 0.5
-        told = [f"{people[0]} {'tells the truth' if honest else 'lies'}."]
+        statements = [f"{people[0]} {'tells the truth' if honest else 'lies'}."]
         for before, person in pairwise(people):
             says_honest = draw.random() < 0.5
-            told.append(f"{person} says {before} {'tells the truth' if says_honest else 'lies'}.")
+            statements.append(f"{person} says {before} {'tells the truth' if says_honest else 'lies'}.")
             honest = says_honest == honest
         wanted = len(rows) % 2 == 0
         if honest == wanted:
             rows.append(
                 Example(
                     id=str(len(rows) + 1),
-                    prompt=f"Question: {' '.join(told)} Does {people[-1]} tell the truth? Answer:",
+                    prompt=f"Question: {' '.join(statements)} Does {people[-1]} tell the truth? Answer:",
                     answer="Yes" if honest else "No",
                     choices=("Yes", "No"),
                 )

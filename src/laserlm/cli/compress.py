@@ -1,0 +1,51 @@
+"""The command ``laser compress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from laserlm.cli.options import Json, ModelOptions, with_options
+from laserlm.cli.progress import progress_bar
+from laserlm.cli.save import FolderOptions, FormOption
+
+
+@with_options(model_options=ModelOptions, folder=FolderOptions)
+def compress(
+    model_options: ModelOptions,
+    folder: FolderOptions,
+    ratio: Annotated[float, typer.Option(help="Share of the parameters of the blocks' matrices to keep.")] = 0.8,
+    calibration: Annotated[Path | None, typer.Option(help="Text file; perplexity is measured on its last fifth.")] = None,
+    method: Annotated[str, typer.Option(help="Decomposition: plain, or whitened by the layers' inputs.")] = "whitened",
+    allocation: Annotated[str, typer.Option(help="Ranks: uniform, or sensitivity (by the estimated loss).")] = "sensitivity",
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 32_768,
+    form: FormOption = "factored",
+    json: Json = False,
+) -> None:
+    """Compress a whole model to a budget of parameters, with a rank for every matrix.
+
+    Example: laser compress bundled --ratio 0.8 --calibration corpus.txt --out smollm2-small
+    """
+    from laserlm.export.compression import compress
+
+    folder.check()
+    with progress_bar("calibrating and writing", unit="matrices"):
+        result = compress(
+            model_options.load(),
+            folder.out,
+            ratio=ratio,
+            calibration=calibration,
+            method=method,  # type: ignore[arg-type]
+            allocation=allocation,  # type: ignore[arg-type]
+            tokens=tokens,
+            form=form,  # type: ignore[arg-type]
+            dtype=folder.save_dtype,
+            overwrite=folder.overwrite,
+            shard_size=folder.shard_size,
+        )
+    folder.finish(result.saved, json, result.as_dict())
+    if result.perplexity is not None and not json:
+        change = f"{result.base_perplexity:.2f} -> {result.perplexity:.2f}"
+        print(f"perplexity {change} on {result.tokens:,} held-out tokens")

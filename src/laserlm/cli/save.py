@@ -1,0 +1,116 @@
+"""The command ``laser save``, and the options for writing a folder that it shares with ``laser compress``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, print_json, with_options
+from laserlm.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from laserlm.export import SavedModel
+    from laserlm.searching import SearchResult
+
+MAX_DENSE_LINES = 8
+"""Number of matrices that are listed because they stay dense."""
+
+FormOption = Annotated[
+    str, typer.Option(help="Form: dense (loads without laserlm) or factored (smaller; import laserlm to load it).")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """The folder to write, its weights, and the repository to upload it to."""
+
+    out: Annotated[Path, typer.Option(help="Folder to write.")]
+    save_dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the saved weights, such as float16.", show_default="the model's")
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that laserlm wrote before.")] = False
+    shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "5GB"
+    push: Annotated[str | None, typer.Option(help="Hub repository to upload the folder to, OWNER/NAME.")] = None
+    private: Annotated[bool, typer.Option("--private", help="Make a new hub repository private.")] = False
+
+    def check(self) -> None:
+        """Raise an error unless the folder may be written; call it before the model is loaded."""
+        from laserlm.export.checkpoint import check_target
+
+        check_target(self.out, self.overwrite)
+
+    def finish(self, saved: SavedModel, json: bool, values: dict[str, Any] | None = None) -> None:
+        """Upload the saved model if asked to, and print it."""
+        from laserlm.export import push
+
+        address = None if self.push is None else push(saved.folder, self.push, private=self.private)
+        if json:
+            print_json((values or saved.as_dict()) | {"pushed": address})
+            return
+        print(saved)
+        dense = [m for m in saved.matrices if m.reason_kept_dense] if saved.record["asked_form"] == "factored" else []
+        for m in dense[:MAX_DENSE_LINES]:
+            print(f"  {m.matrix} stays one matrix: {m.reason_kept_dense}")
+        if len(dense) > MAX_DENSE_LINES:
+            print(f"  and {len(dense) - MAX_DENSE_LINES} more, see {saved.folder}/laser.json")
+        if address is not None:
+            print(f"uploaded to {address}")
+        print(f"Go on with: laser load-check {saved.folder}")
+
+
+@with_options(model_options=ModelOptions, folder=FolderOptions)
+def save(
+    model_options: ModelOptions,
+    folder: FolderOptions,
+    reduce: Annotated[list[str] | None, typer.Option(help="Reduction such as 27.fc_in@0.01; may be repeated.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Search whose result is saved with its gain: id, start of an id, or 'last'.")
+    ] = None,
+    form: FormOption = "dense",
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of ':reference' decompositions.", show_default="the search's, else 0")
+    ] = None,
+    store: Store = STORE_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Save a reduced model as a folder that from_pretrained loads, with a model card and a record to rebuild it.
+
+    Example: laser save bundled --reduce 28.fc_up@0.05 --out smollm2-laser
+    """
+    from laserlm.errors import ExportError
+    from laserlm.export.saving import save
+    from laserlm.reductions import Intervention
+
+    if (run is None) == (not reduce):
+        raise ExportError("nothing to save: give --reduce SPEC, or --run ID for the result of a search, but not both")
+    intervention = Intervention.parse(reduce) if reduce else _search_result(str(run), store)
+    folder.check()
+    with progress_bar("reducing and writing", unit="matrices"):
+        saved = save(
+            model_options.load(),
+            intervention,
+            folder.out,
+            form=form,  # type: ignore[arg-type]
+            dtype=folder.save_dtype,
+            overwrite=folder.overwrite,
+            shard_size=folder.shard_size,
+            seed=seed,
+        )
+    folder.finish(saved, json)
+
+
+def _search_result(run: str, store: str) -> SearchResult:
+    """Return the result of a finished search in the store."""
+    from laserlm.errors import StoreError
+    from laserlm.searching import SearchResult
+    from laserlm.store.store import Store as Results
+
+    with Results.open(store) as results:
+        info = results.find(run, kind="search")
+    if info.outcome is None:
+        raise StoreError(f"run {info.id} is {info.status}, not finished; finish it with the same 'laser search' first")
+    result = SearchResult.from_dict(info.outcome)
+    return replace(result, settings=result.settings or info.settings)

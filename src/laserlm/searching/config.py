@@ -1,0 +1,137 @@
+"""The settings of a search, from the command line to the database."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from laserlm.errors import ScoringError
+from laserlm.reductions import Grid
+from laserlm.tasks import Scorer, Task
+
+__all__ = ["EFFORTS", "Effort", "Metric", "Mode", "SearchConfig", "Strategy"]
+
+Metric = Literal["accuracy", "loss"]
+Strategy = Literal["race", "exhaustive", "compose"]
+Mode = Literal["joint", "greedy"]
+Effort = Literal["quick", "normal", "thorough"]
+
+EFFORTS: Mapping[str, Mapping[str, Any]] = {
+    "quick": {"candidates": 16, "sizes_per_matrix": 2, "screen_examples": 50, "first_rung": 16, "keep": 0.25},
+    "normal": {},
+    "thorough": {"candidates": 150, "sizes_per_matrix": 6, "screen_examples": 200, "first_rung": 64, "keep": 0.5},
+}
+"""What each effort changes in the default settings of a race."""
+RACE_SETTINGS = (
+    "candidates",
+    "sizes_per_matrix",
+    "random_candidates",
+    "screen_examples",
+    "first_rung",
+    "keep",
+    "delta",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The settings of a search.
+
+    Args:
+        strategy: ``race``, ``exhaustive`` or ``compose``.
+        grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``.
+        metric: ``accuracy`` or ``loss``. None takes ``accuracy``, and ``loss`` for a perplexity.
+        scorer: None takes the scorer of the task.
+        mode: for ``compose``: ``joint`` tries the candidates that the screen ranks best, ``greedy`` goes from the last block
+            to the first.
+        candidates: number of candidates that the screen sends into the race.
+        sizes_per_matrix: most sizes of one matrix among them. Neighbours of the leader are added later.
+        random_candidates: number of further candidates, drawn at random. They measure what the screen misses.
+        screen_examples: most examples over which the screen takes its gradient.
+        first_rung: examples of the first rung. Each further rung has at least twice as many, and the last has all.
+        keep: largest share of the candidates that stays after a rung. 1 drops only what is significantly worse.
+        delta: largest probability that the test of significance drops the best candidate of the race, over all rungs and
+            leaders, for independent examples. What ``keep`` drops has no such bound.
+        budget: minutes after which the search measures the best candidate so far and ends. None sets no end.
+        seed: of the order of the examples, of the random candidates and of ``:reference`` decompositions.
+        batch_size: sequences in one forward pass.
+        memory: bytes for cached activations and decompositions together.
+    """
+
+    strategy: Strategy = "race"
+    grid: str | Grid = "fine"
+    metric: Metric | None = None
+    scorer: Scorer | None = None
+    mode: Mode = "joint"
+    candidates: int = 48
+    sizes_per_matrix: int = 3
+    random_candidates: int = 4
+    screen_examples: int = 100
+    first_rung: int = 32
+    keep: float = 0.34
+    delta: float = 0.05
+    budget: float | None = None
+    seed: int = 0
+    batch_size: int = 32
+    memory: float = 2**30
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("strategy", self.strategy, Strategy), ("mode", self.mode, Mode)):
+            if value not in get_args(allowed):
+                raise ScoringError(f"no {name} {value!r}; there are {', '.join(get_args(allowed))}")
+        if self.metric is not None and self.metric not in get_args(Metric):
+            raise ScoringError(f"no metric {self.metric!r}; there are {', '.join(get_args(Metric))}")
+        for name in ("candidates", "sizes_per_matrix", "screen_examples", "first_rung"):
+            if getattr(self, name) < 1:
+                raise ScoringError(f"{name} {getattr(self, name)} leaves a race with nothing to do; write 1 or more")
+        if self.random_candidates < 0 or not (0 <= self.keep <= 1 and 0 <= self.delta <= 1):
+            raise ScoringError(
+                "random_candidates must be 0 or more, keep and delta from 0 to 1; "
+                f"got {self.random_candidates}, {self.keep} and {self.delta}"
+            )
+
+    @classmethod
+    def of(cls, effort: Effort = "normal", **settings: Any) -> SearchConfig:
+        """Return the settings of an effort, with those that are given in place of them.
+
+        Raises:
+            ScoringError: if there is no such effort or setting, or a value is out of range.
+        """
+        if effort not in EFFORTS:
+            raise ScoringError(f"no effort {effort!r}; there are {', '.join(EFFORTS)}")
+        names = [field.name for field in fields(cls)]
+        if unknown := [name for name in settings if name not in names]:
+            raise ScoringError(f"a search has no setting {unknown[0]!r}; it has {', '.join(names)}")
+        return cls(**{**EFFORTS[effort], **settings})
+
+    @property
+    def screens(self) -> bool:
+        """Whether a gradient ranks the candidates first."""
+        return self.strategy == "race" or (self.strategy == "compose" and self.mode == "joint")
+
+    def for_task(self, task: Task) -> SearchConfig:
+        """Return the settings with the scorer and the metric that they have on a task.
+
+        Raises:
+            ScoringError: if a perplexity is to be chosen by accuracy.
+        """
+        scorer = self.scorer or task.validation.scorer
+        metric = self.metric or ("loss" if scorer == "perplexity" else "accuracy")
+        if scorer == "perplexity" and metric == "accuracy":
+            raise ScoringError("a perplexity has no accuracy; choose by the loss: --metric loss (metric='loss')")
+        return replace(self, scorer=scorer, metric=metric)
+
+    def choice_settings(self) -> dict[str, Any]:
+        """Return the settings on which the choice depends, besides the scores, as plain values for the database."""
+        settings: dict[str, Any] = {
+            "grid": str(Grid.parse(self.grid)),
+            "metric": self.metric,
+            "strategy": self.strategy,
+            "budget": self.budget,
+        }
+        if self.strategy != "exhaustive":
+            settings["options"] = {name: getattr(self, name) for name in RACE_SETTINGS}
+        if self.strategy == "compose":
+            settings["mode"] = self.mode
+        return settings

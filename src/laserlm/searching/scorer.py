@@ -1,0 +1,222 @@
+"""Score and screen interventions in one process, from cached activations, within a bound of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from laserlm.edit import applied, resolve
+from laserlm.edit.decomposition_cache import DecompositionCache
+from laserlm.errors import ScoringError, WeightError
+from laserlm.models.language_model import LanguageModel
+from laserlm.models.matrices import Matrix
+from laserlm.reductions import Intervention
+from laserlm.scoring.evaluate import classes_of, evaluate_rows
+from laserlm.scoring.forward import out_of_memory_error
+from laserlm.scoring.memory import retry_with_room
+from laserlm.scoring.prefix_cache import PrefixCache, PrefixCheck
+from laserlm.scoring.records import Evaluation
+from laserlm.scoring.tokenize import TokenSequence
+from laserlm.searching.candidates import Candidate
+from laserlm.searching.screen import Prediction, screen
+from laserlm.tasks import Scorer, Split
+
+__all__ = ["BlockOrder", "EncodedSplit", "Failure", "PrefixScorer", "first_changed_block"]
+
+BlockOrder = Sequence[tuple[str, int]]
+"""Blocks, as stack and layer, in the order in which the model runs them; empty where it cannot be cut between them."""
+Part = tuple[str, int, int]
+"""Name of a split, index of the first example, and index just past the last one."""
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """A split and its tokens.
+
+    Args:
+        split: the examples, in the order in which they are scored.
+        sequences: what ``encode`` made of them.
+        scorer: how an example is scored.
+    """
+
+    split: Split
+    sequences: Sequence[TokenSequence]
+    scorer: Scorer
+
+    def part(self, start: int, stop: int) -> tuple[Split, list[TokenSequence]]:
+        """Return the examples from ``start`` to ``stop`` and their sequences, whose examples count from 0."""
+        sequences = [replace(s, example=s.example - start) for s in self.sequences if start <= s.example < stop]
+        return replace(self.split, examples=self.split.examples[start:stop]), sequences
+
+    def count(self, start: int, stop: int) -> int:
+        """Return the number of sequences of the examples from ``start`` to ``stop``."""
+        return sum(start <= sequence.example < stop for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The reason why an intervention has no scores.
+
+    Args:
+        reason: in words.
+        of_workers: whether the processes that scored it ended, so that it may have scores elsewhere.
+    """
+
+    reason: str
+    of_workers: bool = False
+
+
+class PrefixScorer:
+    """Score interventions, and recompute no block that an intervention leaves as it is.
+
+    Half of the memory is for decompositions, half for cached activations of all splits together.
+
+    Args:
+        lm: the unchanged model.
+        splits: by name.
+        batch_size: sequences in one forward pass.
+        memory: bytes for cached activations and decompositions together.
+        seed: of ``:reference`` decompositions.
+
+    Attributes:
+        batch_size: halved where memory ran out.
+        decompositions: the cache of decompositions.
+        peak_bytes: most bytes of cached activations so far.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        splits: Mapping[str, EncodedSplit],
+        *,
+        batch_size: int = 32,
+        memory: float = 2**30,
+        seed: int = 0,
+    ) -> None:
+        self.lm = lm
+        self.splits = splits
+        self.batch_size = batch_size
+        self.decompositions = DecompositionCache(lm.cache / "decompositions", memory=memory / 2)
+        self.peak_bytes = 0
+        self._memory = memory / 2
+        self._seed = seed
+        self._caches: dict[Part, PrefixCache] = {}
+        self._parts: dict[Part, tuple[Split, list[TokenSequence]]] = {}
+        self._checks: dict[str, PrefixCheck] = {}
+
+    def block_order(self, split: str) -> BlockOrder:
+        """Return the blocks in the order in which the model runs them on a split."""
+        return self._check(split).block_order
+
+    def free(self, split: str) -> None:
+        """Free the cached activations of a split."""
+        self._caches = {part: cache for part, cache in self._caches.items() if part[0] != split}
+
+    def score(self, split: str, intervention: Intervention, start: int, stop: int) -> Evaluation | Failure:
+        """Return the scores on the examples from ``start`` to ``stop``, or why there are none.
+
+        Raises:
+            ScoringError: if a single sequence does not fit into memory.
+        """
+
+        def attempt() -> Evaluation | Failure:
+            try:
+                return self._score((split, start, stop), intervention)
+            except (ScoringError, WeightError) as error:
+                return Failure(f"{type(error).__name__}: {error}")
+
+        return retry_with_room(attempt, lambda error: self._make_room(split, error))
+
+    def screen(
+        self, split: str, first: int, candidates: Sequence[Candidate], *, between_choices: bool = False
+    ) -> dict[str, Prediction]:
+        """Return what a gradient over the examples from ``first`` on predicts of candidates, by their canonical text.
+
+        Raises:
+            ScoringError: if a single sequence does not fit into memory.
+        """
+        encoded = self.splits[split]
+        part, sequences = encoded.part(first, len(encoded.split))
+        batch_size = self.batch_size
+
+        def attempt() -> dict[str, Prediction]:
+            return screen(
+                self.lm,
+                part.examples,
+                sequences,
+                encoded.scorer,
+                candidates,
+                cache=self.decompositions,
+                batch_size=batch_size,
+                between_choices=between_choices,
+            )
+
+        def make_room(error: torch.OutOfMemoryError) -> None:
+            nonlocal batch_size
+            if batch_size == 1:
+                raise out_of_memory_error(self.lm, error)
+            batch_size //= 2
+            self.decompositions.clear()
+
+        return retry_with_room(attempt, make_room)
+
+    def _check(self, split: str) -> PrefixCheck:
+        if split not in self._checks:
+            self._checks[split] = PrefixCheck(self.lm, self.splits[split].sequences)
+        return self._checks[split]
+
+    def _score(self, part: Part, intervention: Intervention) -> Evaluation:
+        split, start, stop = part
+        encoded, check = self.splits[split], self._check(split)
+        if part not in self._parts:
+            self._parts[part] = encoded.part(start, stop)
+        examples, sequences = self._parts[part]
+        if part not in self._caches:
+            self._caches[part] = PrefixCache(self.lm, sequences, self.batch_size, check)
+        cache = self._caches[part]
+        if cache.is_enabled:
+            self._free_down_to(self._memory / 2, cache)  # while the cache moves up, the old and the new activations are held
+            cache.move_to(*check.block_order[first_changed_block(intervention, self.lm.matrices, check.block_order)])
+            self.peak_bytes = max(self.peak_bytes, self._held_bytes)
+            self._free_down_to(self._memory, cache)
+        if not cache.is_enabled:  # the check has found that this model cannot be cut
+            self._caches = {part: cache}
+        with applied(self.lm, intervention, cache=self.decompositions, seed=self._seed):
+            evaluation = evaluate_rows(self.lm, examples, encoded.scorer, sequences, cache.run, self.batch_size)
+        return replace(evaluation, classes=classes_of(encoded.split, encoded.scorer))
+
+    @property
+    def _held_bytes(self) -> int:
+        return sum(cache.bytes for cache in self._caches.values())
+
+    def _free_down_to(self, limit: float, current: PrefixCache) -> None:
+        """Free caches of other examples, then the lowest activations of the current one, until the rest fits."""
+        while self._held_bytes > limit:
+            others = [part for part, cache in self._caches.items() if cache is not current]
+            if others:
+                del self._caches[others[0]]
+            elif not current.free_lowest():
+                return
+
+    def _make_room(self, split: str, error: torch.OutOfMemoryError) -> None:
+        """Give up the least useful thing in memory, or raise a ScoringError where nothing is left."""
+        held = self._held_bytes
+        self._caches.clear()
+        self.decompositions.clear()
+        if held and self._memory:
+            self._memory = 0  # from here on only the activations in use are held
+        elif self.batch_size > 1:
+            self.batch_size //= 2
+        elif self.block_order(split):
+            self._check(split).disable()  # the cached activations themselves may be what does not fit
+        else:
+            raise out_of_memory_error(self.lm, error)
+
+
+def first_changed_block(intervention: Intervention, matrices: Sequence[Matrix], order: BlockOrder) -> int:
+    """Return the index in ``order`` of the first block that an intervention changes, weights that it shares included."""
+    paths = {edit.matrix.tied_to or edit.matrix.path for edit in resolve(matrices, intervention)}
+    changed = {(m.stack, m.layer) for m in matrices if (m.tied_to or m.path) in paths}
+    return min((order.index(block) for block in changed), default=0) if order else 0

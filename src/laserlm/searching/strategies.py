@@ -1,0 +1,159 @@
+"""How a search tries its candidates: each strategy is a function of the session, and leaves its choice in ``session.best``."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from laserlm.errors import ScoringError
+from laserlm.reductions import Intervention
+from laserlm.scoring.statistics import dense_ranks, spearman
+from laserlm.searching.candidates import Candidate
+from laserlm.searching.compose import compose, in_order
+from laserlm.searching.config import SearchConfig, Strategy
+from laserlm.searching.executors import OutOfTimeError
+from laserlm.searching.race import choose, race, rung_sizes
+from laserlm.searching.result import ScreenReport
+from laserlm.searching.scorer import Failure
+from laserlm.searching.screen import Prediction
+from laserlm.searching.session import BASE, SearchSession
+from laserlm.searching.work import SCREEN_PASSES, screen_tasks
+
+__all__ = ["STRATEGIES", "screen_size"]
+
+
+def exhaustive(session: SearchSession) -> None:
+    """Score every candidate on every validation example."""
+    ledger = session.on_validation
+    everything = [BASE, *(c.intervention for c in session.candidates)]
+    session.begin("exhaustive", everything, len(ledger.split))
+    try:
+        ledger.extend(everything, len(ledger.split))
+    finally:
+        scored = [i for i in everything if ledger.n(i) and str(i) not in ledger.failed]
+        session.choose(scored, min(map(ledger.n, scored), default=0))
+
+
+def race_candidates(session: SearchSession) -> None:
+    """Screen all candidates, and let the most promising race on more and more validation examples."""
+    config, ledger = session.config, session.on_validation
+    predictions, seconds = screen_candidates(session)
+    chosen, random_ones = choose(session.candidates, predictions, config)
+
+    def on_rung(number: int, rungs: int, interventions: Sequence[Intervention], stop: int) -> None:
+        session.begin(f"rung {number} of {rungs}", interventions, stop)
+        session.expect(_cost_of_later_rungs(session, interventions, stop))
+
+    try:
+        for rung in race(ledger, [*chosen, *random_ones], session.candidates, session.ranking_metric, config, on_rung):
+            session.rungs.append(rung)
+            session.best = Intervention.parse(rung.leader)
+            if session.screen_report is None:
+                session.screen_report = _screen_report(session, predictions, chosen, random_ones, rung.examples, seconds)
+    except OutOfTimeError:
+        # The best of what the last complete rung left, or of what the first one has scored.
+        everything = [BASE, *(c.intervention for c in session.candidates)]
+        session.choose(everything, session.rungs[-1].examples if session.rungs else min(config.first_rung, len(ledger.split)))
+        raise
+
+
+def compose_reductions(session: SearchSession) -> None:
+    """Add one reduction after another, each only if it improves validation beyond its interval."""
+    config, ledger = session.config, session.on_validation
+    predictions = screen_candidates(session)[0] if config.screens else {}
+    ordered = in_order(session.candidates, predictions, config)
+
+    def on_try(number: int, tried: Intervention) -> None:
+        session.begin(f"trial {number + 1} of {len(ordered)}", [tried], len(ledger.split))
+
+    session.begin("compose", [BASE], len(ledger.split))
+    for step in compose(ledger, ordered, session.ranking_metric, config.first_rung, on_try):
+        session.steps.append(step)
+        session.best = Intervention.parse(step.intervention)
+
+
+STRATEGIES: Mapping[Strategy, Callable[[SearchSession], None]] = {
+    "race": race_candidates,
+    "exhaustive": exhaustive,
+    "compose": compose_reductions,
+}
+
+
+def screen_size(examples: int, config: SearchConfig) -> int:
+    """Return the number of examples of the screen: those beyond the first rung, or half of all where that is more."""
+    return min(config.screen_examples, max(examples - config.first_rung, (examples + 1) // 2))
+
+
+def screen_candidates(session: SearchSession) -> tuple[dict[str, Prediction], float]:
+    """Return the predictions of the screen, and its seconds; an earlier process may have made it.
+
+    Raises:
+        ScoringError: if workers ended at it.
+    """
+    run, ledger = session.run, session.on_validation
+    if "screen" in run.notes:
+        noted = run.notes["screen"]
+        return {text: Prediction(*values) for text, values in noted["predictions"].items()}, noted["seconds"]
+    session.begin("screen", [], 0)
+    session.report_progress(BASE)
+    start = time.perf_counter()
+    n = screen_size(len(ledger.split), session.config)
+    # The last examples of the order: the first rungs then add new evidence.
+    first = len(ledger.split) - n
+    between_choices = session.ranking_metric == "accuracy" and ledger.encoded.scorer == "choice"
+    cost, workers = SCREEN_PASSES * n, ledger.executor.workers
+    tasks = screen_tasks(session.candidates, ledger.name, first, cost, workers, between_choices)
+    predictions: dict[str, Prediction] = {}
+    for _, result in ledger.executor.run(tasks, deadline=ledger.deadline, is_cancelled=lambda _: False):
+        if isinstance(result, Failure):
+            raise ScoringError(f"the screen could not be made: {result.reason}")
+        predictions |= result
+    seconds = time.perf_counter() - start
+    values = {text: [p.change, p.deviation, p.examples] for text, p in predictions.items()}
+    run.note("screen", {"predictions": values, "seconds": seconds})
+    return predictions, seconds
+
+
+def _cost_of_later_rungs(session: SearchSession, interventions: Sequence[Intervention], stop: int) -> float:
+    """Return the work of the rungs after this one, if as many candidates leave as may stay."""
+    config, ledger = session.config, session.on_validation
+    alive, cost = float(len(interventions)), 0.0
+    share = sum(map(ledger.share, interventions)) / len(interventions)
+    for size in rung_sizes(len(ledger.split), config.first_rung):
+        if size > stop:
+            alive = max(1.0, config.keep * alive)
+            cost += (size - stop) * (1 + alive * share)
+            stop = size
+    return cost
+
+
+def _screen_report(
+    session: SearchSession,
+    predictions: dict[str, Prediction],
+    chosen: Sequence[Candidate],
+    random_ones: Sequence[Candidate],
+    n: int,
+    seconds: float,
+) -> ScreenReport:
+    """Compare the predictions of the screen with the changes of loss that the first rung measured."""
+    ledger = session.on_validation
+    base_loss = ledger.first(BASE, n).loss
+    entered = [c.intervention for c in (*chosen, *random_ones) if str(c.intervention) in predictions]
+    expected = {str(i): predictions[str(i)].expected for i in entered}
+    measured = {str(i): ledger.first(i, n).loss - base_loss for i in entered if ledger.n(i) >= n}
+    ranks = dense_ranks([expected[text] for text in measured]), dense_ranks(list(measured.values()))
+    correlation = spearman(*ranks) if len(measured) > 2 else math.nan
+    drawn = {str(c.intervention) for c in random_ones}
+    pairs = [(measured[a], measured[b]) for a in measured if a in drawn for b in measured if b not in drawn]
+    return ScreenReport(
+        examples=screen_size(len(ledger.split), session.config),
+        candidates=len(predictions),
+        chosen=len(chosen),
+        controls=len(random_ones),
+        correlation=correlation if math.isfinite(correlation) else None,
+        controls_ahead=sum(a < b for a, b in pairs) / len(pairs) if pairs else None,
+        seconds=seconds,
+        expected=expected,
+        measured=measured,
+    )

@@ -1,0 +1,137 @@
+"""Work items: what any process that has the model can do for a search by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from laserlm.reductions import Intervention
+from laserlm.scoring.records import Evaluation
+from laserlm.searching.candidates import Candidate
+from laserlm.searching.scorer import BlockOrder, Failure, PrefixScorer
+from laserlm.searching.screen import Prediction
+
+__all__ = ["SCREEN_PASSES", "OrderTask", "ScoreTask", "ScreenTask", "WorkItem", "screen_tasks"]
+
+SCREEN_PASSES = 3
+"""Cost of a screen in forward passes: one pass, another one block by block, and the backward pass without weight gradients."""
+
+
+class WorkItem(Protocol):
+    """A part of the work of a search."""
+
+    @property
+    def affinity(self) -> Hashable:
+        """A process that has done an item with this key does the next one faster."""
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Items with the same key share decompositions, and are handed out together."""
+
+    @property
+    def cost(self) -> float:
+        """Passes of one example through the full model, about."""
+
+    def execute(self, scorer: PrefixScorer) -> Any:
+        """Return the result, or a ``Failure``."""
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """Score an intervention on consecutive examples.
+
+    Args:
+        split: name of the split.
+        start: index of the first example.
+        stop: index just past the last one.
+        intervention: what is applied.
+        share: part of the blocks of the model that a pass has to run.
+    """
+
+    split: str
+    start: int
+    stop: int
+    intervention: Intervention
+    share: float = field(default=1.0, compare=False)
+
+    @property
+    def affinity(self) -> Hashable:
+        """The examples, whose activations are cached."""
+        return self.split, self.start, self.stop
+
+    @property
+    def batch_key(self) -> Hashable:
+        """The matrices, whose decompositions serve at every size."""
+        return tuple((r.stack, r.layers, r.matrix) for r in self.intervention.reductions)
+
+    @property
+    def cost(self) -> float:
+        """Examples, times the part of the blocks."""
+        return self.share * (self.stop - self.start)
+
+    def execute(self, scorer: PrefixScorer) -> Evaluation | Failure:
+        """Return the scores, or why there are none."""
+        return scorer.score(self.split, self.intervention, self.start, self.stop)
+
+
+@dataclass(frozen=True, eq=False)
+class ScreenTask:
+    """Screen candidates. No two tasks are equal, for each is asked for once.
+
+    Args:
+        split: name of the split.
+        first: index of the first example; the screen takes all from there on.
+        candidates: single matrices at single ranks.
+        between_choices: see ``screen``.
+        cost: passes of one example, about.
+    """
+
+    split: str
+    first: int
+    candidates: tuple[Candidate, ...] = field(repr=False)
+    between_choices: bool = False
+    cost: float = 0.0
+
+    @property
+    def affinity(self) -> Hashable:
+        """The examples."""
+        return self.split, self.first
+
+    @property
+    def batch_key(self) -> Hashable:
+        """The task itself: each is for another process."""
+        return id(self)
+
+    def execute(self, scorer: PrefixScorer) -> dict[str, Prediction]:
+        """Return the predictions by the canonical text of the candidates."""
+        return scorer.screen(self.split, self.first, self.candidates, between_choices=self.between_choices)
+
+
+@dataclass(frozen=True)
+class OrderTask:
+    """Find the order in which the model runs its blocks.
+
+    Args:
+        split: name of the split.
+    """
+
+    split: str
+    affinity: str = "order"
+    batch_key: str = "order"
+    cost: float = 0.0
+
+    def execute(self, scorer: PrefixScorer) -> BlockOrder:
+        """Return the order."""
+        return list(scorer.block_order(self.split))
+
+
+def screen_tasks(
+    candidates: Sequence[Candidate], split: str, first: int, cost: float, workers: int, between_choices: bool = False
+) -> list[ScreenTask]:
+    """Return the screen as a task for each process: all compute the gradient, each decomposes its share of the matrices."""
+    matrices = {m: number for number, m in enumerate(dict.fromkeys(c.matrix for c in candidates))}
+    shares: list[list[Candidate]] = [[] for _ in range(min(workers, len(matrices)))]
+    for candidate in candidates:
+        shares[matrices[candidate.matrix] % len(shares)].append(candidate)
+    return [ScreenTask(split, first, tuple(share), between_choices, cost) for share in shares]

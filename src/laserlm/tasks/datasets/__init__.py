@@ -1,0 +1,1 @@
+"""The data sets: one file for each, which turns its rows into examples."""
