@@ -27,7 +27,11 @@ SERVERS = ("browser", "postgresql", "ray")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave what needs a server or a browser to the full tier, and give each of these to one worker."""
+    """Leave what needs a server or a browser to the full tier, and give each of these to one worker.
+
+    Tests on the bundled model take longest. They come first, so that no worker is left with one of them at the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("bundled") is None)
     for item in items:
         for name in SERVERS:
             if item.get_closest_marker(name):

@@ -50,7 +50,7 @@ LANGUAGES = {"sh", "python", "text", "json", "jsonl", "yaml"}
 
 WIDTH = 4
 """Candidates that a search's screen sends on."""
-TEXT_LENGTH = 20_000
+TEXT_LENGTH = 8_000
 """Characters that are kept of a text that a page makes."""
 SHORT = {
     "search": f"--limit 12 --width {WIDTH}",
@@ -74,7 +74,8 @@ SHORT = {
     "lab sokoban search": "--limit 4 --grid 1.fc_in@0.5",
 }
 GRID = "top4.all@0.75,0.1"
-"""What a search of the bundled model looks through where its command names no grid, but for the pages that are read first."""
+"""What a search of the bundled model looks through where its command names no grid or a wide one, but for the pages that are
+read first."""
 FIRST = ("README.md", "docs/quickstart.md", "docs/your-own.md")
 ONLY_READ = {
     "--address auto": "needs a Ray cluster that is there already",
@@ -311,10 +312,10 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     monkeypatch.setattr("laserlm.models.load", named.load)
     # The lab's own sizes take minutes; its figures are tested in tests/lab.
     monkeypatch.setattr("laserlm.lab.recall.study.N_SEQUENCES", 100)
-    monkeypatch.setattr("laserlm.lab.recall.study.GRID", "1.mlp@0,0.5")
+    monkeypatch.setattr("laserlm.lab.recall.study.GRID", "1.all@0,0.5")
     monkeypatch.setattr("laserlm.lab.sokoban.training.N_HELD_OUT", 60)
-    monkeypatch.setattr(search_command, "DEMO_VALIDATION", 36 if named.real else 12)
-    monkeypatch.setattr(search_command, "DEMO_TEST", 24 if named.real else 12)
+    monkeypatch.setattr(search_command, "DEMO_VALIDATION", 36 if named.real and page == "README.md" else 12)
+    monkeypatch.setattr(search_command, "DEMO_TEST", 24 if named.real and page == "README.md" else 12)
     return folder
 
 
@@ -434,7 +435,8 @@ def short(words: list[str], *, whole: bool) -> list[str]:
     joined = " ".join(words)
     if "--strategy exhaustive" in joined or "perplexity:" in joined:
         return ["--limit", "2", *(["--grid", "29.v_proj@0.75"] if words[0] == "search" else [])]
-    grid = ["--grid", GRID] if joined.startswith("search bundled") and "--grid" not in words and not whole else []
+    is_wide = "--grid" not in words or "top10." in joined
+    grid = ["--grid", GRID] if joined.startswith("search bundled") and is_wide and not whole else []
     return [*next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), []), *grid]
 
 
