@@ -258,6 +258,11 @@ def test_an_effort_sets_what_is_not_given() -> None:
     assert SearchConfig.of("quick", candidates=99, metric="loss").candidates == 99
 
 
+def test_an_effort_beside_a_config_is_refused_and_not_dropped(llama: LanguageModel, task: Task) -> None:
+    with pytest.raises(ScoringError, match=r"exclude each other; write SearchConfig\.of\('quick', \.\.\.\)"):
+        search(llama, task, SearchConfig(), effort="quick")
+
+
 def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama: LanguageModel, tmp_path: Path) -> None:
     draw = random.Random(1)
     rows = [

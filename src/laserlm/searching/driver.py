@@ -81,6 +81,8 @@ def search(
         RunBusyError: if another process is at the same search in the same store.
     """
     start = time.monotonic()
+    if config is not None and effort != "normal":
+        raise ScoringError(f"effort {effort!r} and a config exclude each other; write SearchConfig.of({effort!r}, ...)")
     config = (SearchConfig.of(effort, **settings) if config is None else replace(config, **settings)).for_task(task)
     check(lm, task)
     candidates = expand(config.grid, lm.matrices)
