@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SMOKE := scripts/smoke.sh
+PIPX := PIPX_HOME=build/pipx PIPX_BIN_DIR=build/pipx/bin build/pipx-venv/bin/pipx
 
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
@@ -41,18 +42,15 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What is released answers in empty environments: the wheel, the source distribution, and the wheel as a tool of its own by pipx.
+# What is released answers in an empty environment, made by pipx: the wheel, then the source distribution in its place.
 wheel: setup
-	rm -rf dist build/wheel-venv build/pipx
+	rm -rf dist build/pipx-venv build/pipx
 	$(BIN)/python -m build --quiet
-	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
-	$(SMOKE) build/wheel-venv/bin
-	build/wheel-venv/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.tar.gz
-	$(SMOKE) build/wheel-venv/bin
-	build/wheel-venv/bin/python -m pip install --quiet pipx
-	PIPX_HOME=build/pipx PIPX_BIN_DIR=build/pipx/bin build/wheel-venv/bin/pipx install --quiet --backend pip \
-	  --pip-args="-c $(CURDIR)/constraints.txt" dist/*.whl
+	$(PYTHON) -m venv build/pipx-venv
+	build/pipx-venv/bin/python -m pip install --quiet pipx
+	$(PIPX) install --quiet --backend pip --pip-args="-c $(CURDIR)/constraints.txt" dist/*.whl
+	$(SMOKE) build/pipx/bin
+	$(PIPX) runpip laserlm install --quiet --no-deps --force-reinstall dist/*.tar.gz
 	$(SMOKE) build/pipx/bin
 
 # The documentation as a site, in build/site.

@@ -135,7 +135,8 @@ def _runs(store: Store) -> tuple[Any, str]:
     return gr.Dropdown(choices=choices, value=searches[0].id if searches else None), "" if searches else alert
 
 
-def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:
+# One function, because its event listeners share the map's cache and the components that they fill.
+def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:  # noqa: C901
     """Lay out the explorer: a search, its loss map, and the examples that the chosen candidate changed."""
 
     @lru_cache(maxsize=MAP_CACHE_SIZE)
