@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from laserlm.edit import applied
+from laserlm.edit.apply import default_cache
 from laserlm.errors import ModelError, ScoringError, TokenizationError
 from laserlm.models import LanguageModel, load
 from laserlm.scoring import forward, tokenize
 from laserlm.scoring.evaluate import compare, evaluate, text_perplexity
 from laserlm.scoring.generation import generate_for
 from laserlm.scoring.records import Evaluation
+from laserlm.scoring.statistics import clustering_of, paired_difference, paired_mean, sign_flip_test, wilson
 from laserlm.scoring.tokenize import encode
 from laserlm.tasks import Decoding, Example, Scorer, Split, task
 
@@ -131,6 +134,43 @@ def test_a_tie_is_wrong(make: Make) -> None:
     lm.model.lm_head.bias.data.zero_()
     for choices in (CHOICES, SHORT):
         assert evaluate(lm, split("choice", choices)).accuracy == 0
+
+
+SCORERS_OF_TOKENS: list[tuple[Scorer, tuple[str, ...]]] = [
+    ("choice", ("true", "false")),
+    ("choice", SHORT),
+    ("answer", ()),
+    ("next_token", ()),
+    ("first_token", ()),
+    ("top5", ()),
+]
+
+
+@pytest.mark.parametrize(("scorer", "choices"), SCORERS_OF_TOKENS)
+def test_ties_are_counted(scorer: Scorer, choices: tuple[str, ...], make: Make) -> None:
+    lm = make("gptj")
+    assert evaluate(lm, split(scorer, choices)).ties == 0
+    silent(lm).model.lm_head.bias.data.zero_()
+    result = evaluate(lm, split(scorer, choices))
+    assert result.ties == result.as_dict()["ties"] == 7
+    assert "7 exact ties" in str(result)
+
+
+def test_a_tie_counts_where_it_decides(make: Make) -> None:
+    lm = make("gptj")
+    head = silent(lm).model.lm_head
+    tok = lm.require_tokenizer()
+    paris, rome = (tok(f" {word}", add_special_tokens=False).input_ids[0] for word in ("Paris", "Rome"))
+    rows = replace(split(), examples=(Example("0", "The capital of France is", "Paris"),))
+    for bias, ties in (({}, (1, 1)), ({paris: 1}, (0, 0)), ({paris: 1, rome: 1}, (1, 0)), ({rome: 1}, (0, 1))):
+        head.bias.data.zero_()
+        for token, value in bias.items():
+            head.bias.data[token] = value
+        assert (evaluate(lm, rows).ties, evaluate(lm, rows, scorer="top5").ties) == ties
+
+
+def test_ties_of_generated_texts_are_not_known(llama: LanguageModel) -> None:
+    assert evaluate(llama, replace(split(), decoding=Decoding(new_tokens=2)), scorer="contains").ties is None
 
 
 def test_equal_logits_cost_the_log_of_the_vocabulary_for_each_token(make: Make) -> None:
@@ -251,6 +291,34 @@ def test_memory_that_runs_out_halves_the_batch(llama: LanguageModel, monkeypatch
     assert max(sizes) == 7
     assert [s.correct for s in result.scores] == [s.correct for s in expected.scores]
     assert [s.logprob for s in result.scores] == pytest.approx([s.logprob for s in expected.scores], abs=1e-4)
+
+
+def test_a_batch_size_that_fitted_is_kept(llama: LanguageModel) -> None:
+    rows = replace(split(), examples=tuple(replace(e, id=f"{e.id} {i}") for i in range(12) for e in split().examples))
+    sizes: list[int] = []
+
+    def tight(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with llama.model.register_forward_pre_hook(tight, with_kwargs=True):
+        evaluate(llama, rows, batch_size=32)
+    assert len([size for size in sizes if size > 4]) <= 3  # 32, 16 and 8 at most
+
+
+def test_decompositions_are_freed_before_a_batch_is_halved(llama: LanguageModel) -> None:
+    sizes: list[int] = []
+
+    def tight(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2 and sizes.count(sizes[-1]) == 1:
+            raise torch.OutOfMemoryError("no room")
+
+    with applied(llama, "1.fc_in@0.5"), llama.model.register_forward_pre_hook(tight, with_kwargs=True):
+        evaluate(llama, replace(split(), examples=split().examples[:1] * 7), batch_size=7)
+    assert sizes[-2:] == [7, 7]
+    assert not default_cache(llama.cache).clear()
 
 
 @pytest.mark.parametrize("family", list(CAUSAL))
@@ -525,3 +593,27 @@ def test_answer_tokens_of_a_published_prompt_hold_the_space_or_the_word_mark(met
     marks = lm.tokenizer.convert_ids_to_tokens(list(row.choice_tokens))
     assert marks == (["▁true", "▁false"] if metaspace else ["Ġtrue", "Ġfalse"])
     assert row.targets == row.choice_tokens[:1]
+
+
+def test_a_comparison_takes_the_variance_between_facts(llama: LanguageModel) -> None:
+    asked = [Example(f"{i}", f"The river {i % 4} is", "long", fact=f"f{i % 4}" if i < 8 else "") for i in range(10)]
+    base = evaluate(llama, Split("t", "test", tuple(asked), "answer"))
+    assert base.facts == (*("f0", "f1", "f2", "f3") * 2, "8", "9")
+    flipped = [replace(s, correct=not s.correct, logprob=s.logprob + 1) if s.fact == "f1" else s for s in base.scores]
+    edited = replace(base, scores=tuple(flipped))
+    c = compare(base, edited)
+    assert (c.n, c.facts, c.size, c.as_dict()["facts"]) == (10, 6, "10 of 6 facts", 6)
+    assert "n 10 of 6 facts" in str(c)
+    differences = [b.correct - a.correct for a, b in zip(base.scores, edited.scores, strict=True)]
+    assert sum(map(abs, differences)) == 2
+    clustering = clustering_of(differences, base.facts)
+    assert c.interval == paired_difference(c.corrected, c.broken, 10, clustering=clustering)
+    assert c.mcnemar_p == sign_flip_test(differences, base.facts) == 1  # one fact changed
+    changes = [b.loss - a.loss for a, b in zip(base.scores, edited.scores, strict=True)]
+    assert c.loss_interval == paired_mean(changes, facts=base.facts)
+    alone = [replace(e, scores=tuple(replace(s, fact="") for s in e.scores)) for e in (base, edited)]
+    independent = compare(*alone)
+    assert (independent.facts, independent.size) == (10, "10")
+    assert c.interval.low < independent.interval.low < independent.interval.high < c.interval.high
+    correct = [s.correct for s in base.scores]
+    assert base.accuracy_interval == wilson(sum(correct), 10, clustering=clustering_of(correct, base.facts))

@@ -160,6 +160,46 @@ def test_a_model_that_passes_things_by_its_blocks_is_run_whole_and_said_so(
     assert replace(evaluate_rows(lm, SPLIT, "answer", rows, frontier.run), seconds=0) == replace(full, seconds=0)
 
 
+def test_a_block_that_adds_to_its_input_in_place_leaves_what_is_kept_as_it_was(llama: LanguageModel) -> None:
+    def add(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        args[0].add_(0.5)
+
+    llama.model.model.layers[1].register_forward_pre_hook(add)
+    rows = encode(llama, EXAMPLES, "answer")
+    frontier = PrefixCache(llama, rows, 2)
+    full = evaluate(llama, SPLIT, batch_size=2)
+    frontier.move_to("", 1)
+    assert frontier.boundary == 1
+    for _ in range(2):
+        assert replace(evaluate_rows(llama, SPLIT, "answer", rows, frontier.run), seconds=0) == replace(full, seconds=0)
+
+
+@pytest.mark.parametrize("difference", [2e-4, 1.0])
+def test_a_boundary_from_which_scores_differ_is_not_used(
+    difference: float, llama: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    head, calls = llama.model.lm_head, [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    def shift(_module: nn.Module, _args: Any, logits: torch.Tensor) -> torch.Tensor:
+        # The first block is not called in a pass through its stub, and the model computes something else without it.
+        logits = logits.clone()
+        logits[..., ::2] += 0.0 if calls[0] else 2 * difference
+        calls[0] = 0
+        return logits
+
+    llama.model.model.layers[0].mlp.register_forward_hook(count)
+    head.register_forward_hook(shift)
+    frontier = PrefixCache(llama, encode(llama, EXAMPLES, "answer"), 2)
+    with caplog.at_level(logging.WARNING):
+        frontier.move_to("", 1)
+    assert "scores differ" in caplog.text
+    assert frontier.boundary == 0
+    assert not frontier.is_enabled
+
+
 def test_a_block_that_runs_twice_is_run_whole(make: Make) -> None:
     lm = make("llama")
     lm.model.model.layers[2] = lm.model.model.layers[1]

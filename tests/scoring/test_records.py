@@ -101,6 +101,7 @@ def test_the_figures_are_plain_json_values(lopsided: Evaluation) -> None:
         "accuracy": pytest.approx(0.7),
         "accuracy_interval": list(lopsided.accuracy_interval),
         "loss": pytest.approx(1.0),
+        "ties": None,
         "majority_rate": pytest.approx(0.8),
         "balanced_accuracy": pytest.approx(0.625),
         "seconds": 1.5,

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
+import runpy
 from fractions import Fraction
 from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import optimize, stats
 
 from laserlm.errors import LaserError, ScoringError
-from laserlm.scoring.statistics import Interval, mcnemar, paired_difference, paired_mean, wilson
+from laserlm.scoring.statistics import (
+    Clustering,
+    Interval,
+    clustering_of,
+    mcnemar,
+    mean_test,
+    paired_difference,
+    paired_mean,
+    sign_flip_test,
+    wilson,
+)
 
 Z95 = 1.959963984540054
 
 
-def wilson_by_roots(successes: int, n: int, z: float) -> tuple[float, float]:
+def wilson_by_roots(successes: float, n: float, z: float) -> tuple[float, float]:
     """Return the proportions whose score statistic is exactly z away, by root finding."""
     share, edge = successes / n, 1e-12
 
@@ -69,7 +82,7 @@ def test_mcnemar_of_many_pairs_nears_the_chi_square_with_continuity_correction()
     assert mcnemar(corrected, broken) == pytest.approx(float(stats.chi2.sf(corrected_square, df=1)), rel=0.01)
 
 
-def score_statistic(corrected: int, broken: int, n: int, d: float) -> float:
+def score_statistic(corrected: float, broken: float, n: float, d: float) -> float:
     """Return the score statistic of the difference d, with the nuisance probability by numerical maximum likelihood.
 
     The pairs are trinomial. With t the smaller of the two discordant probabilities, the larger is t + |d| and the
@@ -94,7 +107,7 @@ def score_statistic(corrected: int, broken: int, n: int, d: float) -> float:
     return ((corrected - broken) / n - d) / math.sqrt(variance) if variance > 0 else 0.0
 
 
-def tango_by_likelihood(corrected: int, broken: int, n: int, z: float) -> tuple[float, float]:
+def tango_by_likelihood(corrected: float, broken: float, n: float, z: float) -> tuple[float, float]:
     """Return the differences whose score statistic is exactly z away, by root finding."""
     observed, inset = (corrected - broken) / n, 1e-9
     low = high = observed
@@ -224,3 +237,131 @@ def test_no_examples_have_no_interval() -> None:
     with pytest.raises(ScoringError, match=message):
         paired_mean([])
     assert issubclass(ScoringError, LaserError)
+
+
+def test_facts_of_one_question_change_nothing() -> None:
+    differences, facts = [1, 0, -1, 1, 1, 0], list("abcdef")
+    assert clustering_of(differences, facts) is None
+    assert sign_flip_test(differences, facts) == pytest.approx(mcnemar(3, 1), rel=1e-12)
+    assert paired_mean(differences, facts=facts) == paired_mean(differences)
+
+
+def test_the_design_effect_worked_out_by_hand() -> None:
+    # Mean 1/4. Deviations summed by fact: 3/2, -1/4, -5/4; questions outside of it: 2, 3, 3. The variance between facts is
+    # 2/3 (9/16 + 1/144 + 25/144) = 107/216, that between questions (11/4) / 12 = 11/48. The sum of squared sizes is 6.
+    found = clustering_of([1, 1, 0, -1], ["a", "a", "b", "c"])
+    assert found == pytest.approx((107 / 216 / (11 / 48), 16 / 6 - 1), rel=1e-12)
+
+
+def test_the_variance_between_facts_is_that_of_leaving_out_one_fact() -> None:
+    generator = np.random.default_rng(0)
+    facts = generator.integers(8, size=40).tolist()
+    values = generator.normal(size=40) + np.array(facts)
+    names = sorted(set(facts))
+    without = np.array([values[[f != name for f in facts]].mean() for name in names])
+    between_facts = (len(names) - 1) / len(names) * ((without - values.mean()) ** 2).sum()
+    found = clustering_of(values, facts)
+    assert found is not None
+    assert found.design_effect == pytest.approx(between_facts / (values.var(ddof=1) / 40))
+
+
+def test_repeated_questions_tell_the_mean_as_well_as_one_of_each() -> None:
+    values = [0.3, -0.2, 0.5, 0.1, 0.9]
+    facts = [f for f in "abcde" for _ in range(4)]
+    repeated = [x for x in values for _ in range(4)]
+    assert paired_mean(repeated, facts=facts) == pytest.approx(paired_mean(values))
+    assert paired_mean(repeated).high < paired_mean(values).high
+    assert mean_test(repeated, facts) == pytest.approx(float(stats.ttest_1samp(values, 0, alternative="greater").pvalue))
+
+
+def test_the_design_effect_is_never_below_one() -> None:
+    found = clustering_of([1, -1, 1, -1, 1, -1], ["a", "a", "b", "b", "c", "c"])
+    assert found == Clustering(1.0, pytest.approx(2.0))
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_equal_values_count_as_one_of_each_fact(value: int) -> None:
+    assert clustering_of([value] * 7, list("aaabbcd")) == pytest.approx(((9 + 4 + 1 + 1) / 7, 49 / 15 - 1))
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_a_single_fact_says_nothing(count: int) -> None:
+    values = [float(i % 2) for i in range(count)]
+    found = clustering_of(values, ["a"] * count)
+    assert paired_mean(values, facts=["a"] * count) == Interval(-math.inf, math.inf)
+    assert mean_test(values, ["a"] * count) == 1
+    assert paired_difference(count // 2, 0, count, clustering=found) == Interval(-1, 1)
+    assert wilson(count // 2, count, clustering=found) == Interval(0, 1)
+    assert sign_flip_test([1] * count, ["a"] * count) == 1
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+@pytest.mark.parametrize(("corrected", "broken", "n"), [(0, 0, 30), (6, 0, 30), (12, 3, 90), (3, 12, 90), (30, 0, 30)])
+def test_intervals_by_fact_are_those_of_fewer_questions_and_students_quantile(
+    corrected: int, broken: int, n: int, confidence: float
+) -> None:
+    found = Clustering(2.5, 9.0)
+    t = float(stats.t.isf((1 - confidence) / 2, 9))
+    size = n / 2.5
+    gain = paired_difference(corrected, broken, n, confidence, clustering=found)
+    assert gain == pytest.approx(tango_by_likelihood(corrected / 2.5, broken / 2.5, size, t), abs=1e-7)
+    share = wilson(corrected, n, confidence, clustering=found)
+    assert share == pytest.approx(wilson_by_roots(corrected / 2.5, size, t), abs=1e-9)
+
+
+def sign_flips(sums: list[int]) -> list[int]:
+    """Return the total of the sums under every choice of their signs."""
+    return [sum(s * sign for s, sign in zip(sums, signs, strict=True)) for signs in product((1, -1), repeat=len(sums))]
+
+
+@pytest.mark.parametrize("sums", [[3, -1, 2], [1, 1, 1, -1, 2, 3, 3], [0, 0], [5], [2, 2, -2, -2], [4, 1, 1, 1, 1, 1]])
+def test_the_sign_flip_test_counts_the_signs_of_facts_that_go_as_far(sums: list[int]) -> None:
+    differences = [int(math.copysign(1, s)) for s in sums for _ in range(abs(s))] + [0, 1, -1]
+    facts = [f"f{i}" for i, s in enumerate(sums) for _ in range(abs(s))] + ["right", "even", "even"]
+    totals, total = sign_flips(sums), sum(sums)
+    two_sided = sum(abs(t) >= abs(total) for t in totals) / len(totals)
+    assert sign_flip_test(differences, facts) == pytest.approx(two_sided, rel=1e-12)
+    one_sided = sum(t >= total for t in totals) / len(totals)
+    assert sign_flip_test(differences, facts, one_sided=True) == pytest.approx(one_sided, rel=1e-12)
+
+
+@pytest.mark.parametrize(("corrected", "broken"), [(0, 0), (3, 3), (9, 1), (1, 9), (62, 7), (540, 460)])
+def test_the_sign_flip_test_of_single_questions_is_mcnemars(corrected: int, broken: int) -> None:
+    differences = [1] * corrected + [-1] * broken + [0] * 5
+    p = sign_flip_test(differences, range(len(differences)))
+    assert p == pytest.approx(mcnemar(corrected, broken), rel=1e-10)
+    thrice = sign_flip_test(differences * 3, [*range(len(differences))] * 3)
+    assert thrice == pytest.approx(p, rel=1e-10)
+
+
+def coverage(*arguments: Any, **options: Any) -> float:
+    """Return what ``scripts/interval_coverage.py`` simulates."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "interval_coverage.py"))
+    return float(script["coverage"](*arguments, **options))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_intervals_of_questions_that_share_facts_hold_their_level(metric: str) -> None:
+    assert coverage(metric, [3] * 50, 1.0, 300) >= 0.91
+    assert coverage(metric, [3] * 50, 1.0, 300, by_fact=False) <= 0.85  # three equal questions taken as independent ones
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("facts", [100, 400])
+def test_the_simulated_coverage_is_95_per_cent(metric: str, correlation: float, facts: int) -> None:
+    runs = 3000
+    noise = 3 * math.sqrt(0.95 * 0.05 / runs)
+    assert 0.94 - noise <= coverage(metric, [3] * facts, correlation, runs) <= 0.96 + noise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("sizes", [[3] * 10, [3] * 30, [1, 1, 2, 3, 8] * 4, [1, 1, 2, 3, 8] * 20])
+def test_few_facts_and_facts_of_unequal_size_have_no_narrow_intervals(
+    metric: str, correlation: float, sizes: list[int]
+) -> None:
+    runs = 1500
+    assert coverage(metric, sizes, correlation, runs) >= 0.94 - 3 * math.sqrt(0.95 * 0.05 / runs)

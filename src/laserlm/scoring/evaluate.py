@@ -16,7 +16,7 @@ from laserlm.scoring.forward import Progress, out_of_memory_error, run_rows
 from laserlm.scoring.generation import generate_for
 from laserlm.scoring.records import Evaluation, ExampleScore, TokenScores, TokenSequence
 from laserlm.scoring.scorers import SCORERS, ScoredExample, check_split, grade_texts
-from laserlm.scoring.statistics import Interval, mcnemar, paired_difference, paired_mean
+from laserlm.scoring.statistics import Interval, clustering_of, paired_difference, paired_mean, sign_flip_test
 from laserlm.scoring.tokenize import encode
 from laserlm.tasks.example import Scorer, Split
 from laserlm.tasks.perplexity import passages
@@ -38,7 +38,7 @@ def evaluate(
         lm: the model, with the intervention that is applied at the moment.
         split: the examples.
         scorer: one of ``laserlm.scoring.scorers.SCORERS``, which says when an example is correct. None takes the task's own.
-        batch_size: sequences in one forward pass. It is halved where CUDA's memory runs out.
+        batch_size: sequences in one forward pass. It is halved where memory runs out.
         on_progress: called with the number of sequences done and their total.
 
     Raises:
@@ -158,13 +158,14 @@ class Comparison:
         base: accuracy of the unchanged model.
         edited: accuracy of the edited model.
         gain: ``edited - base``.
-        interval: 95 % Tango score interval of the gain.
-        mcnemar_p: exact two-sided McNemar p-value.
+        interval: 95 % Tango score interval of the gain, by the variance between facts where questions share them.
+        mcnemar_p: exact two-sided p-value of the gain, under a fair coin for each fact; McNemar's for facts of one question.
         corrected: number of examples that only the edited model answers correctly.
         broken: number of examples that only the unchanged model answers correctly.
         base_loss: mean log-loss of the unchanged model, in nats per answer token.
         edited_loss: mean log-loss of the edited model.
-        loss_interval: 95 % Student interval of the mean change of loss (negative is better).
+        loss_interval: 95 % Student interval of the mean change of loss (negative is better), like ``interval``.
+        facts: number of facts that the examples ask for; None if it was not recorded.
     """
 
     split: str
@@ -180,6 +181,12 @@ class Comparison:
     base_loss: float
     edited_loss: float
     loss_interval: Interval
+    facts: int | None = None
+
+    @property
+    def size(self) -> str:
+        """Number of examples as text, with that of their facts where it is smaller."""
+        return f"{self.n} of {self.facts} facts" if self.facts and self.facts < self.n else str(self.n)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -191,7 +198,7 @@ class Comparison:
         return (
             f"{self.split}: {self.base:.1%} -> {self.edited:.1%} under {self.intervention or 'base'}, "
             f"gain {self.gain:+.1%} [{low:+.1%}, {high:+.1%}], McNemar p {self.mcnemar_p:.2g}, "
-            f"{self.corrected} corrected, {self.broken} broken, n {self.n}; "
+            f"{self.corrected} corrected, {self.broken} broken, n {self.size}; "
             f"loss {self.base_loss:.3f} -> {self.edited_loss:.3f}"
         )
 
@@ -208,9 +215,9 @@ def compare(base: Evaluation, edited: Evaluation) -> Comparison:
             f"cannot compare {base.task}/{base.split} by {base.scorer} with {edited.task}/{edited.split} by {edited.scorer}: "
             "both must have the same examples in the same order, and the same scorer"
         )
-    pairs = list(zip(base.scores, edited.scores, strict=True))
-    corrected = sum(not a.correct and b.correct for a, b in pairs)
-    broken = sum(a.correct and not b.correct for a, b in pairs)
+    pairs, facts = list(zip(base.scores, edited.scores, strict=True)), base.facts
+    differences = [b.correct - a.correct for a, b in pairs]
+    corrected, broken = differences.count(1), differences.count(-1)
     return Comparison(
         split=edited.split,
         intervention=edited.intervention,
@@ -218,11 +225,12 @@ def compare(base: Evaluation, edited: Evaluation) -> Comparison:
         base=base.accuracy,
         edited=edited.accuracy,
         gain=(corrected - broken) / edited.n,
-        interval=paired_difference(corrected, broken, edited.n),
-        mcnemar_p=mcnemar(corrected, broken),
+        interval=paired_difference(corrected, broken, edited.n, clustering=clustering_of(differences, facts)),
+        mcnemar_p=sign_flip_test(differences, facts),
         corrected=corrected,
         broken=broken,
         base_loss=base.loss,
         edited_loss=edited.loss,
-        loss_interval=paired_mean([b.loss - a.loss for a, b in pairs]),
+        loss_interval=paired_mean([b.loss - a.loss for a, b in pairs], facts=facts),
+        facts=len(set(facts)),
     )

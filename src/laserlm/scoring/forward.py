@@ -8,16 +8,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laserlm.edit.apply import default_cache
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
+from laserlm.out_of_memory import uniform_out_of_memory
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
+from laserlm.scoring.output_layer import HALF, float32_output_layer
 from laserlm.scoring.records import TokenScores, TokenSequence
 
 __all__ = [
@@ -80,17 +84,21 @@ class BatchLogits:
     Args:
         logprobs: (N,) log-probability of each target, in nats.
         argmax: (N,) most likely token at each position.
+        tied: (N,) whether another token is exactly as likely as the most likely one.
         best: (N,) log-probability of the most likely token, in nats.
         choice_logprobs: (B, C) log-probabilities of the choice tokens at each row's first position, in nats.
         ranks: (N,) number of tokens that are more likely than the target; None if no row is ranked.
+        last_ranks: (N,) number of other tokens that are at least as likely as the target; None if no row is ranked.
         top: (B, K) most likely tokens at each row's first position, K the largest number of a row; None if that is 0.
     """
 
     logprobs: Tensor
     argmax: Tensor
+    tied: Tensor
     best: Tensor
     choice_logprobs: Tensor
     ranks: Tensor | None
+    last_ranks: Tensor | None
     top: Tensor | None
 
 
@@ -111,7 +119,7 @@ def run_rows(
             on_progress(len(outcomes), len(rows))
 
     try:
-        halve_until_it_fits(_batch_indices(lm, rows, batch_size), run)
+        halve_until_it_fits(_batch_indices(lm, rows, batch_size), run, default_cache(lm.cache).clear)
     except torch.OutOfMemoryError as error:
         raise out_of_memory_error(lm, error) from None
     return [outcomes[i] for i in range(len(rows))]
@@ -133,6 +141,7 @@ def batches(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int) -
 
 @torch.no_grad()
 def _batch_indices(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int) -> list[list[int]]:
+    lm.require_evaluation_mode()
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     batch_size = max(1, min(batch_size, MAX_SCORED_POSITIONS // max(len(r.positions) for r in rows)))
     try:
@@ -214,31 +223,47 @@ def run_batch(lm: LanguageModel, batch: Batch) -> list[TokenScores]:
 
 def token_scores(batch: Batch, logits: BatchLogits) -> list[TokenScores]:
     """Return the scores of a batch row by row, as plain numbers."""
-    logprobs, argmax, best, choices = (
-        x.cpu().tolist() for x in (logits.logprobs, logits.argmax, logits.best, logits.choice_logprobs)
+    logprobs, argmax, tied, best, choices, ranks, last_ranks = (
+        [] if x is None else x.cpu().tolist()
+        for x in (
+            logits.logprobs,
+            logits.argmax,
+            logits.tied,
+            logits.best,
+            logits.choice_logprobs,
+            logits.ranks,
+            logits.last_ranks,
+        )
     )
-    ranks = [] if logits.ranks is None else logits.ranks.cpu().tolist()
     top = [[]] * len(batch.rows) if logits.top is None else logits.top.cpu().tolist()
     return [
         TokenScores(
             logprobs[start : start + n_targets],
             argmax[start : start + n_targets],
+            tied[start : start + n_targets],
             best[start : start + n_targets],
             choices[b][:n_choices],
             ranks[start : start + n_targets],
+            last_ranks[start : start + n_targets],
             top[b][: batch.top[b]],
         )
         for b, (start, (n_targets, n_choices)) in enumerate(zip(batch.first.tolist(), batch.counts, strict=True))
     ]
 
 
+@uniform_out_of_memory()
 def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> BatchLogits:
     """Run a batch through the model and read its scores; gradients flow unless the caller turned them off.
+
+    The output layer is computed in float32, whatever the dtype of the model is.
 
     Args:
         lm: the model.
         batch: the rows.
         scored_only: whether the output layer gets the scored positions only.
+
+    Raises:
+        torch.OutOfMemoryError: if the batch does not fit into memory.
     """
     row, position = batch.positions
     with ExitStack() as stack:
@@ -250,8 +275,11 @@ def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> Bat
                 lambda _module, args: (args[0][row.to(args[0].device), position.to(args[0].device)][None], *args[1:])
             )
             stack.callback(handle.remove)
+        stack.enter_context(float32_output_layer(lm.model, is_module=scored_only))
         logits: Tensor = lm.model(**batch.inputs).logits
-        logits = (logits[0] if scored_only else logits[row, position]).float()  # (N, V)
+    if logits.dtype in HALF:
+        _warn_of_rounded_logits(lm.name, logits.dtype)
+    logits = (logits[0] if scored_only else logits[row, position]).float()  # (N, V)
     total = logits.logsumexp(-1)  # (N,)
     wanted = logits.gather(-1, batch.targets[:, None])  # (N, 1)
     best, argmax = logits.max(-1)  # (N,) both
@@ -260,11 +288,18 @@ def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> Bat
     return BatchLogits(
         logprobs=wanted[:, 0] - total,
         argmax=argmax,
+        tied=(logits == best[:, None]).sum(-1) > 1,
         best=best - total,
         choice_logprobs=at_first.gather(-1, batch.choice_tokens) - total[batch.first][:, None],
         ranks=(logits > wanted).sum(-1) if batch.ranked else None,
+        last_ranks=(logits >= wanted).sum(-1) - 1 if batch.ranked else None,
         top=at_first.topk(k).indices if k else None,
     )
+
+
+@cache
+def _warn_of_rounded_logits(name: str, dtype: torch.dtype) -> None:
+    log.warning("%s rounds its logits to %s, so that some may be equal; load it with dtype float32 for exact ones", name, dtype)
 
 
 def _batch(lm: LanguageModel, rows: Sequence[TokenSequence], indices: Sequence[int], *, padded: bool | None = None) -> Batch:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from laserlm.edit.apply import default_cache
 from laserlm.errors import ScoringError, TokenizationError
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.forward import Progress
@@ -47,6 +48,7 @@ def generate(
         ModelError: if the model has no head or no tokenizer.
     """
     tokenizer = lm.require_tokenizer()
+    lm.require_evaluation_mode()
     model: Any = lm.model
     if lm.kind == "masked":
         raise ScoringError(f"{lm.name} is a masked model and does not generate. Score it with 'laser evaluate'.")
@@ -142,7 +144,7 @@ def generate_for(
         if on_progress is not None:
             on_progress(len(texts), len(examples))
 
-    halve_until_it_fits(_prompt_batches(lm, lengths, decoding, batch_size), run)
+    halve_until_it_fits(_prompt_batches(lm, lengths, decoding, batch_size), run, default_cache(lm.cache).clear)
     return [texts[i] for i in range(len(examples))]
 
 

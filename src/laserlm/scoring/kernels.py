@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -11,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laserlm.linalg.precision import SETTINGS_LOCK
+
 __all__ = ["fast_cpu_kernels", "onednn_is_exact"]
 
 SHORT_SEQUENCE_TOKENS = 128
 """Longest sequence for which attention by plain matrix products is faster on a CPU than tiled attention."""
-CPU_SETTINGS_LOCK = threading.RLock()
-"""The settings belong to the process. The lock keeps threads from restoring each other's settings."""
 MAX_RELATIVE_ERROR = 2e-6
 """Largest relative error, in norm, of a float32 product. A product of bfloat16 operands has 1,000 times this error."""
 
@@ -36,7 +35,7 @@ def fast_cpu_kernels(device: torch.device, length: int) -> Iterator[None]:
         yield
         return
     settings = _products()
-    with CPU_SETTINGS_LOCK:
+    with SETTINGS_LOCK:
         before = settings.fp32_precision
         try:
             if before == "none" and onednn_is_exact():

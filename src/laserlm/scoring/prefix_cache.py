@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import find_stacks
+from laserlm.out_of_memory import uniform_out_of_memory
 from laserlm.scoring.forward import Batch, batches, run_batch
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.records import TokenScores, TokenSequence
@@ -119,6 +120,7 @@ class PrefixCache:
                 outcomes.update(zip(batch.rows, run_batch(self.lm, batch), strict=True))
         return [outcomes[i] for i in range(len(outcomes))]
 
+    @uniform_out_of_memory()
     def _run_blocks(self, batch: Batch, outputs: dict[str, Any], blocks: list[Block]) -> dict[str, Any]:
         """Run a batch from the boundary to the last of some blocks, and return the output of each of them by its stack."""
         new_outputs: dict[str, Any] = {}

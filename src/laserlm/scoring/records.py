@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from laserlm.errors import ScoringError
-from laserlm.scoring.statistics import Interval, wilson
+from laserlm.reductions import short_form
+from laserlm.scoring.statistics import Interval, clustering_of, wilson
 
 __all__ = ["Evaluation", "ExampleScore", "TokenScores", "TokenSequence"]
 
@@ -46,17 +47,21 @@ class TokenScores:
     Args:
         logprobs: log-probability of each target, in nats.
         argmax: most likely token at each position.
+        tied: whether another token is exactly as likely as the most likely one, at each position.
         best: log-probability of the most likely token at each position, in nats.
         choice_logprobs: log-probabilities of the choice tokens at the first position, in nats.
         ranks: number of tokens that are more likely than the target, at each position; empty unless the sequence is ranked.
+        last_ranks: number of other tokens that are at least as likely as the target; empty unless the sequence is ranked.
         top: the most likely tokens at the first position, in descending order.
     """
 
     logprobs: list[float]
     argmax: list[int]
+    tied: list[bool]
     best: list[float]
     choice_logprobs: list[float]
     ranks: list[int]
+    last_ranks: list[int]
     top: list[int]
 
 
@@ -73,6 +78,9 @@ class ExampleScore:
         answer: the right answer, stripped unless it is a text or a program.
         group: the example's group (relation or class), or empty.
         figures: further metrics of the scorer, by name.
+        tied: whether the prediction was chosen among exactly equal scores; None if that is unknown, as for a generated text
+            and for stored scores.
+        fact: the example's fact; empty if it is not known.
     """
 
     id: str
@@ -83,6 +91,8 @@ class ExampleScore:
     answer: str
     group: str = ""
     figures: dict[str, float] = field(default_factory=dict, hash=False)
+    tied: bool | None = field(default=None, compare=False)
+    fact: str = ""
 
     @property
     def loss(self) -> float:
@@ -124,14 +134,20 @@ class Evaluation:
         return len(self.scores)
 
     @cached_property
+    def facts(self) -> tuple[str, ...]:
+        """The fact of each example; an example without one is a fact of its own."""
+        return tuple(s.fact or s.id for s in self.scores)
+
+    @cached_property
     def accuracy(self) -> float:
         """Share of examples that are correct."""
         return sum(s.correct for s in self.scores) / self.n
 
     @cached_property
     def accuracy_interval(self) -> Interval:
-        """95 % Wilson interval of the accuracy."""
-        return wilson(sum(s.correct for s in self.scores), self.n)
+        """95 % Wilson interval of the accuracy, by the variance between facts where examples share them."""
+        correct = [s.correct for s in self.scores]
+        return wilson(sum(correct), self.n, clustering=clustering_of(correct, self.facts))
 
     @cached_property
     def loss(self) -> float:
@@ -158,6 +174,12 @@ class Evaluation:
         """Means over examples of the scorer's further metrics, by name."""
         values = {name: [s.figures[name] for s in self.scores if name in s.figures] for name in self.scores[0].figures}
         return {name: sum(v) / len(v) for name, v in values.items()}
+
+    @cached_property
+    def ties(self) -> int | None:
+        """Number of examples whose prediction was chosen among exactly equal scores; None if that is unknown."""
+        tied = [s.tied for s in self.scores if s.tied is not None]
+        return sum(tied) if len(tied) == self.n else None
 
     @cached_property
     def majority_rate(self) -> float:
@@ -187,6 +209,7 @@ class Evaluation:
             "accuracy": self.accuracy,
             "accuracy_interval": list(self.accuracy_interval),
             "loss": self.loss,
+            "ties": self.ties,
             "majority_rate": self.majority_rate,
             "balanced_accuracy": self.balanced_accuracy,
             **self.figures,
@@ -198,10 +221,11 @@ class Evaluation:
         low, high = self.accuracy_interval
         if self.scorer == "perplexity":
             return (
-                f"{self.task}/{self.split} {self.intervention or 'base'}: perplexity {self.perplexity:.3f} over {self.tokens} "
-                f"tokens ({self.words} words), loss {self.loss:.3f} nats/token, {self.n} passages"
+                f"{self.task}/{self.split} {short_form(self.intervention) or 'base'}: perplexity {self.perplexity:.3f} over "
+                f"{self.tokens} tokens ({self.words} words), loss {self.loss:.3f} nats/token, {self.n} passages"
             )
         return (
-            f"{self.task}/{self.split} {self.intervention or 'base'}: accuracy {self.accuracy:.1%} "
+            f"{self.task}/{self.split} {short_form(self.intervention) or 'base'}: accuracy {self.accuracy:.1%} "
             f"[{low:.1%}, {high:.1%}], loss {self.loss:.3f} nats/token, n {self.n}"
+            f"{f', {self.ties} exact ties' if self.ties else ''}"
         )

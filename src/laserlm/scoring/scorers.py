@@ -61,18 +61,27 @@ class ScoredExample:
         """Return whether the most likely tokens are the targets of a row, all of them."""
         return self.outcomes[row].argmax == list(self.rows[row].targets)
 
-    def score(self, correct: bool, predicted: str, row: int = 0, metrics: dict[str, float] | None = None) -> ExampleScore:
+    def is_tied(self, row: int) -> bool:
+        """Return whether a token as likely as the most likely one could take its place, up to the first missed target."""
+        outcome, targets = self.outcomes[row], self.rows[row].targets
+        misses = (i for i, (a, t) in enumerate(zip(outcome.argmax, targets, strict=True)) if a != t)
+        return any(outcome.tied[: next(misses, len(targets)) + 1])
+
+    def score(
+        self, correct: bool, predicted: str, *, tied: bool, row: int = 0, metrics: dict[str, float] | None = None
+    ) -> ExampleScore:
         """Return the score of the example; its log-probability is that of one row."""
         e, logprob = self.example, math.fsum(self.outcomes[row].logprobs)
         tokens = len(self.rows[row].targets)
-        return ExampleScore(e.id, correct, logprob, tokens, predicted.strip(), e.answer.strip(), e.group, metrics or {})
+        answer = e.answer.strip()
+        return ExampleScore(e.id, correct, logprob, tokens, predicted.strip(), answer, e.group, metrics or {}, tied, e.fact)
 
-    def text_score(self, correct: bool, text: str, metrics: dict[str, float]) -> ExampleScore:
+    def text_score(self, correct: bool, text: str, metrics: dict[str, float], *, tied: bool | None = None) -> ExampleScore:
         """Return the score of an example whose answer is a long text; its log-probability is the sum over all rows."""
         e, logprob = self.example, math.fsum(x for outcome in self.outcomes for x in outcome.logprobs)
         tokens = sum(len(row.targets) for row in self.rows)
         # The answer is not stripped: a stripped copy of a long text would take its memory again.
-        return ExampleScore(e.id, correct, logprob, tokens, text.strip(), e.answer, e.group, metrics)
+        return ExampleScore(e.id, correct, logprob, tokens, text.strip(), e.answer, e.group, metrics, tied, e.fact)
 
 
 def _answer_request(e: Example) -> list[Request]:
@@ -169,15 +178,19 @@ def grade_texts(split: Split, scorer: Scorer, texts: Sequence[Sequence[str]]) ->
 
 def _grade_next_token(x: ScoredExample) -> ExampleScore:
     predicted = x.decode(x.outcomes[0].argmax[:1])
-    return x.score(predicted.strip().lower() == x.example.answer.strip().lower(), predicted)
+    correct = predicted.strip().lower() == x.example.answer.strip().lower()
+    return x.score(correct, predicted, tied=x.outcomes[0].tied[0])
 
 
 def _grade_first_token(x: ScoredExample) -> ExampleScore:
-    return x.score(x.outcomes[0].argmax[0] == x.rows[0].targets[0], x.decode(x.outcomes[0].argmax[:1]))
+    outcome = x.outcomes[0]
+    return x.score(outcome.argmax[0] == x.rows[0].targets[0], x.decode(outcome.argmax[:1]), tied=outcome.tied[0])
 
 
 def _grade_top(x: ScoredExample, k: int) -> ExampleScore:
-    return x.score(x.outcomes[0].ranks[0] < k, x.decode(x.outcomes[0].argmax[:1]))
+    outcome = x.outcomes[0]
+    tied = outcome.ranks[0] < k <= outcome.last_ranks[0]
+    return x.score(outcome.ranks[0] < k, x.decode(outcome.argmax[:1]), tied=tied)
 
 
 def _grade_answer(x: ScoredExample) -> ExampleScore:
@@ -185,7 +198,7 @@ def _grade_answer(x: ScoredExample) -> ExampleScore:
     hits = [a == t for a, t in zip(argmax, x.rows[0].targets, strict=True)]
     # After its first miss, greedy decoding would have continued from another token.
     greedy = argmax if all(hits) else argmax[: hits.index(False) + 1]
-    return x.score(all(hits), x.decode(greedy))
+    return x.score(all(hits), x.decode(greedy), tied=x.is_tied(0))
 
 
 def _grade_choice(x: ScoredExample) -> ExampleScore:
@@ -193,19 +206,23 @@ def _grade_choice(x: ScoredExample) -> ExampleScore:
     totals = x.outcomes[0].choice_logprobs or [math.fsum(outcome.logprobs) for outcome in x.outcomes]
     best = max(range(len(totals)), key=totals.__getitem__)
     correct = all(totals[gold] > t for i, t in enumerate(totals) if i != gold)
-    return x.score(correct, x.example.choices[best], row=gold if len(x.rows) > 1 else 0)
+    tied = totals.count(totals[best]) > 1
+    return x.score(correct, x.example.choices[best], tied=tied, row=gold if len(x.rows) > 1 else 0)
 
 
 def _grade_perplexity(x: ScoredExample) -> ExampleScore:
-    return x.text_score(all(map(x.is_greedy, range(len(x.rows)))), "", {})
+    rows = range(len(x.rows))
+    return x.text_score(all(map(x.is_greedy, rows)), "", {}, tied=any(map(x.is_tied, rows)))
 
 
 def _grade_requests(x: ScoredExample) -> ExampleScore:
     assert x.judge is not None  # check_split has made sure
     responses = [(math.fsum(outcome.logprobs), x.is_greedy(i)) for i, outcome in enumerate(x.outcomes)]
     correct, metrics = x.judge(x.example, list(responses))
-    best = max(range(len(responses)), key=lambda i: responses[i][0])
-    return x.score(correct, x.example.pairs[best][1], x.example.right, metrics)
+    totals = [total for total, _ in responses]
+    best = totals.index(max(totals))
+    tied = totals.count(totals[best]) > 1 if len(totals) > 1 else x.is_tied(0)
+    return x.score(correct, x.example.pairs[best][1], tied=tied, row=x.example.right, metrics=metrics)
 
 
 def _match_answers(e: Example, text: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ from laserlm.tasks import Scorer, Split
 
 __all__ = ["CachedScorer", "cached_scorer"]
 
-METHOD = 1
+METHOD = 2
 """Raise it when a change of the code changes scores; stored scores of another number are not used."""
 PREFIX_CACHE_BYTES = 2**30
 """Bytes for the activations of the prefix cache. More examples than fit are scored in whole passes."""
