@@ -51,7 +51,7 @@ def main() -> None:
         examples = task.validation.examples[first:last]
         rows = encode(lm, examples, task.validation.scorer)
         start = time.perf_counter()
-        predictions = screen(lm, examples, rows, task.validation.scorer, candidates, cache=cache)
+        predictions = screen(lm, examples, rows, task.validation.scorer, candidates, cache=cache).predictions
         seconds = time.perf_counter() - start
         both = [t for t in truth if t in predictions]
         measured = [losses[t] for t in both]

@@ -74,6 +74,26 @@ OTHER: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 FAMILIES = CAUSAL | MASKED | SEQ2SEQ | OTHER
 SCORED = [*CAUSAL, *MASKED, *SEQ2SEQ]
 
+SMALL_HEADS = GROUPED | {"head_dim": 8, "pad_token_id": 0}
+KEYS_SHARED = SMALL_HEADS | {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+}
+UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    # Blocks that use the keys and values of an earlier one, and inputs of their own.
+    "gemma3n": ("gemma3n_text", KEYS_SHARED | {"laurel_rank": 4, "altup_num_inputs": 2}),
+    "gemma4": ("gemma4_text", KEYS_SHARED | {"global_head_dim": 8}),
+    # A linear layer that returns a tuple, and experts that take every token.
+    "llama4": ("llama4_text", SMALL_HEADS | EXPERTS | {"intermediate_size_mlp": 48, "moe_layers": [1]}),
+    # Transposed experts with biases, and a router that is no linear layer.
+    "gpt_oss": ("gpt_oss", SMALL_HEADS | EXPERTS),
+    "olmoe": ("olmoe", GROUPED | {"num_experts": 3, "num_experts_per_tok": 2, "pad_token_id": 0}),
+}
+"""Causal families without a row in the table, whose matrices are named by their modules' paths."""
+
 
 def bpe(special: dict[str, str], *, metaspace: bool = False, prefix: str = "") -> PreTrainedTokenizerFast:
     """Make a small byte-level BPE tokenizer (or one with SentencePiece's word mark) that knows a few sentences."""
@@ -120,7 +140,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 
 def build(family: str, seed: int = 0) -> LanguageModel:
     """Make a tiny model of a family with random weights spread widely enough that its predictions differ."""
-    kind: Any = "causal" if family in CAUSAL else "masked" if family in MASKED else "encoder-decoder"
+    kind: Any = "causal" if family in CAUSAL or family in UNUSUAL else "masked" if family in MASKED else "encoder-decoder"
     kind = "headless" if family in OTHER else kind
     torch.manual_seed(seed)
     model = copy.deepcopy(_template(family, kind, seed))
@@ -131,7 +151,7 @@ def build(family: str, seed: int = 0) -> LanguageModel:
 @cache
 def _template(family: str, kind: str, seed: int) -> Any:
     """The model that each test gets a copy of."""
-    model_type, settings, _ = FAMILIES[family]
+    model_type, settings = UNUSUAL[family] if family in UNUSUAL else FAMILIES[family][:2]
     auto = {
         "causal": AutoModelForCausalLM,
         "masked": AutoModelForMaskedLM,

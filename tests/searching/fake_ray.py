@@ -116,8 +116,9 @@ Call = tuple[str, list[Any], Ref | Stream]
 class Node:
     """A machine of the cluster."""
 
-    def __init__(self, cpus: float) -> None:
+    def __init__(self, cpus: float, gpus: float = 0) -> None:
         self.alive, self.cpus, self.free = True, cpus, cpus
+        self.gpus = self.free_gpus = gpus
 
 
 class Worker:
@@ -143,6 +144,7 @@ class Worker:
     def start(self, node: Node) -> None:
         self.node = node
         node.free -= self.cpus
+        node.free_gpus -= self.gpus
         self.threads = [threading.Thread(target=self._work, args=(calls,), daemon=True) for calls in self._calls.values()]
         for thread in self.threads:
             thread.start()
@@ -170,6 +172,7 @@ class Worker:
                 found.fail(self.error)
             if self.node is not None:
                 self.node.free += self.cpus
+                self.node.free_gpus += self.gpus
             self.ray.place()
             self.ray.news.notify_all()
 
@@ -262,7 +265,10 @@ class FakeRay:
         self._connected = self._own = False
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": node.alive, "Resources": {"CPU": node.cpus}} for node in self.machines]
+        return [
+            {"Alive": node.alive, "Resources": {"CPU": node.cpus} | ({"GPU": node.gpus} if node.gpus else {})}
+            for node in self.machines
+        ]
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": sum(node.cpus for node in self.machines if node.alive)}
@@ -305,13 +311,14 @@ class FakeRay:
     def place(self) -> None:
         """Start workers for which there is room."""
         for worker in self.workers:
-            room = next((node for node in self.machines if node.alive and node.free >= worker.cpus), None)
-            if worker.node is None and room is not None and not worker.gpus and not worker.ended.is_set():
+            free = [node for node in self.machines if node.alive and node.free >= worker.cpus]
+            room = next((node for node in free if node.free_gpus + 1e-9 >= worker.gpus), None)
+            if worker.node is None and room is not None and not worker.ended.is_set():
                 worker.start(room)
 
-    def add_node(self, cpus: float) -> Node:
+    def add_node(self, cpus: float, gpus: float = 0) -> Node:
         with self.news:
-            self.machines.append(Node(cpus))
+            self.machines.append(Node(cpus, gpus))
             self.place()
             return self.machines[-1]
 

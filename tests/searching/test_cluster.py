@@ -19,6 +19,7 @@ from searching.fake_ray import FakeRay, OutOfMemoryError, die, hang, here
 from searching.support import GIVEN, Scored, made_task, same, search
 
 import laserlm.models
+from laserlm.cli.search import ClusterOptions
 from laserlm.errors import MissingExtraError, ModelError, ScoringError
 from laserlm.models import LanguageModel, load
 from laserlm.searching import Ray, cluster, schedule
@@ -183,15 +184,18 @@ def no_memory_on_the_node() -> None:
     die(OutOfMemoryError("Task was killed due to the node running low on memory."))
 
 
-@pytest.mark.parametrize("fault", [no_memory, no_memory_for_python, broken_gpu, no_memory_on_the_node])
+@pytest.mark.parametrize(
+    ("fault", "workers"),
+    # Where memory runs out in the worker itself, it frees some and goes on.
+    [(no_memory, 2), (no_memory_for_python, 2), (broken_gpu, 3), (no_memory_on_the_node, 3)],
+)
 def test_a_worker_that_cannot_go_on_is_replaced(
-    fault: Fault, on_cluster: Callable[..., Scored], local: Scored, met: Meets, ray: FakeRay
+    fault: Fault, workers: int, on_cluster: Callable[..., Scored], local: Scored, met: Meets, ray: FakeRay
 ) -> None:
     unfit = met(fault)
     found, ours = on_cluster()
     assert len(unfit) == 1
-    assert unfit[0].ended.is_set()
-    assert len(ray.workers) == 3
+    assert len(ray.workers) == workers
     assert found.failed == {}
     same(ours, local[1])
 
@@ -405,7 +409,7 @@ def test_without_an_address_a_cluster_is_started_and_ended(
     assert ray.cluster_resources()["CPU"] == 0
     same(ours, local[1])
     with Store.open(tmp_path / "ray.db") as store:
-        assert store.find(found.run).provenance["ray"] == {"address": None, "workers": 2, "cpus": 1.0, "gpus": 0.0}
+        assert store.find(found.run).provenance["ray"] == {"address": None, "workers": 2, "cpus": 1.0, "gpus": None}
 
 
 def test_as_many_workers_as_there_is_room_for_have_as_many_threads_as_cpus(
@@ -447,3 +451,56 @@ def test_what_cannot_be_done_is_told(
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"laserlm\[cluster\]"):
         search(lm, task, tmp_path / "a.db", executor=Ray(), **GIVEN["exhaustive"])
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "place"),
+    [
+        ({}, 2, {"device": "cuda"}),  # one GPU each
+        ({"workers": 3}, 3, {"device": "cuda"}),  # two of them share one
+        ({"gpus": 2}, 1, {"device_map": "auto"}),
+        ({"gpus": 0}, 4, {"device": "cpu"}),
+    ],
+)
+def test_workers_of_a_cluster_with_gpus_get_them_unless_told_otherwise(
+    given: dict[str, Any],
+    workers: int,
+    place: dict[str, str],
+    ray: FakeRay,
+    lm: LanguageModel,
+    task: Task,
+    tmp_path: Path,
+    local: Scored,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray.machines.clear()
+    ray.add_node(4, gpus=2)
+    places: list[dict[str, str]] = []
+    load_model = laserlm.models.load
+
+    def load_on_cpu(*arguments: Any, **options: Any) -> LanguageModel:
+        places.append({name: options.pop(name) for name in ("device", "device_map") if name in options})
+        return load_model(*arguments, **options, device="cpu")
+
+    monkeypatch.setattr(laserlm.models, "load", load_on_cpu)
+    _, ours = search(lm, task, tmp_path / "ray.db", executor=Ray("auto", **given), **GIVEN["exhaustive"])
+    assert len(ray.workers) == workers
+    assert all(worker.node is not None for worker in ray.workers)
+    assert places
+    assert all(one == place for one in places)
+    same(ours, local[1])
+
+
+def test_the_command_line_gives_workers_the_cpu_where_the_device_is_the_cpu() -> None:
+    for options, device, gpus in (({}, None, None), ({}, "cpu", 0.0), ({"gpus_per_worker": 1.0}, "cpu", 1.0)):
+        cluster_options = ClusterOptions(executor="ray", **options)
+        made = cluster_options.cluster(device)
+        assert made is not None
+        assert made.gpus == gpus
+
+
+def test_a_run_notes_what_its_workers_run_on(on_cluster: Callable[..., Scored], tmp_path: Path) -> None:
+    found, _ = on_cluster(2)
+    with Store.open(tmp_path / "ray.db") as store:
+        expected = {"device": "cpu", "dtype": "float32", "attention": "sdpa", "batch_size": 32}
+        assert store.notes(found.run)["computed_on"] == [expected]

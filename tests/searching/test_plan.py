@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -63,6 +63,40 @@ def test_a_race_takes_about_what_was_planned(llama: LanguageModel, task: Task) -
         "the leader's neighbours",
         "best on test",
     ]
+
+
+def test_what_is_there_at_the_same_time_is_added_up(llama: LanguageModel, task: Task) -> None:
+    without = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID))
+    made = plan(llama, task, SearchConfig(grid=GRID))
+    # Every block's input and the last one's output, of the screened questions.
+    rows = encode_splits(llama, task, SearchConfig())[VALIDATION].sequences
+    boundaries = 4 * 32 * 4 * sum(sorted(len(row.ids) for row in rows)[-len(task.validation) // 2 :])
+    assert made.activations >= boundaries
+    assert made.memory == made.weights + made.activations + made.decompositions + made.peak
+    assert made.disk == without.disk == sum(4 * min(m.shape) ** 2 for m in made.matrices)
+    assert made.as_dict()["disk"] == made.disk
+    little = plan(llama, task, SearchConfig(grid=GRID, memory=2 * 4 * 32 * 4 * max(len(row.ids) for row in rows)))
+    assert little.activations < made.activations
+    # A pass with its gradient needs more than one without, in batches of one size.
+    few = SearchConfig(grid=GRID, batch_size=2)
+    assert plan(llama, task, few).peak > plan(llama, task, replace(few, strategy="exhaustive")).peak
+
+
+def test_a_disk_without_room_for_the_decompositions_is_told(
+    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needed = plan(llama, task, SearchConfig(grid=GRID)).disk
+    assert not caplog.records
+    for free, told in ((1.05 * needed, True), (1.15 * needed, False)):
+        caplog.clear()
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: _Usage(int(free)))
+        plan(llama, task, SearchConfig(grid=GRID))
+        assert ("free space there" in caplog.text) == told
+
+
+@dataclass
+class _Usage:
+    free: int
 
 
 def test_a_composition_is_planned_trial_by_trial(llama: LanguageModel, task: Task) -> None:

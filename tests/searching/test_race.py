@@ -29,9 +29,12 @@ Make = Callable[..., LanguageModel]
 GRID = "0-1.mlp@0.8,0.6,0.4,0.2"
 
 
-def made(correct: list[bool], losses: list[float] | None = None) -> Evaluation:
+def made(correct: list[bool], losses: list[float] | None = None, per_fact: int = 1) -> Evaluation:
     losses = losses or [1.0] * len(correct)
-    scores = [ExampleScore(str(i), c, -loss, 1, "", "") for i, (c, loss) in enumerate(zip(correct, losses, strict=True))]
+    scores = [
+        ExampleScore(str(i), c, -loss, 1, "", "", fact=f"fact {i // per_fact}")
+        for i, (c, loss) in enumerate(zip(correct, losses, strict=True))
+    ]
     return Evaluation("m", "t", "validation", "answer", "x", tuple(scores), 0.0)
 
 
@@ -77,6 +80,33 @@ def test_equals_are_beaten_no_more_often_than_stated(metric: Metric) -> None:
         pair = [made([draw.random() < 0.2 for _ in range(n)], [draw.expovariate(1) for _ in range(n)]) for _ in range(2)]
         lost += is_significantly_worse(pair[0], pair[1], metric, delta)
     assert lost / runs < delta + 3 * (delta * (1 - delta) / runs) ** 0.5
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_questions_of_one_fact_do_not_beat_more_often_than_stated(metric: Metric) -> None:
+    """A race over four rungs of facts of three equal questions, between two that are equally good."""
+    draw = random.Random(0)
+    delta, runs, sizes = 0.05, 200, [15, 30, 60, 120]
+    lost, as_independent = 0, 0
+    for _ in range(runs):
+        facts = [(draw.random() < 0.3, draw.random() < 0.3, draw.expovariate(1), draw.expovariate(1)) for _ in range(40)]
+        rows = [fact for fact in facts for _ in range(3)]
+        for per_fact in (3, 1):
+            first = made([a for a, *_ in rows], [x for *_, x, _ in rows], per_fact)
+            second = made([b for _, b, *_ in rows], [y for *_, y in rows], per_fact)
+            rungs = [[replace(e, scores=e.scores[:n]) for e in (first, second)] for n in sizes]
+            beaten = any(is_significantly_worse(a, b, metric, delta / len(sizes)) for a, b in rungs)
+            lost += beaten and per_fact == 3
+            as_independent += beaten and per_fact == 1
+    assert lost / runs < delta + 3 * (delta * (1 - delta) / runs) ** 0.5
+    assert as_independent / runs > 3 * delta
+
+
+def test_one_fact_alone_beats_nothing() -> None:
+    better, worse = made([True] * 9, [1.0] * 8 + [1.1], 9), made([False] * 9, [2.0] * 9, 9)
+    for metric in ("accuracy", "loss"):
+        chosen: Metric = metric  # type: ignore[assignment]
+        assert not is_significantly_worse(better, worse, chosen, 0.2)
 
 
 @pytest.fixture

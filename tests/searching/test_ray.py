@@ -175,7 +175,7 @@ def test_without_an_address_a_cluster_is_started_and_ended(
     assert not ray.is_initialized()
     same(ours, local[1])
     with Store.open(tmp_path / "ray.db") as store:
-        assert store.find(found.run).provenance["ray"] == {"address": None, "workers": 2, "cpus": 1.0, "gpus": 0.0}
+        assert store.find(found.run).provenance["ray"] == {"address": None, "workers": 2, "cpus": 1.0, "gpus": None}
 
 
 def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C901 - one script that Ray and its stand-in both run
@@ -297,7 +297,10 @@ def test_the_stand_in_behaves_as_ray_does(cluster: Any) -> None:
         die()
 
     with connected(cluster) as ray:
-        real = behaviour(ray, killed)
+        try:
+            real = behaviour(ray, killed)
+        except ray.exceptions.RayActorError:  # a busy machine: Ray cancelled an actor before it had started
+            real = behaviour(ray, killed)
     fake = FakeRay(0, 4)
     fake.init(address="auto")
     try:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 from laserlm.models import LanguageModel
 from laserlm.reductions import Intervention
-from laserlm.searching.scorer import first_changed_block
+from laserlm.scoring.tokenize import encode
+from laserlm.searching import expand
+from laserlm.searching.scorer import EncodedSplit, PrefixScorer, first_changed_block
+from laserlm.tasks import Task
 
 ORDER = [("", 0), ("", 1), ("", 2)]
 
@@ -23,3 +26,13 @@ def test_a_weight_that_blocks_share_changes_the_first_of_them(make: Callable[...
     lm = LanguageModel(lm.model, lm.tokenizer, "tied", "causal")
     assert first_changed_block(Intervention.parse("2.fc_up@0.5"), lm.matrices, ORDER) == 0
     assert first_changed_block(Intervention.parse("2.fc_in@0.5"), lm.matrices, ORDER) == 2
+
+
+def test_a_screen_takes_no_more_time_than_it_has(llama: LanguageModel, task: Task) -> None:
+    encoded = EncodedSplit(task.validation, encode(llama, task.validation.examples, "answer"), "answer")
+    scorer = PrefixScorer(llama, {"validation": encoded})
+    candidates = expand("0-2.mlp@0.5", llama.matrices)
+    assert len(scorer.screen("validation", 0, candidates).predictions) == 9
+    late = scorer.screen("validation", 0, candidates, seconds=-1)
+    assert late.predictions == {}
+    assert len(late.unranked) == 9

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from families import TOKENIZERS, build
+from families import TOKENIZERS, UNUSUAL, build
 from searching.conftest import BeforeScoring
 from searching.support import EVERY, made_task
 
 from laserlm.edit import applied
+from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import MatrixError, ScoringError
+from laserlm.linalg.decomposition import Decomposition
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.searching import SearchConfig, SearchProgress, SearchResult, expand
 from laserlm.searching import search as search_
+from laserlm.searching.screen import OUT_OF_TIME
 from laserlm.store import Store
 from laserlm.tasks import Decoding, Example, Split, Task
 from laserlm.tasks import task as by_name
@@ -133,7 +136,7 @@ def test_the_unchanged_model_can_win(strategy: str, llama: LanguageModel, task: 
     assert found.as_dict()["best"] == ""
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", [*EVERY, *(pytest.param(family, marks=pytest.mark.slow) for family in UNUSUAL)])
 def test_a_race_runs_on_every_family(family: str, make: Make, task: Task) -> None:
     lm = make(family)
     options = SearchConfig(first_rung=3, candidates=6, random_candidates=2)
@@ -450,6 +453,8 @@ def test_without_any_time_the_unchanged_model_is_measured(strategy: str, llama: 
     found = search(llama, task, strategy=strategy, budget=0)
     assert (str(found.best), found.complete, found.scored) == ("", False, 0)
     assert found.validation.gain == 0
+    assert found.verdict()[0].startswith("No candidate was tried: the time was used up")
+    assert ("by the screen" in found.verdict()[0]) == (strategy == "race")
 
 
 def test_rows_that_cannot_be_scored_on_test_are_told_before_the_search(llama: LanguageModel, task: Task) -> None:
@@ -504,6 +509,31 @@ def test_splits_that_share_examples_are_refused(llama: LanguageModel, task: Task
         search(llama, replace(task, test=replace(task.test, name="validation")))
 
 
+def test_splits_with_equal_questions_are_refused_unless_they_are_published(
+    llama: LanguageModel, task: Task, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = task.validation.examples[0]
+    twin = replace(asked, id="twin", prompt=f" {asked.prompt}\n", fact="own")
+    leaking = replace(task, test=replace(task.test, examples=(*task.test.examples, twin)))
+    with pytest.raises(ScoringError, match=r"share 1 questions with equal prompt and answer, such as .*; give two splits"):
+        search_(llama, leaking, grid="1.fc_in@0.5")
+    assert search_(llama, replace(leaking, split_by="paper"), grid="1.fc_in@0.5").test.n == len(task.test) + 1
+    assert "1 questions of made are both in the validation and in the test split, as published" in caplog.text
+
+
+def test_the_store_keeps_the_facts_of_scores(llama: LanguageModel, tmp_path: Path) -> None:
+    examples = [Example(f"{i}", f"The capital of {i} is", "Rome", fact=f"f{i // 3}") for i in range(30)]
+    found = search_(llama, Task.of("made", examples), grid="1.fc_in@0.5", metric="loss", store=tmp_path / "runs.db")
+    assert (found.validation.n, found.validation.facts, found.test.n, found.test.facts) == (6, 2, 24, 8)
+    with Store.open(tmp_path / "runs.db") as results:
+        base, edited = (results.evaluation(found.run, "test", text) for text in ("", "1.fc_in@0.5"))
+    assert base is not None
+    assert edited is not None
+    assert sorted(set(base.facts)) == sorted({e.fact for e in Task.of("made", examples).test})
+    if found.best:
+        assert compare(base, edited) == found.test
+
+
 def test_another_tokenizer_or_config_is_another_search(make: Make, task: Task, tmp_path: Path) -> None:
     runs = set()
     for change in ("none", "config", "tokenizer"):
@@ -530,11 +560,67 @@ def test_a_matrix_that_cannot_be_decomposed_is_passed_over(llama: LanguageModel,
     layer = llama.model.model.layers[1]
     with torch.no_grad():
         layer.mlp.gate_proj.weight[0, 0] = float("inf")
-    layer.mlp.act_fn = torch.nn.Sigmoid()  # keeps infinity out of the scores
-    found = search(llama, task, grid="1.mlp@0.5+0.fc_in@0.5")
+    layer.mlp.act_fn = torch.nn.Sigmoid().eval()  # keeps infinity out of the scores
+    found = search(llama, task, strategy="race", grid="1.mlp@0.5+0.fc_in@0.5")
     assert list(found.failed) == ["1.fc_in@0.5"]
     assert "NaN or inf" in found.failed["1.fc_in@0.5"]
     assert found.candidates == 4
+    assert found.screened is not None
+    assert (found.screened.candidates, found.screened.unranked) == (2, 2)
+    # Infinity in the weights spoils the gradient that passes them.
+    assert list(found.screened.reasons.values()) == [1, 1]
+    assert any("NaN or inf" in reason for reason in found.screened.reasons)
+    assert "2 candidates could not be ranked" in found.screened.warnings()[0]
+    assert SearchResult.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+
+
+@pytest.mark.parametrize("strategy", ["race", "compose"])
+def test_a_screen_that_ranks_nothing_ends_the_search(strategy: str, llama: LanguageModel, task: Task) -> None:
+    def spoil(_module: object, _args: object, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda d: d * float("nan"))
+
+    llama.model.model.norm.register_forward_hook(spoil)
+    with pytest.raises(
+        ScoringError, match=r"none of the 12 candidates: its gradient is not finite in float32 \(12 candidates\)"
+    ):
+        search(llama, task, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["race", "exhaustive"])
+def test_where_all_candidates_fail_none_is_said_to_have_lost(
+    strategy: str, llama: LanguageModel, task: Task, before_scoring: BeforeScoring
+) -> None:
+    def broken(text: str, split: Split) -> None:
+        if split.name == "validation" and text:
+            raise ScoringError("a log-probability of nan")
+
+    before_scoring(broken)
+    found = search(llama, task, strategy=strategy)
+    assert found.scored == len(found.failed) > 0
+    assert found.verdict() == [
+        f"No candidate could be compared: all {found.scored} that were tried failed, such as with "
+        "ScoringError: a log-probability of nan"
+    ]
+
+
+def test_a_screen_that_is_cut_off_ranks_what_it_has(llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    decompose = DecompositionCache.get
+
+    def slow(cache: DecompositionCache, weight: torch.Tensor) -> Decomposition:
+        clock[0] += 10
+        return decompose(cache, weight)
+
+    monkeypatch.setattr(DecompositionCache, "get", slow)
+    options = SearchConfig(first_rung=3, candidates=2, random_candidates=0, budget=1.5)
+    found = search(llama, task, strategy="race", grid="all.mlp@0.5", metric="loss", config=options)
+    assert found.screened is not None
+    # 67 of 90 seconds are for the screen: the last two blocks, and not all of the first.
+    assert (found.screened.candidates, found.screened.unranked) == (6, 3)
+    assert list(found.screened.reasons) == [OUT_OF_TIME]
+    assert {text.partition(".")[0] for text in found.screened.expected} <= {"1", "2"}
 
 
 def test_a_search_begins_with_the_unchanged_model(llama: LanguageModel, task: Task, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from laserlm.jsonable import to_json
 from laserlm.models import LanguageModel
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.scoring.statistics import paired_difference, wilson
+from laserlm.studies.estimates import Estimate
 from laserlm.studies.frequency import Frequency, frequency, popularity
 from laserlm.tasks import Example
 
@@ -243,3 +244,20 @@ def test_the_command_goes_by_popularity_or_by_a_corpus(make: Make, tmp_path: Pat
     assert run("--csv").splitlines()[0].startswith("from,to,n,before,before low,before high,after,after low,after high,gain,")
     with pytest.raises(AnalysisError, match="no corpus"):
         run("--corpus", tmp_path / "nowhere")
+
+
+def test_bins_take_the_variance_between_facts() -> None:
+    examples = [Example(str(i), f"prompt {i}", "a", fact=f"f{i // 3}") for i in range(30)]
+    changed = [i // 3 in (1, 4) for i in range(30)]
+    before, after = (
+        tuple(ExampleScore(str(i), right, -1.0, 1, "", "a") for i, right in enumerate(of)) for of in ([False] * 30, changed)
+    )
+    base = Evaluation("m", "t", "test", "answer", "", before, 0.0)
+    edited = replace(base, intervention="x", scores=after)
+    (by_fact,) = frequency(base, edited, examples, {e.id: 1.0 for e in examples}, bins=1).bins
+    facts = [e.fact for e in examples]
+    assert by_fact.gain == Estimate.gain([False] * 30, changed, facts)
+    assert by_fact.edited == Estimate.share_by_fact(changed, facts)
+    assert by_fact.gain.interval.low < paired_difference(6, 0, 30).low
+    assert by_fact.gain.interval.high > paired_difference(6, 0, 30).high
+    assert by_fact.edited.interval.low < wilson(6, 30).low

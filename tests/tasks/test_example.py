@@ -139,7 +139,7 @@ def test_the_phrasings_of_a_fact_stay_together_and_in_file_order() -> None:
 
 
 def test_the_shuffled_split_is_the_same_in_every_process() -> None:
-    task = Task.of("t", [Example(id=f"q{i}", prompt="p", answer="a") for i in range(40)])
+    task = Task.of("t", [Example(id=f"q{i}", prompt=f"p{i}", answer="a") for i in range(40)])
     assert [e.id for e in task.validation] == ["q22", "q6", "q25", "q13", "q32", "q27", "q34", "q20"]
 
 
@@ -159,6 +159,84 @@ def test_dropping_phrasings_moves_no_fact_across_the_shuffled_split() -> None:
 
 def test_an_example_without_a_fact_is_a_fact_of_its_own() -> None:
     assert [e.fact for e in Task.of("t", rows(3)).every] == ["q0", "q1", "q2"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_questions_stand_in_one_shuffled_split(seed: int) -> None:
+    examples = [Example(id=f"{i}", prompt=f"Question {i % 20}:", answer=f"answer {i % 20}") for i in range(100)]
+    task = Task.of("t", examples, seed=seed)
+    assert (len(task.validation), len(task.test)) == (20, 80)
+    assert not {e.question for e in task.validation} & {e.question for e in task.test}
+    assert len(facts_of(task.every)) == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "is_equal"),
+    [
+        ({}, True),
+        ({"prompt": " Question 1:\n", "answer": " answer 1 "}, True),
+        ({"choices": ("answer 1", "no"), "group": "g", "popularity": 2.0, "aliases": ("a",), "fact": "f"}, True),
+        ({"prompt": "question 1:"}, False),
+        ({"answer": "answer 2"}, False),
+    ],
+    ids=str,
+)
+def test_questions_are_equal_by_prompt_and_answer_without_outer_white_space(change: dict[str, Any], is_equal: bool) -> None:
+    first, *others = rows(6)[1:]
+    task = Task.of("t", [first, *others, replace(first, **({"id": "again"} | change))])
+    again = task.every.examples[-1]
+    assert (again.fact == task.every.examples[0].fact) == is_equal
+    assert len(facts_of(task.every)) == (5 if is_equal else 6)
+    assert task.every.hash != Task.of("t", [first, *others]).every.hash
+
+
+def test_facts_that_are_linked_by_equal_questions_are_one_fact_in_any_order_of_the_file() -> None:
+    linked = [
+        Example("1", "Who wrote it?", "she", fact="c"),
+        Example("2", "By whom is it?", "she", fact="c"),
+        Example("3", "By whom is it?", "she", fact="a"),
+        Example("4", "Its author is", "she", fact="a"),
+        Example("5", "Its author is", "she"),
+    ]
+    others = phrased(9)
+    for seed in range(10):
+        mixed = random.Random(seed).sample([*linked, *others], len(linked) + len(others))
+        task = Task.of("t", mixed)
+        assert {e.fact for e in task.every if e.answer == "she"} == {"5"}  # the first by name
+        assert {e.id for e in task.validation} == {e.id for e in Task.of("t", [*linked, *others]).validation}
+        assert not {e.question for e in task.validation} & {e.question for e in task.test}
+
+
+def test_equal_questions_of_two_facts_stay_in_a_published_split(caplog: pytest.LogCaptureFixture) -> None:
+    examples = [Example(id=f"{i}", prompt=f"Question {i % 9}:", answer="yes") for i in range(10)]
+    task = Task.of("twins", examples, split="paper")
+    assert [e.id for e in [*task.validation, *task.test]] == [e.id for e in examples]
+    assert task.split_by == "paper"
+    assert caplog.messages == [
+        "the task twins has 10 rows of 9 different questions; equal questions count as one fact and stay in one shuffled split"
+    ]
+
+
+def test_the_first_phrasings_are_those_of_the_facts_as_given() -> None:
+    examples = [*phrased(4), Example("again", "Phrasing 2 of 1:", "answer 1", fact="own")]
+    kept = Task.of("t", examples, phrasings="rewrite").every
+    assert [e.id for e in kept] == ["f0/0", "f1/0", "f2/0", "f3/0", "again"]
+    assert kept.examples[1].fact == kept.examples[4].fact
+
+
+@pytest.mark.parametrize(
+    ("name", "validation", "test"),
+    [
+        ("worldfacts", "af4f05d40c7c", "f90a8a8a5f46"),
+        ("web-of-lies", "c39b804c5c57", "055dfdbb38f0"),
+    ],
+)
+def test_the_bundled_splits_are_those_of_the_published_figures(
+    name: str, validation: str, test: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = task_by_name(name)
+    assert (task.validation.hash[:12], task.test.hash[:12]) == (validation, test)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("split", ["paper", "shuffled"])

@@ -122,7 +122,7 @@ def test_a_file_without_questions_says_what_to_write(tmp_path: Path, content: st
 
 
 def test_the_task_is_named_after_its_file_and_scores_answers(tmp_path: Path) -> None:
-    file = written(tmp_path, *(GOOD | {"id": f"q{i}"} for i in range(10)))
+    file = written(tmp_path, *(GOOD | {"id": f"q{i}", "prompt": f"Question {i} is"} for i in range(10)))
     dataset = task(f"jsonl:{file}")
     assert (dataset.name, dataset.every.scorer, dataset.source) == (
         "jsonl:mine",
@@ -140,7 +140,11 @@ def test_rows_with_choices_are_scored_by_choice_by_default(tmp_path: Path) -> No
 
 
 def test_rows_of_one_fact_are_not_parted_and_rewrite_keeps_the_first(tmp_path: Path) -> None:
-    rows = [GOOD | {"id": f"{f}/{i}", "fact": f"fact {f}"} for i in range(2) for f in range(6)]
+    rows = [
+        GOOD | {"prompt": f"Question {f}, phrasing {i}, is", "id": f"{f}/{i}", "fact": f"fact {f}"}
+        for i in range(2)
+        for f in range(6)
+    ]
     file = written(tmp_path, *rows)
     dataset = task(f"jsonl:{file}")
     assert len(dataset.validation) == 2
@@ -157,3 +161,11 @@ def test_the_hash_is_that_of_the_content_whatever_the_file_looks_like(tmp_path: 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"no data file .*nothing\.jsonl"):
         task(f"jsonl:{tmp_path / 'nothing.jsonl'}")
+
+
+def test_a_file_with_equal_rows_is_told_and_each_stays_on_one_side(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": f"Question {i % 5}:", "answer": "yes", "choices": ["yes", "no"]} for i in range(15)]
+    made = task(f"jsonl:{written(tmp_path, *rows)}")
+    assert not {e.prompt for e in made.validation} & {e.prompt for e in made.test}
+    assert (len(made.validation), len(made.test)) == (3, 12)
+    assert "the task jsonl:mine has 15 rows of 5 different questions" in caplog.text

@@ -84,6 +84,7 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
         f"of one machine share on CPUs;\ncached activations {gib['boundary']:.2f}, decompositions "
         f"{gib['decompositions']:.2f}, at the peak {gib['moment']:.2f})."
     )
+    print(f"Decompositions take up to {planned.disk / 2**30:.2f} GiB of the cache folder.")
     stages = Table("stage", "items", "passes", "time here", title="What is done", title_justify="left")
     for name, (items, passes, seconds) in _by_name(planned, alone).items():
         stages.add_row(name, f"{items:,}", f"{passes:,.0f}", _time(seconds))

@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from laserlm.reductions import short_form
+
 if TYPE_CHECKING:
     from laserlm.searching import SearchProgress
 
@@ -83,7 +85,7 @@ def search_progress_bar() -> Iterator[Callable[[SearchProgress], None]]:
             nonlocal best
             if step.best is not None:
                 low, high = step.best.accuracy_interval
-                name = step.best.intervention or "the unchanged model"
+                name = short_form(step.best.intervention) or "the unchanged model"
                 best = f"{name} {step.best.accuracy:.1%} [{low:.1%}, {high:.1%}], loss {step.best.loss:.3f}, of {step.best.n}"
             alive = f", {step.alive} alive" if step.stage.startswith("rung") else ""
             advance(step.done, step.total, f"{step.stage}{alive}; best {best}", step.scored)

@@ -59,7 +59,8 @@ class SearchOptions:
         typer.Option(min=0, max=1, help="Share kept after each rung.", show_default="0.34", rich_help_panel=SEARCH_PANEL),
     ] = None
     delta: Annotated[
-        float, typer.Option(min=0, max=1, help="Error probability of eliminations.", rich_help_panel=SEARCH_PANEL)
+        float,
+        typer.Option(min=0, max=1, help="Error probability of eliminations and composed steps.", rich_help_panel=SEARCH_PANEL),
     ] = 0.05
     budget: Annotated[
         float | None,
@@ -103,7 +104,12 @@ class ClusterOptions:
     cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPU cores of each worker.", rich_help_panel=CLUSTER_PANEL)] = (
         1.0
     )
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each worker.", rich_help_panel=CLUSTER_PANEL)] = 0.0
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="GPUs of each worker.", show_default="1 if there are GPUs, else 0", rich_help_panel=CLUSTER_PANEL
+        ),
+    ] = None
 
     def cluster(self, device: str | None) -> Ray | None:
         """Return the cluster, or None for this process.
@@ -121,7 +127,8 @@ class ClusterOptions:
             return None
         if not self.gpus_per_worker and (device or "cpu") != "cpu":
             raise typer.BadParameter(f"--device {device} is for this process; give workers GPUs with --gpus-per-worker")
-        return Ray(self.address, self.workers, self.cpus_per_worker, self.gpus_per_worker)
+        gpus = 0.0 if self.gpus_per_worker is None and device == "cpu" else self.gpus_per_worker
+        return Ray(self.address, self.workers, self.cpus_per_worker, gpus)
 
 
 @with_options(model_options=ModelOptions, task_options=TaskOptions, options=SearchOptions, cluster_options=ClusterOptions)
@@ -171,7 +178,7 @@ def search(
 
 def _on_driver(options: ModelOptions, cluster: Ray | None, *, dry_run: bool) -> ModelOptions:
     """Return how this process loads the model: on the CPU where only workers run it."""
-    only_workers_run_it = cluster is not None and not (dry_run and cluster.gpus)
+    only_workers_run_it = cluster is not None and not (dry_run and cluster.gpus != 0)
     if only_workers_run_it and not (options.device or options.device_map):
         return replace(options, device="cpu")
     return options
@@ -239,7 +246,7 @@ def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:
     print(f"Best of {result.candidates} candidates: {result.best or 'the unchanged model'}")  # uncut, so that it can be copied
     table = Table("", "validation (chosen on)", "test (held out)")
     splits = (result.validation, result.test)
-    table.add_row("passages" if is_perplexity else "questions", *(str(c.n) for c in splits))
+    table.add_row("passages" if is_perplexity else "questions", *(c.size for c in splits))
     if not is_perplexity:
         table.add_row("base accuracy", *(f"{c.base:.1%}" for c in splits))
         table.add_row("edited accuracy", *(f"{c.edited:.1%}" for c in splits))
@@ -265,6 +272,8 @@ def _print_screen(result: SearchResult) -> None:
     if s is None:
         return
     print(f"The screen ranked {s.candidates} candidates by the gradient over {s.examples} questions in {s.seconds:.0f} s.")
+    for sentence in s.warnings():
+        print(sentence)
     if not result.rungs or s.correlation is None:
         return
     print(

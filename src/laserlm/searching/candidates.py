@@ -33,14 +33,14 @@ def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Candidate]:
         MatrixError: if it names a matrix that is not there, or leaves no candidate.
     """
     grid = Grid.parse(grid)
-    candidates: dict[tuple[str, int, str, str, int], Candidate] = {}
+    candidates: dict[tuple[object, ...], Candidate] = {}
     for reduction in chain(*grid.parts):
         for m in select(matrices, reduction.layers, reduction.matrix, reduction.stack):
             if m.tied_to is None:
                 layers = Layers(first=m.layer, last=m.layer)
                 edit = Edit.of(m, replace(reduction, layers=layers, matrix=m.name, stack=m.stack))
                 if not edit.is_identity:
-                    key = (m.id, edit.rank, reduction.keep, reduction.method, reduction.split)
+                    key = (m.id, edit.rank, reduction.size.drop, reduction.keep, reduction.method, reduction.split)
                     candidates.setdefault(key, Candidate(m, Intervention((edit.reduction,))))
     if not candidates:
         raise MatrixError(f"the grid {grid} keeps every matrix whole; give sizes below the matrices' ranks")

@@ -14,15 +14,19 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from laserlm.errors import LaserError, MissingExtraError, ModelError, ScoringError
 from laserlm.models.language_model import LanguageModel
+from laserlm.out_of_memory import is_out_of_memory
 from laserlm.searching.config import SearchConfig
 from laserlm.searching.executors import IsCancelled, OutOfTimeError, Speculate
+from laserlm.searching.hardware import hardware_of
 from laserlm.searching.schedule import MAX_TRIES, Schedule
 from laserlm.searching.scorer import BlockOrder, EncodedSplit, Failure, PrefixScorer
 from laserlm.searching.work import OrderTask, WorkItem
@@ -41,8 +45,6 @@ SIGN_OF_LIFE_SECONDS = 0.5
 """Seconds in which a sign of life reaches the driver."""
 RETRY_SECONDS = 30.0
 """Seconds until another worker is tried in the place of one that could not start, while others work."""
-OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "cannot allocate memory", "not enough memory")
-"""What PyTorch says where the memory of a CPU is used up."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,21 @@ class Ray:
             starts one on this machine, for this search.
         workers: processes that hold the model; None takes as many as there is room for.
         cpus: cores of each; a fraction lets several share one.
-        gpus: GPUs of each; the model is spread over several.
+        gpus: GPUs of each; the model is spread over several. None gives each worker one if the cluster has GPUs, and a
+            part of one if there are fewer GPUs than ``workers``.
     """
 
     address: str | None = None
     workers: int | None = None
     cpus: float = 1.0
-    gpus: float = 0.0
+    gpus: float | None = None
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise ScoringError(
                 f"{self.workers} workers can do nothing; write 1 or more, or leave it out for all there is room for"
             )
-        if self.cpus <= 0 or self.gpus < 0:
+        if self.cpus <= 0 or (self.gpus or 0) < 0:
             raise ScoringError(f"a worker needs some of a CPU, and no GPU or some; got cpus {self.cpus}, gpus {self.gpus}")
         if self.address is not None and self.address.startswith("ray://"):
             raise ScoringError(
@@ -127,6 +130,7 @@ def on_ray(how: Ray, lm: LanguageModel, splits: Mapping[str, EncodedSplit], conf
     if ours:
         _connect(ray, how)
     try:
+        how = _with_gpus(ray, how)
         room = _room(ray, how)
         # A cluster of others may grow; this one will not.
         if room < 1 and (how.workers is None or (ours and how.address is None)):
@@ -160,6 +164,7 @@ class RayExecutor:
         self.batch_size = config.batch_size
         self.activation_bytes = 0
         self.decomposition_bytes = 0
+        self.hardware: dict[str, Any] = {}  # of the first worker that is ready
         self._ray = ray
         self._how = how
         self._schedule = Schedule(workers)
@@ -174,7 +179,7 @@ class RayExecutor:
         needs: dict[str, Any] = {"num_cpus": how.cpus, "num_gpus": how.gpus, "max_restarts": 0, "max_task_retries": 0}
         # The second group lets a worker hear that it may stop while it works.
         self._actor = ray.remote(**needs, concurrency_groups={"beside": 1})(_Worker)
-        place = {"device_map": "auto"} if how.gpus > 1 else {"device": "cuda" if how.gpus else "cpu"}
+        place = {"device_map": "auto"} if (how.gpus or 0) > 1 else {"device": "cuda" if how.gpus else "cpu"}
         options = {"batch_size": config.batch_size, "memory": config.memory, "seed": config.seed}
         try:
             shared = ray.put(dict(splits))
@@ -285,7 +290,7 @@ class RayExecutor:
         """Take in a worker that is ready, or have another one tried later in place of one that never was."""
         worker = self._starting.pop(ref)
         try:
-            self._ray.get(ref)
+            hardware = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
             cause = _cause(error)
             if isinstance(cause, OtherWeightsError):
@@ -303,6 +308,7 @@ class RayExecutor:
             self._later.append(time.monotonic() + (RETRY_SECONDS if self._ready else 0))
             return
         self._failures = 0
+        self.hardware = self.hardware or hardware
         self._ready.append(worker)
 
     def _read(self, worker: Any) -> list[tuple[Any, Any]]:
@@ -374,10 +380,8 @@ class _Worker:
         splits: dict[str, EncodedSplit],
         options: dict[str, Any],
         threads: int,
-    ) -> None:
-        """Load the model, and see that it is the one that is searched."""
-        import torch
-
+    ) -> dict[str, Any]:
+        """Load the model, see that it is the one that is searched, and return what it runs on."""
         from laserlm.models import load
 
         torch.set_num_threads(threads)
@@ -387,11 +391,10 @@ class _Worker:
                 f"{loaded['name']} on {platform.node()} has other weights than where the search was started; copy these there"
             )
         self._scorer = PrefixScorer(lm, splits, **options)
+        return hardware_of(lm)
 
     def run(self, unit: int, items: Sequence[WorkItem], pause: float) -> Iterator[tuple[int, Any, _Usage] | None]:
         """Yield None as a sign of life, and after a pause the index, the result and the needs of each item."""
-        import torch
-
         if self._scorer is None:
             raise AssertionError("a worker is set up first")
         yield None
@@ -402,9 +405,8 @@ class _Worker:
             try:
                 result = item.execute(self._scorer)
             except (MemoryError, RuntimeError) as error:
-                full = isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY_SIGNS)
                 # After an error of its own, a GPU does nothing more for this process.
-                if full or isinstance(error, torch.AcceleratorError):
+                if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
                     raise UnfitError(f"{type(error).__name__}: {error}") from error
                 raise
             scorer = self._scorer
@@ -436,6 +438,8 @@ def _connect(ray: ModuleType, how: Ray) -> None:
     given: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if how.address is None:
         given |= {"address": "local", "include_dashboard": False}
+        if torch.cuda.is_available():  # Ray may not find every kind of GPU by itself
+            given["num_gpus"] = torch.cuda.device_count()
         if how.workers is not None:
             given["num_cpus"] = math.ceil(how.workers * how.cpus)
     else:
@@ -452,15 +456,24 @@ def _connect(ray: ModuleType, how: Ray) -> None:
         ) from error
 
 
+def _with_gpus(ray: ModuleType, how: Ray) -> Ray:
+    """Return how many GPUs a worker gets where that was not given; with fewer GPUs than workers, some share one."""
+    if how.gpus is not None:
+        return how
+    found = sum(int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"])
+    return replace(how, gpus=1 / math.ceil((how.workers or 1) / found) if found else 0.0)
+
+
 def _room(ray: ModuleType, how: Ray) -> int:
     """Return how many workers have room; each has to be on one node."""
     needs = [(name, each) for name, each in (("CPU", how.cpus), ("GPU", how.gpus)) if each]
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(int(min(node.get(name, 0) // each for name, each in needs)) for node in nodes)
+    # A tenth of a CPU is a bit more than that in binary.
+    return sum(int(min(node.get(name, 0) / each for name, each in needs) + 1e-9) for node in nodes)
 
 
 def _needs(how: Ray) -> str:
-    return _shown({"CPU": how.cpus, "GPU": how.gpus})
+    return _shown({"CPU": how.cpus, "GPU": how.gpus or 0})
 
 
 def _shown(resources: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Composition: add one reduction after another, each only if validation improves beyond its paired interval."""
+"""Composition: add one reduction after another, each only if validation improves by more than luck among all trials."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from laserlm.linalg.decomposition import rank_of
 from laserlm.reductions import Intervention
-from laserlm.scoring.evaluate import Comparison, compare
+from laserlm.scoring.evaluate import compare
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import Metric, SearchConfig
 from laserlm.searching.ledger import ScoreLedger
-from laserlm.searching.race import choose, rung_sizes
-from laserlm.searching.result import ComposeStep
+from laserlm.searching.race import choose, is_significantly_worse, rung_sizes
+from laserlm.searching.result import ComposeStep, sort_key
 from laserlm.searching.screen import Prediction
 
 __all__ = ["compose", "in_order"]
@@ -41,52 +41,47 @@ def compose(
     ledger: ScoreLedger,
     candidates: Sequence[Candidate],
     metric: Metric,
-    first: int,
+    config: SearchConfig,
     on_try: Callable[[int, Intervention], None] = lambda *_: None,
 ) -> Iterator[ComposeStep]:
     """Try the candidates one after the other on top of what was accepted so far; yield each accepted step.
 
     A trial is scored in rungs of examples, and is rejected after the first rung in which it does not look better. It is
-    accepted only after all rungs, if the 95 % interval of its paired gain (for the loss, of its change) excludes zero.
-    A matrix is reduced once.
+    accepted only after all rungs, if it is significantly better at the level ``delta`` divided by the number of candidates.
+    So if no candidate helps, one is accepted with a probability of ``delta`` at most. A matrix is reduced once.
 
     Args:
         ledger: scores the interventions.
         candidates: in the order in which they are tried.
         metric: what has to improve.
-        first: examples of the first rung.
+        config: first rung, error probability.
         on_try: called before each trial with its place in the order and what is tried.
     """
     current = Intervention()
     ledger.extend([current], len(ledger.split))
     reduced: list[Candidate] = []
+    level = config.delta / max(2, len(candidates))  # two-sided for a single one, as its interval is
     for number, candidate in enumerate(candidates):
         if any(candidate.matrix.overlaps(c.matrix) for c in reduced):
             continue
         tried = Intervention((*current.reductions, *candidate.intervention.reductions))
         on_try(number, tried)
-        comparison = _improvement(ledger, current, tried, metric, first)
-        if comparison is not None:
+        if _helps(ledger, current, tried, metric, config.first_rung, level):
+            n = len(ledger.split)
+            comparison = compare(ledger.first(current, n), ledger.first(tried, n))
             current = tried
             reduced.append(candidate)
             yield ComposeStep(str(candidate.intervention), str(current), comparison)
 
 
-def _improvement(
-    ledger: ScoreLedger, current: Intervention, tried: Intervention, metric: Metric, first: int
-) -> Comparison | None:
-    """Return the comparison of a trial with what it adds to, or None where it is rejected."""
-    comparison = None
+def _helps(ledger: ScoreLedger, current: Intervention, tried: Intervention, metric: Metric, first: int, level: float) -> bool:
+    """Return whether a trial looks better than what it adds to in every rung, and is significantly better in the last."""
     for stop in rung_sizes(len(ledger.split), first):
         ledger.extend([tried], stop)
         if ledger.fails(tried, stop):
-            return None
-        comparison = compare(ledger.first(current, stop), ledger.first(tried, stop))
-        better = comparison.gain > 0 if metric == "accuracy" else comparison.edited_loss < comparison.base_loss
-        # With few examples a gain may not have shown yet where nothing was lost either.
-        if not better and not (metric == "accuracy" and comparison.gain == 0 and comparison.edited_loss < comparison.base_loss):
-            return None
-    if comparison is None:
-        return None
-    holds = comparison.interval.low > 0 if metric == "accuracy" else comparison.loss_interval.high < 0
-    return comparison if holds else None
+            return False
+        before, after = ledger.first(current, stop), ledger.first(tried, stop)
+        # Few examples may not show a gain in accuracy yet: then the loss decides.
+        if sort_key(after, metric) <= sort_key(before, metric):
+            return False
+    return is_significantly_worse(after, before, metric, level)

@@ -52,7 +52,8 @@ class SearchConfig:
         first_rung: examples of the first rung. Each further rung has at least twice as many, and the last has all.
         keep: largest share of the candidates that stays after a rung. 1 drops only what is significantly worse.
         delta: largest probability that the test of significance drops the best candidate of the race, over all rungs and
-            leaders, for independent examples. What ``keep`` drops has no such bound.
+            leaders, for independent facts. What ``keep`` drops has no such bound. For ``compose``: largest probability that
+            a step is accepted if no candidate helps.
         budget: minutes after which the search measures the best candidate so far and ends. None sets no end.
         seed: of the order of the examples, of the random candidates and of ``:reference`` decompositions.
         batch_size: sequences in one forward pass.

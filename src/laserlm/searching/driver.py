@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -33,7 +34,8 @@ from laserlm.tasks import Scorer, Task
 
 __all__ = ["FINALISTS", "TEST", "VALIDATION", "check", "encode_splits", "search"]
 
-METHOD = 5
+log = logging.getLogger(__name__)
+METHOD = 6
 """Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
 VALIDATION, TEST, FINALISTS = "validation", "test", "finalists"
 """Names of the splits of a search. The finalists are the validation split again, scored as the test split is."""
@@ -55,7 +57,7 @@ def search(
 
     ``race``: a first-order screen ranks all candidates. The best of them are scored on more and more examples, and the worse
     ones leave after each rung. ``exhaustive``: every candidate is scored on every example. ``compose``: reductions are added
-    one after another, each only if validation improves beyond its paired interval.
+    one after another, each only if validation improves significantly (``delta``).
 
     The unchanged model is always among those to choose from. The choice goes by accuracy, ties by lower loss (or by loss,
     ties by accuracy); of equals the earlier stays. If the scorer grades generated text, candidates are ranked by the loss of
@@ -141,7 +143,10 @@ def encode_splits(lm: LanguageModel, task: Task, config: SearchConfig) -> dict[s
 
 
 def check(lm: LanguageModel, task: Task) -> None:
-    """Raise a ScoringError unless the model is unchanged and the splits hold examples, none of them in both."""
+    """Raise a ScoringError unless the model is unchanged and the splits hold examples, none of them in both.
+
+    A published split may hold equal questions on both sides; then a warning counts them.
+    """
     if lm.active:
         raise ScoringError(f"the model is changed by {lm.intervention}; a search begins with the unchanged one")
     for split in (task.validation, task.test):
@@ -152,6 +157,18 @@ def check(lm: LanguageModel, task: Task) -> None:
         raise ScoringError(
             f"the splits {task.validation.name} and {task.test.name} of {task.name} share {len(both)} examples; what is "
             "chosen on an example cannot be measured on it: give two splits that share none"
+        )
+    equal = {e.question for e in task.validation} & {e.question for e in task.test}
+    if equal and task.split_by == "paper":
+        log.warning(
+            "%d questions of %s are both in the validation and in the test split, as published; --split-by shuffled parts them",
+            len(equal),
+            task.name,
+        )
+    elif equal:
+        raise ScoringError(
+            f"the splits {task.validation.name} and {task.test.name} of {task.name} share {len(equal)} questions with equal "
+            f"prompt and answer, such as {min(equal)[0]!r:.60}; give two splits that share none, or make them with Task.of"
         )
 
 

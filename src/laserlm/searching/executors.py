@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from laserlm.searching.hardware import hardware_of
 from laserlm.searching.scorer import BlockOrder, PrefixScorer
 from laserlm.searching.work import WorkItem
 
@@ -33,6 +34,10 @@ class Executor(Protocol):
     @property
     def batch_size(self) -> int:
         """Sequences in one forward pass; halved where memory ran out."""
+
+    @property
+    def hardware(self) -> dict[str, Any]:
+        """What computes the results; see ``hardware_of``."""
 
     @property
     def activation_bytes(self) -> int:
@@ -76,6 +81,7 @@ class LocalExecutor:
 
     def __init__(self, scorer: PrefixScorer) -> None:
         self._scorer = scorer
+        self.hardware = hardware_of(scorer.lm)
         self.block_order = scorer.block_order
         self.free = scorer.free
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +14,8 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.tokenize import TokenSequence
 from laserlm.searching.executors import Executor
+from laserlm.searching.hardware import describe
+from laserlm.searching.score_table import ScoreTable
 from laserlm.searching.scorer import EncodedSplit, Failure, first_changed_block
 from laserlm.searching.work import ScoreTask
 from laserlm.store import Run
@@ -20,6 +23,7 @@ from laserlm.tasks import Split
 
 __all__ = ["ScoreLedger", "cut", "max_sequences"]
 
+log = logging.getLogger(__name__)
 NEXT_STEP = "fix the cause or give the workers more memory, then run the same command again: the search continues"
 CHUNKS_PER_WORKER = 4
 """Work items that every process gets at least, where examples have to be divided for that."""
@@ -54,14 +58,16 @@ class ScoreLedger:
     memory: float = float("inf")
     deadline: float = float("inf")
     on_scored: Callable[[Intervention], None] = lambda _: None
-    scores: dict[str, Evaluation] = field(init=False)
+    scores: ScoreTable = field(init=False)
     failed: dict[str, str] = field(init=False)
     cost: float = field(default=0.0, init=False)
     scored: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.scores, self.failed = self.run.trials(self.split.name)
+        self.scores = ScoreTable(self.run.evaluations(self.split.name))
+        self.failed = self.run.failures(self.split.name)
         self._batch_size = self.executor.batch_size
+        self._is_new = True  # nothing was saved by this process
         self._stops: set[int] = set()
         self._unsaved: dict[tuple[str, int], tuple[ScoreTask, Any]] = {}
 
@@ -72,8 +78,7 @@ class ScoreLedger:
 
     def n(self, intervention: Intervention) -> int:
         """Return the number of examples that an intervention was scored on."""
-        evaluation = self.scores.get(str(intervention))
-        return evaluation.n if evaluation is not None else 0
+        return self.scores.n(str(intervention))
 
     def fails(self, intervention: Intervention, stop: int) -> bool:
         """Return whether an intervention is known to have no scores on the first ``stop`` examples."""
@@ -81,8 +86,7 @@ class ScoreLedger:
 
     def first(self, intervention: Intervention, n: int) -> Evaluation:
         """Return the scores on the first ``n`` examples."""
-        evaluation = self.scores[str(intervention)]
-        return replace(evaluation, scores=evaluation.scores[:n])
+        return self.scores.first(str(intervention), n)
 
     def extend(
         self,
@@ -153,18 +157,35 @@ class ScoreLedger:
         if self.executor.batch_size < self._batch_size:  # for every process that continues this run
             self._batch_size = self.executor.batch_size
             self.run.note("batch_size", self._batch_size)
+            self._note_hardware()
+        if self._is_new:
+            self._note_hardware()
+            self._is_new = False
         if isinstance(result, Failure):
             self.run.fail(self.split.name, text, result.reason, start=task.start)
             self.failed[text] = result.reason
         else:
             self.run.record(result, examples, start=task.start)
-            before = self.scores.get(text)
-            if before is not None:
-                result = replace(result, scores=before.scores + result.scores, seconds=before.seconds + result.seconds)
-            self.scores[text] = result
+            self.scores.append(result)
         self.cost += task.cost
         self.scored += len(examples)
         self.on_scored(task.intervention)
+
+    def _note_hardware(self) -> None:
+        """Note what computes the scores; warn if an earlier process had something else."""
+        now = self.executor.hardware | {"batch_size": self.executor.batch_size}
+        noted = self.run.notes.get("computed_on", [])
+        if now in noted[-1:]:
+            return
+        if noted and self._is_new:
+            log.warning(
+                "run %s goes on with %s; its earlier scores are from %s: they may differ in the last digits, and by more in "
+                "half precision; --restart computes all of them anew",
+                self.run.id,
+                describe(now),
+                describe(noted[-1]),
+            )
+        self.run.note("computed_on", [*noted, now])
 
 
 def cut(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import statistics
 import tempfile
 import time
@@ -10,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from laserlm.edit import resolve
 from laserlm.errors import ScoringError
@@ -33,6 +37,7 @@ from laserlm.tasks import Task
 
 __all__ = ["Plan", "Stage", "measure_cost", "plan"]
 
+log = logging.getLogger(__name__)
 BASE = Intervention()
 EIGENSOLVER_CUBES = 9
 """Floating-point operations of all eigenvectors of a symmetric matrix, in cubes of its size (Golub and Van Loan,
@@ -76,9 +81,10 @@ class Plan:
         pass_flop: floating-point operations of a pass of one example, on average.
         screen_flop: those of the sums of the screen, without its passes.
         weights: bytes of the model.
-        activations: bytes of cached activations.
+        activations: bytes of cached activations, or of what the screen holds between blocks, whichever is more.
         decompositions: bytes of decompositions that are held.
-        peak: bytes that a pass, a decomposition or the screen needs for a moment, whichever takes most, about.
+        peak: bytes that a pass, one with its gradient, or a decomposition needs beside these, whichever takes most, about.
+        disk: bytes of the cache folder that the decompositions take.
     """
 
     strategy: Strategy
@@ -93,6 +99,7 @@ class Plan:
     activations: int
     decompositions: int
     peak: int
+    disk: int
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -172,6 +179,7 @@ class Plan:
                 "moment": self.peak,
                 "all": self.memory,
             },
+            "disk": self.disk,
         }
 
 
@@ -199,6 +207,9 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
     of_block: dict[tuple[str, int], int] = {}
     for m, size in zip(matrices, held, strict=True):
         of_block[m.stack, m.layer] = of_block.get((m.stack, m.layer), 0) + size
+    boundaries, backward = builder.screen_bytes() if config.screens else (0, 0)
+    disk = sum((8 if lm.dtype == torch.float64 else 4) * min(m.shape) ** 2 for m in matrices)
+    _warn_of_full_disk(lm.cache, disk)
     return Plan(
         strategy=config.strategy,
         candidates=len(candidates),
@@ -209,15 +220,16 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
         pass_flop=_pass_flop(lm, splits[VALIDATION]),
         screen_flop=sum(2 * examples * tokens * min(m.shape) * sum(m.shape) for m in matrices),
         weights=sum({p.data_ptr() or id(p): p.numel() * p.element_size() for p in lm.model.parameters()}.values()),
-        activations=max(builder.activation_bytes(name) for name in (VALIDATION, TEST)),
+        activations=max(boundaries, *(builder.activation_bytes(name) for name in (VALIDATION, TEST))),
         # The screen holds all of a block, whatever the bound.
         decompositions=int(max(min(config.memory / 2, sum(held)), max(of_block.values()) if config.screens else max(held))),
         peak=max(
             _pass_bytes(lm, splits, config.batch_size),
             # In float64: the matrix, its Gram matrix and what the eigensolver takes.
             max(8 * (m.shape[0] * m.shape[1] + 3 * min(m.shape) ** 2) for m in matrices),
-            int(len(builder.blocks) * examples * tokens * lm.width * lm.dtype.itemsize),
+            backward,
         ),
+        disk=disk,
     )
 
 
@@ -271,6 +283,20 @@ def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchCon
         decompose=usual["decompose"] / decomposition_flop(middle),
         answer=usual["record"] / n,
     )
+
+
+def _warn_of_full_disk(cache: Path, needed: int) -> None:
+    """Warn where the disk of the cache has less than ``needed`` bytes and a tenth more."""
+    folder = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * needed:
+        log.warning(
+            "the decompositions take %.1f GiB in %s, whose disk has %.1f GiB left; free space there, or give another folder "
+            "with --cache",
+            needed / 2**30,
+            cache,
+            free / 2**30,
+        )
 
 
 def _timed(function: Callable[[], Any]) -> float:
@@ -344,6 +370,19 @@ class _PlanBuilder:
             sequences = [s for s in encoded.sequences if start <= s.example < stop]
             tokens += len(sequences) * (max(len(s.ids) for s in sequences) + max(len(s.decoder) for s in sequences))
         return int(min(memory, max(2, len(self.blocks)) * tokens * self.lm.width * self.lm.dtype.itemsize))
+
+    def screen_bytes(self) -> tuple[int, int]:
+        """Return the bytes of what the screen holds between blocks, and of a block's pass with its gradient."""
+        encoded, lm = self.splits[VALIDATION], self.lm
+        _, sequences = encoded.part(len(encoded.split) - self.screen_size, len(encoded.split))
+        tokens = sorted((len(s.ids) + len(s.decoder) for s in sequences), reverse=True)
+        of_token = (len(self.blocks) + 1) * lm.width * lm.dtype.itemsize
+        boundaries = min(max(self.config.memory / 2, of_token * tokens[0]), of_token * sum(tokens))
+        rows = max(1, min(self.config.batch_size, int(boundaries / of_token / tokens[0])))
+        # Inputs, gradients of outputs, and their products with both factors, in float32.
+        sums = 4 * rows * tokens[0] * max(sum(m.shape) + 2 * min(m.shape) for m in self.lm.matrices)
+        # What passes a block stays for its gradient, which is as large.
+        return int(boundaries), 2 * _pass_bytes(lm, self.splits, rows) + sums
 
 
 def decomposition_flop(matrix: Matrix) -> float:

@@ -10,11 +10,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
-from scipy import stats
-
 from laserlm.edit.apply import Edit
 from laserlm.reductions import Intervention
 from laserlm.scoring.records import Evaluation
+from laserlm.scoring.statistics import mean_test, sign_flip_test
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import Metric, SearchConfig
 from laserlm.searching.ledger import ScoreLedger
@@ -63,20 +62,13 @@ def choose(
 def is_significantly_worse(leader: Evaluation, other: Evaluation, metric: Metric, delta: float) -> bool:
     """Return whether the leader is significantly better on the same examples, at the error probability ``delta``.
 
-    Accuracy: an exact one-sided McNemar test. Loss: a one-sided paired t-test.
+    Accuracy: an exact one-sided sign-flip test over facts, McNemar's where each fact has one question. Loss: a one-sided
+    paired t-test, with the variance between facts.
     """
     pairs = list(zip(leader.scores, other.scores, strict=True))
     if metric == "accuracy":
-        ahead = sum(a.correct and not b.correct for a, b in pairs)
-        behind = sum(b.correct and not a.correct for a, b in pairs)
-        return bool(stats.binom.sf(ahead - 1, ahead + behind, 0.5) <= delta) if ahead else False
-    differences = [b.loss - a.loss for a, b in pairs]
-    n = len(differences)
-    mean = math.fsum(differences) / n
-    spread = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1)) if n > 1 else math.inf
-    if not spread:
-        return mean > 0
-    return bool(stats.t.sf(mean / spread * math.sqrt(n), n - 1) <= delta) if n > 1 else False
+        return sign_flip_test([a.correct - b.correct for a, b in pairs], leader.facts, one_sided=True) <= delta
+    return mean_test([b.loss - a.loss for a, b in pairs], leader.facts) <= delta
 
 
 def race(
@@ -118,10 +110,8 @@ def race(
         # Nothing below looks at more than ``stop`` examples: after an interruption there are scores of later ones.
         scored = [i for i in alive if not ledger.fails(i, stop)]
         order = _best_first(ledger, [BASE, *scored], metric, stop)
-        leader, leading_scores = order[0], ledger.first(order[0], stop)
-        worse = {
-            i for i in scored if i != leader and is_significantly_worse(leading_scores, ledger.first(i, stop), metric, delta)
-        }
+        leader, best = order[0], ledger.first(order[0], stop)
+        worse = {i for i in scored if i != leader and is_significantly_worse(best, ledger.first(i, stop), metric, delta)}
         eliminated |= worse
         left = [i for i in order if i in scored and i not in worse]
         staying = left if is_last else _promising(ledger, left, metric, stop, most)
@@ -138,9 +128,22 @@ def race(
         )
         alive = [*staying, *added]
     # The last leader may have neighbours that never ran, or were pruned.
-    tried, stop = {*alive, *eliminated}, sizes[-1]
+    tried = {*alive, *eliminated}
+    yield from _neighbour_rungs(ledger, leader, tried, candidates, metric, partial(on_rung, len(sizes), len(sizes)))
+
+
+def _neighbour_rungs(
+    ledger: ScoreLedger,
+    leader: Intervention,
+    tried: set[Intervention],
+    candidates: Sequence[Candidate],
+    metric: Metric,
+    on_rung: Callable[[Sequence[Intervention], int], None],
+) -> Iterator[RungReport]:
+    """Score the neighbours of the leader on every example until none of them leads; yield a report each time."""
+    stop = len(ledger.split)
     while added := [i for i in _neighbours(leader, candidates) if i not in tried]:
-        on_rung(len(sizes), len(sizes), added, stop)
+        on_rung(added, stop)
         ledger.extend(added, stop)
         tried |= set(added)
         scored = [i for i in added if not ledger.fails(i, stop)]

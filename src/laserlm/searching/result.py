@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from laserlm.reductions import Intervention
@@ -77,7 +77,7 @@ class RungReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RungReport:
         """Return what ``asdict`` was made of, now or in version 0.1.0."""
-        return cls(**{_RUNG_KEYS_OF_0_1_0.get(key, key): value for key, value in values.items()})
+        return cls(**_known(cls, {_RUNG_KEYS_OF_0_1_0.get(key, key): value for key, value in values.items()}))
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,10 @@ class ScreenReport:
         seconds: wall time, decompositions included.
         expected: change of loss that the screen expects, in nats, of all that were sent.
         measured: change of loss on the first rung's examples.
+        unranked: candidates that it could not rank.
+        reasons: number of these by the reason.
+        left_out: most examples that were left out of a ranked candidate, because their gradient is not finite or the time
+            was used up.
     """
 
     examples: int
@@ -107,6 +111,17 @@ class ScreenReport:
     seconds: float
     expected: dict[str, float]
     measured: dict[str, float]
+    unranked: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0
+
+    def warnings(self) -> list[str]:
+        """Return in sentences what the screen left out."""
+        reasons = "; ".join(f"{reason} ({n})" for reason, n in self.reasons.items())
+        found = [f"{self.unranked} candidates could not be ranked: {reasons}."] if self.unranked else []
+        if self.left_out:
+            found.append(f"Up to {self.left_out} of the {self.examples} questions had no part in the ranks of some candidates.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,7 @@ class SearchResult:
         of_text = self.settings.get("scorer") == "perplexity"
         low, high = self.test.interval
         if not self.best:
-            return ["No candidate beat the unchanged model on validation."]
+            return [self._why_unchanged()]
         found = []
         if not of_text and low > 0:
             found.append("The gain in accuracy holds on questions that had no part in the choice.")
@@ -191,6 +206,15 @@ class SearchResult:
         elif self.test.loss_interval.low > 0:
             found.append("Their loss rises: the interval of its change lies above zero.")
         return found
+
+    def _why_unchanged(self) -> str:
+        if not self.scored:
+            by_screen = " by the screen" if self.strategy == "race" else ""
+            return f"No candidate was tried: the time was used up{by_screen}. Give the search more time (--budget)."
+        if self.scored == len(self.failed.keys() - {""}):
+            reason = next(iter(self.failed.values()))
+            return f"No candidate could be compared: all {self.scored} that were tried failed, such as with {reason}"
+        return "No candidate beat the unchanged model on validation."
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -216,18 +240,27 @@ class SearchResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SearchResult:
-        """Return what ``as_dict`` was made of."""
+        """Return what ``as_dict`` was made of, without what only a later version of laserlm knows."""
         return cls(
-            **values
+            **_known(cls, values)
             | {
                 "best": Intervention.parse(values["best"]),
                 "validation": _comparison(values["validation"]),
                 "test": _comparison(values["test"]),
                 "rungs": tuple(RungReport.from_dict(rung) for rung in values["rungs"]),
-                "screened": ScreenReport(**values["screened"]) if values["screened"] else None,
-                "steps": tuple(ComposeStep(**s | {"comparison": _comparison(s["comparison"])}) for s in values["steps"]),
+                "screened": ScreenReport(**_known(ScreenReport, values["screened"])) if values["screened"] else None,
+                "steps": tuple(
+                    ComposeStep(**_known(ComposeStep, step) | {"comparison": _comparison(step["comparison"])})
+                    for step in values["steps"]
+                ),
             }
         )
+
+
+def _known(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that are fields of a dataclass."""
+    names = {f.name for f in fields(cls)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _as_best(comparison: Comparison) -> dict[str, Any]:
@@ -235,6 +268,6 @@ def _as_best(comparison: Comparison) -> dict[str, Any]:
 
 
 def _comparison(values: dict[str, Any]) -> Comparison:
-    named = {key.replace("best", "edited"): value for key, value in values.items()}
+    named = _known(Comparison, {key.replace("best", "edited"): value for key, value in values.items()})
     loss_interval = Interval(*(named["loss_interval"] or (-math.inf, math.inf)))
     return Comparison(**named | {"interval": Interval(*named["interval"]), "loss_interval": loss_interval})

@@ -17,7 +17,7 @@ from laserlm.searching.work import WorkItem
 __all__ = ["MAX_TRIES", "Schedule"]
 
 MAX_TRIES = 3
-"""Processes that may end at a item before it is given up."""
+"""Processes that may end at an item before it is given up."""
 UNITS_PER_WORKER = 2
 """A unit takes the work that is left, divided among so many units for each worker, at most; so the last ones are small."""
 SLOWDOWN = 3.0
@@ -109,7 +109,7 @@ class Schedule:
         Args:
             worker: who asks.
             now: time in seconds.
-            is_cancelled: asked before a item is begun; it is left out where this is true.
+            is_cancelled: asked before an item is begun; it is left out where this is true.
             speculate: what may be asked for next, the likeliest first.
         """
         items = self._begin(worker, is_cancelled) or self._double(now)
@@ -120,7 +120,7 @@ class Schedule:
         return items or speculative
 
     def answer(self, worker: Hashable, item: WorkItem, result: Any, now: float) -> bool:
-        """Note an answer; return whether it is the first to a item that is wanted."""
+        """Note an answer; return whether it is the first to an item that is wanted."""
         unit = self._units[worker]
         unit.items.remove(item)
         self._paces[type(item)].append((now - unit.heard) / (item.cost or 1))
@@ -178,7 +178,7 @@ class Schedule:
                 self._wait(item, first=True)
 
     def _begin(self, worker: Hashable, is_cancelled: Callable[[Any], bool]) -> list[WorkItem]:
-        """Return the next items of a affinity, as many as make a unit."""
+        """Return the next items of an affinity, as many as make a unit."""
         unit: list[WorkItem] = []
         room = self._load / (UNITS_PER_WORKER * self.workers)
         while self._waiting:
@@ -206,7 +206,7 @@ class Schedule:
         return min(self._waiting, key=lambda other: busy[other])
 
     def _fits(self, item: WorkItem, unit: Sequence[WorkItem], room: float) -> bool:
-        """Return whether a item goes into a unit; one that ended a worker goes by itself."""
+        """Return whether an item goes into a unit; one that ended a worker goes by itself."""
         return item.batch_key == unit[0].batch_key and item.cost <= room and not self._ends[item] and not self._ends[unit[0]]
 
     def _double(self, now: float) -> list[WorkItem]:

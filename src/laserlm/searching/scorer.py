@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +22,7 @@ from laserlm.scoring.prefix_cache import PrefixCache, PrefixCheck
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.tokenize import TokenSequence
 from laserlm.searching.candidates import Candidate
-from laserlm.searching.screen import Prediction, screen
+from laserlm.searching.screen import Screening, screen
 from laserlm.tasks import Scorer, Split
 
 __all__ = ["BlockOrder", "EncodedSplit", "Failure", "PrefixScorer", "first_changed_block"]
@@ -100,7 +102,7 @@ class PrefixScorer:
         self.batch_size = batch_size
         self.decompositions = DecompositionCache(lm.cache / "decompositions", memory=memory / 2)
         self.peak_bytes = 0
-        self._memory = memory / 2
+        self._memory = self._screen_memory = memory / 2
         self._seed = seed
         self._caches: dict[Part, PrefixCache] = {}
         self._parts: dict[Part, tuple[Split, list[TokenSequence]]] = {}
@@ -130,37 +132,41 @@ class PrefixScorer:
         return retry_with_room(attempt, lambda error: self._make_room(split, error))
 
     def screen(
-        self, split: str, first: int, candidates: Sequence[Candidate], *, between_choices: bool = False
-    ) -> dict[str, Prediction]:
-        """Return what a gradient over the examples from ``first`` on predicts of candidates, by their canonical text.
+        self,
+        split: str,
+        first: int,
+        candidates: Sequence[Candidate],
+        *,
+        between_choices: bool = False,
+        seconds: float = math.inf,
+    ) -> Screening:
+        """Return what a gradient over the examples from ``first`` on predicts of candidates.
+
+        Args:
+            split: name of the split.
+            first: index of the first example.
+            candidates: single matrices at single ranks.
+            between_choices: see ``screen``.
+            seconds: time after which what is not done stays without a prediction.
 
         Raises:
             ScoringError: if a single sequence does not fit into memory.
         """
         encoded = self.splits[split]
         part, sequences = encoded.part(first, len(encoded.split))
-        batch_size = self.batch_size
-
-        def attempt() -> dict[str, Prediction]:
-            return screen(
-                self.lm,
-                part.examples,
-                sequences,
-                encoded.scorer,
-                candidates,
-                cache=self.decompositions,
-                batch_size=batch_size,
-                between_choices=between_choices,
-            )
-
-        def make_room(error: torch.OutOfMemoryError) -> None:
-            nonlocal batch_size
-            if batch_size == 1:
-                raise out_of_memory_error(self.lm, error)
-            batch_size //= 2
-            self.decompositions.clear()
-
-        return retry_with_room(attempt, make_room)
+        self._caches.clear()
+        return screen(
+            self.lm,
+            part.examples,
+            sequences,
+            encoded.scorer,
+            candidates,
+            cache=self.decompositions,
+            batch_size=self.batch_size,
+            memory=self._screen_memory,
+            between_choices=between_choices,
+            deadline=time.monotonic() + seconds,
+        )
 
     def _check(self, split: str) -> PrefixCheck:
         if split not in self._checks:

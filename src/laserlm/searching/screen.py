@@ -1,50 +1,43 @@
 """The first-order screen: from one gradient of the loss, how each candidate would change it.
 
-With W = left @ right over k components, X what goes into the matrix and D the gradient of the loss by what comes out,
-the share of component i in W's gradient is c_i = sum over tokens of (D left)_i (X right^T)_i, which is sigma_i times the
-derivative of the loss by sigma_i. Dropping components changes the loss by minus their sum, to first order: one sum for
-every rank of a matrix. It is a local approximation: it ranks candidates, it decides nothing.
-
-The model is run once, keeping what goes into each block; then, from the last block to the first, each is run again with
-its gradient. What is in memory at a time is the boundaries between the blocks, and one block's activations, gradients and
-decompositions.
+Dropping components of a matrix changes the loss by minus the sum of their contributions to the gradient
+(``gradients.py``), to first order: one sum for every rank of a matrix. It is a local approximation: it ranks candidates, it
+decides nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from laserlm.edit.apply import Edit
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import WeightError
-from laserlm.linalg.decomposition import Decomposition
+from laserlm.linalg.precision import full_precision
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix, find_stacks, read_matrix, view
-from laserlm.scoring.forward import Batch, batches, run_rows
-from laserlm.scoring.forward import forward_logits as read_off
-from laserlm.scoring.kernels import fast_cpu_kernels
+from laserlm.models.matrices import Matrix, read_matrix
+from laserlm.scoring.forward import run_rows
 from laserlm.scoring.scorers import SCORERS
 from laserlm.scoring.tokenize import TokenSequence
 from laserlm.searching.candidates import Candidate
+from laserlm.searching.gradients import Coefficients, ComponentGradients, Decomposed
 from laserlm.tasks import Example, Scorer
 
-__all__ = ["Decomposed", "Prediction", "screen", "sensitivities"]
-
-Decomposed = Callable[[Matrix], Decomposition]
+__all__ = ["Prediction", "Screening", "screen", "sensitivities"]
 
 CURVATURE = 0.5
 """Weight of the variance: half of the Fisher information along the edit, which is how the log-loss bends to second order."""
+HALF_PRECISION_SCALES = (1024.0, 32.0, 1.0, 2.0**-5, 2.0**-10)
+"""Factors of the loss in float16, one after the other until the gradient is finite; the first keeps it from vanishing."""
+NOT_RUN = "the model does not run its block on these questions"
+OUT_OF_TIME = "the time was used up before the screen came to it"
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,8 @@ class Prediction:
 
     Args:
         change: mean over the examples of the change of loss to first order, in nats.
-        deviation: its standard deviation over the examples; None where the share of each example cannot be told.
-        examples: number of them.
+        deviation: its standard deviation over the examples; None for a single one.
+        examples: number of them; those with a gradient that is not finite are left out.
     """
 
     change: float
@@ -76,6 +69,23 @@ class Prediction:
         return self.change + CURVATURE * (self.deviation or 0.0) ** 2
 
 
+@dataclass(frozen=True)
+class Screening:
+    """The candidates with a prediction, and those without one.
+
+    Args:
+        predictions: by the canonical text of the candidate.
+        unranked: why a candidate has no prediction, by its canonical text.
+    """
+
+    predictions: dict[str, Prediction] = field(default_factory=dict)
+    unranked: dict[str, str] = field(default_factory=dict)
+
+    def __or__(self, other: Screening) -> Screening:
+        return Screening(self.predictions | other.predictions, self.unranked | other.unranked)
+
+
+@full_precision()
 def screen(
     lm: LanguageModel,
     examples: Sequence[Example],
@@ -85,12 +95,16 @@ def screen(
     *,
     cache: DecompositionCache,
     batch_size: int = 32,
+    memory: float = math.inf,
     between_choices: bool = False,
-) -> dict[str, Prediction]:
-    """Predict the change of loss under each candidate, to first order, by its canonical text.
+    deadline: float = math.inf,
+) -> Screening:
+    """Predict the change of loss under each candidate, to first order.
 
-    Candidates whose matrix cannot be decomposed are left out, for scoring to tell the reason, and so are those whose
-    gradient overflows. Randomised decompositions are predicted by the exact ones, blocks of rows by the matrix whole.
+    Examples whose gradient along a matrix is not finite are done again with a smaller factor of the loss, and without
+    padding. Those that stay so are left out of that matrix. A matrix without any example has no prediction. Nor has one
+    that cannot be decomposed: scoring tells the reason. Randomised decompositions are predicted by the exact ones, blocks
+    of rows by the matrix whole.
 
     Args:
         lm: the unchanged model.
@@ -100,24 +114,126 @@ def screen(
         candidates: single matrices at single ranks.
         cache: decompositions to use.
         batch_size: rows in one pass.
+        memory: bytes for what goes into each block; rows are taken in chunks for which it is enough.
         between_choices: take the log-loss of the right choice among the choices, where the scorer is ``choice``, instead
             of its log-loss among all tokens.
+        deadline: value of ``time.monotonic`` after which candidates that are not done have no prediction.
+
+    Raises:
+        ScoringError: if a single row does not fit into memory.
     """
-    coefficients = _coefficients(lm, examples, rows, scorer, batch_size, between_choices)
     by_matrix: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         by_matrix.setdefault(candidate.matrix.id, []).append(candidate)
-    matrices = list({c.matrix.id: c.matrix for c in candidates}.values())
-    found: dict[str, Prediction] = {}
-    for matrix, total in _contributed(
-        lm, rows, coefficients, len(examples), matrices, lambda m: cache.get(read_matrix(lm.model, m)), batch_size
-    ):
-        if bool(total.isfinite().all()):
-            for candidate in by_matrix[matrix.id]:
-                found[str(candidate.intervention)] = _predict(candidate, total, len(examples))
+    gradients = ComponentGradients(
+        lm,
+        rows,
+        _coefficients(lm, examples, rows, scorer, batch_size, between_choices),
+        list({c.matrix.id: c.matrix for c in candidates}.values()),
+        lambda m: cache.get(read_matrix(lm.model, m)),
+        batch_size=batch_size,
+        memory=memory,
+        deadline=deadline,
+        free=cache.clear,
+    )
+    changes = {name: _Changes.of(len(examples), len(some)) for name, some in by_matrix.items()}
+    _take(gradients, rows, by_matrix, changes, _scales(lm))
+    return _screening(gradients, by_matrix, changes)
+
+
+@dataclass
+class _Changes:
+    """Predicted changes of loss (E, C) for E examples under the C candidates of a matrix; NaN where they are not known."""
+
+    values: Tensor
+    is_tried: bool = False
+
+    @classmethod
+    def of(cls, examples: int, candidates: int) -> _Changes:
+        return cls(torch.full((examples, candidates), math.nan, dtype=torch.float64))
+
+    @property
+    def is_known(self) -> Tensor:
+        """(E,)"""
+        return self.values.isfinite().all(1)
+
+
+def _take(
+    gradients: ComponentGradients,
+    rows: Sequence[TokenSequence],
+    by_matrix: dict[str, list[Candidate]],
+    changes: dict[str, _Changes],
+    scales: Sequence[float],
+) -> None:
+    """Fill in the changes; examples whose gradient along some matrix is not finite are done again at the next scale."""
+    of_rows = torch.tensor([row.example for row in rows])
+    n_rows = of_rows.bincount(minlength=len(next(iter(changes.values())).values))  # (E,)
+    pending = list(range(len(rows)))
+    for number, scale in enumerate(scales):
+        if number:
+            gradients.batch_size = 1  # padding may be what is not finite
+        sums = {name: torch.zeros_like(c.values) for name, c in changes.items()}
+        done = {name: torch.zeros_like(n_rows) for name in changes}
+        for chunk, reduced in gradients.chunks(pending, lambda m, sums: _dropped(by_matrix[m.id], sums), scale=scale):
+            for name, of_matrix in reduced.items():
+                sums[name].index_add_(0, of_rows[chunk], of_matrix)
+                done[name].index_add_(0, of_rows[chunk], torch.ones(len(chunk), dtype=done[name].dtype))
+        overflown = torch.zeros(len(n_rows), dtype=torch.bool)
+        for name, c in changes.items():
+            is_done = done[name] == n_rows
+            is_new = is_done & sums[name].isfinite().all(1) & ~c.is_known
+            c.values[is_new] = sums[name][is_new]
+            c.is_tried |= bool(is_done.any())
+            overflown |= is_done & ~c.is_known
+        pending = overflown[of_rows].nonzero()[:, 0].tolist()
+        if not pending:
+            return
+
+
+def _screening(gradients: ComponentGradients, by_matrix: dict[str, list[Candidate]], changes: dict[str, _Changes]) -> Screening:
+    """Return the predictions of all candidates with some known change, and the reason for each of the others."""
+    found = Screening()
+    for name, candidates in by_matrix.items():
+        known = changes[name].values[changes[name].is_known]  # (examples that are known, candidates)
+        deviations = known.std(0).tolist() if len(known) > 1 else [None] * len(candidates)
+        if changes[name].is_tried:
+            reason = f"its gradient is not finite in {str(gradients.lm.dtype).removeprefix('torch.')}"
+        else:
+            reason = gradients.failed.get(name) or (OUT_OF_TIME if gradients.is_late else NOT_RUN)
+        for candidate, mean, deviation in zip(candidates, known.mean(0).tolist(), deviations, strict=True):
+            text = str(candidate.intervention)
+            if len(known):
+                found.predictions[text] = Prediction(mean, deviation, len(known))
+            else:
+                found.unranked[text] = reason
     return found
 
 
+def _scales(lm: LanguageModel) -> Sequence[float]:
+    return HALF_PRECISION_SCALES if lm.dtype == torch.float16 else (1.0, 1.0)
+
+
+def _dropped(candidates: Sequence[Candidate], contributions: Tensor) -> Tensor:
+    """Return the changes of loss (R, C) when each candidate drops its components; contributions are (R, k)."""
+    contributions = contributions.cpu().double()
+    changes = torch.stack([_change(c, contributions) for c in candidates], 1)
+    changes[~contributions.isfinite().all(1)] = math.nan
+    return changes
+
+
+def _change(candidate: Candidate, contributions: Tensor) -> Tensor:
+    (reduction,) = candidate.intervention.reductions
+    k = contributions.shape[1]
+    edit = Edit.of(candidate.matrix, reduction)
+    rank = edit.rank * k // edit.max_rank
+    dropped = contributions[:, rank:] if reduction.keep == "top" else contributions[:, : k - rank]
+    if reduction.size.drop is not None:
+        dropped = contributions[:, reduction.size.drop.numbers]
+    changes: Tensor = -dropped.sum(1)  # (R,)
+    return changes
+
+
+@full_precision()
 def sensitivities(
     lm: LanguageModel, rows: Sequence[TokenSequence], matrices: Sequence[Matrix], decomposed: Decomposed, *, batch_size: int = 4
 ) -> dict[str, Tensor]:
@@ -137,273 +253,18 @@ def sensitivities(
     Raises:
         WeightError: if a gradient overflows.
     """
-    coefficients: list[tuple[float, list[float]]] = [(-1 / len(row.targets), []) for row in rows]
+    coefficients: list[Coefficients] = [(-1 / len(row.targets), []) for row in rows]
+    gradients = ComponentGradients(lm, rows, coefficients, matrices, decomposed, batch_size=batch_size, squared=True)
     found: dict[str, Tensor] = {}
-    for matrix, total in _contributed(lm, rows, coefficients, len(rows), matrices, decomposed, batch_size, squared=True):
-        if not bool(total.isfinite().all()):
-            raise WeightError(f"the gradient of {matrix.id} overflows {lm.dtype}; load the model in bfloat16 or float32")
-        found[matrix.id] = total.mean(0) / 2
-    return found
-
-
-def _contributed(
-    lm: LanguageModel,
-    rows: Sequence[TokenSequence],
-    coefficients: Sequence[tuple[float, list[float]]],
-    examples: int,
-    matrices: Sequence[Matrix],
-    decomposed: Decomposed,
-    batch_size: int,
-    *,
-    squared: bool = False,
-) -> Iterator[tuple[Matrix, Tensor]]:
-    """Yield each matrix with the contributions of its components, (E, k), from the last block to the first."""
-    sums: dict[str, Tensor] = {}  # of matrices whose block is called again further down
-    with _frozen(lm.model):
-        passes = _passes(lm, rows, coefficients, batch_size)
-        places = [call.place for call in passes[0].calls]
-        # The blocks as they were called, the last first; every batch calls them in the same order.
-        for call in reversed(range(len(places))):
-            wanted = [m for m in matrices if (m.stack, m.layer) == places[call]]
-            for matrix, contributions in _contributions(lm, passes, call, wanted, decomposed, rows, examples, squared):
-                earlier = sums.pop(matrix.id, None)
-                total = contributions if earlier is None else earlier + contributions
-                if places[call] in places[:call]:
-                    sums[matrix.id] = total
-                else:
-                    yield matrix, total
-
-
-def _predict(candidate: Candidate, contributions: Tensor, examples: int) -> Prediction:
-    """Return what dropping a candidate's components does; contributions are (E, k), or (1, k) where only the mean is known."""
-    (reduction,) = candidate.intervention.reductions
-    k = contributions.shape[1]
-    edit = Edit.of(candidate.matrix, reduction)
-    rank = edit.rank * k // edit.max_rank
-    dropped = contributions[:, rank:] if reduction.keep == "top" else contributions[:, : k - rank]
-    changes = -dropped.sum(1)  # (E,)
-    deviation = None if len(changes) == 1 else float(changes.std())
-    return Prediction(float(changes.mean()), deviation, examples)
-
-
-@dataclass
-class _Call:
-    """One call of a block: where it is, what it was given, and a leaf in place of what it gave out."""
-
-    place: tuple[str, int]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-
-
-@dataclass
-class _Pass:
-    """One batch run to the end, its blocks' calls in order; what lies outside of blocks keeps its graph."""
-
-    batch: Batch
-    calls: list[_Call]
-
-
-def _passes(
-    lm: LanguageModel, rows: Sequence[TokenSequence], coefficients: Sequence[tuple[float, list[float]]], batch_size: int
-) -> list[_Pass]:
-    """Run every batch and take the gradient of the objective down to the output of the last block."""
-    passes: list[_Pass] = []
-    for batch in batches(lm, rows, batch_size):
-        with _cut(lm) as calls, torch.enable_grad():
-            reading = read_off(lm, batch, scored_only=bool(lm.reads_positions))
-            places = torch.tensor([len(rows[i].targets) for i in batch.rows], device=lm.device)
-            weights = torch.tensor([coefficients[i][0] for i in batch.rows], device=lm.device).repeat_interleave(places)  # (N,)
-            options = torch.zeros_like(reading.choice_logprobs)
-            for b, i in enumerate(batch.rows):
-                options[b, : len(coefficients[i][1])] = torch.tensor(coefficients[i][1])
-            weights, options = weights * _scale(lm), options * _scale(lm)
-            torch.autograd.backward([reading.logprobs, reading.choice_logprobs], [weights, options], retain_graph=True)
-        passes.append(_Pass(batch, calls))
-    return passes
-
-
-@contextmanager
-def _cut(lm: LanguageModel) -> Iterator[list[_Call]]:
-    """Run blocks without a graph and hand on leaves in place of what they give out; yield the record of their calls."""
-    calls: list[_Call] = []
-
-    def wrapped(block: nn.Module, place: tuple[str, int]) -> Callable[..., Any]:
-        forward = block.forward
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
-                # Copies, for some blocks add to what they are given in place.
-                output = forward(*_mapped(_copied, args), **_mapped(_copied, kwargs))
-            calls.append(_Call(place, args, kwargs, _mapped(_leaf, output)))
-            return calls[-1].output
-
-        return run
-
-    with ExitStack() as stack:
-        wrapped_already: set[int] = set()
-        for name, _, blocks in find_stacks(lm.model):
-            for layer, block in enumerate(blocks):
-                if id(block) in wrapped_already:
-                    continue
-                wrapped_already.add(id(block))
-                before = block.__dict__.get("forward")
-                stack.callback(_put_back, block, before)
-                block.forward = wrapped(block, (name, layer))
-        yield calls
-
-
-def _put_back(block: nn.Module, forward: Any) -> None:
-    if forward is None:
-        block.__dict__.pop("forward", None)
-    else:
-        block.forward = forward
-
-
-def _contributions(
-    lm: LanguageModel,
-    passes: Sequence[_Pass],
-    call: int,
-    matrices: Sequence[Matrix],
-    decomposed: Decomposed,
-    rows: Sequence[TokenSequence],
-    examples: int,
-    squared: bool,
-) -> Iterator[tuple[Matrix, Tensor]]:
-    """Take the gradient through one call of a block for every batch; yield each matrix with its (E, k) contributions.
-
-    Where the tokens of an example cannot be told, as with experts stacked in one tensor, they are (1, k): the mean.
-    """
-    watched = [w for m in dict.fromkeys(matrices) if (w := _watched(lm, m, decomposed, examples, squared)) is not None]
-    by_module: dict[str, list[_Watched]] = {}
-    stacked: list[_Watched] = []
-    for w in watched:
-        path = w.matrix.path.rpartition(".")[0]
-        linear = isinstance(lm.model.get_submodule(path), nn.Linear | Conv1D)
-        (by_module.setdefault(path, []) if linear else stacked).append(w)
-    parameters = {w.matrix.path: lm.model.get_parameter(w.matrix.path) for w in stacked}
-    with _own_gradients(list(parameters.values())):
-        for one in passes:
-            of_rows = torch.tensor([rows[i].example for i in one.batch.rows])
-            with ExitStack() as stack:
-                stack.enter_context(fast_cpu_kernels(lm.device, one.batch.length))
-                for path, of in by_module.items():
-                    hook = lm.model.get_submodule(path).register_forward_hook(_watch(of, of_rows, one.batch))
-                    stack.callback(hook.remove)
-                _back(lm, one.calls[call])
-            done = one.calls[call]
-            done.args, done.kwargs, done.output = (), {}, None  # with them go the boundary above and its gradient
-        for w in stacked:
-            gradient = parameters[w.matrix.path].grad
-            w.attributed = False
-            if gradient is not None:
-                G = view(gradient, w.matrix)
-                G = (G.flatten(0, 1) if w.matrix.rows is not None else G).to(w.sums)  # (m, n)
-                w.sums[0] = ((G @ w.decomposition.right.T) * w.decomposition.left).sum(0)
-    for w in watched:
-        found = w.sums / (_scale(lm) ** 2 if squared else _scale(lm))
-        yield w.matrix, found if w.attributed else found.sum(0, keepdim=True) / examples
-
-
-@dataclass
-class _Watched:
-    """A matrix, and the sums of its contributions (E, k) so far; where they are not ``attributed``, all in one row."""
-
-    matrix: Matrix
-    decomposition: Decomposition
-    sums: Tensor
-    squared: bool
-    attributed: bool = True
-
-
-def _watched(lm: LanguageModel, matrix: Matrix, decomposed: Decomposed, examples: int, squared: bool) -> _Watched | None:
-    try:
-        d = decomposed(matrix)
-    except WeightError:
-        return None
-    return _Watched(matrix, d, d.left.new_zeros(examples, d.max_rank), squared)
-
-
-@contextmanager
-def _own_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let parameters take a gradient until the end of the context; what they had is put back."""
-    before = [p.grad for p in parameters]
-    try:
-        for p in parameters:
-            p.grad = None
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, gradient in zip(parameters, before, strict=True):
-            p.requires_grad_(False)
-            p.grad = gradient
-
-
-def _scale(lm: LanguageModel) -> float:
-    """Return the factor that keeps half-precision gradients from vanishing; it is taken out again in float32."""
-    return 1024.0 if lm.dtype == torch.float16 else 1.0
-
-
-def _back(lm: LanguageModel, call: _Call) -> None:
-    """Run a block again with its graph and pass the gradient on to what made its inputs."""
-    (block,) = [blocks[call.place[1]] for name, _, blocks in find_stacks(lm.model) if name == call.place[0]]
-    gradients = [x.grad for x in _floats(call.output)]
-    given, spec = [*_floats((call.args, call.kwargs))], (call.args, call.kwargs)
-    # What goes in comes first; into the first block it comes without a graph, but the block's own gradients need one.
-    inputs: dict[int, Tensor] = {id(x): x.detach().requires_grad_(x.requires_grad or x is given[0]) for x in given}
-    args, kwargs = _mapped(lambda x: inputs.get(id(x), x), spec)
-    with torch.enable_grad():
-        outputs = [*_floats(block(*_mapped(_shifted, args), **_mapped(_shifted, kwargs)))]
-        pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
-        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
-    for x in {id(x): x for x in given}.values():
-        gradient = inputs[id(x)].grad
-        if gradient is not None and x.requires_grad:
-            torch.autograd.backward([x], [gradient], retain_graph=True)
-
-
-def _watch(of: Sequence[_Watched], of_rows: Tensor, batch: Batch) -> Callable[[nn.Module, Any, Tensor], None]:
-    """Return a forward hook that adds what passes a module, and the gradient that comes back, to its matrices' sums."""
-
-    def collect(x: Tensor, d: Tensor) -> None:
-        x_rows, d_rows = _by_row(x, batch), _by_row(d, batch)
-        for w in of:
-            if x_rows is None or d_rows is None:
-                w.attributed = False
-                w.sums[0] += _components(w, x.flatten(0, -2)[None], d.flatten(0, -2)[None])[0]
-            else:
-                w.sums.index_add_(0, of_rows.to(w.sums.device), _components(w, x_rows, d_rows))
-
-    def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
-        x = args[0].detach()
-        if output.requires_grad:
-            output.register_hook(lambda d: collect(x, d))
-
-    return hook
-
-
-def _by_row(x: Tensor, batch: Batch) -> Tensor | None:
-    """Return a (B, T, n) view of what passed a module, or None where the rows of a batch cannot be told."""
-    B = len(batch.rows)
-    lengths = [batch.inputs[name].shape[1] for name in ("input_ids", "decoder_input_ids") if name in batch.inputs]
-    if x.ndim >= 3 and x.shape[0] == B:
-        return x.flatten(1, -2)
-    if x.ndim == 2 and x.shape[0] in [B * T for T in lengths]:
-        return x.reshape(B, -1, x.shape[-1])
-    return None
-
-
-def _components(w: _Watched, x: Tensor, d: Tensor) -> Tensor:
-    """Return the contributions of each component, (B, k), of inputs x (B, T, n) and output gradients d (B, T, m)."""
-    if w.matrix.rows is not None:
-        r = w.matrix.rows
-        d = d.unflatten(-1, (r.groups, r.stride))[..., r.start : r.start + r.length].flatten(-2)
-    left, right = w.decomposition.left, w.decomposition.right
-    a, b = d.to(left) @ left, x.to(left) @ right.T  # (B, T, k)
-    contributions: Tensor = (
-        torch.linalg.vecdot(a.square(), b.square(), dim=1) if w.squared else torch.linalg.vecdot(a, b, dim=1)
-    )
-    return contributions
+    for scale in _scales(lm):
+        found = {}
+        for _, reduced in gradients.chunks(range(len(rows)), lambda _, sums: sums.sum(0), scale=scale):
+            for name, total in reduced.items():
+                found[name] = found.get(name, torch.zeros_like(total)) + total / len(rows) / 2
+        if all(bool(of_matrix.isfinite().all()) for of_matrix in found.values()):
+            return found
+    wrong = next(name for name, of_matrix in found.items() if not bool(of_matrix.isfinite().all()))
+    raise WeightError(f"the gradient of {wrong} overflows {lm.dtype}; load the model in bfloat16 or float32")
 
 
 def _coefficients(
@@ -413,7 +274,7 @@ def _coefficients(
     scorer: Scorer,
     batch_size: int,
     between: bool,
-) -> list[tuple[float, list[float]]]:
+) -> list[Coefficients]:
     """Return by what each row's log-probabilities, of its targets and of its options, enter the sum of losses."""
     tokens = Counter[int]()
     for row in rows:
@@ -421,7 +282,7 @@ def _coefficients(
     gold_index = SCORERS[scorer].gold_index
     if gold_index is None:
         return [(-1 / tokens[row.example], []) for row in rows]
-    coefficients: list[tuple[float, list[float]]] = []
+    coefficients: list[Coefficients] = []
     totals = [o.choice_logprobs or math.fsum(o.logprobs) for o in run_rows(lm, rows, batch_size)] if between else []
     for i, of in groupby(range(len(rows)), key=lambda i: rows[i].example):
         places = list(of)
@@ -437,36 +298,3 @@ def _coefficients(
         slopes = [share - (n == right) for n, share in enumerate(shares)]
         coefficients += [(0.0, slopes)] if len(places) == 1 else [(s, []) for s in slopes]
     return coefficients
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter take a gradient until the end of the context."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
-
-
-def _floats(tree: Any) -> Iterator[Tensor]:
-    return (x for x in tree_flatten(tree)[0] if isinstance(x, Tensor) and x.is_floating_point())
-
-
-def _mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
-
-
-def _copied(x: Tensor) -> Tensor:
-    return x.detach().clone()
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_(x.is_floating_point())
-
-
-def _shifted(x: Tensor) -> Tensor:
-    return x.clone() if x.requires_grad else x  # a block may add in place to what it is given, but not to a leaf

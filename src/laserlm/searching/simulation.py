@@ -84,78 +84,105 @@ def simulate(
         failures: ends of a worker in an hour of its work, on average; another one starts in its place.
         seed: of the ends.
     """
-    draw = random.Random(seed)
-    schedule = Schedule(workers)
-    numbers = count()
-    queue: list[tuple[float, int, Hashable, str, Any]] = []
-    idle: list[Hashable] = []
-    boundaries: dict[Hashable, dict[Hashable, float]] = {}  # how far up a worker is, in each affinity
-    decomposed: set[str] = set()
-    spent, driver, driver_free, lost, gave_up, units, now = 0.0, 0.0, 0.0, 0, 0, 0, 0.0
-
-    def push(when: float, worker: Hashable, what: str, value: Any = None) -> None:
-        heapq.heappush(queue, (when, next(numbers), worker, what, value))
-
-    def hire(when: float) -> None:
-        worker = next(numbers)
-        boundaries[worker] = {}
-        push(when + pace.start, worker, "ready")
-
-    def begin(worker: Hashable, unit: Sequence[WorkItem], when: float) -> float:
-        """Put the answers of a unit into the queue, or the worker's end; return the time it worked."""
-        end = when + draw.expovariate(failures / 3600) if failures else math.inf
-        at = when + pace.unit
-        for item in unit:
-            new = {matrix: n for matrix, n in decompositions(item).items() if matrix not in decomposed}
-            at += _seconds(item, boundaries[worker], pace) + sum(new.values()) * pace.decompose
-            if at > end:
-                push(end, worker, "lost")
-                return end - when
-            decomposed.update(new)
-            push(at, worker, "answer", item)
-        push(at, worker, "done")
-        return at - when
-
+    simulator = _Simulator(Schedule(workers), pace, decompositions, failures, random.Random(seed))
     for _ in range(workers):
-        hire(0.0)
-    ends: list[float] = []
-    for stage, items in enumerate(stages):
-        schedule.want(items)
-        later = stages[stage + 1] if stage + 1 in early else ()
-        waits = True
-        while schedule.open:
-            while waits and idle:
-                unit = schedule.take(idle[-1], now, speculate=(lambda later=later: later) if later else None)  # type: ignore[misc]
-                if not unit:
-                    break
-                units += 1
-                spent += begin(idle.pop(), unit, max(now, driver_free))
-            now, _, worker, what, item = heapq.heappop(queue)
-            waits = what != "answer"  # an answer gives nobody anything new to do
-            if what == "answer":
-                records = pace.answer * (item.stop - item.start) if isinstance(item, ScoreTask) else 0.0
-                driver_free = max(driver_free, now) + records
-                driver += records
-                schedule.answer(worker, item, None, now)
-            elif what == "lost":
-                lost += 1
-                gave_up += schedule.lose(worker) is not None
-                hire(now)
-            else:
-                if what == "done":
-                    schedule.finish(worker)
-                idle.append(worker)
-        ends.append(max(now, driver_free))
+        simulator.hire(0.0)
+    ends = [simulator.run_stage(items, stages[stage + 1] if stage + 1 in early else ()) for stage, items in enumerate(stages)]
     seconds = ends[-1] if ends else 0.0
     return Simulation(
         seconds=seconds,
         stages=tuple(b - a for a, b in zip([0.0, *ends], ends, strict=False)),
-        busy=min(1.0, spent / (workers * seconds)) if seconds else 1.0,
-        driver=driver / seconds if seconds else 0.0,
-        lost=lost,
-        gave_up=gave_up,
-        units=units,
+        busy=min(1.0, simulator.spent / (workers * seconds)) if seconds else 1.0,
+        driver=simulator.driver / seconds if seconds else 0.0,
+        lost=simulator.lost,
+        gave_up=simulator.gave_up,
+        units=simulator.units,
     )
+
+
+@dataclass
+class _Simulator:
+    """The workers, the driver, and the queue of what happens to them, in the order of time."""
+
+    schedule: Schedule
+    pace: CostModel
+    decompositions: Callable[[WorkItem], Mapping[str, float]]
+    failures: float
+    draw: random.Random
+    spent: float = 0.0
+    driver: float = 0.0
+    lost: int = 0
+    gave_up: int = 0
+    units: int = 0
+
+    def __post_init__(self) -> None:
+        self._numbers = count()
+        self._queue: list[tuple[float, int, Hashable, str, Any]] = []
+        self._idle: list[Hashable] = []
+        self._boundaries: dict[Hashable, dict[Hashable, float]] = {}  # how far up a worker is, in each affinity
+        self._decomposed: set[str] = set()
+        self._now = self._driver_free = 0.0
+
+    def hire(self, when: float) -> None:
+        """Start a worker."""
+        worker = next(self._numbers)
+        self._boundaries[worker] = {}
+        self._push(when + self.pace.start, worker, "ready")
+
+    def run_stage(self, items: Sequence[WorkItem], later: Sequence[WorkItem]) -> float:
+        """Have the items answered, and return the time at which they are; idle workers begin with those of later."""
+        self.schedule.want(items)
+        waits = True
+        while self.schedule.open:
+            if waits:
+                self._hand_out(later)
+            waits = self._happen() != "answer"  # an answer gives nobody anything new to do
+        return max(self._now, self._driver_free)
+
+    def _push(self, when: float, worker: Hashable, what: str, value: Any = None) -> None:
+        heapq.heappush(self._queue, (when, next(self._numbers), worker, what, value))
+
+    def _hand_out(self, later: Sequence[WorkItem]) -> None:
+        """Give units to idle workers as long as there are both."""
+        while self._idle:
+            unit = self.schedule.take(self._idle[-1], self._now, speculate=(lambda: later) if later else None)
+            if not unit:
+                return
+            self.units += 1
+            self.spent += self._begin(self._idle.pop(), unit, max(self._now, self._driver_free))
+
+    def _begin(self, worker: Hashable, unit: Sequence[WorkItem], when: float) -> float:
+        """Put the answers of a unit into the queue, or the worker's end; return the time it worked."""
+        end = when + self.draw.expovariate(self.failures / 3600) if self.failures else math.inf
+        at = when + self.pace.unit
+        for item in unit:
+            new = {matrix: n for matrix, n in self.decompositions(item).items() if matrix not in self._decomposed}
+            at += _seconds(item, self._boundaries[worker], self.pace) + sum(new.values()) * self.pace.decompose
+            if at > end:
+                self._push(end, worker, "lost")
+                return end - when
+            self._decomposed.update(new)
+            self._push(at, worker, "answer", item)
+        self._push(at, worker, "done")
+        return at - when
+
+    def _happen(self) -> str:
+        """Let the next thing in the queue happen, and return what it is."""
+        self._now, _, worker, what, item = heapq.heappop(self._queue)
+        if what == "answer":
+            records = self.pace.answer * (item.stop - item.start) if isinstance(item, ScoreTask) else 0.0
+            self._driver_free = max(self._driver_free, self._now) + records
+            self.driver += records
+            self.schedule.answer(worker, item, None, self._now)
+        elif what == "lost":
+            self.lost += 1
+            self.gave_up += self.schedule.lose(worker) is not None
+            self.hire(self._now)
+        else:
+            if what == "done":
+                self.schedule.finish(worker)
+            self._idle.append(worker)
+        return what
 
 
 def _seconds(item: WorkItem, walked: dict[Hashable, float], pace: CostModel) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from laserlm.errors import ScoringError
@@ -16,11 +18,15 @@ from laserlm.searching.executors import OutOfTimeError
 from laserlm.searching.race import choose, race, rung_sizes
 from laserlm.searching.result import ScreenReport
 from laserlm.searching.scorer import Failure
-from laserlm.searching.screen import Prediction
+from laserlm.searching.screen import OUT_OF_TIME, Prediction, Screening
 from laserlm.searching.session import BASE, SearchSession
 from laserlm.searching.work import SCREEN_PASSES, screen_tasks
 
 __all__ = ["STRATEGIES", "screen_size"]
+
+log = logging.getLogger(__name__)
+SCREEN_SHARE = 0.75
+"""Largest share of the time left that the screen takes, so that some is left to score what it ranked."""
 
 
 def exhaustive(session: SearchSession) -> None:
@@ -38,8 +44,8 @@ def exhaustive(session: SearchSession) -> None:
 def race_candidates(session: SearchSession) -> None:
     """Screen all candidates, and let the most promising race on more and more validation examples."""
     config, ledger = session.config, session.on_validation
-    predictions, seconds = screen_candidates(session)
-    chosen, random_ones = choose(session.candidates, predictions, config)
+    screening, seconds = screen_candidates(session)
+    chosen, random_ones = choose(session.candidates, screening.predictions, config)
 
     def on_rung(number: int, rungs: int, interventions: Sequence[Intervention], stop: int) -> None:
         session.begin(f"rung {number} of {rungs}", interventions, stop)
@@ -50,7 +56,7 @@ def race_candidates(session: SearchSession) -> None:
             session.rungs.append(rung)
             session.best = Intervention.parse(rung.leader)
             if session.screen_report is None:
-                session.screen_report = _screen_report(session, predictions, chosen, random_ones, rung.examples, seconds)
+                session.screen_report = _screen_report(session, screening, chosen, random_ones, rung.examples, seconds)
     except OutOfTimeError:
         # The best of what the last complete rung left, or of what the first one has scored.
         everything = [BASE, *(c.intervention for c in session.candidates)]
@@ -59,16 +65,16 @@ def race_candidates(session: SearchSession) -> None:
 
 
 def compose_reductions(session: SearchSession) -> None:
-    """Add one reduction after another, each only if it improves validation beyond its interval."""
+    """Add one reduction after another, each only if it improves validation significantly."""
     config, ledger = session.config, session.on_validation
-    predictions = screen_candidates(session)[0] if config.screens else {}
-    ordered = in_order(session.candidates, predictions, config)
+    screening = screen_candidates(session)[0] if config.screens else Screening()
+    ordered = in_order(session.candidates, screening.predictions, config)
 
     def on_try(number: int, tried: Intervention) -> None:
         session.begin(f"trial {number + 1} of {len(ordered)}", [tried], len(ledger.split))
 
     session.begin("compose", [BASE], len(ledger.split))
-    for step in compose(ledger, ordered, session.ranking_metric, config.first_rung, on_try):
+    for step in compose(ledger, ordered, session.ranking_metric, config, on_try):
         session.steps.append(step)
         session.best = Intervention.parse(step.intervention)
 
@@ -85,34 +91,56 @@ def screen_size(examples: int, config: SearchConfig) -> int:
     return min(config.screen_examples, max(examples - config.first_rung, (examples + 1) // 2))
 
 
-def screen_candidates(session: SearchSession) -> tuple[dict[str, Prediction], float]:
-    """Return the predictions of the screen, and its seconds; an earlier process may have made it.
+def screen_candidates(session: SearchSession) -> tuple[Screening, float]:
+    """Return what the screen found, and its seconds; an earlier process may have made it.
 
     Raises:
-        ScoringError: if workers ended at it.
+        ScoringError: if workers ended at it, or if it could rank no candidate.
+        OutOfTimeError: if the time was used up before it could rank one.
     """
-    run, ledger = session.run, session.on_validation
+    run = session.run
     if "screen" in run.notes:
         noted = run.notes["screen"]
-        return {text: Prediction(*values) for text, values in noted["predictions"].items()}, noted["seconds"]
+        predictions = {text: Prediction(*values) for text, values in noted["predictions"].items()}
+        return Screening(predictions, noted.get("unranked", {})), noted["seconds"]
     session.begin("screen", [], 0)
     session.report_progress(BASE)
     start = time.perf_counter()
+    screening = _made_screening(session)
+    if not screening.predictions:
+        if OUT_OF_TIME in screening.unranked.values():
+            raise OutOfTimeError
+        reasons = "; ".join(f"{reason} ({n} candidates)" for reason, n in Counter(screening.unranked.values()).most_common(3))
+        raise ScoringError(
+            f"the screen could rank none of the {len(session.candidates)} candidates: {reasons}. Load the model with another "
+            "dtype (--dtype bfloat16 or float32), or score every candidate with --strategy exhaustive."
+        )
+    for reason, n in Counter(screening.unranked.values()).items():
+        log.warning("the screen could not rank %d of %d candidates: %s", n, len(session.candidates), reason)
+    seconds = time.perf_counter() - start
+    values = {text: [p.change, p.deviation, p.examples] for text, p in screening.predictions.items()}
+    run.note("screen", {"predictions": values, "unranked": screening.unranked, "seconds": seconds})
+    return screening, seconds
+
+
+def _made_screening(session: SearchSession) -> Screening:
+    ledger = session.on_validation
     n = screen_size(len(ledger.split), session.config)
-    # The last examples of the order: the first rungs then add new evidence.
-    first = len(ledger.split) - n
-    between_choices = session.ranking_metric == "accuracy" and ledger.encoded.scorer == "choice"
-    cost, workers = SCREEN_PASSES * n, ledger.executor.workers
-    tasks = screen_tasks(session.candidates, ledger.name, first, cost, workers, between_choices)
-    predictions: dict[str, Prediction] = {}
+    tasks = screen_tasks(
+        session.candidates,
+        ledger.name,
+        len(ledger.split) - n,  # the last examples of the order: the first rungs then add new evidence
+        SCREEN_PASSES * n,
+        ledger.executor.workers,
+        between_choices=session.ranking_metric == "accuracy" and ledger.encoded.scorer == "choice",
+        seconds=SCREEN_SHARE * (ledger.deadline - time.monotonic()),
+    )
+    screening = Screening()
     for _, result in ledger.executor.run(tasks, deadline=ledger.deadline, is_cancelled=lambda _: False):
         if isinstance(result, Failure):
             raise ScoringError(f"the screen could not be made: {result.reason}")
-        predictions |= result
-    seconds = time.perf_counter() - start
-    values = {text: [p.change, p.deviation, p.examples] for text, p in predictions.items()}
-    run.note("screen", {"predictions": values, "seconds": seconds})
-    return predictions, seconds
+        screening |= result
+    return screening
 
 
 def _cost_of_later_rungs(session: SearchSession, interventions: Sequence[Intervention], stop: int) -> float:
@@ -130,14 +158,14 @@ def _cost_of_later_rungs(session: SearchSession, interventions: Sequence[Interve
 
 def _screen_report(
     session: SearchSession,
-    predictions: dict[str, Prediction],
+    screening: Screening,
     chosen: Sequence[Candidate],
     random_ones: Sequence[Candidate],
     n: int,
     seconds: float,
 ) -> ScreenReport:
     """Compare the predictions of the screen with the changes of loss that the first rung measured."""
-    ledger = session.on_validation
+    ledger, predictions = session.on_validation, screening.predictions
     base_loss = ledger.first(BASE, n).loss
     entered = [c.intervention for c in (*chosen, *random_ones) if str(c.intervention) in predictions]
     expected = {str(i): predictions[str(i)].expected for i in entered}
@@ -146,8 +174,9 @@ def _screen_report(
     correlation = spearman(*ranks) if len(measured) > 2 else math.nan
     drawn = {str(c.intervention) for c in random_ones}
     pairs = [(measured[a], measured[b]) for a in measured if a in drawn for b in measured if b not in drawn]
+    n_examples = screen_size(len(ledger.split), session.config)
     return ScreenReport(
-        examples=screen_size(len(ledger.split), session.config),
+        examples=n_examples,
         candidates=len(predictions),
         chosen=len(chosen),
         controls=len(random_ones),
@@ -156,4 +185,7 @@ def _screen_report(
         seconds=seconds,
         expected=expected,
         measured=measured,
+        unranked=len(screening.unranked),
+        reasons=dict(Counter(screening.unranked.values())),
+        left_out=n_examples - min(p.examples for p in predictions.values()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.scorer import BlockOrder, Failure, PrefixScorer
-from laserlm.searching.screen import Prediction
+from laserlm.searching.screen import Screening
 
 __all__ = ["SCREEN_PASSES", "OrderTask", "ScoreTask", "ScreenTask", "WorkItem", "screen_tasks"]
 
@@ -85,6 +86,7 @@ class ScreenTask:
         candidates: single matrices at single ranks.
         between_choices: see ``screen``.
         cost: passes of one example, about.
+        seconds: time after which candidates that are not done stay without a prediction.
     """
 
     split: str
@@ -92,6 +94,7 @@ class ScreenTask:
     candidates: tuple[Candidate, ...] = field(repr=False)
     between_choices: bool = False
     cost: float = 0.0
+    seconds: float = math.inf
 
     @property
     def affinity(self) -> Hashable:
@@ -103,9 +106,11 @@ class ScreenTask:
         """The task itself: each is for another process."""
         return id(self)
 
-    def execute(self, scorer: PrefixScorer) -> dict[str, Prediction]:
-        """Return the predictions by the canonical text of the candidates."""
-        return scorer.screen(self.split, self.first, self.candidates, between_choices=self.between_choices)
+    def execute(self, scorer: PrefixScorer) -> Screening:
+        """Return the predictions."""
+        return scorer.screen(
+            self.split, self.first, self.candidates, between_choices=self.between_choices, seconds=self.seconds
+        )
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,17 @@ class OrderTask:
 
 
 def screen_tasks(
-    candidates: Sequence[Candidate], split: str, first: int, cost: float, workers: int, between_choices: bool = False
+    candidates: Sequence[Candidate],
+    split: str,
+    first: int,
+    cost: float,
+    workers: int,
+    between_choices: bool = False,
+    seconds: float = math.inf,
 ) -> list[ScreenTask]:
     """Return the screen as a task for each process: all compute the gradient, each decomposes its share of the matrices."""
     matrices = {m: number for number, m in enumerate(dict.fromkeys(c.matrix for c in candidates))}
     shares: list[list[Candidate]] = [[] for _ in range(min(workers, len(matrices)))]
     for candidate in candidates:
         shares[matrices[candidate.matrix] % len(shares)].append(candidate)
-    return [ScreenTask(split, first, tuple(share), between_choices, cost) for share in shares]
+    return [ScreenTask(split, first, tuple(share), between_choices, cost, seconds) for share in shares]

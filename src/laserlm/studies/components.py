@@ -89,7 +89,7 @@ def bottom_components(
         SpecError: if a fraction cannot be read.
     """
     lm = scorer.lm
-    reductions = Intervention.parse(intervention).reductions
+    reductions = Intervention.read(intervention).reductions
     if not examples or not reductions:
         raise AnalysisError("there is no example to look at; components are studied where a reduction corrects something")
     sizes = sizes_of(fractions)

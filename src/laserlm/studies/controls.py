@@ -218,7 +218,7 @@ def _control(name: str, base: Evaluation, reduced: Evaluation, scored: Sequence[
         deficit_interval=_mean_interval([c.interval for c in beside]),
         loss=_mean([e.loss for e in scored]),
         loss_change=_mean(changes),
-        loss_interval=paired_mean(changes),
+        loss_interval=paired_mean(changes, facts=base.facts),
     )
 
 

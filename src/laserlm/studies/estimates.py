@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from laserlm.errors import AnalysisError
 from laserlm.jsonable import to_json
 from laserlm.scoring.evaluate import compare
 from laserlm.scoring.records import Evaluation
-from laserlm.scoring.statistics import Interval, paired_difference, paired_mean, wilson
+from laserlm.scoring.statistics import Interval, clustering_of, paired_difference, paired_mean, wilson
 from laserlm.tasks import Example
 
 __all__ = ["MIN_EXAMPLES", "Estimate", "examples_of", "paired_estimates"]
@@ -40,17 +40,27 @@ class Estimate:
         return cls(count / n, wilson(count, n), n) if n else cls.empty()
 
     @classmethod
-    def mean(cls, values: Sequence[float]) -> Estimate:
-        """Return a mean, or a mean of paired differences, with Student's interval."""
-        return cls(math.fsum(values) / len(values), paired_mean(values), len(values)) if values else cls.empty()
+    def share_by_fact(cls, flags: Sequence[bool], facts: Sequence[Hashable]) -> Estimate:
+        """Return the share of questions that have something, with Wilson's interval by the variance between their facts."""
+        if not flags:
+            return cls.empty()
+        count, n = sum(flags), len(flags)
+        return cls(count / n, wilson(count, n, clustering=clustering_of(flags, facts)), n)
 
     @classmethod
-    def gain(cls, base: Sequence[bool], edited: Sequence[bool]) -> Estimate:
-        """Return the paired gain in the share of the second, with Tango's interval."""
-        corrected = sum(a > b for b, a in zip(base, edited, strict=True))
-        broken = sum(a < b for b, a in zip(base, edited, strict=True))
-        n = len(base)
-        return cls((corrected - broken) / n, paired_difference(corrected, broken, n), n) if n else cls.empty()
+    def mean(cls, values: Sequence[float], facts: Sequence[Hashable] | None = None) -> Estimate:
+        """Return a mean, or a mean of paired differences, with Student's interval, between facts if these are given."""
+        return cls(math.fsum(values) / len(values), paired_mean(values, facts=facts), len(values)) if values else cls.empty()
+
+    @classmethod
+    def gain(cls, base: Sequence[bool], edited: Sequence[bool], facts: Sequence[Hashable] | None = None) -> Estimate:
+        """Return the paired gain in the share of the second, with Tango's interval, between facts if these are given."""
+        differences = [e - b for b, e in zip(base, edited, strict=True)]
+        corrected, broken, n = differences.count(1), differences.count(-1), len(differences)
+        if not n:
+            return cls.empty()
+        clustering = None if facts is None else clustering_of(differences, facts)
+        return cls((corrected - broken) / n, paired_difference(corrected, broken, n, clustering=clustering), n)
 
     @classmethod
     def empty(cls) -> Estimate:

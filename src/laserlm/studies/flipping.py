@@ -153,7 +153,7 @@ def flips(base: Evaluation, edited: Evaluation, examples: Sequence[Example]) -> 
     known |= {text.lower() for row in rows for text in (*by_id[row.id].choices, *by_id[row.id].aliases)}
 
     def off_list(texts: Sequence[str]) -> Estimate:
-        return Estimate.share(sum(not _is_known(text, known, base.scorer) for text in texts), len(texts))
+        return Estimate.share_by_fact([not _is_known(text, known, base.scorer) for text in texts], base.facts)
 
     groups = _groups(base, edited)
     return Flips(
@@ -161,10 +161,10 @@ def flips(base: Evaluation, edited: Evaluation, examples: Sequence[Example]) -> 
         flips=rows,
         groups=groups if len(groups) > 1 else (),
         labels=labels,
-        majority=Estimate.share(labels[0].answers, len(rows)),
+        majority=Estimate.share_by_fact([row.answer.lower() == labels[0].label for row in rows], base.facts),
         off_list_base=off_list(base_texts),
         off_list_edited=off_list(edited_texts),
-        unchanged=Estimate.share(sum(row.base.lower() == row.edited.lower() for row in rows), len(rows)),
+        unchanged=Estimate.share_by_fact([row.base.lower() == row.edited.lower() for row in rows], base.facts),
     )
 
 

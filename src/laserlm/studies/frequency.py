@@ -87,7 +87,8 @@ class Frequency:
 
     The intervals of the correlations and of the difference come from a bootstrap over facts, because the phrasings of one
     fact are not independent. Such an interval is infinite if fewer than five facts have another value than the most frequent
-    one (of frequency, half or change), or if all resamples agree. The intervals of the bins and halves are over examples.
+    one (of frequency, half or change), or if all resamples agree. The intervals of the bins and halves take
+    the variance between facts.
 
     Args:
         bins: examples by frequency, the rarest first.
@@ -222,13 +223,14 @@ def _quantiles(x: Any, n: int) -> Any:
 
 def _bin(rows: Sequence[ExampleFrequency]) -> FrequencyBin:
     base, edited = [e.base_correct for e in rows], [e.edited_correct for e in rows]
+    facts = [e.fact or e.id for e in rows]
     return FrequencyBin(
         low=min((e.frequency for e in rows), default=math.nan),
         high=max((e.frequency for e in rows), default=math.nan),
-        base=Estimate.share(sum(base), len(rows)),
-        edited=Estimate.share(sum(edited), len(rows)),
-        gain=Estimate.gain(base, edited),
-        loss=Estimate.mean([e.edited_loss - e.base_loss for e in rows]),
+        base=Estimate.share_by_fact(base, facts),
+        edited=Estimate.share_by_fact(edited, facts),
+        gain=Estimate.gain(base, edited, facts),
+        loss=Estimate.mean([e.edited_loss - e.base_loss for e in rows], facts),
     )
 
 

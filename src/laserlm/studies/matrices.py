@@ -229,7 +229,7 @@ def correlations(
 
 
 def _metrics(m: Matrix, S: Tensor, shared: dict[str, float]) -> MatrixMetrics:
-    S = S.double().cpu().sort(descending=True).values
+    S = S.cpu().double().sort(descending=True).values
     beyond = rank_beyond(S, m.shape)
     ranks = {rho: rank_at(size.rho, m.max_rank) for rho in SHARES if (size := Size.parse(rho)).rho is not None}
     s = noise(S, m.shape)

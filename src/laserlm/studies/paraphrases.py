@@ -104,7 +104,7 @@ class Paraphrases:
     Args:
         facts: number of facts with at least two phrasings; all other values are over these.
         single: number of facts with one phrasing, which are left out.
-        comparison: comparison over phrasings as if they were independent. The shares of facts do not assume this.
+        comparison: comparison over phrasings. Its intervals take the variance between facts.
         all_right: share of facts with all phrasings right.
         any_right: share of facts with a phrasing right.
         consistency: mean over facts of the share of pairs of phrasings with the same answer, right or wrong. Case is

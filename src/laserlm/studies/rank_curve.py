@@ -65,13 +65,13 @@ def rank_curve(
         AnalysisError: if the reduction is empty, or a fraction is a rank.
         SpecError: if a size cannot be read.
     """
-    reductions = Intervention.parse(intervention).reductions
+    reductions = Intervention.read(intervention).reductions
     if not reductions:
         raise AnalysisError("the unchanged model has no matrix whose rank could be changed; give a reduction")
     least = min(edit.max_rank for edit in resolve(scorer.lm.matrices, intervention))
     sizes = [Size(rank=r) for r in sorted(set(ranks), reverse=True) if r <= least]
     sizes += sizes_of(rhos)[::-1]
-    chosen = str(Intervention.parse(intervention))
+    chosen = str(Intervention.read(intervention))
     wanted = {chosen: ", ".join(dict.fromkeys(str(r.size) for r in reductions))}
     for size in sizes:
         wanted.setdefault(str(Intervention(tuple(replace(r, size=size) for r in reductions))), str(size))
@@ -88,7 +88,7 @@ def rank_curve(
                 size=size_text,
                 ranks={edit.matrix.id: edit.rank for edit in edits},
                 chosen=text == chosen,
-                accuracy=Estimate.share(sum(s.correct for s in edited.scores), edited.n),
+                accuracy=Estimate(edited.accuracy, edited.accuracy_interval, edited.n),
                 loss=edited.loss,
                 gain=gain,
                 loss_change=loss_change,

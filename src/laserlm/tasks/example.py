@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +12,8 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from laserlm.errors import TaskError
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Decoding", "Example", "Judge", "Phrasings", "Scorer", "Split", "SplitBy", "Task", "TaskSource"]
 
@@ -47,7 +50,8 @@ class Example:
         answer: the right continuation, without the separator between prompt and answer.
         choices: the answers to choose from, including the right one; empty for an open question.
         group: relation or class, or empty.
-        fact: examples that phrase one fact share it. No shuffled split separates them.
+        fact: examples that phrase one fact share it. No shuffled split separates them, and intervals take only facts as
+            independent. ``Task.of`` gives equal questions one fact.
         popularity: how widely the fact is known, on the task's own scale, or None.
         aliases: other right answers, for scorers of generated text.
         joint: separator between prompt and answer. It is left out if either has white space there.
@@ -75,6 +79,11 @@ class Example:
     pairs: tuple[tuple[str, str], ...] = ()
     right: int = 0
     subject: str = ""
+
+    @property
+    def question(self) -> tuple[str, str]:
+        """What makes two examples equal: prompt and answer without outer white space. Choices, ids and groups may differ."""
+        return self.prompt.strip(), self.answer.strip()
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,7 @@ class Task:
         test: the chosen intervention is measured on these examples, once.
         every: all examples in file order.
         source: where the examples come from, with the licence.
+        split_by: how the splits were made.
     """
 
     name: str
@@ -178,6 +188,7 @@ class Task:
     test: Split
     every: Split
     source: str = ""
+    split_by: SplitBy = "shuffled"
 
     @classmethod
     def of(
@@ -194,6 +205,8 @@ class Task:
         judge: Judge | None = None,
     ) -> Task:
         """Make a task of examples: one fifth for validation, the rest for test.
+
+        Facts with an equal question become one fact, so that no shuffled split separates equal questions.
 
         Args:
             name: the task's name.
@@ -219,9 +232,11 @@ class Task:
         id_, count = Counter(e.id for e in examples).most_common(1)[0]
         if count > 1:
             raise TaskError(f"the task {name!r} has two examples with the id {id_!r}. Ids must differ.")
+        first_of = {(e.group, e.fact): e.id for e in reversed(examples)}
+        merged = _merge_facts(name, examples)
         if phrasings == "rewrite":
-            first_of = {(e.group, e.fact): e.id for e in reversed(examples)}
-            examples = tuple(e for e in examples if first_of[e.group, e.fact] == e.id)
+            merged = tuple(m for m, e in zip(merged, examples, strict=True) if first_of[e.group, e.fact] == e.id)
+        examples = merged
         validation, test = _split_as_published(examples) if split == "paper" else _split_by_fact(examples, seed)
         return cls(
             name=name,
@@ -229,6 +244,7 @@ class Task:
             test=Split(name, "test", test, scorer, decoding, judge),
             every=Split(name, "all", examples, scorer, decoding, judge),
             source=source,
+            split_by=split,
         )
 
     def split(self, name: str) -> Split:
@@ -244,6 +260,31 @@ class Task:
 
 
 Examples = tuple[Example, ...]
+
+
+def _merge_facts(name: str, examples: Examples) -> Examples:
+    """Return the examples with one fact for all facts that are linked by equal questions, and warn of these."""
+    first_fact: dict[tuple[str, str], str] = {}
+    parents: dict[str, str] = {}
+
+    def root(fact: str) -> str:
+        while fact in parents:
+            fact = parents[fact]
+        return fact
+
+    for e in examples:
+        low, high = sorted((root(first_fact.setdefault(e.question, e.fact)), root(e.fact)))
+        if low != high:
+            parents[high] = low  # whatever the order of the file
+    if len(first_fact) == len(examples):
+        return examples
+    log.warning(
+        "the task %s has %d rows of %d different questions; equal questions count as one fact and stay in one shuffled split",
+        name,
+        len(examples),
+        len(first_fact),
+    )
+    return tuple(replace(e, fact=root(e.fact)) for e in examples)
 
 
 def _split_as_published(examples: Examples) -> tuple[Examples, Examples]:
