@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import laserlm as laser
-from laserlm.export.compression import Allocation, Method, fit_ranks, perplexity, read_calibration_text
+from laserlm.export.compression import Allocation, Method, fit_ranks, read_calibration_text
+from laserlm.scoring.evaluate import text_perplexity
 
 WAYS: list[tuple[Method, Allocation]] = [
     ("plain", "uniform"),
@@ -30,10 +31,10 @@ def main() -> None:
     lm = laser.load("bundled")
     ratios = [float(r) for r in given.ratios.split(",")]
     text = read_calibration_text(lm, given.text, tokens=given.tokens)
-    held = sum(len(row.targets) for row in text.held_out)
-    print(f"{sum(len(row.targets) for row in text.calibration)} tokens to calibrate on, {held} held out")
+    base = text_perplexity(lm, text.held_out)
+    print(f"{sum(len(row.targets) for row in text.calibration)} tokens to calibrate on, {base.tokens} held out")
     print("|".join(["decomposition, ranks", *(f"{r:g}" for r in ratios), "calibration, s"]))
-    print("|".join(["unchanged model", *[f"{perplexity(lm, text.held_out):.2f}"] * len(ratios), ""]), flush=True)
+    print("|".join(["unchanged model", *[f"{base.perplexity:.2f}"] * len(ratios), ""]), flush=True)
     for method, allocation in WAYS:
         start = time.perf_counter()
         found = fit_ranks(lm, text.calibration, method=method, allocation=allocation)
@@ -41,7 +42,7 @@ def main() -> None:
         row = []
         for ratio in ratios:
             with found.applied(lm, ratio):
-                row.append(perplexity(lm, text.held_out))
+                row.append(text_perplexity(lm, text.held_out).perplexity)
         shown = [f"{p:.2f}" if p < 1000 else f"{p:.1e}" for p in row]
         print("|".join([f"{method}, {allocation}", *shown, f"{seconds:.0f}"]), flush=True)
 

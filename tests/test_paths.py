@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from laserlm.paths import atomic_file, atomic_folder, cache_folder, default_store
+from laserlm.paths import atomic_file, atomic_folder, cache_folder, cached_files, default_store
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -202,3 +203,71 @@ def test_a_folder_that_appeared_in_the_meantime_can_be_an_error(tmp_path: Path) 
     with pytest.raises(OSError, match="out"):
         write()
     assert [f.name for f in target.iterdir()] == ["theirs"]
+
+
+def left_behind(path: Path, *, hours: float) -> Path:
+    """Write a folder as a killed process would leave it, some hours ago."""
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_text("half")
+    then = time.time() - 3600 * hours
+    for written in (path / "model.safetensors", path):
+        os.utime(written, (then, then))
+    return path
+
+
+def test_a_write_removes_what_killed_writes_of_the_same_folder_left_an_hour_ago(tmp_path: Path) -> None:
+    old = left_behind(tmp_path / f".out.{'1' * 12}.part", hours=2)
+    fresh = left_behind(tmp_path / f".out.{'2' * 12}.part", hours=0.5)
+    busy = left_behind(tmp_path / f".out.{'3' * 12}.part", hours=2)
+    os.utime(busy / "model.safetensors")  # its writer lives
+    others = [left_behind(tmp_path / f".{name}.{'4' * 12}.part", hours=2) for name in ("out2", "o[u]t", "out.dense")]
+    own = left_behind(tmp_path / ".out.notes.part", hours=2)
+    with atomic_folder(tmp_path / "out") as part:
+        (part / "new").touch()
+    assert not old.exists()
+    assert all(path.exists() for path in (fresh, busy, own, *others))
+    with atomic_folder(tmp_path / "o[u]t") as part:
+        (part / "new").touch()
+    assert [path.exists() for path in others] == [True, False, True]
+
+
+def test_a_folder_that_is_being_replaced_is_not_taken_for_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    left_behind(target, hours=2)
+    rename = Path.rename
+
+    def killed(self: Path, to: Path) -> Path:
+        if to == target:
+            monkeypatch.undo()
+            with atomic_folder(target) as part:  # another process writes there at this moment
+                (part / "theirs").touch()
+            raise OSError("no")
+        return rename(self, to)
+
+    def write() -> None:
+        with atomic_folder(target, existing="replace") as part:
+            (part / "new").touch()
+            monkeypatch.setattr(Path, "rename", killed)
+
+    with pytest.raises(OSError, match="no"):
+        write()
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+
+
+def test_leftovers_in_the_cache_are_listed_with_what_they_were_to_become(tmp_path: Path) -> None:
+    names = {
+        "decompositions": f"{'a' * 64}.safetensors",
+        "models": f"smollm2-135m-instruct-{'b' * 12}",
+        "data": f"{'c' * 16}-questions.json",
+    }
+    expected = {}
+    for kind, name in names.items():
+        folder = tmp_path / kind
+        expected[kind] = sorted(
+            [left_behind(folder / f".{name}.{'d' * 12}.part", hours=2), left_behind(folder / name, hours=2)]
+        )
+        left_behind(folder / f".{name}.{'e' * 12}.part", hours=0)
+        left_behind(folder / f".mine.{'d' * 12}.part", hours=2)
+    gguf = left_behind(tmp_path / "models" / f"gguf-{'f' * 12}", hours=0)
+    expected["models"] = sorted([*expected["models"], gguf])
+    assert cached_files(tmp_path) == expected

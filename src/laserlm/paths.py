@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +14,30 @@ from typing import Literal
 
 import platformdirs
 
-__all__ = ["atomic_file", "atomic_folder", "cache_folder", "cached_files", "default_store", "lab_folder"]
+from laserlm.errors import LaserError
+
+__all__ = [
+    "BASIS",
+    "DISK_VARIABLE",
+    "atomic_file",
+    "atomic_folder",
+    "cache_folder",
+    "cached_files",
+    "default_store",
+    "disk_limit",
+    "lab_folder",
+    "remove_leftovers",
+]
+
+DISK_VARIABLE = "LASER_CACHE_GIB"
+"""Environment variable with the most GiB of decompositions on disk."""
+DISK_GIB = 20.0
+"""The most GiB of decompositions on disk if the variable is not set: all of a model with 7 billion parameters."""
+HEX = "[0-9a-f]"
+BASIS = f"{HEX * 64}.safetensors"
+"""Pattern of the names of files with decompositions."""
+PART_SECONDS = 3600.0
+"""A temporary file or folder that was not written to for this long was left by a process that was killed."""
 
 Existing = Literal["keep", "refuse", "replace"]
 
@@ -22,13 +48,35 @@ def cache_folder() -> Path:
 
 
 def cached_files(cache: Path) -> dict[str, list[Path]]:
-    """Return the files and folders that laserlm wrote to a cache folder, by kind. Other files there are left out."""
+    """Return the files and folders that laserlm wrote to a cache folder, by kind. Other files there are left out.
+
+    Among them are temporary ones that killed processes left.
+    """
     patterns = {
-        "decompositions": f"decompositions/{'[0-9a-f]' * 64}.safetensors",
-        "models": f"models/smollm2-135m-instruct-{'[0-9a-f]' * 12}",
-        "data": f"data/{'[0-9a-f]' * 16}-*",
+        "decompositions": [BASIS],
+        "models": [f"smollm2-135m-instruct-{HEX * 12}", f"gguf-{HEX * 12}"],
+        "data": [f"{HEX * 16}-*"],
     }
-    return {kind: sorted(cache.glob(pattern)) for kind, pattern in patterns.items()}
+    return {
+        kind: sorted(path for name in names for path in (*(cache / kind).glob(name), *_leftovers(cache / kind, name)))
+        for kind, names in patterns.items()
+    }
+
+
+def disk_limit() -> float:
+    """Return the most bytes of decompositions on disk: ``LASER_CACHE_GIB`` GiB, or 20 GiB if it is not set.
+
+    Raises:
+        LaserError: if the variable is not a number from 0.
+    """
+    text = os.environ.get(DISK_VARIABLE, str(DISK_GIB))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise LaserError(f"{DISK_VARIABLE}={text} is no size; give the most GiB of cached decompositions, such as 20, or 0")
+    return limit * 2**30
 
 
 def default_store() -> Path:
@@ -58,6 +106,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
 def atomic_folder(target: Path, *, existing: Existing = "keep") -> Iterator[Path]:
     """Yield a temporary folder next to ``target`` and rename it to ``target`` at the end.
 
+    Temporary folders that killed processes left for the same target are removed.
+
     Args:
         target: path of the folder.
         existing: what to do if ``target`` exists by then and is not empty: ``keep`` it and drop the new folder, ``refuse``
@@ -65,7 +115,8 @@ def atomic_folder(target: Path, *, existing: Existing = "keep") -> Iterator[Path
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    part, old = _temporary_path(target), _temporary_path(target)
+    remove_leftovers(target.parent, glob.escape(target.name))
+    part, old = _temporary_path(target), _temporary_path(target).with_suffix(".old")
     part.mkdir()
     try:
         yield part
@@ -81,6 +132,30 @@ def atomic_folder(target: Path, *, existing: Existing = "keep") -> Iterator[Path
             old.rename(target)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what killed processes left in a folder of the files and folders whose names match the pattern ``name``."""
+    for path in _leftovers(folder, name):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _leftovers(folder: Path, name: str) -> list[Path]:
+    """Return temporary files and folders, of targets whose names match a pattern, that were not written to for an hour."""
+    latest = time.time() - PART_SECONDS
+    parts = folder.glob(f".{name}.{HEX * 12}.part")
+    return [part for part in parts if all(_changed(path) < latest for path in (part, *part.rglob("*")))]
+
+
+def _changed(path: Path) -> float:
+    """Return when a file or folder was changed, as time.time(); never, if it is gone by now."""
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _temporary_path(target: Path) -> Path:

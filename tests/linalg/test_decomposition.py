@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -398,3 +399,65 @@ def test_whitening_survives_fewer_tokens_than_inputs_and_rounded_moments(tokens:
 def test_inputs_that_overflowed_are_an_error_that_tells_the_next_step() -> None:
     with pytest.raises(WeightError, match="bfloat16"):
         whitened(torch.ones(3, 2), torch.tensor([[1.0, float("inf")], [0.0, 1.0]]))
+
+
+class OnApple(Tensor):
+    """Plays a tensor on an Apple GPU: it says so, and refuses float64 until it is moved to the CPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cpu:
+            return args[0].as_subclass(Tensor)
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, OnApple) and result.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return result
+
+
+def on_apple(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(OnApple)
+
+
+def test_float64_is_computed_on_the_cpu_for_a_matrix_on_an_apple_gpu() -> None:
+    weight, moments = gaussian(20, 12).float(), torch.eye(12)
+    with pytest.raises(TypeError, match="float64"):
+        on_apple(weight).double()
+    with results_left_on_the_cpu():
+        assert torch.equal(basis_of(on_apple(weight)), basis_of(weight))
+        for W, M in ((weight, moments), (weight.T.contiguous(), torch.eye(20))):
+            expected, actual = whitened(W, M), whitened(on_apple(W), on_apple(M))
+            assert torch.equal(actual.left, expected.left)
+            assert torch.equal(actual.right, expected.right)
+
+
+@contextmanager
+def results_left_on_the_cpu() -> Iterator[None]:
+    """Let results that are moved back to the Apple GPU, which is not here, stay on the CPU."""
+    to = Tensor.to
+
+    def moved(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self if args == (torch.device("mps"),) else to(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "to", moved)
+        yield
+
+
+def test_the_random_state_of_an_apple_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.tensor([7])
+    written: list[Tensor] = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", written.append)
+    before = torch.random.get_rng_state()
+    reference_truncation(gaussian(20, 12).float(), 3)
+    assert [id(x) for x in written] == [id(state)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    monkeypatch.setattr(torch, "svd_lowrank", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reference_truncation(gaussian(20, 12).float(), 3)
+    assert len(written) == 2

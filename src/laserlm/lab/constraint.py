@@ -40,8 +40,7 @@ class RankConstraint(TrainerCallback):
     Parameters change in place, so the optimizer keeps its state. Between two projections, and in checkpoints saved there,
     the matrices have full rank. Every device must hold complete weights, not shards.
 
-    After training, ``lm.model`` is in training mode and ``lm.hash`` may be out of date. ``dataclasses.replace(lm)`` has
-    neither problem.
+    After training, ``lm.model`` is in training mode. Call ``lm.model.eval()`` before the model is scored or saved.
 
     Args:
         lm: the model; give ``lm.model`` to the Trainer.
@@ -71,6 +70,8 @@ class RankConstraint(TrainerCallback):
             raise ValueError(f"penalty must be finite and 0 or more, or None to project; got {penalty}")
         edits = resolve(lm.matrices, intervention)
         for r in (edit.reduction for edit in edits):
+            if r.size.drop is not None:
+                raise SpecError(f"{r} cannot constrain training, which keeps the largest singular values; write a rank: r40")
             if r.keep != "top" or r.method != "exact" or r.split != 1:
                 raise SpecError(
                     f"{r} cannot constrain training, which keeps the largest singular values of complete matrices exactly; "

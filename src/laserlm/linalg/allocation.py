@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from laserlm.linalg.decomposition import as_float64
+
 __all__ = ["Spectrum", "allocate", "uniform"]
 
 
@@ -93,7 +95,7 @@ def _gain(hull: Sequence[Point], i: int) -> float:
 
 def _hull(spectrum: Spectrum) -> list[Point]:
     """Return the lower convex hull of a matrix's options, from rank 0 to the dense matrix."""
-    tail_losses = spectrum.losses.double().flip(0).cumsum(0).flip(0).tolist()  # loss of each rank
+    tail_losses = as_float64(spectrum.losses).flip(0).cumsum(0).flip(0).tolist()  # loss of each rank
     size = spectrum.component_parameters
     ranks = range(spectrum.max_rank + 1)
     points: list[Point] = [(r * size, tail_losses[r] if r < len(tail_losses) else 0.0, r) for r in ranks]

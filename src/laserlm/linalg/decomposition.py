@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -10,16 +12,19 @@ import torch
 from torch import Tensor
 
 from laserlm.errors import WeightError
+from laserlm.linalg.precision import full_precision
 from laserlm.reductions import Keep, Size
 
 __all__ = [
     "ALGORITHM",
     "Decomposition",
+    "as_float64",
     "as_float_matrix",
     "basis_of",
     "decompose",
     "rank_at",
     "rank_of",
+    "reference_decomposition",
     "reference_truncation",
     "whitened",
 ]
@@ -42,8 +47,10 @@ def rank_of(size: Size, max_rank: int) -> int:
     """Return the rank of a size for a matrix with ``max_rank`` singular values, at most ``max_rank``."""
     if size.rho is not None:
         return rank_at(size.rho, max_rank)
+    if size.drop is not None:
+        return max(0, max_rank - len(size.drop))
     if size.rank is None:
-        raise AssertionError("a size is a fraction or a rank")
+        raise AssertionError("a size is a fraction, a rank or the components to drop")
     return min(size.rank, max_rank)
 
 
@@ -63,6 +70,7 @@ class Decomposition:
     right: Tensor
 
     @classmethod
+    @full_precision()
     def from_basis(cls, weight: Tensor, basis: Tensor) -> Decomposition:
         """Project ``weight`` (m, n) on its singular basis (k, k): columns of V for m >= n, columns of U for m < n."""
         m, n = weight.shape
@@ -87,6 +95,7 @@ class Decomposition:
         """Size of both factors in bytes."""
         return self.left.nbytes + self.right.nbytes
 
+    @full_precision()
     def truncate(self, rank: int, keep: Keep = "top") -> Tensor:
         """Return the (m, n) matrix of the ``rank`` largest (or, with ``bottom``, smallest) singular values."""
         left, right = self.factors(rank, keep)
@@ -112,8 +121,7 @@ def basis_of(weight: Tensor) -> Tensor:
     Returns:
         Tensor: columns of V for m >= n, columns of U for m < n, in the dtype of ``weight``.
     """
-    # Apple's GPUs do not support float64.
-    wide = (weight.cpu() if weight.device.type == "mps" else weight).double()
+    wide = as_float64(weight)
     m, n = wide.shape
     gram = wide.T @ wide if m >= n else wide @ wide.T  # (k, k)
     try:
@@ -122,8 +130,7 @@ def basis_of(weight: Tensor) -> Tensor:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
         vectors = Vh.T if m >= n else U
-    basis: Tensor = vectors.to(weight).contiguous()
-    return basis
+    return _as_before(vectors, weight)
 
 
 def decompose(weight: Tensor) -> Decomposition:
@@ -156,18 +163,18 @@ def whitened(weight: Tensor, moments: Tensor) -> Decomposition:
     weight = as_float_matrix(weight)
     if not bool(moments.isfinite().all()):
         raise WeightError("the layer's inputs overflow its dtype; load the model in bfloat16 or float32")
-    device = "cpu" if weight.device.type == "mps" else weight.device  # Apple's GPUs do not support float64
-    W, M = (t.to(device, torch.float64) for t in (weight, moments))
+    W = as_float64(weight)
+    M = as_float64(moments).to(W.device)
     m, n = W.shape
     if m <= n:
         U = torch.linalg.eigh(W @ M @ W.T)[1].flip(1)  # (m, m)
-        return Decomposition(left=U.to(weight).contiguous(), right=(U.T @ W).to(weight))
+        return Decomposition(left=_as_before(U, weight), right=_as_before(U.T @ W, weight))
     variances, Q = torch.linalg.eigh(M)
     roots = variances.clamp_min(DAMPING * float(M.diagonal().mean())).sqrt()  # (n,)
     WL = W @ (Q * roots)
     V = torch.linalg.eigh(WL.T @ WL)[1].flip(1)  # (n, n)
     right = V.T @ (Q / roots).T  # V^T L^-1
-    return Decomposition(left=(WL @ V).to(weight), right=right.to(weight))
+    return Decomposition(left=_as_before(WL @ V, weight), right=_as_before(right, weight))
 
 
 def as_float_matrix(weight: Tensor) -> Tensor:
@@ -183,14 +190,37 @@ def as_float_matrix(weight: Tensor) -> Tensor:
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
+def as_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on its device, or on the CPU if it is on an Apple GPU, which has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _as_before(wide: Tensor, weight: Tensor) -> Tensor:
+    """Return a float64 result in the dtype of a weight and on its device."""
+    return wide.to(weight.dtype).to(weight.device).contiguous()
+
+
 def reference_truncation(weight: Tensor, rank: int, *, niter: int = 2, seed: int = 0) -> Tensor:
     """Return the rank-``rank`` approximation (m, n) as the published code computes it, with a seed.
+
+    Args:
+        weight: (m, n).
+        rank: as for ``reference_decomposition``.
+        niter: likewise.
+        seed: likewise.
+    """
+    return reference_decomposition(weight, rank, niter=niter, seed=seed).truncate(rank)
+
+
+@full_precision()
+def reference_decomposition(weight: Tensor, rank: int, *, niter: int = 2, seed: int = 0) -> Decomposition:
+    """Decompose a matrix (m, n) for one rank as the published code does, with a seed.
 
     If the spectrum decays slowly, the randomised range finder keeps a clearly different subspace than the exact truncation.
 
     Args:
         weight: (m, n).
-        rank: number of singular values kept.
+        rank: number of singular values kept, all that the decomposition has.
         niter: power iterations; the published code takes 2, and 20 for RoBERTa and the Decision Transformer.
         seed: seed of the random projection; the caller's random state does not change.
 
@@ -200,9 +230,20 @@ def reference_truncation(weight: Tensor, rank: int, *, niter: int = 2, seed: int
     if not 0 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} is not within 0 to {min(weight.shape)}")
     if rank == 0:
-        return torch.zeros_like(weight)
-    # manual_seed sets the seed of every device.
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        return Decomposition(left=weight.new_zeros(len(weight), 0), right=weight.new_zeros(0, weight.shape[1]))
+    with _seeded(seed):
         U, S, V = torch.svd_lowrank(weight, q=rank, niter=niter)
-    return (U * S) @ V.T
+    return Decomposition(left=U * S, right=V.T)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the generators of every device inside a ``with`` block, and restore them at its end."""
+    apple = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None  # fork_rng knows one kind of device
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        if apple is not None:
+            torch.mps.set_rng_state(apple)

@@ -14,6 +14,8 @@ import torch
 from scipy import integrate, optimize
 from torch import Tensor
 
+from laserlm.linalg.decomposition import as_float64
+
 __all__ = [
     "condition",
     "edge",
@@ -38,7 +40,7 @@ def effective_rank(S: Tensor) -> float:
 
     Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
     """
-    S = S.double()
+    S = as_float64(S)
     if not S.sum() > 0:
         return 0.0
     p = S / S.sum()
@@ -47,7 +49,7 @@ def effective_rank(S: Tensor) -> float:
 
 def stable_rank(S: Tensor) -> float:
     """Return the squared Frobenius norm divided by the squared largest singular value; 0 for a zero matrix."""
-    S = S.double()
+    S = as_float64(S)
     return float(S.square().sum() / S.max().square()) if S.max() > 0 else 0.0
 
 
@@ -80,7 +82,7 @@ def noise(S: Tensor, shape: tuple[int, int]) -> float:
     Source: Gavish and Donoho, arXiv 1305.5870, section III.E.
     """
     small, large = sorted(shape)
-    return float(S.double().quantile(0.5)) / math.sqrt(large * _median(small / large))
+    return float(as_float64(S).quantile(0.5)) / math.sqrt(large * _median(small / large))
 
 
 def edge(s: float, shape: tuple[int, int]) -> float:
@@ -106,7 +108,7 @@ def rank_beyond(S: Tensor, shape: tuple[int, int], s: float | None = None) -> in
     a, b = (math.sqrt(x - 0.5) for x in shape)
     centre = (a + b) ** 2
     spread = (a + b) * (1 / a + 1 / b) ** (1 / 3)
-    return int((S.double() > s * math.sqrt(centre + TRACY_WIDOM_999 * spread)).sum())
+    return int((as_float64(S) > s * math.sqrt(centre + TRACY_WIDOM_999 * spread)).sum())
 
 
 def gavish_donoho(S: Tensor, shape: tuple[int, int]) -> int:
@@ -117,14 +119,15 @@ def gavish_donoho(S: Tensor, shape: tuple[int, int]) -> int:
     small, large = sorted(shape)
     beta = small / large
     optimal = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))
-    threshold = optimal / math.sqrt(_median(beta)) * float(S.double().quantile(0.5))
-    return int((S.double() > threshold).sum())
+    threshold = optimal / math.sqrt(_median(beta)) * float(as_float64(S).quantile(0.5))
+    return int((as_float64(S) > threshold).sum())
 
 
 def signal_to_noise(S: Tensor, rank: int) -> float:
     """Return the ratio of the squared ``rank`` largest singular values to the squared others; infinite if these are 0."""
-    rest = float(S[rank:].double().square().sum())
-    return float(S[:rank].double().square().sum()) / rest if rest > 0 else math.inf
+    energies = as_float64(S).square()
+    rest = float(energies[rank:].sum())
+    return float(energies[:rank].sum()) / rest if rest > 0 else math.inf
 
 
 def subspace_share(first: Tensor, second: Tensor, threshold: float) -> float:
@@ -138,7 +141,7 @@ def subspace_share(first: Tensor, second: Tensor, threshold: float) -> float:
         second: singular vectors of the next layer, (n, k).
         threshold: magnitude below which an entry counts as zero.
     """
-    columns = torch.cat([torch.where(V.abs() < threshold, 0.0, V.double()) for V in (first, second)], 1)  # (n, 2 k)
+    columns = torch.cat([as_float64(V.masked_fill(V.abs() < threshold, 0)) for V in (first, second)], 1)  # (n, 2 k)
     # The Gram matrix of the shorter side has the same rank.
     gram = columns @ columns.T if columns.shape[0] <= columns.shape[1] else columns.T @ columns
     return int(torch.linalg.matrix_rank(gram, hermitian=True)) / min(columns.shape)

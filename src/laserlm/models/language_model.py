@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from laserlm.errors import ModelError, WeightError
+from laserlm.linalg.quick_hash import quick_hash
 from laserlm.models.matrices import Matrix, find_matrices
 from laserlm.paths import cache_folder
 
@@ -23,7 +24,7 @@ Kind = Literal["causal", "masked", "encoder-decoder", "headless"]
 
 @dataclass(eq=False)
 class LanguageModel:
-    """A transformers model in evaluation mode and its tokenizer.
+    """A transformers model and its tokenizer. The model is put in evaluation mode, and is scored and saved only in it.
 
     Args:
         model: any transformers model.
@@ -49,6 +50,7 @@ class LanguageModel:
     reads_positions: bool | None = None
     active: list[str] = field(default_factory=list)
     loaded: dict[str, Any] | None = field(default=None, repr=False)
+    _hashed: tuple[tuple[str, ...], str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -86,23 +88,41 @@ class LanguageModel:
     def hash(self) -> str:
         """Sha256 of the unchanged weights (names, shapes, dtypes, bytes), a key of stored results.
 
+        It is computed again when the weights have changed.
+
         Raises:
-            ModelError: if an intervention is applied now.
+            ModelError: if an intervention is applied now, or the model is in training mode.
             WeightError: if some weights are offloaded and not in memory.
         """
         if self.active:
             raise ModelError(f"the weights are changed by {self.intervention}; leave the 'with applied' block first")
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict(keep_vars=False).items()):
+        self.require_evaluation_mode()
+        tensors = sorted(self.model.state_dict().items())
+        for name, tensor in tensors:
             if tensor.device.type == "meta":
                 raise WeightError(f"{name} is offloaded and not in memory; load the model with a device_map that holds it")
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        # A tensor's version counter would be quicker, but writing to a parameter's .data does not raise it.
+        current = tuple(f"{name} {quick_hash(tensor)}" for name, tensor in tensors)
+        if self._hashed is None or self._hashed[0] != current:
+            digest = hashlib.sha256()
+            for name, tensor in tensors:
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            self._hashed = current, digest.hexdigest()
+        return self._hashed[1]
+
+    def require_evaluation_mode(self) -> None:
+        """Do nothing if the model is in evaluation mode.
+
+        Raises:
+            ModelError: if the model or a module of it is in training mode, in which dropout makes its outputs random.
+        """
+        path = next((path for path, module in self.model.named_modules() if module.training), None)
+        if path is not None:
+            raise ModelError(
+                f"{path or type(self.model).__name__} of {self.name} is in training mode, in which dropout makes outputs "
+                "random; call lm.model.eval() first"
+            )
 
     @property
     def intervention(self) -> str:
