@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
+from families import CAUSAL, FAMILIES
 
 from laserlm.errors import ModelError, WeightError
 from laserlm.export import save
-from laserlm.models import LanguageModel, read_matrix
-from laserlm.models.checkpoint_reader import open_checkpoint
+from laserlm.models import LanguageModel, load, read_matrix
+from laserlm.models.checkpoint_reader import list_matrices, open_checkpoint
 
 Make = Callable[..., LanguageModel]
 
@@ -50,3 +50,59 @@ def test_what_is_not_there_is_told(name: str, tmp_path: Path) -> None:
         open_checkpoint(name)
     with pytest.raises(ModelError, match="no safetensors"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_matrices_of_a_config_alone_are_those_of_the_model(family: str, make: Make, tmp_path: Path) -> None:
+    lm = make(family)
+    lm.model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert list_matrices(tmp_path) == lm.matrices
+    if family in CAUSAL:
+        lm.model.save_pretrained(tmp_path)
+        assert list_matrices(tmp_path, kind="headless") == load(tmp_path, kind="headless").matrices
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "t5"])
+def test_matrices_that_are_held_as_factors_are_listed_as_when_loaded(family: str, make: Make, tmp_path: Path) -> None:
+    lm = make(family)
+    folder = save(lm, f"{'decoder.' if family == 't5' else ''}1.attn@0.2", tmp_path / "out", form="factored").folder
+    assert list_matrices(folder) == load(folder).matrices
+
+
+def test_weights_of_every_form_are_left_unread(llama: LanguageModel, tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    llama.model.config.save_pretrained(tmp_path)
+    assert list_matrices(tmp_path) == llama.matrices
+    llama.model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert list_matrices(tmp_path) == llama.matrices
+    shard = max(tmp_path.glob("model-*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    for use in (list_matrices, open_checkpoint):
+        with pytest.raises(ModelError, match=rf"{shard.name} is damaged or was cut short"):
+            use(tmp_path)
+    shard.unlink()
+    for use in (list_matrices, open_checkpoint):
+        with pytest.raises(ModelError, match=shard.name):
+            use(tmp_path)
+    shard.write_bytes(content)
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json cannot be read"):
+        list_matrices(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_packed_weights_are_refused(llama: LanguageModel, tmp_path: Path) -> None:
+    llama.model.config.quantization_config = {"quant_method": "bitnet", "linear_class": "bitlinear"}
+    llama.model.config.save_pretrained(tmp_path)
+    with pytest.raises(WeightError, match=r"the model is quantised \(.*weight is torch\.uint8\); load it without"):
+        list_matrices(tmp_path)
+
+
+def test_a_head_that_the_checkpoint_lacks_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
+    llama.model.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="which is causal, not masked"):
+        list_matrices(tmp_path, kind="masked")
+    with pytest.raises(ModelError, match="cannot load '/nowhere/at/all'"):
+        list_matrices("/nowhere/at/all")

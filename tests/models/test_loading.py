@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from families import CAUSAL, MASKED, OTHER, SEQ2SEQ
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from laserlm.errors import ModelError
-from laserlm.models import LanguageModel, bundled, load, loading
+from laserlm.models import LanguageModel, bundled, load
+from laserlm.models.checkpoint_reader import list_matrices
 
 Make = Callable[..., LanguageModel]
 
@@ -158,27 +161,41 @@ def test_a_package_file_with_another_checksum_is_refused(monkeypatch: pytest.Mon
     assert not (tmp_path / "cache").exists()
 
 
-def test_an_interrupted_conversion_leaves_nothing_that_is_taken_for_whole(
-    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("name", ["visual.merger.weight", "mtp.fc.weight", "score.weight"])
+def test_stored_tensors_that_the_class_leaves_out_are_told(
+    name: str, llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = tmp_path / bundled.FILE
-    file.write_bytes(b"stands for the packaged weights")
-    monkeypatch.setattr(bundled, "packaged_file", lambda: file)
-    monkeypatch.setattr(bundled, "check", lambda _: None)
-    monkeypatch.setattr(loading, "load", lambda *_, **__: llama)
-    save = type(llama.require_tokenizer()).save_pretrained
-
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(llama.require_tokenizer()), "save_pretrained", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        loading.set_up_bundled(tmp_path / "cache")
-    assert list((tmp_path / "cache" / "models").iterdir()) == []
-    monkeypatch.setattr(type(llama.require_tokenizer()), "save_pretrained", save)
-    folder = loading.set_up_bundled(tmp_path / "cache")
-    monkeypatch.undo()
+    folder = saved(llama, tmp_path)
+    computed = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    tensors = load_file(folder / "model.safetensors") | computed | {name: torch.ones(2, 2)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    # As the text classes of models with a vision tower or with heads for several tokens do.
+    monkeypatch.setattr(type(llama.model), "_keys_to_ignore_on_load_unexpected", [r"^visual", r"^mtp\."])
     assert load(folder).hash == llama.hash
+    assert f"{folder} stores 1 tensors that LlamaForCausalLM does not read ({name})" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_beside_a_model_is_refused_and_one_alone_has_the_matrices_of_its_base(
+    llama: LanguageModel, tmp_path: Path
+) -> None:
+    folder = saved(llama, tmp_path / "model")
+    matrices = llama.matrices
+    adapted = get_peft_model(load(folder).model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert list_matrices(tmp_path / "adapter") == load(tmp_path / "adapter").matrices == matrices
+    adapted.save_pretrained(folder)
+    for use in (load, list_matrices):
+        with pytest.raises(ModelError, match=r"has a model and a peft adapter .*; merge the adapter with peft"):
+            use(folder)
+
+
+def test_missing_weights_are_told_with_what_is_there_instead(llama: LanguageModel, tmp_path: Path) -> None:
+    file = saved(llama, tmp_path) / "model.safetensors"
+    tensors = {name.replace("q_proj.w", "q_proj.base_layer.w"): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"no weights for .*q_proj\.weight.* it has .*q_proj\.base_layer\.weight.* instead"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("uv", [None, "the-uv"])

