@@ -9,7 +9,7 @@ PIPX := PIPX_HOME=build/pipx PIPX_BIN_DIR=build/pipx/bin build/pipx-venv/bin/pip
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all test-slow check setup lint wheel docs clean
+.PHONY: demo test test-all test-slow test-gpu check setup lint wheel docs clean
 
 demo: setup
 	$(BIN)/laser demo
@@ -23,6 +23,10 @@ test-all: setup
 # What 'make test' leaves of 'make test-all'.
 test-slow: setup
 	$(PYTEST) -m slow
+
+# What needs a CUDA GPU; without one, a line says so.
+test-gpu: $(VENV)/installed
+	scripts/gpu_check.sh
 
 check: test test-slow lint wheel
 

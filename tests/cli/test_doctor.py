@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from laserlm.cli import app, doctor
+from laserlm.searching.device_check import DeviceCheck
 
 Run = Callable[..., tuple[int, str, str]]
 SHELLS = ("bash", "zsh", "fish", "powershell")
@@ -55,6 +56,41 @@ def test_doctor_says_what_is_missing_and_what_installs_it(run: Run, monkeypatch:
     assert lines["extra rl"].startswith("installed")
     assert lines["bundled model"] == "not set up: laser setup"
     assert lines["cache"].endswith(": empty")
+
+
+def test_doctor_says_in_one_line_that_there_is_no_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    code, out, _ = run("doctor")
+    (line,) = [line for line in out.splitlines() if "GPU" in line]
+    assert code == 0
+    assert line == f"gpu check      no CUDA GPU found: PyTorch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "sees no GPU; see 'nvidia-smi'" in run("doctor")[1]
+    found = json.loads(run("doctor", "--json")[1])["gpu_check"]
+    assert (found["device"], found["checks"], found["reason"][:18]) == (None, [], "no CUDA GPU found:")
+
+
+@pytest.mark.slow
+def test_doctor_checks_a_device_and_prints_a_line_for_each_check(run: Run) -> None:
+    code, out, _ = run("doctor", "--device", "cpu")
+    lines = [line for line in out.splitlines() if line.startswith("check ")]
+    assert code == 0
+    assert len(lines) == 20
+    assert all(line.startswith("check          passed  ") for line in lines)
+    assert lines[-1].startswith("check          passed  out of memory: 3 batches did not fit")
+    assert "no CUDA GPU found" not in out
+
+
+def test_a_failed_check_ends_doctor_with_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = DeviceCheck("choices", False, "3 differ clearly")
+    monkeypatch.setattr("laserlm.searching.device_check.check_device", lambda _: [failure])
+    code, out, _ = run("doctor", "--device", "cpu")
+    assert code == 1
+    assert "check          FAILED  choices: 3 differ clearly\n1 checks of cpu failed: its scores may be wrong" in out
+    code, _, err = run("doctor", "--device", "cuda:7")
+    assert code == 1
+    assert "no device 'cuda:7' here; there are cpu" in err
 
 
 def test_doctor_hides_the_password_of_a_database(run: Run) -> None:

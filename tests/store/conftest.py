@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url, text
 
-from laserlm.store import Store
+from laserlm.store import Store, claim
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -85,6 +85,19 @@ def sql(store_url: str) -> Iterator[Callable[..., list[Any]]]:
 
     yield run
     engine.dispose()
+
+
+@pytest.fixture
+def watching(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Let the wait for a heartbeat take no time: a sleep adds to ``seconds``, and calls ``meanwhile`` with their sum."""
+    clock = SimpleNamespace(seconds=0.0, meanwhile=lambda seconds: None)
+
+    def sleep(seconds: float) -> None:
+        clock.seconds += seconds
+        clock.meanwhile(clock.seconds)
+
+    monkeypatch.setattr(claim, "time", SimpleNamespace(sleep=sleep))
+    return clock
 
 
 @pytest.fixture

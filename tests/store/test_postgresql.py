@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
+from searching.support import made_task
 from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.orm import Session
 
 from laserlm.errors import StoreError
+from laserlm.searching import search
 from laserlm.store import Store, claim, database
 
 pytestmark = pytest.mark.postgresql
@@ -133,3 +135,18 @@ def test_the_heartbeat_survives_a_lost_connection(store_url, sample, end_connect
         run.record(sample.evaluation("a"), sample.EXAMPLES)
     (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
     assert warning.startswith(f"no heartbeat of run {run.id}, trying again: could not write to")
+
+
+def test_a_search_that_goes_on_with_other_hardware_warns_there_too(store_url, llama, caplog):
+    given = {"strategy": "exhaustive", "grid": "0-1.mlp@0.5", "store": store_url}
+
+    def interrupt(step):
+        if step.scored > len(made_task().test):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(llama, made_task(), on_step=interrupt, **given)
+    found = search(llama, made_task(), batch_size=4, **given)
+    assert [r.message for r in caplog.records if f"run {found.run} goes on with cpu" in r.message]
+    with Store.open(store_url) as store:
+        assert [one["batch_size"] for one in store.notes(found.run)["computed_on"]] == [32, 4]

@@ -126,7 +126,7 @@ def age(store, seconds):
         session.execute(update(RunRow).values(heartbeat=datetime.now(UTC) - timedelta(seconds=seconds)))
 
 
-def test_a_run_without_heartbeat_is_taken_over_and_its_old_owner_stopped(store, sample):
+def test_a_run_without_heartbeat_is_taken_over_and_its_old_owner_stopped(store, sample, watching):
     with store.run(**sample.work()) as old:
         old.record(sample.evaluation("a"), sample.EXAMPLES)
         age(store, 50)
@@ -135,6 +135,7 @@ def test_a_run_without_heartbeat_is_taken_over_and_its_old_owner_stopped(store, 
         age(store, 61)
         assert store.runs()[0].status == "interrupted"
         with store.run(**sample.work()) as new:
+            assert watching.seconds > 60
             assert (new.id, new.resumed) == (old.id, True)
             for write in (
                 lambda: old.record(sample.evaluation("b"), sample.EXAMPLES),
@@ -164,7 +165,7 @@ def test_of_two_that_take_over_at_once_the_second_is_refused(store, sample):
             claim.claim(session, row)
 
 
-def test_a_process_of_another_host_counts_as_alive_while_it_beats(store, sql, sample):
+def test_a_process_of_another_host_counts_as_alive_while_it_beats(store, sql, sample, watching):
     with store.run(**sample.work()) as run:
         sql("update runs set owner_pid = :pid", pid=2**22 + 1)
         assert store.runs()[0].status == "interrupted"

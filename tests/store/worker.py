@@ -40,7 +40,7 @@ def evaluation(
     """Return an evaluation whose figures follow from the name of the intervention."""
     seed = sum(intervention.encode()) + 1
     scores = tuple(
-        ExampleScore(e.id, (seed + i) % 3 == 0, -seed / (i + 0.7), i % 3 + 1, f"p{i}", e.answer, e.group)
+        ExampleScore(e.id, (seed + i) % 3 == 0, -seed / (i + 0.7), i % 3 + 1, f"p{i}", e.answer, e.group, fact=e.fact)
         for i, e in enumerate(examples)
     )
     values: dict[str, Any] = {

@@ -6,10 +6,12 @@ import os
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.filesize import decimal
 
+from laserlm.cli.doctor_check import check_gpu, show_check
 from laserlm.cli.options import STORE_DEFAULT, Cache, Json, Store, print_json
 from laserlm.paths import cache_folder, cached_files
 from laserlm.provenance import mask_credentials, versions
@@ -27,14 +29,20 @@ PURPOSES = {
 def doctor(
     cache: Cache = None,
     store: Store = STORE_DEFAULT,
+    device: Annotated[
+        str | None, typer.Option(help="Device to check against the CPU.", show_default="cuda if available, else none")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Print the versions, missing extras and how to install them, the devices, and the size of the cache.
 
+    On a machine with a CUDA GPU, also check that the GPU computes what the CPU computes: scores, the screen, padding, and
+    what happens when memory runs out. The exit code is 1 if a check fails.
+
     Example: laser doctor
     """
     folder = cache or cache_folder()
-    report = {
+    report: dict[str, Any] = {
         "versions": versions(),
         "extras": extras(),
         "devices": devices(),
@@ -44,20 +52,25 @@ def doctor(
             "bytes": {part: sum(map(size, files)) for part, files in cached_files(folder).items()},
         },
         "store": {"place": mask_credentials(store), "bytes": Path(store).stat().st_size if Path(store).is_file() else None},
+        "gpu_check": check_gpu(device, [found["device"] for found in devices()]),
     }
     if json:
         print_json(report)
     else:
         show(report)
+        show_check(report["gpu_check"])
+    if not all(check["passed"] for check in report["gpu_check"]["checks"]):
+        raise typer.Exit(1)
 
 
 def clear_cache(
     cache: Cache = None,
     json: Json = False,
 ) -> None:
-    """Remove the cached decompositions, the converted bundled model and the downloaded data sets.
+    """Remove the cached decompositions, converted models and downloaded data sets, and what killed processes left of them.
 
-    laserlm recreates or downloads them when a command needs them. Results and the hub's cache are not removed.
+    laserlm recreates or downloads them when a command needs them. Results and the hub's cache are not removed. The
+    environment variable LASER_CACHE_GIB bounds the decompositions (20 GiB unless set); the least recently used go first.
 
     Example: laser clear-cache
     """

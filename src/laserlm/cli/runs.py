@@ -57,19 +57,23 @@ def show(
 
     Example: laser runs show last
     """
+    from laserlm.searching.hardware import describe
     from laserlm.store import Store as Results
     from laserlm.studies.loss_map import LossMap
 
     with Results.open(store) as results:
         info = results.find(run)
         trials = results.trials(info.id)
+        computed_on = results.notes(info.id).get("computed_on", [])
         loss_map = LossMap() if listing.json or listing.csv else LossMap.read_or_empty(results, info)
     if listing.json:
         dates = {"created": info.created.isoformat(), "updated": info.updated.isoformat()}
-        print_json(asdict(info) | dates | {"trials": [asdict(t) for t in trials]})
+        print_json(asdict(info) | dates | {"computed_on": computed_on, "trials": [asdict(t) for t in trials]})
         return
     if not listing.csv:
         _print_run(info)
+        for hardware in computed_on:
+            print(f"  computed on: {describe(hardware)}")
     if loss_map:
         _print_map(loss_map)
     is_by_loss = info.settings.get("metric") == "loss"

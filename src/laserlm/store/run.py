@@ -13,10 +13,10 @@ from sqlalchemy.orm import Session
 
 from laserlm.errors import RunBusyError, StoreError
 from laserlm.scoring.records import Evaluation
-from laserlm.store.claim import UNCLAIMED, claim, heartbeat, update_owned
+from laserlm.store.claim import UNCLAIMED, Beat, claim, heartbeat, unless_alive, update_owned
 from laserlm.store.database import Database, lock
 from laserlm.store.schema import RunRow
-from laserlm.store.trials import check, load_evaluation, load_trials, save_evaluation, save_failure
+from laserlm.store.trials import check, load_evaluation, load_evaluations, load_failures, save_evaluation, save_failure
 from laserlm.tasks.example import Example
 
 __all__ = ["Run", "claimed_run"]
@@ -47,8 +47,17 @@ class Run:
 
     def trials(self, split: str) -> tuple[dict[str, Evaluation], dict[str, str]]:
         """Return the scores and the reasons of failures on a split, by intervention; a trial may have both."""
+        return {e.intervention: e for e in self.evaluations(split)}, self.failures(split)
+
+    def evaluations(self, split: str) -> Iterator[Evaluation]:
+        """Yield the evaluations of the trials on a split that have scores, a part of them in memory at a time."""
         with self._database.read() as session:
-            return load_trials(session, self.id, split)
+            yield from load_evaluations(session, self.id, split)
+
+    def failures(self, split: str) -> dict[str, str]:
+        """Return why trials on a split have no scores, or no further ones, by intervention."""
+        with self._database.read() as session:
+            return load_failures(session, self.id, split)
 
     def record(self, evaluation: Evaluation, examples: Sequence[Example], *, start: int = 0) -> None:
         """Save a new trial with all its scores, or append scores to a trial; after an error nothing is saved.
@@ -145,27 +154,35 @@ def _open_run(
 ) -> Run:
     if missing := {"model", "task"} - settings.keys():
         raise StoreError(f"the settings of the run lack {', '.join(sorted(missing))}; they have {', '.join(settings)}")
-    with database.write() as session:
-        lock(session.connection(), f"run {key}")
-        newest = select(RunRow).where(RunRow.key == key).order_by(RunRow.number.desc()).limit(1).with_for_update()
-        row = None if restart else session.scalars(newest).first()
-        if row is not None and row.status == "done":
-            return Run(database, row, "", resumed=False)
-        resumed = row is not None
-        if row is None:
-            now = datetime.now(UTC)
-            row = RunRow(
-                id=secrets.token_hex(6),
-                key=key,
-                kind=kind,
-                status="running",
-                model=str(settings["model"]),
-                task=str(settings["task"]),
-                settings=settings,
-                provenance=provenance,
-                created=now,
-                updated=now,
-            )
-            session.add(row)
-            session.flush()
-        return Run(database, row, claim(session, row), resumed=resumed)
+    newest = select(RunRow).where(RunRow.key == key).order_by(RunRow.number.desc()).limit(1)
+
+    def open_free(dead: Beat | None) -> Run:
+        with database.write() as session:
+            lock(session.connection(), f"run {key}")
+            row = None if restart else session.scalars(newest.with_for_update()).first()
+            if row is not None and row.status == "done":
+                return Run(database, row, "", resumed=False)
+            resumed = row is not None
+            if row is None:
+                row = _new_row(kind, key, settings, provenance)
+                session.add(row)
+                session.flush()
+            return Run(database, row, claim(session, row, dead), resumed=resumed)
+
+    return unless_alive(database, newest, open_free)
+
+
+def _new_row(kind: str, key: str, settings: dict[str, Any], provenance: dict[str, Any]) -> RunRow:
+    now = datetime.now(UTC)
+    return RunRow(
+        id=secrets.token_hex(6),
+        key=key,
+        kind=kind,
+        status="running",
+        model=str(settings["model"]),
+        task=str(settings["task"]),
+        settings=settings,
+        provenance=provenance,
+        created=now,
+        updated=now,
+    )

@@ -15,11 +15,11 @@ from sqlalchemy.orm import Session
 
 from laserlm.errors import StoreError
 from laserlm.scoring.records import Evaluation
-from laserlm.store.claim import busy_error, current_status, is_alive
+from laserlm.store.claim import Beat, current_status, database_time, require_free, unless_alive
 from laserlm.store.database import Database, lock
 from laserlm.store.run import Run, claimed_run
 from laserlm.store.schema import ExampleRow, RunRow, ScoreRow, TrialRow
-from laserlm.store.trials import load_evaluation, load_examples, load_trials
+from laserlm.store.trials import load_evaluation, load_evaluations, load_examples
 from laserlm.tasks.example import Example
 
 __all__ = ["RunInfo", "Store", "TrialInfo"]
@@ -141,7 +141,8 @@ class Store:
         """Return all runs, newest first."""
         with self.database.read() as session:
             rows = session.execute(select(RunRow, _trial_count()).order_by(RunRow.number.desc()))
-            return [_run_info(row, trials) for row, trials in rows]
+            now = database_time(session)
+            return [_run_info(row, trials, now) for row, trials in rows]
 
     def find(self, id_or_prefix: str, kind: str | None = None) -> RunInfo:
         """Return the run whose id starts with a prefix, or the newest search for ``last``.
@@ -189,7 +190,7 @@ class Store:
         """Return the scores of every trial on a split, by intervention; trials without scores are left out."""
         with self.database.read() as session:
             _row(session, run_id)
-            return load_trials(session, run_id, split)[0]
+            return {e.intervention: e for e in load_evaluations(session, run_id, split)}
 
     def examples(self, run_id: str, split: str) -> tuple[Example, ...]:
         """Return the examples on which a run scored the unchanged model, in the order of its scores."""
@@ -213,17 +214,19 @@ class Store:
         Raises:
             RunBusyError: if a live process works on the run.
         """
-        with self.database.write() as session:
-            row = _row(session, run_id, update=True)
-            if is_alive(row):
-                raise busy_error(row)
-            session.execute(delete(RunRow).where(RunRow.id == run_id))
-            lock(session.connection(), "examples")
-            session.execute(
-                delete(ExampleRow)
-                .where(~exists().where(ScoreRow.example_id == ExampleRow.id))
-                .execution_options(synchronize_session=False)
-            )
+
+        def delete_free(dead: Beat | None) -> None:
+            with self.database.write() as session:
+                require_free(_row(session, run_id, update=True), dead)
+                session.execute(delete(RunRow).where(RunRow.id == run_id))
+                lock(session.connection(), "examples")
+                session.execute(
+                    delete(ExampleRow)
+                    .where(~exists().where(ScoreRow.example_id == ExampleRow.id))
+                    .execution_options(synchronize_session=False)
+                )
+
+        unless_alive(self.database, select(RunRow).where(RunRow.id == run_id), delete_free)
 
 
 def _row(session: Session, run_id: str, *, update: bool = False) -> RunRow:
@@ -238,11 +241,11 @@ def _trial_count() -> ScalarSelect[int]:
     return select(func.count(TrialRow.id)).where(TrialRow.run_id == RunRow.id).scalar_subquery()
 
 
-def _run_info(row: RunRow, trials: int) -> RunInfo:
+def _run_info(row: RunRow, trials: int, now: datetime) -> RunInfo:
     return RunInfo(
         id=row.id,
         kind=row.kind,
-        status=current_status(row),
+        status=current_status(row, now),
         key=row.key,
         model=row.model,
         task=row.task,
@@ -264,7 +267,7 @@ def _export(session: Session, run: RunRow) -> dict[str, Any]:
     return {
         "id": run.id,
         "kind": run.kind,
-        "status": current_status(run),
+        "status": current_status(run, database_time(session)),
         **_values(run, "reason", "key", "model", "task"),
         "created": run.created.isoformat(),
         "updated": run.updated.isoformat(),

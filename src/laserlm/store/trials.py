@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -19,11 +19,22 @@ from laserlm.store.database import lock
 from laserlm.store.schema import ExampleRow, ScoreRow, TrialRow
 from laserlm.tasks.example import Example
 
-__all__ = ["check", "find_trial", "load_evaluation", "load_examples", "load_trials", "save_evaluation", "save_failure"]
+__all__ = [
+    "check",
+    "find_trial",
+    "load_evaluation",
+    "load_evaluations",
+    "load_examples",
+    "load_failures",
+    "save_evaluation",
+    "save_failure",
+]
 
 EXAMPLE_COLUMNS = ("id", "prompt", "answer", "choices", "group", "fact", "popularity")
 OTHER_FIELDS = [f for f in fields(Example) if f.name not in EXAMPLE_COLUMNS]
 MAX_QUERY_VALUES = 500  # SQLite before 3.32 takes at most 999
+MAX_QUERY_SCORES = 100_000
+"""Scores that one query reads; it bounds the memory, since a score takes some hundred bytes in Python."""
 
 
 def check(evaluation: Evaluation, examples: Sequence[Example]) -> None:
@@ -99,16 +110,29 @@ def save_failure(session: Session, run_id: str, split: str, intervention: str, r
 def load_evaluation(session: Session, run_id: str, split: str, intervention: str) -> Evaluation | None:
     """Return the recorded evaluation, or None if the trial is missing or failed."""
     trial = find_trial(session, run_id, split, intervention)
-    return None if trial is None or trial.status != "done" else _load(session, [trial])[0]
+    return None if trial is None or trial.status != "done" else next(_load(session, [trial]))
 
 
-def load_trials(session: Session, run_id: str, split: str) -> tuple[dict[str, Evaluation], dict[str, str]]:
-    """Return the scores and the reasons of failures of the trials on a split, by intervention."""
+def load_evaluations(session: Session, run_id: str, split: str) -> Iterator[Evaluation]:
+    """Yield the evaluations of the trials on a split that have scores, a part of them in memory at a time."""
     trials = session.scalars(
-        select(TrialRow).where(TrialRow.run_id == run_id, TrialRow.split == split).order_by(TrialRow.id)
+        select(TrialRow).where(TrialRow.run_id == run_id, TrialRow.split == split, TrialRow.n > 0).order_by(TrialRow.id)
     ).all()
-    evaluations = {e.intervention: e for e in _load(session, [t for t in trials if t.n])}
-    return evaluations, {t.intervention: t.reason or "" for t in trials if t.status == "failed"}
+    part: list[TrialRow] = []
+    for trial in trials:
+        if len(part) == MAX_QUERY_VALUES or sum(t.n or 0 for t in [*part, trial]) > MAX_QUERY_SCORES:
+            yield from _load(session, part)
+            part = []
+        part.append(trial)
+    yield from _load(session, part)
+
+
+def load_failures(session: Session, run_id: str, split: str) -> dict[str, str]:
+    """Return why trials on a split have no scores, or no further ones, by intervention."""
+    query = select(TrialRow.intervention, TrialRow.reason).where(
+        TrialRow.run_id == run_id, TrialRow.split == split, TrialRow.status == "failed"
+    )
+    return {intervention: reason or "" for intervention, reason in session.execute(query.order_by(TrialRow.id))}
 
 
 def load_examples(session: Session, run_id: str, split: str) -> tuple[Example, ...]:
@@ -131,48 +155,45 @@ def _lists_to_tuples(value: Any) -> Any:
     return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _load(session: Session, trials: Sequence[TrialRow]) -> list[Evaluation]:
+def _load(session: Session, trials: Sequence[TrialRow]) -> Iterator[Evaluation]:
+    """Yield the evaluations of a few trials, in their order."""
     scores: dict[int, list[ExampleScore]] = {trial.id: [] for trial in trials}
-    trial_ids = list(scores)
-    for start in range(0, len(trial_ids), MAX_QUERY_VALUES):
-        rows = session.execute(
-            select(
-                ScoreRow.trial_id,
-                ExampleRow.name,
-                ScoreRow.correct,
-                ScoreRow.logprob,
-                ScoreRow.tokens,
-                ScoreRow.predicted,
-                func.coalesce(ScoreRow.answer, ExampleRow.answer),
-                ExampleRow.group,
-                ScoreRow.figures,
-            )
-            .join(ExampleRow, ScoreRow.example_id == ExampleRow.id)
-            .where(ScoreRow.trial_id.in_(trial_ids[start : start + MAX_QUERY_VALUES]))
-            .order_by(ScoreRow.trial_id, ScoreRow.position)
+    rows = session.execute(
+        select(
+            ScoreRow.trial_id,
+            ExampleRow.name,
+            ScoreRow.correct,
+            ScoreRow.logprob,
+            ScoreRow.tokens,
+            ScoreRow.predicted,
+            func.coalesce(ScoreRow.answer, ExampleRow.answer),
+            ExampleRow.group,
+            ScoreRow.figures,
+            ExampleRow.fact,
         )
-        for trial_id, id, correct, logprob, tokens, predicted, answer, group, figures in rows:
-            scores[trial_id].append(ExampleScore(id, correct, logprob, tokens, predicted, answer, group, figures or {}))
-    evaluations: list[Evaluation] = []
+        .join(ExampleRow, ScoreRow.example_id == ExampleRow.id)
+        .where(ScoreRow.trial_id.in_(list(scores)))
+        .order_by(ScoreRow.trial_id, ScoreRow.position)
+    )
+    for trial_id, id, correct, logprob, tokens, predicted, answer, group, figures, fact in rows:
+        score = ExampleScore(id, correct, logprob, tokens, predicted, answer, group, figures or {}, fact=fact)
+        scores[trial_id].append(score)
     for trial in trials:
         if len(scores[trial.id]) != trial.n:
             raise StoreError(
                 f"run {trial.run_id} has {len(scores[trial.id])} of {trial.n} scores for {trial.intervention!r} on "
                 f"{trial.split}; the database is damaged; restore a copy, or give another --store"
             )
-        evaluations.append(
-            Evaluation(
-                trial.model or "",
-                trial.task or "",
-                trial.split,
-                trial.scorer or "",
-                trial.intervention,
-                tuple(scores[trial.id]),
-                trial.seconds or 0.0,
-                tuple(trial.classes or ()),
-            )
+        yield Evaluation(
+            trial.model or "",
+            trial.task or "",
+            trial.split,
+            trial.scorer or "",
+            trial.intervention,
+            tuple(scores.pop(trial.id)),
+            trial.seconds or 0.0,
+            tuple(trial.classes or ()),
         )
-    return evaluations
 
 
 def _open_trial(session: Session, run_id: str, split: str, intervention: str, start: int) -> TrialRow:

@@ -12,6 +12,7 @@ JSON = sa.JSON().with_variant(sa.Text, "postgresql")
 UNIQUE = "uq_trials_run_id_split_intervention"
 
 
+# One call for each table, and no shared pieces: databases in use were made by these lines, so they are not changed any more.
 def upgrade() -> None:
     """Create the tables."""
     op.create_table(
