@@ -50,7 +50,7 @@ LANGUAGES = {"sh", "python", "text", "json", "jsonl", "yaml"}
 
 WIDTH = 4
 """Candidates that a search's screen sends on."""
-TEXT_LENGTH = 8_000
+TEXT_LENGTH = 4_500
 """Characters that are kept of a text that a page makes."""
 SHORT = {
     "search": f"--limit 12 --width {WIDTH}",
@@ -74,17 +74,17 @@ SHORT = {
     "lab sokoban search": "--limit 4 --grid 1.fc_in@0.5",
 }
 GRID = "top4.all@0.75,0.1"
-"""What a search of the bundled model looks through where its command names no grid or a wide one, but for the pages that are
-read first."""
+"""What a search of the bundled model looks through where no grid or a wide one is named, but for the pages that are read
+first."""
 FIRST = ("README.md", "docs/quickstart.md", "docs/your-own.md")
 ONLY_READ = {
     "--address auto": "needs a Ray cluster that is there already",
+    "--executor ray --workers 2": "the block of Python after it does the same",
     "laser lm-eval --model laser": "the harness reads its task from the hub",
     "laser lab rank-constraint": "trains for a quarter of an hour; its parts are tested in tests/lab",
     "Qwen/Qwen2.5-7B-Instruct": "a model on the hub",
 }
 ONLY_BUNDLED = {
-    "--executor ray": "starts a cluster",
     "laser.Ray(": "starts a cluster",
     "laser app": "starts a server in a process of its own",
     "laser lab ": "trains models of its own, or plays with them; neither model has a part in it",
@@ -277,7 +277,7 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     rows = [{"prompt": prompt, "answer": answer, "subject": subject} for prompt, answer, subject in facts]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("corpus.txt", "general.txt", "texts/one.txt"):
-        (folder / name).write_text(TEXT * 200 + "\n\nParis is the capital of France.\n")
+        (folder / name).write_text(TEXT * 40 + "\n\nParis is the capital of France.\n")
     for name in ("counterfact.json", "counterfact_500.json"):
         (folder / name).write_text(json.dumps([record(n, *fact) for n, fact in enumerate(CAPITALS.items())]))
     (folder / "paper_dev.jsonl").write_text(
@@ -302,7 +302,7 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     search = laserlm.search
 
     def narrow(*given: Any, **named: Any) -> laserlm.SearchResult:
-        return search(*given, **{"candidates": WIDTH} | named)
+        return search(*given, **{"candidates": WIDTH, "grid": GRID} | named)
 
     if not (named.real and page in FIRST):
         monkeypatch.setattr(laserlm, "search", narrow)

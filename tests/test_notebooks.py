@@ -86,7 +86,7 @@ class Named:
 def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Named:
     """The stand-in, or the bundled model."""
     if request.param == "bundled":
-        return Named(request.getfixturevalue("bundled"), few=100, most=max(STORED.values()), real=True)
+        return Named(request.getfixturevalue("bundled"), few=24, most=max(STORED.values()), real=True)
     cache = tmp_path_factory.mktemp("stand-in") / "laserlm"
     save_stand_in(cache)
     return Named(laser.load("bundled", cache=cache), few=24, most=24, real=False)
@@ -162,6 +162,7 @@ def test_a_stored_notebook_holds_its_outputs_in_order_and_nothing_from_elsewhere
 
 @pytest.mark.bundled
 @pytest.mark.slow
+@pytest.mark.xdist_group("notebooks on the bundled model")  # both compare one evaluation
 @pytest.mark.parametrize("named", ["bundled"], indirect=True)
 @pytest.mark.parametrize(("name", "questions"), STORED.items())
 def test_the_stored_base_is_what_is_measured_here(name: str, questions: int, named: Named) -> None:
