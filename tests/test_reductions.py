@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import string
 from collections.abc import Callable
 from decimal import Decimal
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from laserlm.errors import LaserError, MatrixError, SpecError
-from laserlm.reductions import GROUPS, Grid, Intervention, Layers, Reduction, Size, from_rate
+from laserlm.reductions import GROUPS, Components, Grid, Intervention, Layers, Reduction, Size, from_rate, short_form
 
 FORM = "write LAYERS.MATRIX@SIZE"
 SIZE_FORM = "write a kept fraction such as 0.01 or a rank such as r40"
@@ -52,6 +55,11 @@ def spec_error(read: Callable[[str], object], text: str) -> str:
         ("vision.tower.0-2.attn@r1", "vision.tower.0-2.attn@r1"),
         ("0.experts.2.fc_in@0.1", "0.experts.2.fc_in@0.1"),
         ("0.cross_q_proj@0.1", "0.cross_q_proj@0.1"),
+        ("27.fc_in@drop3", "27.fc_in@drop3"),
+        ("27.fc_in@drop0-0", "27.fc_in@drop0"),
+        ("27.fc_in@drop17-20,03,0", "27.fc_in@drop0,3,17-20"),
+        ("27.fc_in@drop2,1,0,4,5-6", "27.fc_in@drop0-2,4-6"),
+        ("encoder.all.mlp@drop1,0:split2", "encoder.all.mlp@drop0-1:split2"),
     ],
 )
 def test_equal_reductions_print_one_canonical_text(text: str, canonical: str) -> None:
@@ -67,10 +75,11 @@ def test_every_combination_of_the_parts_of_a_reduction_round_trips() -> None:
     matrices = ["q_proj", "fc_in", "attn", "mlp", "all", "experts.0.fc_up"]
     sizes = ["0", "0.0025", "0.75", "1", "r0", "r40"]
     options = ["", ":bottom", ":reference", ":split4", ":bottom:split2"]
-    texts = [f"{s}{lay}.{m}@{z}{o}" for s, lay, m, z, o in product(stacks, layers, matrices, sizes, options)]
+    kept = list(product(sizes, options)) + list(product(["drop3", "drop0,3,17-20"], ["", ":split4"]))
+    texts = [f"{s}{lay}.{m}@{z}{o}" for s, lay, m, (z, o) in product(stacks, layers, matrices, kept)]
     read = [Reduction.parse(text) for text in texts]
     assert [str(r) for r in read] == texts
-    assert len(set(read)) == len(texts) == 3 * 5 * 6 * 6 * 5
+    assert len(set(read)) == len(texts) == 3 * 5 * 6 * (6 * 5 + 2 * 2)
 
 
 def test_each_part_of_the_text_lands_in_its_field() -> None:
@@ -127,6 +136,16 @@ def test_a_different_keep_method_stack_or_kind_of_size_is_a_different_reduction(
         ("27.fc_in@0,1e", "'1e'", SIZE_FORM),
         ("27.fc_in@0.1,", "''", SIZE_FORM),
         ("27.fc_in@0.1@0.2", "'0.1@0.2'", SIZE_FORM),
+        ("27.fc_in@drop", "''", "write numbers and ranges such as drop0,3,17-20"),
+        ("27.fc_in@drop1,", "''", "write numbers and ranges such as drop0,3,17-20"),
+        ("27.fc_in@drop-1", "'-1'", "write numbers and ranges such as drop0,3,17-20"),
+        ("27.fc_in@drop1.5", "'1.5'", "write numbers and ranges such as drop0,3,17-20"),
+        ("27.fc_in@drop3-1", "'3-1'", "write 1-3"),
+        ("27.fc_in@drop3,3", "component 3 is listed twice", "list each component once"),
+        ("27.fc_in@drop1-4,3", "component 3 is listed twice", "list each component once"),
+        ("27.fc_in@0.5,drop3", "mixes kept sizes with 'drop'", "joined by '+'"),
+        ("27.fc_in@drop3:bottom", "27.fc_in@drop3:bottom", "leave out ':bottom' and ':reference'"),
+        ("27.fc_in@drop3:reference", "27.fc_in@drop3:reference", "leave out ':bottom' and ':reference'"),
         ("27.fc_in@0.1:", "'27.fc_in@0.1:'", OPTIONS),
         ("27.fc_in@0.1:top", "'27.fc_in@0.1:top'", OPTIONS),
         ("27.fc_in@0.1:Bottom", "'27.fc_in@0.1:Bottom'", OPTIONS),
@@ -381,3 +400,73 @@ def test_a_fraction_that_would_take_gigabytes_to_print_is_refused() -> None:
         Size.parse("1e-999999999")
     assert str(Size.parse("1e-18")) == "0.000000000000000001"
     assert str(Size.parse("0e-999999999")) == "0"
+
+
+def test_components_are_numbers_or_ranges_however_many() -> None:
+    components = Components.of([20, 3, 0, 17, 18, 19])
+    assert components == Components.parse("0,3,17-20") == Components(((17, 20), (3, 3), (0, 0)))
+    assert components.numbers == [0, 3, 17, 18, 19, 20]
+    assert (len(components), components.last) == (6, 20)
+    assert len(Components.parse("0-999999998")) == 999_999_999  # no list of them is made
+    with pytest.raises(SpecError, match="no component is listed"):
+        Components.of([])
+
+
+def test_a_list_of_components_needs_no_quotes_in_a_shell_or_an_address() -> None:
+    text = str(Intervention.parse("27.fc_in@drop20,3,0,17-19+28.fc_up@drop5:split2"))
+    assert text == "27.fc_in@drop0,3,17-20+28.fc_up@drop5:split2"
+    assert set(text) <= {*string.ascii_letters, *string.digits, *"._@+:,-"}
+
+
+def test_reductions_round_trip_through_a_file(tmp_path: Path) -> None:
+    intervention = Intervention.parse("27.fc_in@drop0,3,17-20+28.fc_up@0.02:bottom")
+    file = tmp_path / "a folder+" / "edit.json"
+    intervention.write(file)
+    assert json.loads(file.read_text()) == {
+        "schema": "laserlm.reductions",
+        "version": 1,
+        "reductions": ["27.fc_in@drop0,3,17-20", "28.fc_up@0.02:bottom"],
+    }
+    assert Intervention.read(f"@{file}") == Intervention.read([f" @{file} "]) == intervention
+    both = Intervention.read([f"@{file}", "3.mlp@0.1", ""])
+    assert both == Intervention.parse(f"{intervention}+3.mlp@0.1")
+    assert Intervention.read(intervention) is intervention
+    assert Intervention.read("3.mlp@0.1+4.mlp@0.1") == Intervention.parse("3.mlp@0.1+4.mlp@0.1")
+
+
+def test_text_that_strangers_send_reads_no_file(tmp_path: Path) -> None:
+    Intervention.parse("3.mlp@0.1").write(tmp_path / "edit.json")
+    assert FORM in spec_error(Intervention.parse, f"@{tmp_path / 'edit.json'}")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        ("27.fc_in@0.1", "cannot read the reductions in"),
+        ("[]", 'has no entry "schema": "laserlm.reductions"'),
+        ('{"reductions": ["3.mlp@0.1"]}', 'has no entry "schema": "laserlm.reductions"'),
+        ('{"schema": "laserlm.reductions", "version": 2, "reductions": []}', "is of version 2; this laserlm reads version 1"),
+        ('{"schema": "laserlm.reductions", "version": 1, "reductions": "3.mlp@0.1"}', "no list of texts"),
+        ('{"schema": "laserlm.reductions", "version": 1, "reductions": [3]}', "no list of texts"),
+        ('{"schema": "laserlm.reductions", "version": 1, "reductions": ["3.mlp@drop2-1"]}', "run backwards; write 1-2"),
+        ('{"schema": "laserlm.reductions", "version": 1, "reductions": ["@edit.json"]}', FORM),
+    ],
+)
+def test_a_missing_or_broken_file_is_one_error_that_names_it(content: str | None, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "edit.json"
+    if content is not None:
+        file.write_text(content)
+    message = spec_error(Intervention.read, f"@{file}")
+    assert str(file) in message
+    assert reason in message
+
+
+def test_a_table_shows_how_many_components_a_long_text_drops() -> None:
+    text = "+".join(f"{layer}.{name}@drop{layer},{layer + 2}-{layer + 4}" for layer in range(30) for name in ("fc_in", "fc_up"))
+    assert short_form(text) == short_form(Intervention.parse(text)) == "240 components of 60 matrices"
+    assert short_form(f"{text}+0.fc_out@0.5") == "240 components of 60 matrices and 1 other reductions"
+    assert short_form(text.replace("29.fc_in@", "28-29.fc_in@")) == "240 components of 60 selections"
+    assert short_form("+".join(f"{layer}.mlp@0.1" for layer in range(30))) == "30 reductions"
+    assert short_form("28.fc_up@drop0,3") == "28.fc_up@drop0,3"
+    assert short_form(f"control: draw 1, {text}") == f"control: draw 1, {text}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import write_gguf
 
 from laserlm.cli import app
 from laserlm.models import LanguageModel, load
@@ -62,6 +63,19 @@ def test_matrices_as_json_csv_and_table(run: Run, folder: Path) -> None:
     assert "model.layers.2.mlp.down_proj.weight" in out
     assert "48 x 32" in out
     assert run("matrices", folder, "--csv", "--json")[0] == 2
+
+
+def test_a_gguf_file_and_a_config_alone_list_the_matrices_of_the_model(
+    run: Run, folder: Path, llama: LanguageModel, tmp_path: Path
+) -> None:
+    listed = run("matrices", folder, "--json")
+    llama.model.config.save_pretrained(tmp_path / "config alone")
+    file = write_gguf(llama, tmp_path / "tiny.gguf")
+    assert run("matrices", tmp_path / "config alone", "--json") == run("matrices", file, "--json") == listed
+    cache = tmp_path / "converted"
+    assert run("generate", file, "The capital of", "--cache", cache, "--json")[0] == 0
+    assert json.loads(run("clear-cache", "--cache", cache, "--json")[1])["freed_bytes"]["models"] > 100_000
+    assert list((cache / "models").iterdir()) == []
 
 
 def test_fused_matrices_are_listed_with_their_parts(run: Run, make: Make, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from in_process import check_here
 
 from laserlm.models import LanguageModel
+from laserlm.reductions import Intervention
 
 Make = Callable[..., LanguageModel]
 Run = Callable[..., tuple[int, str, str]]
@@ -48,7 +50,15 @@ def test_a_reduction_is_saved_checked_and_made_again(
     assert "equal, bit by bit" in printed
     code, printed, _ = run("load-check", out, "--json")
     assert code == 0
-    assert json.loads(printed)["imported_laserlm"] is True
+    check = json.loads(printed)
+    assert (check["imported_laserlm"], check["in_float32"], check["agrees"]) == (True, True, True)
+    other = tmp_path / "other"
+    assert run("save", folder, "--reduce", "all.mlp@0.3", "--out", other)[0] == 0
+    (other / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    code, _, err = run("load-check", other)
+    assert code == 1
+    assert "model.safetensors" in err
+    assert "changed since the model was saved" in err
     (out / "model.safetensors").write_bytes(b"")
     code, _, err = run("load-check", out)
     assert code == 1
@@ -127,3 +137,33 @@ def test_the_last_blocks_are_swept_with_ratios_in_any_way_of_writing_them(run: R
     code, _, err = run("sweep-layers", folder, "--ratios", "much", *task)
     assert code == 1
     assert "much" in err
+
+
+def test_components_of_a_file_are_scored_saved_as_an_adapter_and_checked(
+    run: Run, folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_here(monkeypatch)
+    components = "1.fc_in@drop0,3-5+2.fc_up@drop7"
+    file, out = tmp_path / "edit.json", tmp_path / "out"
+    Intervention.parse(components).write(file)
+    code, printed, _ = run("evaluate", folder, "--task", f"jsonl:{questions}", "--reduce", f"@{file}", "--json")
+    assert code == 0
+    assert json.loads(printed)["intervention"] == components
+    code, printed, _ = run("save", folder, "--reduce", f"@{file}", "--form", "adapter", "--out", out)
+    assert code == 0
+    assert "an adapter for 2 matrices, 400 parameters in" in printed
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # in peft
+        code, printed, _ = run("load-check", out, "--json")
+    assert code == 0
+    assert json.loads(printed)["form"] == "adapter"
+    code, printed, _ = run("reproduce", out)
+    assert code == 0
+    assert "all 2 tensors are equal, bit by bit" in printed
+    code, printed, _ = run("evaluate", out, "--task", f"jsonl:{questions}", "--json")
+    assert code == 0
+    assert json.loads(printed)["intervention"] == ""
+    file.write_text("{")
+    code, _, err = run("evaluate", folder, "--task", f"jsonl:{questions}", "--reduce", f"@{file}")
+    assert code == 1
+    assert "cannot read the reductions in" in err

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,3 +277,70 @@ def test_an_edit_inside_of_a_factored_model_is_refused(make: Make) -> None:
     lm = make("llama")
     with factored(lm, "1.fc_in@0.2"), pytest.raises(WeightError, match="two factors"), applied(lm, "1.fc_in@0.1"):
         pass
+
+
+def without(weight: Tensor, components: list[int]) -> np.ndarray:
+    """Return a matrix without some components, from NumPy's own decomposition."""
+    U, S, Vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+    return weight.double().numpy() - U[:, components] * S[components] @ Vh[components]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_matrix_loses_the_named_components_and_comes_back(family: str, make: Make) -> None:
+    lm = make(family)
+    before = snapshot(lm)
+    originals = {m.id: read_matrix(lm.model, m).clone() for m in lm.matrices}
+    with applied(lm, "all.all@drop0,3,9-11"):
+        for m in lm.matrices:
+            if not m.parts:
+                expected = without(originals[m.id], [0, 3, 9, 10, 11])
+                np.testing.assert_allclose(read_matrix(lm.model, m).numpy(), expected, atol=2e-6)
+    assert_same(lm, before)
+
+
+def test_the_first_and_the_last_components_are_those_of_bottom_and_top(make: Make) -> None:
+    lm = make("phi3")
+    cases = [("drop0-3", "r28:bottom"), ("drop4-31", "r4"), ("drop0-31", "r0"), ("drop0-7:split2", "r16:bottom:split2")]
+    for dropped, kept in cases:
+        values = []
+        for size in (dropped, kept):
+            with applied(lm, f"1.fc_in@{size}+1.q_proj@{size.replace('r16', 'r8')}"):
+                values.append([read_matrix(lm.model, m).clone() for m in lm.matrices if m.id in ("1.fc_in", "1.q_proj")])
+        torch.testing.assert_close(values[0], values[1], atol=2e-6, rtol=0)
+
+
+def test_components_of_blocks_of_rows_are_those_of_each_block(llama: LanguageModel) -> None:
+    m = next(m for m in llama.matrices if m.id == "1.fc_in")  # 48 x 32
+    original = read_matrix(llama.model, m).clone()
+    with applied(llama, "1.fc_in@drop1,5:split4"):
+        actual = read_matrix(llama.model, m).numpy()
+    np.testing.assert_allclose(actual, np.concatenate([without(block, [1, 5]) for block in original.chunk(4)]), atol=2e-6)
+
+
+def test_the_complement_of_components_drops_the_others(llama: LanguageModel) -> None:
+    m = next(m for m in llama.matrices if m.id == "1.fc_in")
+    original = read_matrix(llama.model, m).clone()
+    other = removed_part(llama.matrices, "1.fc_in@drop0,3,17-20")
+    assert str(other) == "1.fc_in@drop1-2,4-16,21-31"
+    with applied(llama, other):
+        np.testing.assert_allclose(
+            read_matrix(llama.model, m).numpy(), original.numpy() - without(original, [0, 3, 17, 18, 19, 20]), atol=2e-6
+        )
+    assert removed_part(llama.matrices, other) == Intervention.parse("1.fc_in@drop0,3,17-20")
+    assert resolve(llama.matrices, removed_part(llama.matrices, "1.fc_in@drop0-31"))[0].is_identity
+
+
+def test_a_component_that_a_matrix_lacks_is_named_with_those_it_has(llama: LanguageModel) -> None:
+    with pytest.raises(MatrixError, match=r"0\.k_proj has no component 20; its components are 0 to 15"):
+        resolve(llama.matrices, "0.attn@drop3,20")
+    with pytest.raises(MatrixError, match="are the same weights; reduce a matrix once"):
+        resolve(llama.matrices, "1.fc_in@drop3+1.fc_in@drop4")
+
+
+def test_reductions_are_read_from_a_file(llama: LanguageModel, tmp_path: Path) -> None:
+    intervention = Intervention.parse("1.fc_in@drop0,3+2.fc_up@r4")
+    intervention.write(tmp_path / "edit.json")
+    with applied(llama, [f"@{tmp_path / 'edit.json'}", "0.fc_in@0.5"]):
+        assert llama.intervention == f"0.fc_in@0.5+{intervention}"
+    with factored(llama, f"@{tmp_path / 'edit.json'}") as stored:
+        assert [m.matrix for m in stored] == ["1.fc_in", "2.fc_up"]

@@ -29,7 +29,15 @@ def outputs(lm: LanguageModel) -> Tensor:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize(
-    "text", ["all.all@0.2", "all.all@r0", "all.mlp@0.2:bottom", "all.fc_in@0.25:split4", "1.attn@0.2:reference"]
+    "text",
+    [
+        "all.all@0.2",
+        "all.all@r0",
+        "all.mlp@0.2:bottom",
+        "all.fc_in@0.25:split4",
+        "1.attn@0.2:reference",
+        "1.q_proj@drop0,3-30",
+    ],
 )
 def test_two_factors_compute_what_one_matrix_does_and_leave_no_trace(family: str, text: str, make: Make) -> None:
     lm = make(family)
@@ -101,3 +109,10 @@ def test_scoring_inside_gives_the_same_flags(make: Make) -> None:
         assert other.intervention == text
         assert [s.correct for s in one.scores] == [s.correct for s in other.scores]
         assert [s.logprob for s in one.scores] == pytest.approx([s.logprob for s in other.scores], abs=1e-3)
+
+
+def test_most_matrices_without_a_few_components_stay_one_matrix(llama: LanguageModel) -> None:
+    with factored(llama, "0.fc_in@drop3+1.fc_in@drop0,2-20") as (few, many):  # ranks 31 and 12 of 32
+        assert isinstance(llama.model.get_submodule("model.layers.1.mlp.gate_proj"), LowRankLinear)
+    assert few.reason_kept_dense == "rank 31 would take 2480 parameters as factors, 1536 as a matrix"
+    assert (many.rank, many.parameters, many.reason_kept_dense) == (12, 12 * 80, "")

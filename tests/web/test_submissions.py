@@ -387,3 +387,10 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
 def test_good_files_among_bad_ones_are_added(good: dict[str, Any], tmp_path: Path) -> None:
     added = add([write(tmp_path, b"{", "bad.json"), write(tmp_path, good)], tmp_path / "to")
     assert [a.target is None for a in added] == [True, False]
+
+
+def test_the_p_value_of_questions_that_share_facts_is_not_mcnemars(good: dict[str, Any]) -> None:
+    good["result"] |= {"mcnemar_p": 0.5, "facts": good["result"]["n"]}
+    assert any(line.startswith("result.mcnemar_p: 0.5 is not") for line in find_problems(good))
+    good["result"]["facts"] //= 3
+    assert find_problems(good) == []

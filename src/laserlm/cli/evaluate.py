@@ -33,11 +33,11 @@ def evaluate(
     Example: laser evaluate bundled --task worldfacts --limit 200 --reduce 28.fc_up@0.05 --compare
     """
     from laserlm.edit import applied
-    from laserlm.reductions import Intervention
+    from laserlm.reductions import Intervention, short_form
     from laserlm.scoring.evaluate import compare as compare_
     from laserlm.scoring.evaluate import evaluate as evaluate_
 
-    intervention = Intervention.parse(reduce or [])  # before the model is loaded
+    intervention = Intervention.read(reduce or [])  # before the model is loaded
     examples = task_options.split(split, limit)
     if scores is not None and not scores.absolute().parent.is_dir():
         raise typer.BadParameter(f"--scores: there is no folder {scores.absolute().parent}; create it first")
@@ -45,7 +45,7 @@ def evaluate(
     evaluations = []
     for current in [Intervention(), intervention] if compare else [intervention]:
         # The bar covers the decomposition too, which takes long for many matrices.
-        with progress_bar(f"scoring {current or 'the unchanged model'}") as advance, applied(lm, current):
+        with progress_bar(f"scoring {short_form(current) or 'the unchanged model'}") as advance, applied(lm, current):
             evaluations.append(evaluate_(lm, examples, batch_size=task_options.batch_size, on_progress=advance))
     _print(evaluations, compare_(*evaluations) if compare else None, json)
     if scores is not None:

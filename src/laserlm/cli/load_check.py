@@ -15,7 +15,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder that 'laser save' or 'laser
 
 @with_options()
 def load_check(folder: Folder, json: Json = False) -> None:
-    """Load a saved model in a fresh process, and compare its logits with those recorded when it was saved.
+    """Load a saved model in a fresh process, and compare its files and logits with those recorded when it was saved.
 
     Example: laser load-check smollm2-laser
     """
@@ -27,5 +27,7 @@ def load_check(folder: Folder, json: Json = False) -> None:
         print_json(asdict(check) | {"agrees": check.agrees})
     else:
         print(f"{folder} {check}")
+    if check.changed_weights:
+        raise ExportError(f"{', '.join(check.changed_weights)} of {folder} changed since the model was saved; save it again")
     if not check.agrees:
         raise ExportError(f"the outputs of {folder} differ from those recorded when it was saved; save it again")

@@ -32,11 +32,14 @@ def setup(
 
 @with_options(model_options=ModelOptions, table=TableOptions)
 def matrices(model_options: ModelOptions, table: TableOptions) -> None:
-    """List the weight matrices of a model by the names that reductions use.
+    """List the weight matrices of a model by the names that reductions use. No weights are read.
 
     Example: laser matrices bundled --json
     """
-    matrices = model_options.load().matrices
+    from laserlm.models.checkpoint_reader import list_matrices
+
+    wanted = {name: getattr(model_options, name) for name in ("kind", "revision", "allow_remote_code", "cache")}
+    matrices = list_matrices(model_options.model, **wanted)
     has_fused, has_tied = any(m.parts for m in matrices), any(m.tied_to for m in matrices)
     rows: list[dict[str, Any]] = [
         {
@@ -71,10 +74,10 @@ def generate(
     from rich.table import Table
 
     from laserlm.edit import applied, removed_part
-    from laserlm.reductions import Intervention
+    from laserlm.reductions import Intervention, short_form
     from laserlm.scoring.generation import generate
 
-    intervention = Intervention.parse(reduce or [])  # before the model is loaded
+    intervention = Intervention.read(reduce or [])  # before the model is loaded
     lm = model_options.load()
     variants = {"base": Intervention()}
     if intervention:
@@ -88,6 +91,6 @@ def generate(
         print_json({"model": lm.name, "prompt": prompt, "generations": rows})
         return
     print(prompt)
-    columns = Table(*(escape(f"{r['variant']}\n{r['intervention']}") for r in rows))
+    columns = Table(*(escape(f"{r['variant']}\n{short_form(r['intervention'])}") for r in rows))
     columns.add_row(*(escape(r["text"].strip()) for r in rows))
     Console().print(columns)

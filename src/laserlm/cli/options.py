@@ -266,8 +266,12 @@ class TableOptions:
 def _cell(value: Any) -> str:
     from rich.markup import escape
 
+    from laserlm.reductions import short_form
+
     if value is None:
         return ""
+    if isinstance(value, str):
+        return escape(short_form(value))
     if isinstance(value, float):
         return f"{value:.4g}"
     return escape(" x ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))

@@ -19,7 +19,11 @@ MAX_DENSE_LINES = 8
 """Number of matrices that are listed because they stay dense."""
 
 FormOption = Annotated[
-    str, typer.Option(help="Form: dense (loads without laserlm) or factored (smaller; import laserlm to load it).")
+    str,
+    typer.Option(
+        help="Form: dense (loads without laserlm), factored (smaller; import laserlm to load it) or adapter (of laser save: "
+        "only the change, as a LoRA for peft)."
+    ),
 ]
 
 
@@ -86,7 +90,7 @@ def save(
 
     if (run is None) == (not reduce):
         raise ExportError("nothing to save: give --reduce SPEC, or --run ID for the result of a search, but not both")
-    intervention = Intervention.parse(reduce) if reduce else _search_result(str(run), store)
+    intervention = Intervention.read(reduce) if reduce else _search_result(str(run), store)
     folder.check()
     with progress_bar("reducing and writing", unit="matrices"):
         saved = save(

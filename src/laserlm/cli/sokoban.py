@@ -146,7 +146,7 @@ def evaluate(
     from laserlm.scoring.evaluate import evaluate as evaluate_
     from laserlm.studies.estimates import Estimate
 
-    intervention = Intervention.parse(reduce or [])  # before the model is loaded
+    intervention = Intervention.read(reduce or [])  # before the model is loaded
     lm, examples = player.load(), levels.task().split(split)
     evaluations: list[Evaluation] = []
     for current in [Intervention(), intervention] if intervention else [intervention]:
@@ -243,7 +243,7 @@ def play(
     from laserlm.lab.sokoban.play import play as play_
     from laserlm.reductions import Intervention
 
-    intervention = Intervention.parse(reduce or [])
+    intervention = Intervention.read(reduce or [])
     lm, examples = player.load(), levels.task().test.examples
     if level >= len(examples):
         raise TaskError(f"no level {level}; the test split has levels 0 to {len(examples) - 1}")

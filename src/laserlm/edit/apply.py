@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import MatrixError, WeightError
-from laserlm.linalg.decomposition import rank_of, reference_truncation
+from laserlm.linalg.decomposition import as_float_matrix, rank_of
+from laserlm.linalg.precision import full_precision
 from laserlm.models.architectures import ARCHITECTURES
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix, select, view
-from laserlm.reductions import Intervention, Layers, Reduction, Size
+from laserlm.out_of_memory import OutOfMemoryError, retry_with_room
+from laserlm.reductions import Components, Intervention, Layers, Reduction, Size, short_form
 
 InterventionLike = str | Iterable[str] | Intervention
-"""An intervention or its text; several texts are joined."""
+"""An intervention or its text; several texts are joined, and ``@FILE`` is read from a file."""
 
 __all__ = [
     "Edit",
@@ -57,7 +59,7 @@ class Edit:
         """Return the edit of a matrix that a reduction selects.
 
         Raises:
-            MatrixError: if ``:splitK`` does not divide the number of rows.
+            MatrixError: if ``:splitK`` does not divide the number of rows, or a component to drop does not exist.
         """
         m, n = matrix.shape
         if m % reduction.split:
@@ -66,12 +68,31 @@ class Edit:
                 f"write a divisor of {m} after ':split'"
             )
         max_rank = min(m // reduction.split, n)
+        drop = reduction.size.drop
+        if drop is not None and drop.last >= max_rank:
+            raise MatrixError(
+                f"{matrix.id} has no component {drop.last}; its components are 0 to {max_rank - 1}, by falling singular value: "
+                f"leave the others out of {short_form(str(reduction))!r}"
+            )
         return cls(matrix, rank_of(reduction.size, max_rank), max_rank, reduction)
 
     @property
     def is_identity(self) -> bool:
         """Whether the edit keeps every singular value, so that the matrix does not change."""
         return self.rank == self.max_rank
+
+    @property
+    def dropped(self) -> Sequence[int]:
+        """Numbers of the components that each block of rows loses, by falling singular value from 0."""
+        if self.reduction.size.drop is not None:
+            return self.reduction.size.drop.numbers
+        return range(self.max_rank - self.rank) if self.reduction.keep == "bottom" else range(self.rank, self.max_rank)
+
+    @property
+    def kept(self) -> Sequence[int]:
+        """Numbers of the components that each block of rows keeps."""
+        dropped = set(self.dropped)
+        return [i for i in range(self.max_rank) if i not in dropped]
 
     def repeats(self, other: Edit) -> bool:
         """Whether the other edit does the same to the same weights, as ``all.mlp@0.1`` does in tied blocks."""
@@ -87,7 +108,7 @@ def resolve(matrices: Sequence[Matrix], intervention: InterventionLike) -> tuple
             weights twice (directly, as a fused matrix and its part, or as tied weights).
     """
     edits: list[Edit] = []
-    for reduction in Intervention.parse(intervention).reductions:
+    for reduction in Intervention.read(intervention).reductions:
         selected = select(matrices, reduction.layers, reduction.matrix, reduction.stack)
         new = [Edit.of(m, reduction) for m in selected]
         largest = max(edit.max_rank for edit in new)
@@ -128,8 +149,9 @@ def applied(
         SpecError: if the text cannot be parsed.
         MatrixError: if it names a matrix that the model does not have.
         WeightError: if a matrix holds NaN or inf, is quantised or is not in memory.
+        OutOfMemoryError: if a reduction does not fit into memory; it is a ``torch.OutOfMemoryError`` too.
     """
-    intervention = Intervention.parse(intervention)
+    intervention = Intervention.read(intervention)
     edits = resolve(lm.matrices, intervention) if intervention else ()  # a quantised model has no matrices, but scores
     decompositions = cache or default_cache(lm.cache)
     with (
@@ -154,8 +176,26 @@ def replaced_weights(lm: LanguageModel, edits: Sequence[Edit], make: Callable[[E
             _write(new, edit.matrix, make(edit))
         return new
 
-    with replaced_parameters(lm, groups, new_value):
+    with replaced_parameters(lm, groups, lambda path: _with_room(lm, path, lambda: new_value(path))):
         yield
+
+
+def _with_room(lm: LanguageModel, path: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Return the new value of a parameter. If memory runs out, free the decompositions that are held, and try once more."""
+    has_freed = False
+
+    def make_room(error: torch.OutOfMemoryError) -> None:
+        nonlocal has_freed
+        if has_freed:
+            weight = lm.model.get_parameter(path)
+            raise OutOfMemoryError(
+                f"the reduction of {path} {tuple(weight.shape)} does not fit into the memory of {weight.device}: {error}. Use "
+                "--device cpu, or make room with a smaller --dtype or --device-map auto."
+            )
+        default_cache(lm.cache).clear()
+        has_freed = True
+
+    return retry_with_room(compute, make_room)
 
 
 @contextmanager
@@ -193,12 +233,24 @@ def truncation(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: i
     try:
         if edit.reduction.method == "reference":
             row = ARCHITECTURES.get(lm.family)
-            return reference_truncation(weight, edit.rank, niter=row.reference_niter if row else 2, seed=seed)
+            niter = row.reference_niter if row else 2
+            return cache.get_reference(weight, edit.rank, niter=niter, seed=seed).truncate(edit.rank)
         blocks = weight.chunk(edit.reduction.split)
-        truncated = [cache.get(block).truncate(edit.rank, edit.reduction.keep) for block in blocks]
+        truncated = [_reduced(block, edit, cache) for block in blocks]
         return truncated[0] if len(truncated) == 1 else torch.cat(truncated)
     except WeightError as error:
         raise WeightError(f"cannot reduce {edit.matrix.id} ({edit.matrix.path}): {error}") from None
+
+
+@full_precision()
+def _reduced(block: Tensor, edit: Edit, cache: DecompositionCache) -> Tensor:
+    """Return a block of rows without the components that the edit drops, in float32 or float64."""
+    decomposition = cache.get(block)
+    if edit.reduction.size.drop is None:
+        return decomposition.truncate(edit.rank, edit.reduction.keep)
+    # Subtracting the few dropped components rounds less than adding up the many kept ones.
+    dropped = list(edit.dropped)
+    return as_float_matrix(block) - decomposition.left[:, dropped] @ decomposition.right[dropped]
 
 
 def removed_part(matrices: Sequence[Matrix], intervention: InterventionLike) -> Intervention:
@@ -207,18 +259,23 @@ def removed_part(matrices: Sequence[Matrix], intervention: InterventionLike) -> 
     A reduction to the largest r singular values becomes a reduction to the smallest k - r. A matrix that keeps all its
     singular values becomes zero.
     """
-    return Intervention(
-        tuple(
-            Reduction(
-                layers=Layers(first=edit.matrix.layer, last=edit.matrix.layer),
-                matrix=edit.matrix.name,
-                size=Size(rank=edit.max_rank - edit.rank),
-                keep="bottom" if edit.reduction.keep == "top" else "top",
-                stack=edit.matrix.stack,
-                split=edit.reduction.split,
-            )
-            for edit in resolve(matrices, intervention)
-        )
+    return Intervention(tuple(_complement(edit) for edit in resolve(matrices, intervention)))
+
+
+def _complement(edit: Edit) -> Reduction:
+    """Return the reduction that keeps what the edit drops, and drops what it keeps."""
+    size, keep = Size(rank=edit.max_rank - edit.rank), edit.reduction.keep
+    if edit.reduction.size.drop is None:
+        keep = "bottom" if edit.reduction.keep == "top" else "top"
+    elif edit.rank:
+        size = Size(drop=Components.of(edit.kept))
+    return Reduction(
+        layers=Layers(first=edit.matrix.layer, last=edit.matrix.layer),
+        matrix=edit.matrix.name,
+        size=size,
+        keep=keep,
+        stack=edit.matrix.stack,
+        split=edit.reduction.split,
     )
 
 

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from laserlm.edit.apply import Edit, InterventionLike, default_cache, label_as_edited, replaced_weights, resolve, truncation
 from laserlm.edit.decomposition_cache import DecompositionCache
-from laserlm.linalg.decomposition import decompose
+from laserlm.errors import WeightError
+from laserlm.linalg.decomposition import Decomposition, as_float_matrix, decompose
 from laserlm.low_rank import LowRankLinear, Part
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
 from laserlm.reductions import Intervention
 
-__all__ = ["StoredMatrix", "factored", "low_rank_layer", "reason_not_factorable", "replaced_modules"]
+__all__ = [
+    "Factors",
+    "StoredMatrix",
+    "difference_factors",
+    "factored",
+    "low_rank_layer",
+    "reason_not_factorable",
+    "replaced_modules",
+]
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ def factored(
     Raises:
         LaserError: as ``applied``.
     """
-    intervention = Intervention.parse(intervention)
+    intervention = Intervention.read(intervention)
     cache = cache or default_cache(lm.cache)
     edits = [e for e in resolve(lm.matrices, intervention) if not e.is_identity]
     reasons = {e.matrix.id: _reason_kept_dense(lm, e) for e in edits}
@@ -104,7 +115,9 @@ def replaced_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iter
     originals = {path: model.get_submodule(path) for path in modules}
     try:
         for path, module in modules.items():
-            model.set_submodule(path, module)
+            # With it accelerate moves the inputs to the module's device, where a device_map divides a block.
+            hook = getattr(originals[path], "_hf_hook", None)
+            model.set_submodule(path, module if hook is None else add_hook_to_module(module, copy(hook)))
         yield
     finally:
         for path, module in originals.items():
@@ -137,7 +150,7 @@ def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]]) ->
         start, length = (0, stride) if matrix.rows is None else (matrix.rows.start, matrix.rows.length)
         if start > end:
             blocks.append((grouped[:, end:start].flatten(0, 1), None))
-        blocks += [(down, up) for up, down in factors]
+        blocks += [(down, up) for up, down in (_balanced(matrix, *pair, weight.dtype) for pair in factors)]
         end = start + length
     if stride > end:
         blocks.append((grouped[:, end:].flatten(0, 1), None))
@@ -149,6 +162,20 @@ def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]]) ->
             setattr(new, f"up{i}", nn.Parameter(up.to(weight).contiguous(), weight.requires_grad))
     new.bias = bias
     return new.train(old.training)
+
+
+def _balanced(matrix: Matrix, up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the factors in a dtype, with the scale of each component shared by powers of two, which round nothing.
+
+    Else one factor of a whitened decomposition may exceed float16 where the product does not.
+    """
+    exponents = ((down.abs().amax(1) / up.abs().amax(0)).log2() / 2).round().nan_to_num(0, 0, 0)  # (r,)
+    up, down = (up * exponents.exp2()).to(dtype), (down / exponents.exp2()[:, None]).to(dtype)
+    if not bool(up.isfinite().all() and down.isfinite().all()):
+        raise WeightError(
+            f"the factors of {matrix.id} hold values that are too large for {dtype}; load the model in bfloat16 or float32"
+        )
+    return up, down
 
 
 def reason_not_factorable(lm: LanguageModel, matrix: Matrix) -> str:
@@ -178,5 +205,23 @@ def _reason_kept_dense(lm: LanguageModel, edit: Edit) -> str:
 def _factors(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: int) -> Factors:
     if edit.reduction.method == "reference":
         return [decompose(truncation(lm, edit, cache, seed)).factors(edit.rank)]
-    blocks = read_matrix(lm.model, edit.matrix).chunk(edit.reduction.split)
-    return [cache.get(block).factors(edit.rank, edit.reduction.keep) for block in blocks]
+    return [(d.left[:, edit.kept], d.right[edit.kept]) for d in _decompositions(lm, edit, cache)]
+
+
+@torch.no_grad()
+def difference_factors(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: int = 0) -> Factors:
+    """Return W' - W as two factors for each block of rows: what the edit drops, with its sign changed.
+
+    The rank of a ``:reference`` edit's difference is that of the matrix, because its decomposition has other components.
+    """
+    if edit.reduction.method == "reference":
+        weight = as_float_matrix(read_matrix(lm.model, edit.matrix))
+        whole = decompose(truncation(lm, edit, cache, seed) - weight)
+        return [(whole.left, whole.right)]
+    dropped = list(edit.dropped)
+    return [(-d.left[:, dropped], d.right[dropped]) for d in _decompositions(lm, edit, cache)]
+
+
+def _decompositions(lm: LanguageModel, edit: Edit, cache: DecompositionCache) -> list[Decomposition]:
+    """Return the decomposition of each block of rows of the matrix of an edit."""
+    return [cache.get(block) for block in read_matrix(lm.model, edit.matrix).chunk(edit.reduction.split)]

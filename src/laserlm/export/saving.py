@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,9 +14,11 @@ from laserlm.edit.apply import InterventionLike, applied, resolve
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.edit.factors import StoredMatrix, factored
 from laserlm.errors import ExportError
+from laserlm.export.adapter import Adapter
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
+from laserlm.models.loading import dtype_named
 from laserlm.reductions import Intervention
 from laserlm.searching.result import SearchResult
 
@@ -38,23 +40,24 @@ def save(
     """Save a model under an intervention as a folder that ``from_pretrained`` loads.
 
     ``dense`` is an ordinary checkpoint with the shapes of the base model. ``factored`` stores each reduced matrix as two
-    factors if that takes fewer parameters; it loads after ``import laserlm``. The folder also holds a model card and
+    factors if that takes fewer parameters; it loads after ``import laserlm``. ``adapter`` stores only what changes, W' - W, as
+    a LoRA that ``peft.PeftModel.from_pretrained`` adds to the unchanged model. The folder also holds a model card and
     ``laser.json``, which records how to rebuild the model. It is written next to ``out`` and moved there at the end.
 
     Args:
         lm: the unchanged model.
         intervention: text such as ``27.fc_in@0.01``, or the result of a search, whose gain is then recorded too.
         out: the folder.
-        form: ``dense`` or ``factored``.
-        dtype: dtype of the saved weights, such as ``float16``; None keeps the model's dtypes.
+        form: ``dense``, ``factored`` or ``adapter``.
+        dtype: dtype of the saved weights, such as ``float16``; None keeps the model's dtypes, and stores adapters in float32.
         overwrite: whether to replace a folder that laserlm wrote before.
         shard_size: maximum size of a weight file, such as ``5GB``.
         seed: seed of ``:reference`` decompositions; None uses the search's seed, or 0 without a search.
         cache: decomposition cache; None uses the one in ``lm.cache``.
 
     Raises:
-        ExportError: if the folder exists or cannot be written, the model was loaded from factors, or the search found
-            nothing better than the unchanged model.
+        ExportError: if the folder exists or cannot be written, the model was loaded from factors, the search found
+            nothing better than the unchanged model, or an adapter would change nothing or weights that layers share.
         LaserError: as ``applied``.
     """
     out = Path(out).absolute()
@@ -65,7 +68,7 @@ def save(
         result = intervention
         intervention = _best(lm, result)
         seed = int(result.settings.get("seed", 0)) if seed is None else seed
-    intervention, seed = Intervention.parse(intervention), seed or 0
+    intervention, seed = Intervention.read(intervention), seed or 0
     arguments = [*(["--reduce", str(intervention)] if intervention else []), *(["--seed", str(seed)] if seed else [])]
     entries = {
         "intervention": str(intervention),
@@ -73,6 +76,10 @@ def save(
         "command": command_of(lm, "save", arguments, out, options),
         "found": None if result is None else result.as_dict(),
     }
+    if form == "adapter":
+        adapter_dtype = None if dtype is None else dtype_named(dtype)
+        adapter = Adapter.of(lm, intervention, cache=cache, seed=seed, dtype=adapter_dtype)
+        return write(lm, out, nullcontext(adapter.matrices), options, entries, adapter)
     edit = factored if form == "factored" else _dense
     return write(lm, out, edit(lm, intervention, cache=cache, seed=seed), options, entries)
 

@@ -122,7 +122,8 @@ def summary(result: Flips) -> Mapping[str, str]:
     low, high = c.loss_interval
     interval = f", 95 % interval {low:+.4f} to {high:+.4f}" if math.isfinite(low) else " (a single example)"
     return {
-        "examples": f"{c.n} of {c.split}" + (", which the search chose by" if c.split == "validation" else ""),
+        "examples": f"{c.n} of {c.split}{f', {c.facts} facts' if c.size != str(c.n) else ''}"
+        + (", which the search chose by" if c.split == "validation" else ""),
         "accuracy": f"{c.base:.1%} before, {c.edited:.1%} after",
         "gain": f"{100 * c.gain:+.1f} points, 95 % interval {100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f}",
         "change of loss": f"{c.edited_loss - c.base_loss:+.4f} nats per token{interval}",

@@ -10,6 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from laserlm.reductions import short_form
+
 __all__ = ["page", "plot", "plot_library", "script_json"]
 
 
@@ -50,6 +52,7 @@ def _environment() -> Environment:
         loader=PackageLoader("laserlm.web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
+        "short": short_form,
         "percent": lambda x: "" if x is None else f"{x:.1%}",
         "points": lambda x: "" if x is None else f"{100 * x:+.1f}",
         "number": lambda x: "" if x is None else f"{x:.3f}",

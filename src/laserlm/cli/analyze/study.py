@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from laserlm.cli.options import STORE_DEFAULT, DataOptions, LoadOptions, Store, TableOptions, TaskOptions, print_json
+from laserlm.reductions import short_form
 
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
@@ -138,7 +139,7 @@ class ModelPair:
     @property
     def title(self) -> str:
         """Title of a table or figure about these scores."""
-        return f"{self.intervention} on {self.base.task}, {self.base.split}"
+        return f"{short_form(self.intervention)} on {self.base.task}, {self.base.split}"
 
     def scorer(self, split: Split | None = None, scorer: Scorer | None = None) -> AbstractContextManager[CachedScorer]:
         """Return a scorer of the model on these examples or on another split."""
@@ -201,7 +202,7 @@ class StudyOptions(LoadOptions, TaskOptions):
             if not self.reduce:
                 yield self._of_run(results, self.find_run(results))
                 return
-            text = str(Intervention.parse(self.reduce))
+            text = str(Intervention.read(self.reduce))
             if not text:
                 raise AnalysisError("there is no reduction to study. Give --reduce SPEC, or the id of a search's run.")
             examples = self.split(self.split_name, self.limit)
