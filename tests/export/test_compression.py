@@ -4,18 +4,22 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import CAUSAL
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from laserlm.errors import ExportError
+from laserlm.errors import ExportError, WeightError
 from laserlm.export import compress, reproduce
-from laserlm.export.compression import fit_ranks, perplexity, read_calibration_text
+from laserlm.export.compression import fit_ranks, read_calibration_text
 from laserlm.export.load_in_subprocess import fingerprint
-from laserlm.models import LanguageModel, read_matrix
-from laserlm.searching.moments import input_moments
+from laserlm.export.moments import moments_by_block
+from laserlm.linalg import decompose
+from laserlm.models import LanguageModel, load, read_matrix
+from laserlm.scoring.evaluate import evaluate, text_perplexity
+from laserlm.tasks import task
 
 Make = Callable[..., LanguageModel]
 
@@ -35,16 +39,12 @@ def spent(lm: LanguageModel) -> int:
 
 
 def test_the_text_is_cut_into_passages_and_its_end_is_held_out(llama: LanguageModel, file: Path) -> None:
-    text = read_calibration_text(llama, file, tokens=1000, held_out_tokens=300)
+    text = read_calibration_text(llama, file, tokens=1000)
     window = 127  # the tiny tokenizer takes 128 tokens
-    assert [len(text.calibration), len(text.held_out)] == [1000 // window, 300 // window]
-    assert {len(row.targets) for row in (*text.calibration, *text.held_out)} == {window}
-    tokenizer = llama.require_tokenizer()
+    assert [len(row.targets) for row in text.calibration] == [window] * (1000 // window)
     content = file.read_text()
-    first = tokenizer.decode(text.calibration[0].targets)
-    passage = tokenizer.decode(text.held_out[0].targets)
-    assert content.startswith(first)
-    assert content[int(0.8 * len(content)) :].startswith(passage)
+    assert content.startswith(llama.require_tokenizer().decode(text.calibration[0].targets))
+    assert text.held_out == content[int(0.8 * len(content)) :]
     assert text.calibration[0].ids[1:] == text.calibration[0].targets[:-1]
 
 
@@ -84,15 +84,16 @@ def test_the_dense_form_computes_what_the_factors_do(make: Make, file: Path) -> 
 def test_whitened_decompositions_change_the_outputs_of_every_layer_less(llama: LanguageModel, file: Path) -> None:
     rows = read_calibration_text(llama, file, tokens=2000).calibration
     plain, white = (fit_ranks(llama, rows, method=method, allocation="uniform") for method in ("plain", "whitened"))
-    paths = {m.id: m.path.rpartition(".")[0] for m in plain.matrices}
-    moments = input_moments(llama, rows, list(paths.values()))
+    moments: dict[str, torch.Tensor] = {}
+    for _, of_block in moments_by_block(llama, rows, plain.matrices):
+        moments |= of_block
     for m in plain.matrices:
         errors = []
         for compression in (plain, white):
             rank = compression.ranks(0.7)[m.id]
             assert rank is not None
             left = (read_matrix(llama.model, m) - compression.decompositions[m.id].truncate(rank)).double()
-            errors.append(float((left @ moments[paths[m.id]] @ left.T).trace()))
+            errors.append(float((left @ moments[m.path.rpartition(".")[0]] @ left.T).trace()))
         assert errors[1] <= errors[0] * (1 + 1e-4), m.id
 
 
@@ -110,7 +111,12 @@ def test_sensitivity_expects_less_loss_than_uniform_ranks_of_the_same_budget(lla
 def test_a_compressed_model_is_saved_told_and_made_again(form: str, llama: LanguageModel, file: Path, tmp_path: Path) -> None:
     result = compress(llama, tmp_path / "out", ratio=0.6, calibration=file, tokens=1000, form=form)
     assert result.perplexity is not None
-    assert result.base_perplexity == pytest.approx(perplexity(llama, read_calibration_text(llama, file).held_out))
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(read_calibration_text(llama, file).held_out)
+    assert result.base_perplexity == text_perplexity(llama, held_out.read_text()).perplexity
+    evaluation = evaluate(load(result.saved.folder), task(f"perplexity:{held_out}").every)
+    assert result.perplexity == pytest.approx(evaluation.perplexity, rel=1e-6)
+    assert result.tokens == evaluation.tokens
     model = AutoModelForCausalLM.from_pretrained(result.saved.folder)
     torch.testing.assert_close(
         torch.tensor(fingerprint(model.eval())), torch.tensor(result.saved.record["fingerprint"]), atol=1e-4, rtol=1e-3
@@ -165,3 +171,46 @@ def test_experts_are_left_out_with_the_reason(make: Make, file: Path) -> None:
     with pytest.raises(ExportError, match="cannot be reached"):
         compression.ranks(0.3)
     assert {m.name for m in compression.matrices} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+
+
+@pytest.mark.parametrize("form", ["factored", "dense"])
+def test_factors_of_very_different_scales_are_saved_in_float16(
+    form: str, llama: LanguageModel, file: Path, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        scale = llama.model.model.layers[1].post_attention_layernorm.weight
+        scale.mul_(1e-4)
+        scale[:8] *= 1e-4  # directions with hardly any input, by which a whitened decomposition divides
+    compression = fit_ranks(llama, read_calibration_text(llama, file, tokens=500).calibration, allocation="uniform")
+    assert compression.decompositions["1.fc_in"].right.abs().max() > torch.finfo(torch.float16).max
+    options: dict[str, Any] = {"calibration": file, "tokens": 500, "allocation": "uniform"}
+    result = compress(llama, tmp_path / "out", ratio=0.9, form=form, dtype="float16", **options)
+    model = AutoModelForCausalLM.from_pretrained(result.saved.folder, dtype="auto")
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    again = text_perplexity(load(result.saved.folder, dtype="float32"), file.read_text()[-4000:])
+    with compression.applied(llama, 0.9, form):
+        expected = text_perplexity(llama, file.read_text()[-4000:])
+    assert again.perplexity == pytest.approx(expected.perplexity, rel=1e-2)
+
+
+def test_factors_that_are_too_large_are_not_made(llama: LanguageModel, file: Path) -> None:
+    with torch.no_grad():
+        llama.model.model.layers[1].mlp.up_proj.weight.mul_(1e12)
+    compression = fit_ranks(llama, (), method="plain", allocation="uniform")
+    llama.model.half()
+    with pytest.raises(WeightError, match=r"the factors of 1\.fc_up .*float16.*bfloat16"), compression.applied(llama, 0.5):
+        pass
+
+
+def test_decompositions_are_in_a_file_that_cannot_be_written_everywhere(llama: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    llama.cache = tmp_path / "file"
+    with pytest.raises(ExportError, match=r"cannot keep the decompositions in .*file: .*--cache"):
+        fit_ranks(llama, (), method="plain", allocation="uniform")
+    llama.cache = tmp_path / "cache"
+    compression = fit_ranks(llama, (), method="plain", allocation="uniform")
+    for m in compression.matrices:
+        expected = decompose(read_matrix(llama.model, m))
+        assert torch.equal(compression.decompositions[m.id].left, expected.left)
+        assert torch.equal(compression.decompositions[m.id].right, expected.right)
+    assert list((tmp_path / "cache").iterdir()) == []  # the file has no name

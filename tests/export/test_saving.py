@@ -20,7 +20,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from laserlm.edit import applied
 from laserlm.errors import ExportError, MatrixError, ModelError, WeightError
 from laserlm.export import load_check, push, reproduce, save
-from laserlm.export.load_in_subprocess import fingerprint
+from laserlm.export.load_in_subprocess import compute_in_float32, fingerprint
 from laserlm.models import LanguageModel, load
 from laserlm.models import bundled as package
 from laserlm.reductions import Intervention
@@ -66,6 +66,8 @@ def test_bytes_on_disk_are_what_the_ranks_say(form: str, llama: LanguageModel, t
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert sum(file.get_tensor(name).nbytes for name in file.keys()) == 4 * expected  # noqa: SIM118
     assert saved.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    share = f"{expected:,} of {saved.base_parameters:,} ({expected / saved.base_parameters:.1%})"
+    assert f"| parameters | {share} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
@@ -76,7 +78,8 @@ def test_another_dtype_is_that_of_the_weights_and_of_the_config(form: str, llama
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert saved.bytes < 2.4 * saved.parameters  # tied weights are there once
     assert llama.dtype == torch.float32
-    assert close(fingerprint(model.eval()), saved.record["fingerprint"], 3e-2)
+    compute_in_float32(model)
+    assert close(fingerprint(model.eval()), saved.record["fingerprint"])
 
 
 def test_the_folder_has_all_that_a_checkpoint_has_and_how_it_was_made(llama: LanguageModel, tmp_path: Path) -> None:
@@ -113,6 +116,7 @@ def test_the_folder_has_all_that_a_checkpoint_has_and_how_it_was_made(llama: Lan
     ]
     assert record["files"].keys() == {f.name for f in saved.folder.iterdir()} - {"laser.json"}
     card = (saved.folder / "README.md").read_text()
+    assert "| reductions | `1.fc_in@0.25` |" in card
     assert record["command"] == (
         "laser save llama --dtype float32 --reduce 1.fc_in@0.25 --form dense --shard-size 5GB --out out"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from laserlm.reductions import short_form
+
 __all__ = ["card"]
 
 TAGS = {"AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask"}
@@ -18,7 +20,12 @@ def card(record: dict[str, Any]) -> str:
     name = hub if base["revision"] is None else f"{hub} at {base['revision']}"
     loader = record["loader"]
     head = ["---", *([f"base_model: {base['hub']}"] if base["hub"] else [])]
-    head += ["library_name: transformers", "tags: [laserlm, low-rank]"]
+    if record["form"] == "adapter":
+        head += ["base_model_relation: adapter", "library_name: peft", "tags: [laserlm, low-rank, lora]"]
+        what = f"An adapter that takes singular components out of some weight matrices of {name}, without training"
+    else:
+        head += ["library_name: transformers", "tags: [laserlm, low-rank]"]
+        what = f"{name} with some weight matrices replaced by low-rank approximations, without training"
     if loader in TAGS:
         head.append(f"pipeline_tag: {TAGS[loader]}")
     share = record["parameters"]["saved"] / record["parameters"]["base"]
@@ -28,8 +35,7 @@ def card(record: dict[str, Any]) -> str:
         "",
         f"# {hub.rstrip('/').rpartition('/')[2]}, reduced",
         "",
-        f"{name} with some weight matrices replaced by low-rank approximations, without training "
-        "([LASER](https://arxiv.org/abs/2312.13558)). Made with laserlm.",
+        f"{what} ([LASER](https://arxiv.org/abs/2312.13558)). Made with laserlm.",
         "",
         *_loading(record, loader),
         "",
@@ -37,7 +43,7 @@ def card(record: dict[str, Any]) -> str:
         "|---|---|",
         f"| base model | {name} |",
         f"| sha256 of its weights | `{base['hash']}` |",
-        *([f"| reductions | `{record['intervention'] or 'none'}` |"] if "intervention" in record else []),
+        *([f"| reductions | `{short_form(record['intervention']) or 'none'}` |"] if "intervention" in record else []),
         *([f"| compression | {_compression(record['compression'])} |"] if "compression" in record else []),
         f"| decomposition | {record['decomposition']['algorithm']}, seed {record['decomposition']['seed']} |",
         f"| parameters | {record['parameters']['saved']:,} of {record['parameters']['base']:,} ({share:.1%}) |",
@@ -70,6 +76,8 @@ def card(record: dict[str, Any]) -> str:
 
 
 def _loading(record: dict[str, Any], loader: str) -> list[str]:
+    if record["form"] == "adapter":
+        return _loading_with_peft(record["base"], record["dtype"]["base"], loader)
     if record["imports"] is None:
         return [f'Load it with `transformers.{loader}.from_pretrained("DIR")`. It needs no other package.']
     return [
@@ -83,6 +91,28 @@ def _loading(record: dict[str, Any], loader: str) -> list[str]:
         "",
         f'model = {loader}.from_pretrained("DIR")',
         "```",
+    ]
+
+
+def _loading_with_peft(base: dict[str, Any], dtype: str, loader: str) -> list[str]:
+    name, commit = base["name"], base["revision"]
+    revision = f', revision="{commit}"' if commit else ""
+    is_plain = name != "bundled" and not name.endswith(".gguf")
+    plain = f'{loader}.from_pretrained("{name}"{revision}, dtype="{dtype}")'
+    model = plain if is_plain else f'laserlm.load("{name}").model'
+    return [
+        "It belongs to the unchanged base model. peft loads it, and `merge_and_unload()` gives the reduced model:",
+        "",
+        "```python",
+        *([] if is_plain else ["import laserlm"]),
+        "from peft import PeftModel",
+        *([f"from transformers import {loader}"] if is_plain else []),
+        "",
+        f"base = {model}",
+        'model = PeftModel.from_pretrained(base, "DIR")',
+        "```",
+        "",
+        '`laserlm.load("DIR")` loads base and adapter together, merged.',
     ]
 
 
@@ -110,7 +140,9 @@ def _evidence(result: dict[str, Any] | None) -> list[str]:
         loss = f"{c['base_loss']:.3f} to {c['best_loss']:.3f}"
         if c["loss_interval"] is not None:
             loss += f" [{c['loss_interval'][0]:+.3f}, {c['loss_interval'][1]:+.3f}]"
-        rows.append(f"| {label} | {c['n']} | {'| | | ' if is_perplexity else accuracy} | {loss} |")
+        n, facts = c["n"], c.get("facts")
+        size = f"{n} of {facts} facts" if facts and facts < n else n
+        rows.append(f"| {label} | {size} | {'| | | ' if is_perplexity else accuracy} | {loss} |")
     return [
         f"## Gain on {settings.get('task', 'the task')}",
         "",

@@ -21,16 +21,22 @@ from torch import Tensor
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import ExportError
 from laserlm.export import load_in_subprocess
+from laserlm.export.adapter import Adapter
 from laserlm.export.checkpoint import file_hashes, read_record
 from laserlm.export.compression import compress
 from laserlm.export.saving import save
 from laserlm.low_rank import LowRankLinear, Part
 from laserlm.models.language_model import LanguageModel
+from laserlm.models.loading import dtype_named, locate
+from laserlm.paths import cache_folder
+from laserlm.reductions import Intervention
 
 __all__ = ["LoadCheck", "Reproduction", "load_check", "reproduce"]
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
-"""Largest relative difference of outputs that rounding explains, by dtype."""
+"""Largest relative difference that rounding explains, by dtype: of weights, and of outputs computed in that dtype."""
+FLOAT32_TOLERANCE = 1e-3
+"""Largest relative difference of outputs that are computed in float32 from the same weights, on two machines."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,14 @@ class LoadCheck:
     """The result of loading a saved model in a fresh process.
 
     Args:
-        form: ``dense`` or ``factored``.
+        form: ``dense``, ``factored`` or ``adapter``.
         imported_laserlm: whether that process imported laserlm; it does not for the dense form.
-        difference: largest difference between computed and recorded outputs, as a share of the largest output; None if the
-            model takes no tokens, so that only its loading was checked.
+        difference: largest difference between computed and recorded outputs, as a share of the largest output; None if none
+            were recorded, as for a model that takes no tokens, so that only its loading and its files were checked.
         tolerance: largest difference that rounding explains.
         changed: files that have changed since the model was saved.
+        in_float32: whether both outputs were computed in float32 from the saved weights. It is False for folders of
+            laserlm 0.1.0, which recorded the outputs before the weights were rounded to the saved dtype.
     """
 
     form: str
@@ -51,34 +59,49 @@ class LoadCheck:
     difference: float | None
     tolerance: float
     changed: tuple[str, ...]
+    in_float32: bool = True
+
+    @property
+    def changed_weights(self) -> tuple[str, ...]:
+        """The weight files among the changed files."""
+        return tuple(name for name in self.changed if name.endswith(".safetensors"))
 
     @property
     def agrees(self) -> bool:
-        """Whether the outputs equal the recorded outputs up to rounding."""
-        return self.difference is None or self.difference <= self.tolerance
+        """Whether the weight files are unchanged, and the outputs equal the recorded outputs up to rounding."""
+        same_outputs = self.difference is None or self.difference <= self.tolerance
+        return same_outputs and not self.changed_weights
 
     def __str__(self) -> str:
-        how = "with laserlm imported" if self.imported_laserlm else "with transformers alone"
+        alone = "with peft on its base model" if self.form == "adapter" else "with transformers alone"
+        how = "with laserlm imported" if self.imported_laserlm else alone
         compared = (
-            "its outputs were not compared because it takes no tokens"
+            "its outputs were not compared because none were recorded"
             if self.difference is None
             else f"its outputs differ from those recorded by {self.difference:.1e} of the largest (rounding explains "
             f"{self.tolerance:.0e})"
         )
+        if self.difference is not None and not self.in_float32:
+            compared += " because laserlm 0.1.0 recorded them before it rounded the weights"
         changed = f"; changed since it was saved: {', '.join(self.changed)}" if self.changed else ""
         return f"loads as {self.form} {how}; {compared}{changed}"
 
 
 def load_check(folder: str | Path) -> LoadCheck:
-    """Load a saved model in a fresh process, and compare its outputs with those recorded when it was saved.
+    """Load a saved model in a fresh process, and compare its files and outputs with those recorded when it was saved.
+
+    The outputs are computed in float32 from the saved weights, one block at a time, whatever the dtype of the weights is.
 
     Raises:
         ExportError: if it does not load or lacks weights.
     """
     folder = Path(folder).absolute()
     record = read_record(folder)
+    arguments = [str(folder)]
+    if record["form"] == "adapter":
+        arguments.append(str(locate(record["base"]["name"], record["base"]["revision"], cache_folder())[0]))
     process = subprocess.run(
-        [sys.executable, "-P", str(Path(load_in_subprocess.__file__)), str(folder)],
+        [sys.executable, "-P", str(Path(load_in_subprocess.__file__)), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -92,12 +115,15 @@ def load_check(folder: str | Path) -> LoadCheck:
         if output[name]:
             raise ExportError(f"{folder} loads with {name.replace('_', ' ')}: {', '.join(output[name][:4])}; save it again")
     recorded, current = record["files"], file_hashes(folder)
+    in_float32 = "fingerprint_dtype" in record
+    of_dtype = max(TOLERANCE.get(name, 3e-2) for name in record["dtype"].values())
     return LoadCheck(
         form=record["form"],
         imported_laserlm=output["imported"],
         difference=_difference(output["fingerprint"], record["fingerprint"]),
-        tolerance=max(TOLERANCE.get(name, 3e-2) for name in record["dtype"].values()),
+        tolerance=FLOAT32_TOLERANCE if in_float32 else of_dtype,
         changed=tuple(sorted(name for name in {*recorded, *current} if recorded.get(name) != current.get(name))),
+        in_float32=in_float32,
     )
 
 
@@ -154,6 +180,8 @@ def reproduce(folder: str | Path, lm: LanguageModel, *, calibration: str | Path 
         "dtype": record["dtype"]["saved"],
         "shard_size": record["shard_size"],
     }
+    if record["form"] == "adapter":
+        return _compare_adapter(folder, lm, record)
     with tempfile.TemporaryDirectory() as temporary:
         rebuilt = Path(temporary) / "rebuilt"
         if "compression" in record:
@@ -194,6 +222,18 @@ def _compare_weights(saved: Path, rebuilt: Path, tolerance: float) -> Reproducti
             raise ExportError(f"{name} of the rebuilt model is {tuple(b.shape)}; {saved} has {tuple(a.shape)}")
         largest = max(largest, _relative_difference(b.double(), a.double()))
     return Reproduction(identical, largest, tolerance, len(saved_weights.names))
+
+
+def _compare_adapter(folder: Path, lm: LanguageModel, record: dict[str, Any]) -> Reproduction:
+    """Compare the difference of each changed parameter, multiplied out, with that of a new adapter."""
+    saved_dtype, seed = record["dtype"]["saved"], record["decomposition"]["seed"]
+    intervention = Intervention.parse(record["intervention"])
+    rebuilt = Adapter.of(lm, intervention, cache=DecompositionCache(), seed=seed, dtype=dtype_named(saved_dtype))
+    saved = rebuilt.read(folder)
+    pairs = [(a.dense(), b.dense()) for a, b in zip(rebuilt.differences, saved.differences, strict=True)]
+    identical = all(torch.equal(a, b) for a, b in pairs)
+    largest = max(_relative_difference(a.double(), b.double()) for a, b in pairs)
+    return Reproduction(identical, largest, TOLERANCE.get(saved_dtype, 3e-2), len(pairs))
 
 
 class _Weights:

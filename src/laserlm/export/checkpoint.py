@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from torch import Tensor
 
 from laserlm.edit.factors import StoredMatrix
 from laserlm.errors import ExportError
+from laserlm.export.adapter import Adapter
 from laserlm.export.card import card
-from laserlm.export.load_in_subprocess import fingerprint
+from laserlm.export.load_in_subprocess import compute_in_float32, fingerprint
+from laserlm.linalg.precision import full_precision
 from laserlm.low_rank import LowRankConfig, LowRankLinear
 from laserlm.models.bundled import HUB_ID
 from laserlm.models.language_model import LanguageModel
@@ -40,9 +43,11 @@ __all__ = [
     "write",
 ]
 
-Form = Literal["dense", "factored"]
+Form = Literal["dense", "factored", "adapter"]
 RECORD = "laser.json"
 CARD = "README.md"
+HIDDEN_CONFIG = "config.json.part"
+"""Name of the config until the folder is complete. Without a config.json, the folder of a killed save does not load."""
 FORMAT = 1
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
@@ -52,7 +57,7 @@ class SaveOptions:
     """The form of a saved model.
 
     Args:
-        form: ``dense`` or ``factored``.
+        form: ``dense``, ``factored`` or ``adapter``.
         dtype: dtype of the saved weights, such as ``float16``; None keeps the model's dtypes.
         overwrite: whether to replace a folder that laserlm wrote before.
         shard_size: maximum size of a weight file, such as ``5GB``.
@@ -70,9 +75,9 @@ class SavedModel:
 
     Args:
         folder: its folder.
-        form: ``dense`` or ``factored``.
+        form: ``dense``, ``factored`` or ``adapter``.
         matrices: storage of each reduced matrix.
-        parameters: number of parameters of the saved model; tied parameters count once.
+        parameters: number of parameters of the saved model, or of the adapter; tied parameters count once.
         base_parameters: number of parameters of the base model.
         bytes: size of the weights on disk.
         record: content of ``laser.json``.
@@ -98,6 +103,11 @@ class SavedModel:
         }
 
     def __str__(self) -> str:
+        if self.form == "adapter":
+            return (
+                f"{self.folder}: an adapter for {len(self.matrices)} matrices, {self.parameters:,} parameters in "
+                f"{decimal(self.bytes)}; the dense form takes {decimal(self.record['dense_bytes'])}"
+            )
         factors = sum(not m.reason_kept_dense for m in self.matrices)
         return (
             f"{self.folder}: {self.parameters:,} parameters ({self.parameters / self.base_parameters:.1%} of "
@@ -145,6 +155,7 @@ def write(
     edit: AbstractContextManager[Sequence[StoredMatrix]],
     options: SaveOptions,
     entries: dict[str, Any],
+    adapter: Adapter | None = None,
 ) -> SavedModel:
     """Write the model as it is inside ``edit``: config, weights, tokenizer, generation config, card and record.
 
@@ -157,21 +168,20 @@ def write(
         edit: a context that reduces the model and yields the storage of its reduced matrices.
         options: form of the saved model.
         entries: what the caller adds to the record.
+        adapter: what is written in place of the model, config and tokenizer.
 
     Raises:
         ExportError: if the folder exists by then, or cannot be written.
     """
     check_target(out, options.overwrite)
     dtype = lm.dtype if options.dtype is None else dtype_named(options.dtype)
-    base_hash, base_parameters = lm.hash, _count(lm)
+    dtype = dtype if adapter is None else adapter.dtype
+    base = {"base": _describe_base(lm, lm.hash), "dtype": {"base": _name(lm.dtype), "saved": _name(dtype)}}
+    base_parameters = _count(lm)
     try:
         with atomic_folder(out, existing="replace" if options.overwrite else "refuse") as part, edit as matrices:
-            with silence_transformers():
-                _write_weights(lm, part, dtype, options.shard_size)
-                # Without a config.json, the folder of a killed save does not load.
-                config = (part / "config.json").rename(part / "config.json.part")
-                _write_tokenizer(lm, part)
-            form = options.form if any(not m.reason_kept_dense for m in matrices) else "dense"
+            outputs = _write_model(lm, part, dtype, options.shard_size) if adapter is None else adapter.write(lm, part)
+            form = options.form if adapter is not None or any(not m.reason_kept_dense for m in matrices) else "dense"
             module = type(lm.model).__module__  # a model of the lab registers itself when its module is imported
             record: dict[str, Any] = {
                 "format": FORMAT,
@@ -179,18 +189,20 @@ def write(
                 "imports": module if module.startswith("laserlm.") else "laserlm" if form == "factored" else None,
                 "asked_form": options.form,
                 "loader": CLASSES[lm.kind].__name__,
-                "base": _describe_base(lm, base_hash),
-                "dtype": {"base": _name(lm.dtype), "saved": _name(dtype)},
+                **base,
                 "shard_size": options.shard_size,
                 **entries,
                 "matrices": [m.as_dict() for m in matrices],
-                "parameters": {"base": base_parameters, "saved": _count(lm)},
+                "parameters": {"base": base_parameters, "saved": _count(lm) if adapter is None else adapter.parameters},
                 "weight_bytes": sum(file.stat().st_size for file in part.glob("*.safetensors")),
-                "fingerprint": fingerprint(lm.model),
+                "dense_bytes": sum(parameter.nbytes for parameter in lm.model.parameters()),
+                "fingerprint": outputs,
+                "fingerprint_dtype": "float32",
                 "provenance": provenance(device=str(lm.device), dtype=_name(lm.dtype)),
             }
             (part / CARD).write_text(card(record), encoding="utf-8")
-            config.rename(part / "config.json")
+            if adapter is None:
+                (part / HIDDEN_CONFIG).rename(part / "config.json")
             record["files"] = file_hashes(part)
             (part / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -236,21 +248,54 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _write_weights(lm: LanguageModel, folder: Path, dtype: torch.dtype, shard_size: str) -> None:
+def _write_model(lm: LanguageModel, folder: Path, dtype: torch.dtype, shard_size: str) -> list[list[float]] | None:
+    """Write weights, config and tokenizer. Return some outputs of the written weights, computed in float32.
+
+    Return None if the model takes no tokens, or if transformers does not know the names of its weights.
+    """
     model = lm.model
+    state = _cast(model.state_dict(), model.dtype, dtype)
+    _check_finite(lm, state, dtype)
     layers = {path: module.as_dict() for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    with _config_with_layers(model.config, layers):
-        state = model.state_dict()
-        if dtype != model.dtype:
-            state = _cast(state, model.dtype, dtype)
-        model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
-    file = folder / "config.json"
+    with silence_transformers(), _config_with_layers(model.config, layers):
+        _write_weights(lm, dict(state), folder, dtype, shard_size)
+        _write_tokenizer(lm, folder)
+        # As ``load_check`` does, except that the weights are those in memory, not those on the disk.
+        config = type(model.config).from_json_file(folder / HIDDEN_CONFIG)
+        loader: Any = type(model)
+        loaded, info = loader.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        compute_in_float32(loaded)
+        with full_precision():
+            return None if info["missing_keys"] else fingerprint(loaded.eval())
+
+
+def _write_weights(lm: LanguageModel, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, shard_size: str) -> None:
+    lm.model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
+    file = (folder / "config.json").rename(folder / HIDDEN_CONFIG)
     config = json.loads(file.read_text(encoding="utf-8"))
-    if dtype != model.dtype:
-        config = _with_dtype(config, _name(model.dtype), _name(dtype))
+    if dtype != lm.dtype:
+        config = _with_dtype(config, _name(lm.dtype), _name(dtype))
     file.write_text(json.dumps(_for_transformers_4(config), indent=2) + "\n", encoding="utf-8")
     for weights in folder.glob("*.safetensors"):
         weights.chmod(file.stat().st_mode)  # safetensors makes them unreadable for other users
+
+
+def _check_finite(lm: LanguageModel, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise an ExportError if a parameter is not finite in the saved dtype."""
+    ids = {m.path: m.id for m in lm.matrices if m.part_of is None}
+    for name, parameter in lm.model.named_parameters():
+        if bool(state[name].isfinite().all()):
+            continue
+        matrix = ids.get(name) or ids.get(f"{name.rpartition('.')[0]}.weight")
+        where = f"{name} ({matrix})" if matrix else name
+        if bool(parameter.isfinite().all()):
+            raise ExportError(
+                f"{where} holds values up to {float(parameter.detach().abs().max()):.3g}, and {_name(dtype)} ends at "
+                f"{torch.finfo(dtype).max:.3g}; save it in bfloat16 or float32 (--save-dtype)"
+            )
+        raise ExportError(
+            f"{where} holds values that are not finite in {_name(parameter.dtype)}; load the base model in bfloat16 or float32"
+        )
 
 
 def _write_tokenizer(lm: LanguageModel, folder: Path) -> None:
@@ -322,7 +367,7 @@ def _with_dtype(config: Any, old: str, new: str) -> Any:
 def _describe_base(lm: LanguageModel, base_hash: str) -> dict[str, Any]:
     return {
         "name": lm.name,
-        "hub": HUB_ID if lm.name == "bundled" else None if Path(lm.name).exists() else lm.name,
+        "hub": HUB_ID if lm.name == "bundled" else None if Path(lm.name).exists() else "/".join(lm.name.split("/")[:2]),
         "revision": lm.revision,
         "hash": base_hash,
         "family": lm.family,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,14 +17,15 @@ from laserlm.edit.apply import label_as_edited, replaced_parameters
 from laserlm.edit.factors import StoredMatrix, low_rank_layer, reason_not_factorable, replaced_modules
 from laserlm.errors import ExportError
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
+from laserlm.export.decomposition_file import DecompositionFile
+from laserlm.export.moments import moments_by_block
 from laserlm.linalg.allocation import Spectrum, allocate, uniform
 from laserlm.linalg.decomposition import ALGORITHM, Decomposition, decompose, whitened
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
-from laserlm.scoring.forward import run_rows
+from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.tokenize import TokenSequence, max_length, start_token
-from laserlm.searching.moments import input_moments
 from laserlm.searching.screen import sensitivities
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "Method",
     "compress",
     "fit_ranks",
-    "perplexity",
     "read_calibration_text",
 ]
 
@@ -45,35 +45,39 @@ PASSAGE_TOKENS = 512
 """Length of a passage of the calibration text."""
 HELD_OUT_SHARE = 0.2
 """Share of the calibration text, at its end, that is held out to measure perplexity."""
+HELD_OUT_CHARACTERS = 65_536
+"""Maximum length of the held-out text; about 16,000 tokens of English."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Passages of a text file as token sequences.
+    """A text file, cut for calibration and for measuring perplexity.
 
     Args:
         name: path of the file.
         sha256: sha256 of its bytes.
-        calibration: passages that the decompositions and ranks are fitted to.
-        held_out: passages from the end of the text, for measuring perplexity.
+        calibration: passages from the start of the text, to which the decompositions and ranks are fitted.
+        held_out: text from its end, for measuring perplexity.
     """
 
     name: str
     sha256: str
     calibration: tuple[TokenSequence, ...] = field(repr=False)
-    held_out: tuple[TokenSequence, ...] = field(repr=False)
+    held_out: str = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the file's name and hash, and the number of tokens for calibration."""
+        calibrated_on = sum(len(row.targets) for row in self.calibration)
+        return {"name": self.name, "sha256": self.sha256, "calibrated_on": calibrated_on}
 
 
-def read_calibration_text(
-    lm: LanguageModel, file: str | Path, *, tokens: int = 32_768, held_out_tokens: int = 16_384
-) -> CalibrationText:
-    """Cut a text file into passages of 512 tokens: from the start for calibration, from the last fifth to be held out.
+def read_calibration_text(lm: LanguageModel, file: str | Path, *, tokens: int = 32_768) -> CalibrationText:
+    """Cut a text file: the first four fifths into passages of 512 tokens, the rest for measuring perplexity.
 
     Args:
         lm: a causal model.
         file: plain text in UTF-8.
         tokens: maximum number of tokens for calibration.
-        held_out_tokens: maximum number of held-out tokens.
 
     Raises:
         ExportError: if the file cannot be read or is too short, or the model is not causal.
@@ -89,10 +93,9 @@ def read_calibration_text(
     cut = int(len(text) * (1 - HELD_OUT_SHARE))
     length = min(PASSAGE_TOKENS, max_length(lm) - 1)
     calibration = _passages(lm, text[:cut], length, tokens)
-    held_out = _passages(lm, text[cut:], length, held_out_tokens)
-    if not calibration or not held_out:
-        where = "last fifth" if calibration else "first four fifths"
-        raise ExportError(f"{file} has no passage of {length} tokens in its {where}; give a longer text")
+    held_out = text[cut : cut + HELD_OUT_CHARACTERS]
+    if not calibration or not held_out.strip():
+        raise ExportError(f"{file} has no passage of {length} tokens in its first four fifths; give a longer text")
     return CalibrationText(str(file), hashlib.sha256(content).hexdigest(), calibration, held_out)
 
 
@@ -107,12 +110,6 @@ def _passages(lm: LanguageModel, text: str, length: int, max_tokens: int) -> tup
     return tuple(rows)
 
 
-def perplexity(lm: LanguageModel, rows: Sequence[TokenSequence], *, batch_size: int = 4) -> float:
-    """Return the perplexity of passages: exp(mean log-loss per token in nats)."""
-    logprobs = torch.tensor([x for outcome in run_rows(lm, rows, batch_size) for x in outcome.logprobs], dtype=torch.float64)
-    return float((-logprobs.mean()).exp())
-
-
 @dataclass(frozen=True)
 class Compression:
     """The decompositions of a model's matrices and the loss of each component, which give ranks for any budget.
@@ -122,7 +119,7 @@ class Compression:
         allocation: ``uniform`` or ``sensitivity``.
         matrices: the compressed matrices; fused matrices are compressed as a whole.
         left_out: the other matrices and the reason for each.
-        decompositions: decomposition of each matrix, by the matrix's id.
+        decompositions: decomposition of each matrix, by the matrix's id, on the disk.
         losses: (k,) loss of dropping each component, by the matrix's id; empty for uniform ranks.
     """
 
@@ -130,7 +127,7 @@ class Compression:
     allocation: Allocation
     matrices: tuple[Matrix, ...]
     left_out: dict[Matrix, str]
-    decompositions: dict[str, Decomposition] = field(repr=False)
+    decompositions: Mapping[str, Decomposition] = field(repr=False)
     losses: dict[str, Tensor] = field(repr=False)
 
     @property
@@ -204,19 +201,29 @@ def fit_ranks(
         if value not in get_args(known):
             raise ExportError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
     matrices, left_out = _compressible(lm)
-    paths = {m.id: _module_path(m) for m in matrices}
-    moments = input_moments(lm, rows, list(paths.values())) if method == "whitened" else {}
-    if moments:
-        left_out |= {m: "no token of the text reaches it" for m in matrices if paths[m.id] not in moments}
-        matrices = tuple(m for m in matrices if m not in left_out)
-    decompositions = {}
-    for m in matrices:
-        weight = read_matrix(lm.model, m)
-        decompositions[m.id] = whitened(weight, moments[paths[m.id]]) if moments else decompose(weight)
+    decompositions = DecompositionFile(lm.cache)
+    for m, decomposition in _decomposed(lm, rows, matrices, method):
+        decompositions.add(m.id, decomposition)
+    left_out |= {m: "no token of the text reaches it" for m in matrices if m.id not in decompositions}
+    matrices = tuple(m for m in matrices if m not in left_out)
     losses = {}
     if allocation == "sensitivity":
         losses = sensitivities(lm, rows, matrices, lambda m: decompositions[m.id])
     return Compression(method, allocation, matrices, left_out, decompositions, losses)
+
+
+def _decomposed(
+    lm: LanguageModel, rows: Sequence[TokenSequence], matrices: Sequence[Matrix], method: Method
+) -> Iterator[tuple[Matrix, Decomposition]]:
+    """Yield the decomposition of every matrix, but for the matrices that no token reaches if inputs matter."""
+    if method == "plain":
+        yield from ((m, decompose(read_matrix(lm.model, m))) for m in matrices)
+        return
+    for of_block, moments in moments_by_block(lm, rows, matrices):
+        for m in of_block:
+            if (path := _module_path(m)) in moments:
+                yield m, whitened(read_matrix(lm.model, m), moments[path])
+        moments.clear()  # before the next block has its own
 
 
 @dataclass(frozen=True)
@@ -225,9 +232,9 @@ class CompressionResult:
 
     Args:
         saved: the saved model.
-        base_perplexity: perplexity of the unchanged model on the held-out passages; None without a text.
-        perplexity: perplexity of the compressed model on the same passages.
-        tokens: number of tokens in these passages.
+        base_perplexity: perplexity of the unchanged model on the held-out text; None without a text.
+        perplexity: perplexity of the compressed model on the same text.
+        tokens: number of tokens of this text.
     """
 
     saved: SavedModel
@@ -274,41 +281,48 @@ def compress(
         ExportError: if an argument is invalid, the ratio cannot be reached, or the folder cannot be written.
     """
     out = Path(out).absolute()
+    if form == "adapter":
+        raise ExportError("compress changes nearly all weights, which no small adapter can; use the form factored or dense")
     options = SaveOptions(form, dtype, overwrite, shard_size)
     check_request(lm, out, options)
-    is_fitted = (method, allocation) != ("plain", "uniform")
-    if calibration is None and is_fitted:
-        raise ExportError(
-            f"{method} decomposition with {allocation} ranks needs a text: give --calibration FILE, or --method plain "
-            "--allocation uniform"
-        )
-    text = None if calibration is None else read_calibration_text(lm, calibration, tokens=tokens)
+    text = _read_text(lm, calibration, tokens, method, allocation)
     compression = fit_ranks(lm, () if text is None else text.calibration, method=method, allocation=allocation)
-    compression.ranks(ratio)  # raises if the ratio cannot be reached
     settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
     arguments = ["--ratio", f"{ratio:g}", "--method", method, "--allocation", allocation]
-    base = compressed = None
-    n_tokens = 0
     if text is not None:
+        settings["text"] = text.as_dict() | {"tokens": tokens}
+        settings["perplexity"] = _perplexities(lm, compression, ratio, form, text.held_out)
         arguments += ["--calibration", text.name, "--tokens", str(tokens)]
-        n_tokens = _count_targets(text.held_out)
-        n_calibration = _count_targets(text.calibration) if is_fitted else 0
-        settings["text"] = {"name": text.name, "sha256": text.sha256, "tokens": tokens, "calibrated_on": n_calibration}
-        base = perplexity(lm, text.held_out)
-        with compression.applied(lm, ratio, form):
-            compressed = perplexity(lm, text.held_out)
-        settings["perplexity"] = {"base": base, "compressed": compressed, "held_out_tokens": n_tokens}
     entries = {
         "compression": settings,
         "decomposition": {"algorithm": ALGORITHM, "seed": 0},
         "command": command_of(lm, "compress", arguments, out, options),
     }
     saved = write(lm, out, compression.applied(lm, ratio, form), options, entries)
-    return CompressionResult(saved, base, compressed, n_tokens)
+    measured = settings.get("perplexity", {})
+    return CompressionResult(saved, measured.get("base"), measured.get("compressed"), measured.get("held_out_tokens", 0))
 
 
-def _count_targets(rows: Sequence[TokenSequence]) -> int:
-    return sum(len(row.targets) for row in rows)
+def _read_text(
+    lm: LanguageModel, file: str | Path | None, tokens: int, method: Method, allocation: Allocation
+) -> CalibrationText | None:
+    is_fitted = (method, allocation) != ("plain", "uniform")
+    if file is not None:
+        text = read_calibration_text(lm, file, tokens=tokens)
+        return text if is_fitted else replace(text, calibration=())
+    if is_fitted:
+        raise ExportError(
+            f"{method} decomposition with {allocation} ranks needs a text: give --calibration FILE, or --method plain "
+            "--allocation uniform"
+        )
+    return None
+
+
+def _perplexities(lm: LanguageModel, compression: Compression, ratio: float, form: Form, text: str) -> dict[str, float]:
+    with compression.applied(lm, ratio, form):
+        compressed = text_perplexity(lm, text)
+    base = text_perplexity(lm, text)
+    return {"base": base.perplexity, "compressed": compressed.perplexity, "held_out_tokens": base.tokens}
 
 
 def _module_path(m: Matrix) -> str:

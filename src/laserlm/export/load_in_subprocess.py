@@ -1,7 +1,8 @@
-"""Load a saved model and print its outputs; run as a script in its own process.
+"""Load a saved model and print its outputs, computed in float32; run as a script in its own process.
 
 A dense folder is loaded without laserlm, unless it holds a model of laserlm's lab. A factored folder is loaded after a plain
-``import laserlm``. This file imports nothing of laserlm at its top, so that it loads the model as any user would.
+``import laserlm``. An adapter is loaded by peft on its base model, the second argument. This file imports nothing of laserlm
+at its top, so that it loads the model as any user would.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def fingerprint(model: Any) -> list[list[float]] | None:
     ids = torch.tensor([[(7919 * i + 13) % model.config.get_text_config().vocab_size for i in range(N_TOKENS)]])
     ids = ids.to(model.device)
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, : N_TOKENS // 2]} if model.config.is_encoder_decoder else {})
-    with torch.inference_mode():
+    with torch.no_grad():
         out = model(**inputs)
     values = out.logits if "logits" in out else out.last_hidden_state
     columns = torch.linspace(0, values.shape[-1] - 1, N_COLUMNS).long()
@@ -36,8 +38,47 @@ def fingerprint(model: Any) -> list[list[float]] | None:
     return sample
 
 
+def compute_in_float32(model: Any) -> None:
+    """Make a model compute in float32 from now on, with the weights that it has.
+
+    The weights of a block are in float32 only while the block runs, so that a large model needs little more memory.
+    """
+    blocks = [block for module in model.modules() if isinstance(module, torch.nn.ModuleList) for block in module]
+    in_blocks = {id(tensor) for block in blocks for tensor in _half_tensors(block)}
+    for tensor in _half_tensors(model):
+        if id(tensor) not in in_blocks:
+            tensor.data = tensor.data.float()
+    for block in dict.fromkeys(blocks):
+        _widen_while_it_runs(block)
+
+
+def _half_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the parameters and buffers of 16 bits."""
+    return [t for t in (*module.parameters(), *module.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+
+
+def _widen_while_it_runs(block: torch.nn.Module) -> None:
+    narrow: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def widen(*_: Any) -> None:
+        for tensor in _half_tensors(block):
+            narrow.append((tensor, tensor.data))
+            tensor.data = tensor.data.float()
+
+    def put_back(*_: Any) -> None:
+        while narrow:
+            tensor, data = narrow.pop()
+            tensor.data = data
+
+    block.register_forward_pre_hook(widen)
+    block.register_forward_hook(put_back)
+
+
 def main() -> None:
-    """Print the outputs and the loading report of the model in the folder named on the command line, as JSON."""
+    """Print the outputs and the loading report of the model in the folder named on the command line, as JSON.
+
+    The second argument is the folder or hub id of an adapter's base model.
+    """
     folder = Path(sys.argv[1])
     record = json.loads((folder / "laser.json").read_text(encoding="utf-8"))
     # Records of laserlm before "imports" existed are of models that transformers knows.
@@ -47,7 +88,18 @@ def main() -> None:
     import transformers
 
     loader = getattr(transformers, record["loader"])
-    model, info = loader.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "dtype": "auto"}
+    if record["form"] == "adapter":
+        source = {"pretrained_model_name_or_path": sys.argv[2], "dtype": record["dtype"]["base"]}
+        source["revision"] = record["base"]["revision"] or "main"
+    model, info = loader.from_pretrained(**source, output_loading_info=True)
+    if record["form"] == "adapter":
+        from peft import PeftModel
+
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would go on with a part of it
+        model = PeftModel.from_pretrained(model, folder).get_base_model()
+    if "fingerprint_dtype" in record:  # laserlm 0.1.0 recorded outputs in the dtype of the model in memory
+        compute_in_float32(model)
     report = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     print(json.dumps({"fingerprint": fingerprint(model.eval()), "imported": "laserlm" in sys.modules, **report}))
 

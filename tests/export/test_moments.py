@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from laserlm.errors import ScoringError
+from laserlm.export.moments import moments_by_block
+from laserlm.models import LanguageModel
+from laserlm.scoring.records import TokenSequence
+
+Make = Callable[..., LanguageModel]
+
+
+def sequences(*lengths: int) -> list[TokenSequence]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, 400, (n,), generator=generator).tolist() for n in lengths]
+    return [TokenSequence(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(len(x) - 1))) for i, x in enumerate(ids)]
+
+
+ROWS = sequences(9, 9, 9, 6)
+
+
+def linear(lm: LanguageModel) -> list[str]:
+    return list(dict.fromkeys(m.path.rpartition(".")[0] for m in lm.matrices))
+
+
+def moments(lm: LanguageModel, rows: Sequence[TokenSequence] = ROWS, batch_size: int = 2) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for matrices, of_block in moments_by_block(lm, rows, lm.matrices, batch_size=batch_size):
+        assert len({(m.stack, m.layer) for m in matrices}) == 1
+        result |= of_block
+    return result
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_moments_are_those_of_what_goes_into_each_layer(family: str, make: Make) -> None:
+    lm = make(family)
+    inputs: dict[str, list[Tensor]] = {path: [] for path in linear(lm)}
+    hooks = [
+        lm.model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: inputs[path].append(args[0].flatten(0, -2))
+        )
+        for path in inputs
+    ]
+    with torch.no_grad():
+        for row in ROWS:
+            lm.model(input_ids=torch.tensor([row.ids]))
+    for hook in hooks:
+        hook.remove()
+    result = moments(lm)
+    assert result.keys() == inputs.keys()
+    for path, xs in inputs.items():
+        X = torch.cat(xs).double()
+        torch.testing.assert_close(result[path], X.T @ X / len(X), atol=1e-5, rtol=1e-4)
+
+
+def without_room(lm: LanguageModel, layer: int, rows: int) -> Callable[[], None]:
+    """Let memory run out in the last layer of a block, on batches of long sequences with at least so many rows."""
+
+    def fail(_module: object, args: tuple[Tensor]) -> None:
+        if len(args[0]) >= rows and args[0].shape[1] > 20:
+            raise torch.OutOfMemoryError("no room")
+
+    handle: RemovableHandle = lm.model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(fail)
+    return handle.remove
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_rows_count_once_where_memory_runs_out(layer: int, llama: LanguageModel) -> None:
+    rows = sequences(30, 30, 9, 9, 30)
+    expected = moments(llama, rows)
+    remove = without_room(llama, layer, 2)
+    result = moments(llama, rows)
+    remove()
+    for path, value in expected.items():
+        torch.testing.assert_close(result[path], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_row_that_never_fits_is_an_error(llama: LanguageModel) -> None:
+    without_room(llama, 1, 1)
+    with pytest.raises(ScoringError, match="single row does not fit"):
+        moments(llama, sequences(30, 30))
+
+
+def test_the_moments_of_one_block_are_in_memory_at_a_time(llama: LanguageModel) -> None:
+    earlier: list[weakref.ref[Tensor]] = []
+    for _, of_block in moments_by_block(llama, ROWS, llama.matrices):
+        assert [tensor for ref in earlier if (tensor := ref()) is not None] == []
+        earlier = [weakref.ref(tensor) for tensor in of_block.values()]
+        of_block.clear()
+
+
+def test_blocks_that_cannot_run_alone_have_the_same_moments(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = moments(llama)
+    model = llama.model.model
+    block, forward = model.layers[1], model.layers[1].forward
+    monkeypatch.setattr(block, "forward", lambda *args, **kwargs: forward(*args, **kwargs) + 0 * model.layers[0].outputs)
+    model.layers[0].register_forward_hook(lambda module, _args, output: setattr(module, "outputs", output))
+    result = moments(llama)
+    for path, value in expected.items():
+        torch.testing.assert_close(result[path], value, atol=1e-6, rtol=1e-5)
