@@ -92,7 +92,7 @@ told["lab after an ordinary model"] = [name for name in sys.modules if name.star
 import laserlm
 from laserlm.tasks import Example, Task
 
-examples = [Example(id=f"q{{i}}", prompt="p", answer="a") for i in range(40)]
+examples = [Example(id=f"q{{i}}", prompt=f"p{{i}}", answer="a") for i in range(40)]
 told["validation"] = [e.id for e in Task.of("t", examples).validation]
 lm = laserlm.load(given["lab"])
 ids = [lm.tokenizer(text, return_tensors="pt").input_ids for text in given["levels"]]
@@ -138,7 +138,7 @@ def test_stdout_holds_nothing_but_the_result_and_no_bar_where_stderr_is_no_termi
 
 
 def test_the_shuffled_split_does_not_depend_on_the_hash_seed(command: dict[str, Any]) -> None:
-    task = Task.of("t", [Example(id=f"q{i}", prompt="p", answer="a") for i in range(40)])
+    task = Task.of("t", [Example(id=f"q{i}", prompt=f"p{i}", answer="a") for i in range(40)])
     assert command["validation"] == [e.id for e in task.validation]
 
 

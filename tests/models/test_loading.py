@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CAUSAL, MASKED, OTHER, SEQ2SEQ
+from families import CAUSAL, MASKED, OTHER, SCORED, SEQ2SEQ, build
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -173,6 +173,15 @@ def test_stored_tensors_that_the_class_leaves_out_are_told(
     monkeypatch.setattr(type(llama.model), "_keys_to_ignore_on_load_unexpected", [r"^visual", r"^mtp\."])
     assert load(folder).hash == llama.hash
     assert f"{folder} stores 1 tensors that LlamaForCausalLM does not read ({name})" in caplog.text
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_nothing_is_told_of_a_folder_whose_tensors_are_all_read(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = build(family)
+    load(saved(lm, tmp_path), kind=lm.kind)
+    assert "does not read" not in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -339,7 +339,15 @@ def _ignored_tensors(model: Any, source: str | Path) -> list[str]:
         config = try_to_load_from_cache(str(source), "config.json", revision=getattr(model.config, "_commit_hash", None))
         folder = Path(config).parent if isinstance(config, str) else folder
     ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ())
-    return [name for name in tensor_files(folder) if ignored and re.search(ignored, name)]
+    if not ignored:
+        return []
+    read = set(model.state_dict())  # a pattern such as attn.bias also matches the c_attn.bias that the model has
+    prefix = model.base_model_prefix
+    return [
+        name
+        for name in tensor_files(folder)
+        if re.search(ignored, name) and not {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")} & read
+    ]
 
 
 def _warn_of_unread(name: str, model: Any, tensors: Iterable[str]) -> None:
