@@ -52,12 +52,14 @@ WIDTH = 4
 """Candidates that a search's screen sends on."""
 TEXT_LENGTH = 4_500
 """Characters that are kept of a text that a page makes."""
+PASSAGE_LENGTH = 400
+"""Characters of a passage whose perplexity is measured."""
 SHORT = {
     "search": f"--limit 12 --width {WIDTH}",
     "evaluate bundled --task humaneval": "--limit 2 --new-tokens 32",
     "evaluate": "--limit 12",
     "sweep-layers": "--limit 6",
-    "compress": "--tokens 2048",
+    "compress": "--tokens 512",
     "analyze controls": "--limit 12 --draws 1",
     "analyze components": "--limit 60",
     "analyze low-rank": "--limit 12",
@@ -74,9 +76,7 @@ SHORT = {
     "lab sokoban search": "--limit 4 --grid 1.fc_in@0.5",
 }
 GRID = "top4.all@0.75,0.1"
-"""What a search of the bundled model looks through where no grid or a wide one is named, but for the pages that are read
-first."""
-FIRST = ("README.md", "docs/quickstart.md", "docs/your-own.md")
+"""What a search of the bundled model looks through where no grid or a wide one is named."""
 ONLY_READ = {
     "--address auto": "needs a Ray cluster that is there already",
     "--executor ray --workers 2": "the block of Python after it does the same",
@@ -249,7 +249,7 @@ def searched(named: Named, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results database with one small search whose choice changes something."""
     store = tmp_path_factory.mktemp("docs") / "runs.db"
     task = laserlm.task("worldfacts")
-    task = replace(task, validation=task.validation.limit(120), test=task.test.limit(120))
+    task = replace(task, validation=task.validation.limit(60), test=task.test.limit(30))
     lm = named.load("bundled", cache=named.cache)
     found = laserlm.search(lm, task, metric="loss", grid="28-29.v_proj@0.05,0.75", store=store)
     assert found.best
@@ -304,9 +304,8 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     def narrow(*given: Any, **named: Any) -> laserlm.SearchResult:
         return search(*given, **{"candidates": WIDTH, "grid": GRID} | named)
 
-    if not (named.real and page in FIRST):
-        monkeypatch.setattr(laserlm, "search", narrow)
-        monkeypatch.setattr("laserlm.searching.search", narrow)
+    monkeypatch.setattr(laserlm, "search", narrow)
+    monkeypatch.setattr("laserlm.searching.search", narrow)
     monkeypatch.setattr(laserlm, "task", few)
     monkeypatch.setattr(laserlm, "load", named.load)
     monkeypatch.setattr("laserlm.models.load", named.load)
@@ -314,8 +313,9 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     monkeypatch.setattr("laserlm.lab.recall.study.N_SEQUENCES", 100)
     monkeypatch.setattr("laserlm.lab.recall.study.GRID", "1.all@0,0.5")
     monkeypatch.setattr("laserlm.lab.sokoban.training.N_HELD_OUT", 60)
-    monkeypatch.setattr(search_command, "DEMO_VALIDATION", 36 if named.real and page == "README.md" else 12)
-    monkeypatch.setattr(search_command, "DEMO_TEST", 24 if named.real and page == "README.md" else 12)
+    monkeypatch.setattr(search_command, "DEMO_VALIDATION", 12)
+    monkeypatch.setattr(search_command, "DEMO_TEST", 12)
+    monkeypatch.setattr("laserlm.tasks.perplexity.PASSAGE_CHARACTERS", PASSAGE_LENGTH)
     return folder
 
 
@@ -411,7 +411,7 @@ def do(command: str, run: Run, where: str, *, real: bool) -> None:
     elif words[1] == "app":
         served([*words[1:], "--port", "0"], said)
     else:
-        code, _, err = run(*words[1:], *short(words[1:], whole=not real or where.startswith(FIRST)))
+        code, _, err = run(*words[1:], *short(words[1:], whole=not real))
         assert code == 0, f"{said}\n{err}"
 
 
