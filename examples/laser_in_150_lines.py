@@ -145,6 +145,6 @@ tail = sum(math.comb(corrected + broken, i) for i in range(min(corrected, broken
 p = min(1.0, 2 * tail / 2 ** (corrected + broken))  # McNemar's exact test
 (base, base_logprob), (gained, logprob) = means(before), means(after)
 print(f"{title}, on {len(test)} other questions: {base:.1%} -> {gained:.1%} right, {corrected} corrected, {broken} broken,")
-print(f"McNemar p {p:.2g}; loss {-base_logprob:.3f} -> {-logprob:.3f} nats per token of the answer")
+print(f"exact p {p:.2g}; loss {-base_logprob:.3f} -> {-logprob:.3f} nats per token of the answer")
 model.save_pretrained(out)  # as it was scored last: an ordinary checkpoint
 tokenizer.save_pretrained(out)

@@ -198,7 +198,7 @@ def test_the_proof_has_the_same_figures(both: Both) -> None:
     assert (
         f"on {test.n} other questions: {test.base:.1%} -> {test.edited:.1%} right, {test.corrected} corrected" in both.printed
     )
-    assert f"McNemar p {test.mcnemar_p:.2g}; loss {test.base_loss:.3f} -> {test.edited_loss:.3f} nats" in both.printed
+    assert f"exact p {test.mcnemar_p:.2g}; loss {test.base_loss:.3f} -> {test.edited_loss:.3f} nats" in both.printed
 
 
 def test_what_it_saves_is_what_laserlm_saves_and_loads_by_itself(both: Both, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:
         table.add_row("edited accuracy", *(f"{c.edited:.1%}" for c in splits))
         table.add_row("gain", *(f"{c.gain:+.1%}" for c in splits))
         table.add_row("95 % interval of the gain", *(f"{c.interval.low:+.1%} to {c.interval.high:+.1%}" for c in splits))
-        table.add_row("exact McNemar p", *(f"{c.mcnemar_p:.2g}" for c in splits))
+        table.add_row("exact p", *(f"{c.mcnemar_p:.2g}" for c in splits))
         table.add_row("corrected / broken", *(f"{c.corrected} / {c.broken}" for c in splits))
     table.add_row("base loss (nats per token)", *(f"{c.base_loss:.3f}" for c in splits))
     table.add_row("edited loss", *(f"{c.edited_loss:.3f}" for c in splits))

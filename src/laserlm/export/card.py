@@ -149,7 +149,7 @@ def _evidence(result: dict[str, Any] | None) -> list[str]:
         f"The best of {result['candidates']} candidates by {settings.get('metric', 'accuracy')}, "
         f"of which {result['scored']} were scored; run `{result['run']}`.",
         "",
-        "| split | examples | base | reduced | gain, 95 % interval | McNemar p | loss, nats per token [change] |",
+        "| split | examples | base | reduced | gain, 95 % interval | exact p | loss, nats per token [change] |",
         "|---|---|---|---|---|---|---|",
         *rows,
         "",

@@ -197,7 +197,7 @@ class Comparison:
         low, high = self.interval
         return (
             f"{self.split}: {self.base:.1%} -> {self.edited:.1%} under {self.intervention or 'base'}, "
-            f"gain {self.gain:+.1%} [{low:+.1%}, {high:+.1%}], McNemar p {self.mcnemar_p:.2g}, "
+            f"gain {self.gain:+.1%} [{low:+.1%}, {high:+.1%}], exact p {self.mcnemar_p:.2g}, "
             f"{self.corrected} corrected, {self.broken} broken, n {self.size}; "
             f"loss {self.base_loss:.3f} -> {self.edited_loss:.3f}"
         )

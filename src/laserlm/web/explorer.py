@@ -127,7 +127,7 @@ def summary(result: Flips) -> Mapping[str, str]:
         "accuracy": f"{c.base:.1%} before, {c.edited:.1%} after",
         "gain": f"{100 * c.gain:+.1f} points, 95 % interval {100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f}",
         "change of loss": f"{c.edited_loss - c.base_loss:+.4f} nats per token{interval}",
-        "corrected and broken": f"{c.corrected} and {c.broken}, McNemar p {c.mcnemar_p:.2g}",
+        "corrected and broken": f"{c.corrected} and {c.broken}, exact p {c.mcnemar_p:.2g}",
     }
 
 
