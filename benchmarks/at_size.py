@@ -33,6 +33,7 @@ from laserlm.searching.scorer import PrefixScorer
 GRID = "all.all@0.5,0.1,0.01"
 GIB = 2**30
 TEXT_TOKENS = 2048
+TEXT_CHARACTERS = 16_000
 PHASES = ("load", "screen", "race", "save", "compress")
 
 
@@ -70,7 +71,8 @@ def run_phase(name: str, folder: Path, questions: int) -> dict[str, Any]:
 
     def compress() -> None:
         text = folder / "text.txt"
-        text.write_text("\n".join(f"{e.prompt} {e.answer}." for e in facts.every), encoding="utf-8")
+        lines = "\n".join(f"{e.prompt} {e.answer}." for e in facts.every)
+        text.write_text(lines[:TEXT_CHARACTERS], encoding="utf-8")
         laser.compress(lm, folder / "small", ratio=0.8, calibration=text, tokens=TEXT_TOKENS)
 
     phases: dict[str, Callable[[], object]] = {

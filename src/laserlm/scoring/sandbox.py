@@ -85,7 +85,7 @@ def _run(program: str, seconds: int, memory: int, unshare: tuple[str, ...]) -> s
         if process.stdin is None or process.stdout is None:
             raise AssertionError("both streams are pipes")
         try:
-            with process.stdin as stdin, suppress(BrokenPipeError):
+            with suppress(BrokenPipeError), process.stdin as stdin:  # closing it writes, too
                 stdin.write(json.dumps(request).encode())
             with process.stdout as stdout:
                 ready = _read_pipe(stdout.fileno(), len(READY), time.monotonic() + START_SECONDS)
