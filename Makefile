@@ -54,7 +54,7 @@ wheel: setup
 	build/pipx-venv/bin/python -m pip install --quiet pipx
 	$(PIPX) install --quiet --backend pip --pip-args="-c $(CURDIR)/constraints.txt" dist/*.whl
 	$(SMOKE) build/pipx/bin
-	$(PIPX) runpip laserlm install --quiet --no-deps --force-reinstall dist/*.tar.gz
+	$(PIPX) runpip laserlm install --quiet --no-deps --force-reinstall $(CURDIR)/dist/*.tar.gz
 	$(SMOKE) build/pipx/bin
 
 # The documentation as a site, in build/site.
