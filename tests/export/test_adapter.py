@@ -226,6 +226,17 @@ def test_load_check_uses_peft_and_sees_a_changed_factor(
     assert not reproduce(saved.folder, on_disk).agrees
 
 
+def test_load_check_without_peft_says_what_to_install(
+    on_disk: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = save(on_disk, "0.fc_in@drop0", tmp_path / "out", form="adapter")
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "peft.py").write_text("raise ModuleNotFoundError(\"No module named 'peft'\")\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    with pytest.raises(ExportError, match="No module named 'peft'; pip install peft"):
+        load_check(saved.folder)
+
+
 @pytest.mark.slow
 def test_a_fresh_process_loads_the_adapter_without_laserlm(on_disk: LanguageModel, tmp_path: Path) -> None:
     check = load_check(save(on_disk, components(on_disk), tmp_path / "out", form="adapter").folder)

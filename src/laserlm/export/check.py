@@ -109,7 +109,9 @@ def load_check(folder: str | Path) -> LoadCheck:
     )
     if process.returncode != 0:
         reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ExportError(f"{folder} does not load: {reason}; save it again")
+        missing = re.search(r"^ModuleNotFoundError: No module named '(\w+)", reason)
+        next_step = f"pip install {missing[1]}" if missing else "save it again"
+        raise ExportError(f"{folder} does not load: {reason}; {next_step}")
     output: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if output[name]:

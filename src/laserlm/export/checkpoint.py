@@ -104,8 +104,9 @@ class SavedModel:
 
     def __str__(self) -> str:
         if self.form == "adapter":
+            noun = "matrix" if len(self.matrices) == 1 else "matrices"
             return (
-                f"{self.folder}: an adapter for {len(self.matrices)} matrices, {self.parameters:,} parameters in "
+                f"{self.folder}: an adapter for {len(self.matrices)} {noun}, {self.parameters:,} parameters in "
                 f"{decimal(self.bytes)}; the dense form takes {decimal(self.record['dense_bytes'])}"
             )
         factors = sum(not m.reason_kept_dense for m in self.matrices)
