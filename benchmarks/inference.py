@@ -47,13 +47,11 @@ class MultipliedOut(nn.Module):
 
     def __init__(self, layer: LowRankLinear) -> None:
         super().__init__()
-        if len(layer.parts) > 1:
-            raise SystemExit("the peer multiplies out one pair of factors; this model's fused layers hold several")
-        self.weight, self.up, self.bias = layer.weight, layer.up0, layer.bias
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
-        return F.linear(x, self.up @ self.weight, self.bias)
+        return F.linear(x, self.layer.dense().to(x.dtype), self.layer.bias)
 
 
 def multiplied_out(model: nn.Module) -> nn.Module:
@@ -84,11 +82,10 @@ def layers(rounds: int) -> None:
         dense = nn.Linear(n, m, bias=False)
         for rho in (0.01, 0.05, 0.1, 0.25, 0.5):
             rank = int(rho * min(m, n))
-            if rank * (m + n) >= m * n:
-                continue
-            layer = LowRankLinear(n, m, [Part(m, rank)])
+            layer = LowRankLinear(n, m, [Part(m, rank, pivoted=True)])
             for parameter in layer.parameters():
                 nn.init.normal_(parameter, std=0.02)
+            layer.order = torch.randperm(m, dtype=torch.int32)
             peer = MultipliedOut(layer)
             for tokens in (1, 512):
                 x = torch.randn(1, tokens, n)
@@ -153,7 +150,7 @@ def whole_models(name: str, rhos: list[str], kinds: list[str], rounds: int, fold
             times = speeds(models, rounds)
             ratios = [f"{median_ratio(times['dense'][i], times[k][i]):.2f}" for k in ("factored", "out") for i in (0, 1)]
             kept = sum(not h.reason_kept_dense for h in saved.matrices)
-            held = [(h.rank * sum(h.shape), h.shape[0] * h.shape[1]) for h in saved.matrices]
+            held = [(h.rank * (sum(h.shape) - h.rank), h.shape[0] * h.shape[1]) for h in saved.matrices]
             theory = width * (base.parameters - sum(whole - min(factors, whole) for factors, whole in held))
             figures = [f"{saved.parameters / 1e6:.1f}", f"{saved.bytes / 2**20:.1f}", f"{theory / 2**20:.1f}"]
             figures += [f"{memory(saved.folder) / 2**20:.0f}", f"{kept} of {len(saved.matrices)}"]

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausal
 from laserlm.errors import ModelError
 from laserlm.export import save
 from laserlm.export.load_in_subprocess import fingerprint
+from laserlm.linalg import decompose
 from laserlm.low_rank import LowRankConfig, LowRankLinear, Part
 from laserlm.models import LanguageModel
 
@@ -59,6 +60,23 @@ def test_parts_lie_in_the_rows_group_by_group(groups: int) -> None:
     torch.testing.assert_close(layer(x), x @ weight.T + layer.bias)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_pivots_and_coefficients_give_the_rows_in_their_order(bias: bool) -> None:
+    layer = filled(LowRankLinear(5, 9, [Part(4, 2, pivoted=True), Part(2), Part(3, 1, pivoted=True)], bias=bias))
+    layer.order = torch.tensor([4, 0, 8, 1, 2, 7, 3, 6, 5], dtype=torch.int32)
+    pivots, dense, pivot = layer.weight.split([2, 2, 1])
+    stack = torch.cat([pivots, layer.up0 @ pivots, dense, pivot, layer.up2 @ pivot])
+    weight = stack[layer.order.long()]
+    torch.testing.assert_close(layer.dense(), weight)
+    x = torch.randn(3, 4, 5)
+    torch.testing.assert_close(layer(x), x @ weight.T + (0 if layer.bias is None else layer.bias))
+    assert layer.up0.shape == (2, 2)
+    assert layer.up2.shape == (2, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        torch.testing.assert_close(layer(x).float(), layer(x.bfloat16()).float())
+
+
 def test_rank_zero_gives_the_bias_alone() -> None:
     layer = filled(LowRankLinear(5, 7, [Part(7, 0)], bias=True))
     torch.testing.assert_close(layer(torch.randn(2, 5)), layer.bias.expand(2, 7))
@@ -78,6 +96,30 @@ def test_dense_rows_alone_are_no_low_rank_layer() -> None:
 def test_a_checkpoint_of_a_newer_form_is_refused() -> None:
     with pytest.raises(ModelError, match="format 99"):
         LowRankConfig({}, format=99)
+
+
+def test_a_folder_of_laserlm_0_1_0_still_loads(llama: LanguageModel, tmp_path: Path) -> None:
+    model = llama.model
+    path = "model.layers.1.mlp.up_proj"
+    old = model.get_submodule(path)
+    pair = decompose(old.weight).factors(7)
+    layer = LowRankLinear(32, 48, [Part(48, 7)])
+    layer.up0.data, layer.weight.data = (factor.contiguous() for factor in pair)
+    model.set_submodule(path, layer)
+    try:
+        expected = outputs(model)
+        model.config.quantization_config = {
+            "quant_method": "laserlm",
+            "format": 1,
+            "modules": {path: {"parts": [[48, 7]], "groups": 1}},
+        }
+        model.save_pretrained(tmp_path / "old")
+    finally:
+        model.set_submodule(path, old)
+        del model.config.quantization_config
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    assert loaded.get_submodule(path).order is None
+    torch.testing.assert_close(outputs(loaded), expected)
 
 
 def test_it_loads_sharded_and_is_saved_again(folder: Path, tmp_path: Path) -> None:

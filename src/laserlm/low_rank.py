@@ -1,4 +1,4 @@
-"""Linear layers with weights stored as two factors, and the hook with which transformers loads them.
+"""Linear layers with weights stored as rows and coefficients, and the hook with which transformers loads them.
 
 A checkpoint lists these layers in the ``quantization_config`` of its ``config.json``. Importing laserlm registers this
 module with transformers, so that ``from_pretrained`` creates the layers before it reads the weights. Without laserlm,
@@ -24,7 +24,7 @@ __all__ = ["METHOD", "LowRankConfig", "LowRankLinear", "LowRankQuantizer", "Part
 
 METHOD = "laserlm"
 """The ``quant_method`` in a checkpoint's config."""
-FORMAT = 1
+FORMAT = 2
 """Version of the checkpoint format. It rises when an older laserlm would misread a new checkpoint."""
 
 
@@ -35,29 +35,40 @@ class Part:
     Args:
         rows: number of output features.
         rank: number of columns of the second factor, or None if the rows are dense.
+        pivoted: whether the first factor is ``rank`` of the rows themselves, the pivots, so that the second factor is that of
+            the other rows. laserlm 0.1.0 wrote no pivots.
     """
 
     rows: int
     rank: int | None = None
+    pivoted: bool = False
 
     @property
     def width(self) -> int:
         """Number of rows in the stored weight."""
         return self.rows if self.rank is None else self.rank
 
+    @property
+    def combined(self) -> int:
+        """Number of rows of the second factor."""
+        return self.rows - self.rank if self.pivoted and self.rank is not None else self.rows
+
 
 class LowRankLinear(nn.Linear):
     """A linear layer whose weight (m, n) is stored as pairs of factors and dense rows, part by part.
 
     ``weight`` (R, n) stacks the parts: the first factor (r, n) of a part with a rank, else the rows themselves. ``up0``,
-    ``up1`` and so on (rows, r) are the second factors of the parts with a rank. A pair has r (m + n) parameters instead of
-    m n. The forward pass never multiplies its factors out.
+    ``up1`` and so on are the second factors of the parts with a rank: (rows - r, r) for a pivoted part, else (rows, r). A
+    pivoted pair has r (m + n - r) parameters, less than m n at every rank below min(m, n). ``order`` (m,) is a buffer of
+    layers with a pivoted part: the row of the weight is row ``order[i]`` of all rows, part by part, the pivots of a part
+    before its other rows. The forward pass never multiplies its factors out.
 
     Args:
         in_features: n.
         out_features: m, the sum of the parts' rows.
         parts: the form of the rows, in order.
         groups: number of groups in a fused weight (groups, m / groups, n); every part has equally many rows in each group.
+            1 for a layer with a pivoted part, whose order says where each row is.
         bias: whether the layer has a bias (m,).
         device: device of the uninitialised parameters.
         dtype: dtype of the parameters.
@@ -67,6 +78,7 @@ class LowRankLinear(nn.Linear):
     """
 
     up0: Tensor
+    order: Tensor | None
 
     def __init__(
         self,
@@ -95,32 +107,34 @@ class LowRankLinear(nn.Linear):
         self.weight = empty(sum(p.width for p in parts), in_features)
         for i, p in enumerate(self.parts):
             if p.rank is not None:
-                self.register_parameter(f"up{i}", empty(p.rows, p.rank))
+                self.register_parameter(f"up{i}", empty(p.combined, p.rank))
+        is_pivoted = any(p.pivoted for p in parts)
+        self.register_buffer("order", torch.empty(out_features, dtype=torch.int32, device=device) if is_pivoted else None)
         self.register_parameter("bias", empty(out_features) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
-        inner = F.linear(x, self.weight)  # (..., R)
-        if len(self.parts) == 1:
-            return F.linear(inner, self.up0, self.bias)
-        by_part = inner.split([p.width for p in self.parts], -1)
-        outs = [
-            x if p.rank is None else F.linear(x, getattr(self, f"up{i}"))  # (..., rows)
-            for i, (p, x) in enumerate(zip(self.parts, by_part, strict=True))
-        ]
-        out = torch.cat([y.unflatten(-1, (self.groups, -1)) for y in outs], -1).flatten(-2)  # (..., m)
-        return out if self.bias is None else out + self.bias
+        out = self._expanded(F.linear(x, self.weight))
+        return out if self.bias is None else out + self.bias.to(out.dtype)  # autocast leaves the bias as it is
+
+    def _expanded(self, inner: Tensor) -> Tensor:
+        """Map what the stored rows give (..., R) to what the rows of the weight give (..., m)."""
+        outs: list[Tensor] = []
+        for i, (p, y) in enumerate(zip(self.parts, inner.split([p.width for p in self.parts], -1), strict=True)):
+            if p.rank is None or p.pivoted:
+                outs.append(y)
+            if p.rank is not None:
+                outs.append(F.linear(y, getattr(self, f"up{i}").to(y.dtype)))
+        if self.order is not None:
+            return torch.cat(outs, -1).index_select(-1, self.order)
+        if len(outs) == 1:
+            return outs[0]
+        return torch.cat([y.unflatten(-1, (self.groups, -1)) for y in outs], -1).flatten(-2)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
         """Return the weight (m, n), multiplied out in float32 or wider."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        by_part = self.weight.to(wide).split([p.width for p in self.parts])
-        rows = [
-            down if p.rank is None else getattr(self, f"up{i}").to(wide) @ down  # (rows, n)
-            for i, (p, down) in enumerate(zip(self.parts, by_part, strict=True))
-        ]
-        return torch.cat([r.unflatten(0, (self.groups, -1)) for r in rows], 1).flatten(0, 1)
+        return self._expanded(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).T).T
 
     def extra_repr(self) -> str:
         """Return the shape and the ranks as text."""
@@ -129,7 +143,7 @@ class LowRankLinear(nn.Linear):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the layer's entry in a checkpoint's config."""
-        return {"parts": [[p.rows, p.rank] for p in self.parts], "groups": self.groups}
+        return {"parts": [[p.rows, p.rank, p.pivoted] for p in self.parts], "groups": self.groups}
 
 
 @register_quantization_config(METHOD)

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from laserlm.edit import DecompositionCache, applied, factored, removed_part, resolve
 from laserlm.errors import MatrixError, SpecError, WeightError
@@ -50,6 +52,77 @@ def test_every_matrix_becomes_its_truncation_and_comes_back(family: str, make: M
             assert torch.equal(parameter, before[name][1]) == (name not in changed), name
     assert_same(lm, before)
     assert lm.active == []
+
+
+def experts(lm: LanguageModel) -> Tensor:
+    """Return the stacked weights (experts, out, in) of the inputs of block 1."""
+    (path,) = {m.path for m in lm.matrices if m.id.startswith("1.experts.") and m.type == "fc_in"}
+    return lm.model.get_parameter(path)
+
+
+def test_one_expert_is_edited_where_it_is_and_the_others_are_not_copied(make: Make) -> None:
+    lm = make("mixtral")
+    before, stack, untouched_hash = snapshot(lm), experts(lm), lm.hash
+    with CopiedBytes() as copied, applied(lm, "1.experts.1.fc_in@r4", cache=DecompositionCache()):
+        assert experts(lm).data_ptr() == before["model.layers.1.mlp.experts.gate_up_proj"][0]
+        assert not torch.equal(stack[1], before["model.layers.1.mlp.experts.gate_up_proj"][1][1])
+        for e in (0, 2):
+            assert torch.equal(stack[e], before["model.layers.1.mlp.experts.gate_up_proj"][1][e])
+    assert copied.most < stack.nbytes
+    assert_same(lm, before)
+    assert lm.hash == untouched_hash
+    with torch.no_grad():
+        stack[1] *= 2
+    assert lm.hash != untouched_hash
+
+
+class CopiedBytes(TorchDispatchMode):
+    """Notes the size of the largest copy of a tensor that is made inside a ``with`` block."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.clone.default:
+            self.most = max(self.most, result.nbytes)
+        return result
+
+
+def test_edits_of_one_expert_nest_and_come_back_after_an_exception(make: Make) -> None:
+    lm = make("mixtral")
+    before = snapshot(lm)
+    m = next(m for m in lm.matrices if m.id == "1.experts.1.fc_in")
+    original = read_matrix(lm.model, m).clone()
+
+    def fail() -> None:
+        with applied(lm, "1.experts.1.fc_in@drop0+1.experts.1.fc_up@r3+1.experts.2.fc_in@r2"):
+            outer = snapshot(lm)
+            with applied(lm, "1.experts.1.fc_in@drop0"):
+                expected = without(original, [0, 1])
+                np.testing.assert_allclose(read_matrix(lm.model, m).numpy(), expected, atol=2e-6)
+            assert_same(lm, outer)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert_same(lm, before)
+    with torch.no_grad():
+        experts(lm)[2, 0, 0] = float("nan")
+    with pytest.raises(WeightError, match=r"1\.experts\.2\.fc_in"), applied(lm, "1.experts.1.fc_in@r2+1.experts.2.fc_in@r2"):
+        pass
+    assert torch.equal(read_matrix(lm.model, m), original)
+
+
+def test_experts_in_shared_memory_are_not_written_for_other_processes_to_see(make: Make) -> None:
+    lm = make("mixtral")
+    lm.model.share_memory()
+    before = snapshot(lm)
+    pointer, original = before["model.layers.1.mlp.experts.gate_up_proj"]
+    shared = experts(lm).data
+    with applied(lm, "1.experts.1.fc_in@r4"):
+        assert experts(lm).data_ptr() != pointer
+        assert torch.equal(shared, original)
+    assert_same(lm, before)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bloom", "phi3", "decision_transformer"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import MatrixError, WeightError
@@ -21,6 +22,7 @@ from laserlm.models.matrices import Matrix, read_matrix, select, view
 from laserlm.out_of_memory import OutOfMemoryError, retry_with_room
 from laserlm.reductions import Components, Intervention, Layers, Reduction, Size, short_form
 
+T = TypeVar("T")
 InterventionLike = str | Iterable[str] | Intervention
 """An intervention or its text; several texts are joined, and ``@FILE`` is read from a file."""
 
@@ -163,25 +165,52 @@ def applied(
 
 @contextmanager
 def replaced_weights(lm: LanguageModel, edits: Sequence[Edit], make: Callable[[Edit], Tensor]) -> Iterator[None]:
-    """Replace the matrix of each edit by the value that ``make`` returns for it, (out, in), inside a ``with`` block."""
-    groups: dict[str, list[Edit]] = {}
+    """Replace the matrix of each edit by the value that ``make`` returns for it, (out, in), inside a ``with`` block.
+
+    A parameter gets new data. Of stacked experts only the edited ones are copied; they are written in place.
+    """
+    groups: dict[str, dict[int | None, list[Edit]]] = {}  # by path and expert
     for edit in edits:
         if not edit.is_identity:
-            groups.setdefault(edit.matrix.path, []).append(edit)
-
-    def new_value(path: str) -> Tensor:
-        parameter = lm.model.get_parameter(path)
-        new = parameter.data.clone()
-        for edit in groups[path]:
-            _write(new, edit.matrix, make(edit))
-        return new
-
-    with replaced_parameters(lm, groups, lambda path: _with_room(lm, path, lambda: new_value(path))):
+            expert = None if _is_in_shared_memory(lm, edit.matrix) else edit.matrix.expert
+            groups.setdefault(edit.matrix.path, {}).setdefault(expert, []).append(edit)
+    with ExitStack() as stack:
+        for path, by_expert in groups.items():
+            for expert, group in by_expert.items():
+                _replace(stack, lm, path, expert, partial(_new_value, group, make))
         yield
 
 
-def _with_room(lm: LanguageModel, path: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Return the new value of a parameter. If memory runs out, free the decompositions that are held, and try once more."""
+def _replace(stack: ExitStack, lm: LanguageModel, path: str, expert: int | None, new_value: Callable[[Tensor], Tensor]) -> None:
+    """Replace a parameter, or overwrite one of its stacked experts; ``stack`` puts the original back."""
+    parameter = lm.model.get_parameter(path)
+    if expert is None:
+        new = _with_room(lm, path, lambda: new_value(parameter.data))
+        stack.callback(setattr, parameter, "data", parameter.data)
+        parameter.data = new
+    else:
+        target = parameter.data[expert]
+        new, original = _with_room(lm, path, lambda: (new_value(target), target.clone()))
+        stack.callback(target.copy_, original)
+        target.copy_(new)
+
+
+def _new_value(edits: Sequence[Edit], make: Callable[[Edit], Tensor], old: Tensor) -> Tensor:
+    """Return a copy of a parameter, or of one of its experts (out, in), with its edits."""
+    new = old.clone()
+    for edit in edits:
+        _write(new, edit.matrix if old.ndim > 2 else replace(edit.matrix, expert=None), make(edit))
+    return new
+
+
+def _is_in_shared_memory(lm: LanguageModel, matrix: Matrix) -> bool:
+    """Return whether another process may see what is written to a parameter in place."""
+    data = lm.model.get_parameter(matrix.path).data
+    return data.device.type == "cpu" and data.is_shared()
+
+
+def _with_room(lm: LanguageModel, path: str, compute: Callable[[], T]) -> T:
+    """Return what is computed for a parameter. If memory runs out, free the decompositions that are held, and try once more."""
     has_freed = False
 
     def make_room(error: torch.OutOfMemoryError) -> None:
@@ -201,16 +230,12 @@ def _with_room(lm: LanguageModel, path: str, compute: Callable[[], Tensor]) -> T
 @contextmanager
 def replaced_parameters(lm: LanguageModel, paths: Iterable[str], make: Callable[[str], Tensor]) -> Iterator[None]:
     """Replace the data of each parameter by the tensor that ``make`` returns for its path, inside a ``with`` block."""
-    originals: list[tuple[nn.Parameter, Tensor]] = []
-    try:
+    with ExitStack() as stack:
         for path in paths:
             parameter, new = lm.model.get_parameter(path), make(path)
-            originals.append((parameter, parameter.data))
+            stack.callback(setattr, parameter, "data", parameter.data)
             parameter.data = new
         yield
-    finally:
-        for parameter, original in reversed(originals):
-            parameter.data = original
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Store the matrices of an intervention as two factors if that takes fewer parameters."""
+"""Store the matrices of an intervention as two factors: some of their rows, and the coefficients of the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from laserlm.edit.apply import Edit, InterventionLike, default_cache, label_as_edited, replaced_weights, resolve, truncation
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import WeightError
-from laserlm.linalg.decomposition import Decomposition, as_float_matrix, decompose
+from laserlm.linalg.decomposition import Decomposition, as_float64, as_float_matrix, decompose
+from laserlm.linalg.pivots import parameters, pivot_rows
 from laserlm.low_rank import LowRankLinear, Part
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
@@ -58,8 +59,8 @@ class StoredMatrix:
         """Return the storage of the matrix of an edit."""
         matrix = edit.matrix
         m, n = matrix.shape
-        parameters = m * n if reason_kept_dense else edit.rank * (m + edit.reduction.split * n)
-        return cls(matrix.id, matrix.path, matrix.shape, edit.rank, parameters, reason_kept_dense)
+        size = m * n if reason_kept_dense else _size(edit)
+        return cls(matrix.id, matrix.path, matrix.shape, edit.rank, size, reason_kept_dense)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as plain JSON values."""
@@ -72,10 +73,11 @@ class StoredMatrix:
 def factored(
     lm: LanguageModel, intervention: InterventionLike, *, cache: DecompositionCache | None = None, seed: int = 0
 ) -> Iterator[tuple[StoredMatrix, ...]]:
-    """Apply an intervention inside a ``with`` block, with matrices stored as two factors if that takes fewer parameters.
+    """Apply an intervention inside a ``with`` block, with its matrices stored as two factors.
 
-    A matrix (m, n) of rank r becomes two factors if r (m + n) < m n. It stays dense if it is not the weight of a linear
-    layer or if several blocks share it. At the end of the block the original modules and tensors are back in place.
+    A matrix (m, n) of rank r becomes r of its rows and the coefficients of the others: r (m + n - r) parameters, which is
+    less than m n below full rank. It stays dense if it is not the weight of a linear layer, or if several blocks share it.
+    At the end of the ``with`` block the original modules and tensors are back in place.
 
     Args:
         lm: the model.
@@ -92,7 +94,7 @@ def factored(
     intervention = Intervention.read(intervention)
     cache = cache or default_cache(lm.cache)
     edits = [e for e in resolve(lm.matrices, intervention) if not e.is_identity]
-    reasons = {e.matrix.id: _reason_kept_dense(lm, e) for e in edits}
+    reasons = {e.matrix.id: reason_not_factorable(lm, e.matrix) for e in edits}
     factors = {e.matrix.id: _factors(lm, e, cache, seed) for e in edits if not reasons[e.matrix.id]}
     stored = tuple(StoredMatrix.of(e, reasons[e.matrix.id]) for e in edits)
     by_module: dict[str, list[Edit]] = {}
@@ -134,48 +136,60 @@ def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]]) ->
 
     Args:
         old: a linear layer or Conv1D.
-        reduced: matrices of the layer that do not overlap, and their factors.
+        reduced: matrices of the layer that do not overlap, and their factors, one pair for each block of rows.
+
+    Raises:
+        WeightError: if the weight's dtype cannot hold the product of the factors.
     """
     weight = old.get_parameter("weight")
     bias = None if old.bias is None else old.get_parameter("bias")
     dense = weight.T if isinstance(old, Conv1D) else weight  # (m, n)
     m, n = dense.shape
-    groups = max(1 if matrix.rows is None else matrix.rows.groups for matrix, _ in reduced)
-    stride = m // groups
-    grouped = dense.unflatten(0, (groups, stride))
-    # Rows of the new weight and second factor of each part; dense parts have no second factor.
-    blocks: list[tuple[Tensor, Tensor | None]] = []
-    end = 0  # rows of each group so far
-    for matrix, factors in sorted(reduced, key=lambda r: 0 if r[0].rows is None else r[0].rows.start):
-        start, length = (0, stride) if matrix.rows is None else (matrix.rows.start, matrix.rows.length)
-        if start > end:
-            blocks.append((grouped[:, end:start].flatten(0, 1), None))
-        blocks += [(down, up) for up, down in (_balanced(matrix, *pair, weight.dtype) for pair in factors)]
-        end = start + length
-    if stride > end:
-        blocks.append((grouped[:, end:].flatten(0, 1), None))
-    parts = [Part(len(down)) if up is None else Part(*up.shape) for down, up in blocks]
-    new = LowRankLinear(n, m, parts, groups=groups, bias=bias is not None, device="meta", dtype=weight.dtype)
-    new.weight = nn.Parameter(torch.cat([down.to(weight) for down, _ in blocks]), weight.requires_grad)
-    for i, (_, up) in enumerate(blocks):
-        if up is not None:
-            setattr(new, f"up{i}", nn.Parameter(up.to(weight).contiguous(), weight.requires_grad))
+    parts: list[Part] = []
+    stored: list[Tensor] = []  # pivots of each part, then the rows of no reduced matrix
+    coefficients: list[Tensor] = []
+    places: list[Tensor] = []  # rows of the weight, in the order of the parts
+    rest = torch.ones(m, dtype=torch.bool)
+    for matrix, factors in reduced:
+        rows = _rows_of(matrix, m)
+        rest[rows] = False
+        for block, (up, down) in zip(rows.split([len(up) for up, _ in factors]), factors, strict=True):
+            order, coefficient = pivot_rows(up)
+            r = len(down)
+            parts.append(Part(len(up), r, pivoted=True))
+            stored.append(_pivots(matrix, up[order[:r].to(up.device)], down, weight.dtype))
+            coefficients.append(coefficient)
+            places.append(block[order])
+    if bool(rest.any()):
+        parts.append(Part(int(rest.sum())))
+        stored.append(dense[rest.to(dense.device)])
+        places.append(rest.nonzero().flatten())
+    new = LowRankLinear(n, m, parts, bias=bias is not None, device="meta", dtype=weight.dtype)
+    new.weight = nn.Parameter(torch.cat([rows.to(weight) for rows in stored]), weight.requires_grad)
+    for i, coefficient in enumerate(coefficients):
+        setattr(new, f"up{i}", nn.Parameter(coefficient.to(weight), weight.requires_grad))
+    new.order = torch.cat(places).argsort().to(weight.device, torch.int32)
     new.bias = bias
     return new.train(old.training)
 
 
-def _balanced(matrix: Matrix, up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the factors in a dtype, with the scale of each component shared by powers of two, which round nothing.
+def _rows_of(matrix: Matrix, m: int) -> Tensor:
+    """Return the numbers of a matrix's rows among the m rows of its weight."""
+    rows = torch.arange(m)
+    if (r := matrix.rows) is None:
+        return rows
+    by_group: Tensor = rows.unflatten(0, (r.groups, r.stride))
+    return by_group[:, r.start : r.start + r.length].flatten()
 
-    Else one factor of a whitened decomposition may exceed float16 where the product does not.
-    """
-    exponents = ((down.abs().amax(1) / up.abs().amax(0)).log2() / 2).round().nan_to_num(0, 0, 0)  # (r,)
-    up, down = (up * exponents.exp2()).to(dtype), (down / exponents.exp2()[:, None]).to(dtype)
-    if not bool(up.isfinite().all() and down.isfinite().all()):
+
+def _pivots(matrix: Matrix, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows (r, n) of the product of two factors, rounded once."""
+    rows = (as_float64(up) @ as_float64(down)).to(dtype)
+    if not bool(rows.isfinite().all()):
         raise WeightError(
             f"the factors of {matrix.id} hold values that are too large for {dtype}; load the model in bfloat16 or float32"
         )
-    return up, down
+    return rows
 
 
 def reason_not_factorable(lm: LanguageModel, matrix: Matrix) -> str:
@@ -187,18 +201,10 @@ def reason_not_factorable(lm: LanguageModel, matrix: Matrix) -> str:
     return ""
 
 
-def _reason_kept_dense(lm: LanguageModel, edit: Edit) -> str:
-    """Return why an edited matrix stays dense, or empty text if it is stored as two factors."""
-    matrix = edit.matrix
-    m, n = matrix.shape
-    k = edit.reduction.split
-    if reason := reason_not_factorable(lm, matrix):
-        return reason
-    if k > 1 and matrix.rows is not None and matrix.rows.groups > 1:
-        return "its blocks of rows lie across heads"
-    if edit.rank * (m + k * n) >= m * n:
-        return f"rank {edit.rank} would take {edit.rank * (m + k * n)} parameters as factors, {m * n} as a matrix"
-    return ""
+def _size(edit: Edit) -> int:
+    """Return the number of parameters of an edited matrix as factors."""
+    (m, n), blocks = edit.matrix.shape, edit.reduction.split
+    return blocks * parameters((m // blocks, n), edit.rank)
 
 
 @torch.no_grad()

@@ -21,9 +21,10 @@ from laserlm.export.decomposition_file import DecompositionFile
 from laserlm.export.moments import moments_by_block
 from laserlm.linalg.allocation import Spectrum, allocate, uniform
 from laserlm.linalg.decomposition import ALGORITHM, Decomposition, decompose, whitened
+from laserlm.linalg.pivots import parameters
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix, read_matrix
+from laserlm.models.matrices import Matrix, default_matrices, read_matrix
 from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.tokenize import TokenSequence, max_length, start_token
 from laserlm.searching.screen import sensitivities
@@ -331,8 +332,9 @@ def _module_path(m: Matrix) -> str:
 
 def _compressible(lm: LanguageModel) -> tuple[tuple[Matrix, ...], dict[Matrix, str]]:
     """Return the matrices that can be stored as factors, and the reason for each of the others."""
-    left_out = {m: why for m in lm.matrices if m.part_of is None and (why := reason_not_factorable(lm, m))}
-    matrices = tuple(m for m in lm.matrices if m.part_of is None and m not in left_out)
+    in_grid = default_matrices(lm.matrices)  # text gives no moments of the inputs of a vision tower
+    left_out = {m: why for m in in_grid if m.part_of is None and (why := reason_not_factorable(lm, m))}
+    matrices = tuple(m for m in in_grid if m.part_of is None and m not in left_out)
     if not matrices:
         why = next(iter(left_out.values()), "it has no matrices")
         raise ExportError(f"{lm.name} has no matrix that can be stored as two factors: {why}")
@@ -340,12 +342,12 @@ def _compressible(lm: LanguageModel) -> tuple[tuple[Matrix, ...], dict[Matrix, s
 
 
 def _stored_matrix(m: Matrix, rank: int | None, form: Form) -> StoredMatrix:
-    parameters = m.shape[0] * m.shape[1]
+    size = m.shape[0] * m.shape[1]
     if rank is None:
-        return StoredMatrix(m.id, m.path, m.shape, m.max_rank, parameters, "kept dense by the allocation of ranks")
+        return StoredMatrix(m.id, m.path, m.shape, m.max_rank, size, "kept dense by the allocation of ranks")
     if form == "dense":
-        return StoredMatrix(m.id, m.path, m.shape, rank, parameters, "saved in the dense form")
-    return StoredMatrix(m.id, m.path, m.shape, rank, rank * sum(m.shape))
+        return StoredMatrix(m.id, m.path, m.shape, rank, size, "saved in the dense form")
+    return StoredMatrix(m.id, m.path, m.shape, rank, parameters(m.shape, rank))
 
 
 def _replaced_by_products(lm: LanguageModel, layers: Mapping[str, LowRankLinear]) -> AbstractContextManager[None]:

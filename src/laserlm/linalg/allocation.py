@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from laserlm.linalg.decomposition import as_float64
+from laserlm.linalg.pivots import parameters, rank_within
 
 __all__ = ["Spectrum", "allocate", "uniform"]
 
@@ -31,19 +32,14 @@ class Spectrum:
         return self.shape[0] * self.shape[1]
 
     @property
-    def component_parameters(self) -> int:
-        """Number of parameters of one component."""
-        return sum(self.shape)
-
-    @property
     def max_rank(self) -> int:
-        """Largest rank at which two factors take fewer parameters than the dense matrix."""
-        return min((self.dense_parameters - 1) // self.component_parameters, len(self.losses))
+        """Largest rank at which pivots and coefficients take fewer parameters than the dense matrix."""
+        return min(min(self.shape) - 1, len(self.losses))
 
 
 def uniform(shapes: Sequence[tuple[int, int]], ratio: float) -> list[int | None]:
-    """Return the rank at which two factors take this share of each matrix's parameters; None keeps the matrix dense."""
-    return [None if ratio >= 1 else int(ratio * m * n / (m + n)) for m, n in shapes]
+    """Return the rank at which factors take this share of each matrix's parameters; None keeps the matrix dense."""
+    return [None if ratio >= 1 else rank_within((m, n), int(ratio * m * n)) for m, n in shapes]
 
 
 def allocate(spectra: Sequence[Spectrum], budget: int) -> list[int | None]:
@@ -69,12 +65,11 @@ def allocate(spectra: Sequence[Spectrum], budget: int) -> list[int | None]:
         price = hull[i + 1][0] - hull[i][0]
         if price > remaining:
             # Take the step in part: add as many components as fit.
-            rank = hull[i][2]
-            if rank is not None:
-                size = spectra[j].component_parameters
-                added = min(remaining // size, spectra[j].max_rank - rank)
-                remaining -= added * size
-                hull[i] = (hull[i][0] + added * size, hull[i][1], rank + added)
+            if hull[i][2] is not None:
+                spectrum, spent = spectra[j], hull[i][0]
+                rank = min(rank_within(spectrum.shape, spent + remaining), spectrum.max_rank)
+                hull[i] = (parameters(spectrum.shape, rank), hull[i][1], rank)
+                remaining -= hull[i][0] - spent
             continue
         remaining -= price
         positions[j] = i + 1
@@ -96,9 +91,8 @@ def _gain(hull: Sequence[Point], i: int) -> float:
 def _hull(spectrum: Spectrum) -> list[Point]:
     """Return the lower convex hull of a matrix's options, from rank 0 to the dense matrix."""
     tail_losses = as_float64(spectrum.losses).flip(0).cumsum(0).flip(0).tolist()  # loss of each rank
-    size = spectrum.component_parameters
     ranks = range(spectrum.max_rank + 1)
-    points: list[Point] = [(r * size, tail_losses[r] if r < len(tail_losses) else 0.0, r) for r in ranks]
+    points: list[Point] = [(parameters(spectrum.shape, r), tail_losses[r] if r < len(tail_losses) else 0.0, r) for r in ranks]
     points.append((spectrum.dense_parameters, 0.0, None))
     hull: list[Point] = []
     for p in points:
