@@ -136,7 +136,7 @@ def test_a_compressed_model_is_saved_told_and_made_again(form: str, llama: Langu
 def test_plain_and_uniform_needs_no_text(llama: LanguageModel, tmp_path: Path) -> None:
     result = compress(llama, tmp_path / "out", ratio=0.5, method="plain", allocation="uniform")
     assert result.perplexity is None
-    assert {h.rank for h in result.saved.matrices if h.matrix.endswith("fc_in")} == {int(0.5 * 48 * 32 / 80)}
+    assert {h.rank for h in result.saved.matrices if h.matrix.endswith("fc_in")} == {11}  # 11 x 69 = 759 < 768 < 12 x 68
     assert reproduce(result.saved.folder, llama).identical
 
 

@@ -51,7 +51,8 @@ def reproduce(
     with progress_bar("rebuilding", unit="matrices"):
         lm = load_options.load_named(base or record["base"]["name"])
         reproduction = reproduce(folder, lm, calibration=calibration)
-    test = _test_again(lm, record, task, data_options) if score and record.get("found") else None
+    is_tested = record.get("found") and record["found"]["best"] == record["intervention"]  # another point was not
+    test = _test_again(lm, record, task, data_options) if score and is_tested else None
     if json:
         print_json(asdict(reproduction) | {"agrees": reproduction.agrees, "test": None if test is None else test.as_dict()})
     else:

@@ -73,6 +73,9 @@ def save(
     run: Annotated[
         str | None, typer.Option(help="Search whose result is saved with its gain: id, start of an id, or 'last'.")
     ] = None,
+    point: Annotated[
+        int | None, typer.Option(min=1, help="With --run: number in its Pareto list.", show_default="the chosen one")
+    ] = None,
     form: FormOption = "dense",
     seed: Annotated[
         int | None, typer.Option(help="Seed of ':reference' decompositions.", show_default="the search's, else 0")
@@ -90,6 +93,8 @@ def save(
 
     if (run is None) == (not reduce):
         raise ExportError("nothing to save: give --reduce SPEC, or --run ID for the result of a search, but not both")
+    if point is not None and run is None:
+        raise typer.BadParameter("--point is a number in the Pareto list of a search; add --run ID")
     intervention = Intervention.read(reduce) if reduce else _search_result(str(run), store)
     folder.check()
     with progress_bar("reducing and writing", unit="matrices"):
@@ -102,6 +107,7 @@ def save(
             overwrite=folder.overwrite,
             shard_size=folder.shard_size,
             seed=seed,
+            point=point,
         )
     folder.finish(saved, json)
 

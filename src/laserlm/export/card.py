@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from laserlm.reductions import short_form
+from laserlm.searching.guard import Harm
 
 __all__ = ["card"]
 
@@ -45,11 +47,12 @@ def card(record: dict[str, Any]) -> str:
         f"| sha256 of its weights | `{base['hash']}` |",
         *([f"| reductions | `{short_form(record['intervention']) or 'none'}` |"] if "intervention" in record else []),
         *([f"| compression | {_compression(record['compression'])} |"] if "compression" in record else []),
+        *(f"| harm | {harm} |" for harm in _harms(record)),
         f"| decomposition | {record['decomposition']['algorithm']}, seed {record['decomposition']['seed']} |",
         f"| parameters | {record['parameters']['saved']:,} of {record['parameters']['base']:,} ({share:.1%}) |",
         f"| weights | {record['weight_bytes'] / 2**20:.1f} MiB, {record['dtype']['saved']} |",
         "",
-        *_evidence(record.get("found")),
+        *_evidence(record.get("found"), _point(record), _harms(record)),
         "## How it was made",
         "",
         "```sh",
@@ -128,13 +131,16 @@ def _compression(settings: dict[str, Any]) -> str:
     return line
 
 
-def _evidence(result: dict[str, Any] | None) -> list[str]:
+def _evidence(result: dict[str, Any] | None, point: dict[str, Any] | None, harms: Sequence[Harm]) -> list[str]:
     if result is None:
-        return ["Its gain on a task was not recorded when it was saved.", ""]
+        return ["Its gain on a task and its harm to the model were not recorded when it was saved.", ""]
     settings = result["settings"]
     is_perplexity = settings.get("scorer") == "perplexity"
+    splits = [("validation (chosen on)", result["validation"]), ("test (held out)", result["test"])]
+    if point is not None:
+        splits = [("validation (chosen on)", point["comparison"])]
     rows = []
-    for label, c in (("validation (chosen on)", result["validation"]), ("test (held out)", result["test"])):
+    for label, c in splits:
         low, high = c["interval"]
         accuracy = f"{c['base']:.1%} | {c['best']:.1%} | {c['gain']:+.1%} [{low:+.1%}, {high:+.1%}] | {c['mcnemar_p']:.2g}"
         loss = f"{c['base_loss']:.3f} to {c['best_loss']:.3f}"
@@ -143,14 +149,37 @@ def _evidence(result: dict[str, Any] | None) -> list[str]:
         n, facts = c["n"], c.get("facts")
         size = f"{n} of {facts} facts" if facts and facts < n else n
         rows.append(f"| {label} | {size} | {'| | | ' if is_perplexity else accuracy} | {loss} |")
+    what = "components" if result["strategy"] == "components" else "candidates"
+    origin = f"The best of {result['candidates']} {what} by {settings.get('metric', 'accuracy')}, "
+    origin += f"of which {result['scored']} were scored; run `{result['run']}`."
+    if what == "components":
+        origin = f"Chosen among {result['candidates']} components in {result['scored']} trials; run `{result['run']}`."
+    if point is not None:
+        origin = (
+            f"**Not tested on held-out questions.** It is a point of the Pareto list of run `{result['run']}`, which chose "
+            "another one. All figures are of the questions and the text that it was chosen on, so they are too good."
+        )
     return [
-        f"## Gain on {settings.get('task', 'the task')}",
+        f"## Gain on {settings.get('task', 'the task')}, and harm",
         "",
-        f"The best of {result['candidates']} candidates by {settings.get('metric', 'accuracy')}, "
-        f"of which {result['scored']} were scored; run `{result['run']}`.",
+        origin,
         "",
         "| split | examples | base | reduced | gain, 95 % interval | exact p | loss, nats per token [change] |",
         "|---|---|---|---|---|---|---|",
         *rows,
         "",
+        *([f"Harm: {harm}." for harm in harms] or ["What it costs on other text was not measured."]),
+        "",
     ]
+
+
+def _point(record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the point that was saved in place of the best of its search."""
+    points = record["found"].get("points", ()) if record.get("found") else ()
+    chosen = record.get("intervention")
+    return next((p for p in points if p["intervention"] == chosen != record["found"]["best"]), None)
+
+
+def _harms(record: dict[str, Any]) -> list[Harm]:
+    """Return what the saved model costs on the guards of its search."""
+    return [Harm.from_dict(values) for values in (_point(record) or record.get("found") or {}).get("harms", ())]

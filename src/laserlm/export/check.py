@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from laserlm.edit.decomposition_cache import DecompositionCache
-from laserlm.errors import ExportError
+from laserlm.errors import ExportError, ModelError
 from laserlm.export import load_in_subprocess
 from laserlm.export.adapter import Adapter
 from laserlm.export.checkpoint import file_hashes, read_record
 from laserlm.export.compression import compress
+from laserlm.export.load_in_subprocess import REPORTS
 from laserlm.export.saving import save
+from laserlm.export.source_check import differences
 from laserlm.low_rank import LowRankLinear, Part
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named, locate
+from laserlm.models.source import source_folder
+from laserlm.models.weight_files import stored_tensors
 from laserlm.paths import cache_folder
 from laserlm.reductions import Intervention
 
@@ -52,6 +56,8 @@ class LoadCheck:
         changed: files that have changed since the model was saved.
         in_float32: whether both outputs were computed in float32 from the saved weights. It is False for folders of
             laserlm 0.1.0, which recorded the outputs before the weights were rounded to the saved dtype.
+        lost: a line for each tensor, setting or file of the base model that no reduction touches and that is not the same;
+            None if they were not compared, because the base model is not here as safetensors.
     """
 
     form: str
@@ -60,6 +66,7 @@ class LoadCheck:
     tolerance: float
     changed: tuple[str, ...]
     in_float32: bool = True
+    lost: tuple[str, ...] | None = None
 
     @property
     def changed_weights(self) -> tuple[str, ...]:
@@ -70,7 +77,7 @@ class LoadCheck:
     def agrees(self) -> bool:
         """Whether the weight files are unchanged, and the outputs equal the recorded outputs up to rounding."""
         same_outputs = self.difference is None or self.difference <= self.tolerance
-        return same_outputs and not self.changed_weights
+        return same_outputs and not self.changed_weights and not self.lost
 
     def __str__(self) -> str:
         alone = "with peft on its base model" if self.form == "adapter" else "with transformers alone"
@@ -84,22 +91,33 @@ class LoadCheck:
         if self.difference is not None and not self.in_float32:
             compared += " because laserlm 0.1.0 recorded them before it rounded the weights"
         changed = f"; changed since it was saved: {', '.join(self.changed)}" if self.changed else ""
-        return f"loads as {self.form} {how}; {compared}{changed}"
+        kept = "" if self.lost is None else "; all that no reduction touches is as in the base model"
+        kept = f"; unlike the base model: {self.lost[0]} (and {len(self.lost) - 1} more)" if self.lost else kept
+        return f"loads as {self.form} {how}; {compared}{kept}{changed}"
 
 
-def load_check(folder: str | Path) -> LoadCheck:
+def load_check(folder: str | Path, *, allow_remote_code: bool = False) -> LoadCheck:
     """Load a saved model in a fresh process, and compare its files and outputs with those recorded when it was saved.
 
-    The outputs are computed in float32 from the saved weights, one block at a time, whatever the dtype of the weights is.
+    The outputs are computed in float32 from the saved weights, one block at a time, whatever the dtype of the weights is. If
+    the base model is here, its tensors, config and files that no reduction touches are compared with those of the folder.
+
+    Args:
+        folder: a folder that ``save`` or ``compress`` wrote.
+        allow_remote_code: run modelling code that the folder brings.
 
     Raises:
         ExportError: if it does not load or lacks weights.
     """
     folder = Path(folder).absolute()
     record = read_record(folder)
-    arguments = [str(folder)]
+    if record.get("allow_remote_code") and not allow_remote_code:
+        raise ExportError(
+            f"{folder} brings its own code; --allow-remote-code (allow_remote_code=True) runs it, if you trust the folder"
+        )
+    arguments = [str(folder), *(["--allow-remote-code"] if allow_remote_code else [])]
     if record["form"] == "adapter":
-        arguments.append(str(locate(record["base"]["name"], record["base"]["revision"], cache_folder())[0]))
+        arguments.insert(1, str(locate(record["base"]["name"], record["base"]["revision"], cache_folder())[0]))
     process = subprocess.run(
         [sys.executable, "-P", str(Path(load_in_subprocess.__file__)), *arguments],
         capture_output=True,
@@ -113,9 +131,11 @@ def load_check(folder: str | Path) -> LoadCheck:
         next_step = f"pip install {missing[1]}" if missing else "save it again"
         raise ExportError(f"{folder} does not load: {reason}; {next_step}")
     output: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
-    for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if output[name]:
-            raise ExportError(f"{folder} loads with {name.replace('_', ' ')}: {', '.join(output[name][:4])}; save it again")
+    expected = record.get("loading_report", {})  # some tensors are not for the class that loads the model, in the base neither
+    for name in REPORTS:
+        others = sorted(set(output[name]) ^ set(expected.get(name, ())))
+        if others:
+            raise ExportError(f"{folder} loads with {name.replace('_', ' ')}: {', '.join(others[:4])}; save it again")
     recorded, current = record["files"], file_hashes(folder)
     in_float32 = "fingerprint_dtype" in record
     of_dtype = max(TOLERANCE.get(name, 3e-2) for name in record["dtype"].values())
@@ -126,7 +146,19 @@ def load_check(folder: str | Path) -> LoadCheck:
         tolerance=FLOAT32_TOLERANCE if in_float32 else of_dtype,
         changed=tuple(sorted(name for name in {*recorded, *current} if recorded.get(name) != current.get(name))),
         in_float32=in_float32,
+        lost=_lost(folder, record),
     )
+
+
+def _lost(folder: Path, record: dict[str, Any]) -> tuple[str, ...] | None:
+    """Return what the folder has otherwise than its base model; None if they cannot be compared here."""
+    if "source" not in record:
+        return None
+    try:
+        source = source_folder(record["base"]["name"], record["base"]["revision"])
+        return None if source is None or not stored_tensors(source) else tuple(differences(source, folder, record["source"]))
+    except ModelError:  # the hub's cache may hold the config without the weights
+        return None
 
 
 @dataclass(frozen=True)
@@ -177,9 +209,12 @@ def reproduce(folder: str | Path, lm: LanguageModel, *, calibration: str | Path 
             f"{folder} was made from {record['base']['name']} with weights {record['base']['hash'][:12]}; "
             f"{lm.name} has {lm.hash[:12]}; load the recorded revision in {record['dtype']['base']}"
         )
+    keeps_dtypes = "source" in record and record["source"]["dtype"] is None
+    if keeps_dtypes and lm.loaded is not None:  # it was loaded in the recorded dtype, but is not to be saved in it
+        lm = replace(lm, loaded=lm.loaded | {"dtype": None})
     options: dict[str, Any] = {
         "form": record["asked_form"],
-        "dtype": record["dtype"]["saved"],
+        "dtype": None if keeps_dtypes else record["dtype"]["saved"],
         "shard_size": record["shard_size"],
     }
     if record["form"] == "adapter":
@@ -249,7 +284,7 @@ class _Weights:
             with self._open(file) as opened:
                 self._files |= dict.fromkeys(opened.keys(), file)
         second_factors = {
-            name for path in self._layers for name in self._files if re.fullmatch(rf"{re.escape(path)}\.up\d+", name)
+            name for path in self._layers for name in self._files if re.fullmatch(rf"{re.escape(path)}\.(up\d+|order)", name)
         }
         self.names = self._files.keys() - second_factors
 
@@ -262,8 +297,8 @@ class _Weights:
         parts = [Part(*part) for part in entry["parts"]]
         weight = self._tensor(name)
         layer = LowRankLinear(weight.shape[1], sum(p.rows for p in parts), parts, groups=entry["groups"], device="meta")
-        factors = {f"up{i}": self._tensor(f"{path}.up{i}") for i, p in enumerate(parts) if p.rank is not None}
-        layer.load_state_dict({"weight": weight, **factors}, assign=True)
+        others = {name: self._tensor(f"{path}.{name}") for name in layer.state_dict() if name != "weight"}
+        layer.load_state_dict({"weight": weight, **others}, assign=True)
         return layer.dense()
 
     def _tensor(self, name: str) -> Tensor:

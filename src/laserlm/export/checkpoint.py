@@ -21,12 +21,14 @@ from laserlm.edit.factors import StoredMatrix
 from laserlm.errors import ExportError
 from laserlm.export.adapter import Adapter
 from laserlm.export.card import card
-from laserlm.export.load_in_subprocess import compute_in_float32, fingerprint
+from laserlm.export.load_in_subprocess import REPORTS, compute_in_float32, fingerprint
+from laserlm.export.source import Source
+from laserlm.export.source_check import differences, tokenizer_config_for_transformers_4
 from laserlm.linalg.precision import full_precision
 from laserlm.low_rank import LowRankConfig, LowRankLinear
 from laserlm.models.bundled import HUB_ID
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import CLASSES, dtype_named, silence_transformers
+from laserlm.models.loading import CLASSES, dequantise, dtype_named, model_class, silence_transformers
 from laserlm.paths import atomic_folder
 from laserlm.provenance import provenance
 
@@ -49,6 +51,8 @@ CARD = "README.md"
 HIDDEN_CONFIG = "config.json.part"
 """Name of the config until the folder is complete. Without a config.json, the folder of a killed save does not load."""
 FORMAT = 1
+ROPE_TYPES_IN_4 = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
+"""Kinds of rotary positions of transformers 4.57; an image tower has others."""
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
 
@@ -177,11 +181,21 @@ def write(
     check_target(out, options.overwrite)
     dtype = lm.dtype if options.dtype is None else dtype_named(options.dtype)
     dtype = dtype if adapter is None else adapter.dtype
-    base = {"base": _describe_base(lm, lm.hash), "dtype": {"base": _name(lm.dtype), "saved": _name(dtype)}}
+    source = Source.of(lm) if adapter is None else None
+    keeps_dtypes = source is not None and not _is_cast(lm, options)
+    saved_dtype = source.dtype if source is not None and keeps_dtypes else dtype
+    base = {"base": _describe_base(lm, lm.hash), "dtype": {"base": _name(lm.dtype), "saved": _name(saved_dtype)}}
     base_parameters = _count(lm)
     try:
         with atomic_folder(out, existing="replace" if options.overwrite else "refuse") as part, edit as matrices:
-            outputs = _write_model(lm, part, dtype, options.shard_size) if adapter is None else adapter.write(lm, part)
+            opened: dict[str, Any] = {}
+            if adapter is not None:
+                outputs = adapter.write(lm, part)
+            elif source is not None:
+                cast = None if keeps_dtypes else dtype
+                outputs, opened = _write_from_source(lm, source, part, matrices, cast, options.shard_size)
+            else:
+                outputs = _write_model(lm, part, dtype, options.shard_size)
             form = options.form if adapter is not None or any(not m.reason_kept_dense for m in matrices) else "dense"
             module = type(lm.model).__module__  # a model of the lab registers itself when its module is imported
             record: dict[str, Any] = {
@@ -189,7 +203,9 @@ def write(
                 "form": form,
                 "imports": module if module.startswith("laserlm.") else "laserlm" if form == "factored" else None,
                 "asked_form": options.form,
-                "loader": CLASSES[lm.kind].__name__,
+                "loader": _loader_name(lm),
+                "allow_remote_code": _uses_remote_code(lm),
+                **opened,
                 **base,
                 "shard_size": options.shard_size,
                 **entries,
@@ -214,7 +230,9 @@ def write(
 
 def command_of(lm: LanguageModel, command: str, arguments: Sequence[str], out: Path, options: SaveOptions) -> str:
     """Return the shell command that writes the folder from the base model."""
-    load = ["--dtype", _name(lm.dtype)]
+    load = ["--dtype", _name(lm.dtype)] if lm.loaded is None or _is_cast(lm, SaveOptions()) else []
+    load += ["--allow-remote-code"] if _uses_remote_code(lm) else []
+    load += ["--allow-pickle"] if (lm.loaded or {}).get("allow_pickle") else []
     load += ["--revision", lm.revision] if lm.revision else []
     load += ["--kind", lm.kind] if lm.kind != "causal" else []
     save = ["--form", options.form, "--shard-size", options.shard_size]
@@ -233,8 +251,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ExportError(f"{folder} has no {RECORD}; give a folder that 'laser save' wrote") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{file} cannot be read ({error}); save the model again") from None
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        raise ExportError(f"{file} is no record of a saved model (it has no format number); save the model again")
     if record["format"] > FORMAT:
         raise ExportError(f"{file} is of format {record['format']}; this laserlm reads up to {FORMAT}: upgrade laserlm")
     return record
@@ -270,12 +290,55 @@ def _write_model(lm: LanguageModel, folder: Path, dtype: torch.dtype, shard_size
             return None if info["missing_keys"] else fingerprint(loaded.eval())
 
 
+def _write_from_source(
+    lm: LanguageModel,
+    source: Source,
+    folder: Path,
+    matrices: Sequence[StoredMatrix],
+    cast: torch.dtype | None,
+    shard_size: str,
+) -> tuple[list[list[float]] | None, dict[str, Any]]:
+    """Write the source's checkpoint with the reduced matrices. Return some outputs, and what the record says of the source."""
+    model = lm.model
+    _check_finite(lm, _cast(model.state_dict(), model.dtype, cast or model.dtype), cast or model.dtype)
+    source.copy_files(folder)
+    written = source.write_weights(lm, folder, [m.path for m in matrices], cast, shard_size)
+    _adapt_tokenizer(folder)
+    config = source.read_config()
+    if cast is not None:
+        config = _with_dtype(config, {_name(lm.dtype), _name(source.dtype)}, _name(cast))
+    layers = {path: module.as_dict() for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    if layers:
+        config["quantization_config"] = LowRankConfig(layers).to_dict()
+    elif written.dropped:
+        names = [name.removesuffix(".weight") for name in written.changed]
+        skipped = config["quantization_config"].get("modules_to_not_convert") or []
+        config["quantization_config"]["modules_to_not_convert"] = [*skipped, *names]
+    file = folder / HIDDEN_CONFIG
+    file.write_text(json.dumps(_for_transformers_4(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(file.stat().st_mode)  # safetensors makes them unreadable for other users
+    lost = differences(source.folder, folder, written.as_dict(), config_file=HIDDEN_CONFIG)
+    if lost:
+        raise ExportError(f"{lm.name} cannot be saved as it is: {lost[0]} (and {len(lost) - 1} more); report this")
+    loader: Any = type(model)
+    with silence_transformers():
+        loaded_config = type(model.config).from_json_file(file)
+        dequantise(loaded_config)
+        loaded, info = loader.from_pretrained(folder, config=loaded_config, dtype="auto", output_loading_info=True)
+        compute_in_float32(loaded)
+        with full_precision():
+            outputs = fingerprint(loaded.eval())
+    report = {name: sorted(map(str, info[name])) for name in REPORTS}
+    return outputs, {"source": written.as_dict(), "loading_report": report}
+
+
 def _write_weights(lm: LanguageModel, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, shard_size: str) -> None:
     lm.model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
     file = (folder / "config.json").rename(folder / HIDDEN_CONFIG)
     config = json.loads(file.read_text(encoding="utf-8"))
     if dtype != lm.dtype:
-        config = _with_dtype(config, _name(lm.dtype), _name(dtype))
+        config = _with_dtype(config, {_name(lm.dtype)}, _name(dtype))
     file.write_text(json.dumps(_for_transformers_4(config), indent=2) + "\n", encoding="utf-8")
     for weights in folder.glob("*.safetensors"):
         weights.chmod(file.stat().st_mode)  # safetensors makes them unreadable for other users
@@ -303,11 +366,16 @@ def _write_tokenizer(lm: LanguageModel, folder: Path) -> None:
     if lm.tokenizer is None:
         return
     lm.tokenizer.save_pretrained(folder)
+    _adapt_tokenizer(folder)
+
+
+def _adapt_tokenizer(folder: Path) -> None:
+    """Write what transformers 4 cannot read of a tokenizer's config under the names that both versions know."""
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # some tokenizers write no config
-    if config.get("tokenizer_class") == "TokenizersBackend":  # the class's name in transformers 5
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    adapted = tokenizer_config_for_transformers_4(config)
+    if adapted != config:
+        file.write_text(json.dumps(adapted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _for_transformers_4(config: Any) -> Any:
@@ -319,13 +387,20 @@ def _for_transformers_4(config: Any) -> Any:
         return config
     config = {name: _for_transformers_4(value) for name, value in config.items()}
     rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
+    if not isinstance(rope, dict):
         return config
-    old_names = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    scaling = {name: value for name, value in rope.items() if name not in old_names}
-    if config.get("model_type") == "gpt_neox":
-        old_names = {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
-    if rope.get("rope_type", "default") != "default":
+    of_type = {name: value for name, value in rope.items() if isinstance(value, dict) and "rope_theta" in value}
+    main = of_type.get("full_attention", rope)
+    if "rope_theta" not in main or main.get("rope_type", "default") not in ROPE_TYPES_IN_4:
+        return config
+    old_names = {name: main[name] for name in ("rope_theta", "partial_rotary_factor") if name in main}
+    scaling = {name: value for name, value in main.items() if name not in old_names}
+    if config.get("model_type") in ("gpt_neox", "gpt_neox_japanese"):
+        old_names = {"rotary_emb_base": main["rope_theta"], "rotary_pct": main.get("partial_rotary_factor", 1.0)}
+    if "sliding_attention" in of_type:  # Gemma 3's name and ModernBERT's
+        local = of_type["sliding_attention"]["rope_theta"]
+        old_names |= {"rope_local_base_freq": local, "local_rope_theta": local, "global_rope_theta": main["rope_theta"]}
+    if scaling != {"rope_type": "default"}:
         old_names["rope_scaling"] = scaling
     return old_names | config
 
@@ -358,11 +433,27 @@ def _cast(state: dict[str, Tensor], old: torch.dtype, new: torch.dtype) -> dict[
     return result
 
 
-def _with_dtype(config: Any, old: str, new: str) -> Any:
-    """Return a config, and its nested configs, with dtype ``new`` in place of ``old``."""
+def _with_dtype(config: Any, old: set[str], new: str) -> Any:
+    """Return a config, and its nested configs, with dtype ``new`` in place of those in ``old``."""
     if not isinstance(config, dict):
         return config
-    return {k: new if k == "dtype" and v == old else _with_dtype(v, old, new) for k, v in config.items()}
+    return {k: new if k in ("dtype", "torch_dtype") and v in old else _with_dtype(v, old, new) for k, v in config.items()}
+
+
+def _is_cast(lm: LanguageModel, options: SaveOptions) -> bool:
+    """Return whether the weights are to be in another dtype than the checkpoint's: the user's, here or on loading."""
+    return options.dtype is not None or bool(lm.loaded and lm.loaded["dtype"]) or lm.dtype != lm.model.config.dtype
+
+
+def _uses_remote_code(lm: LanguageModel) -> bool:
+    return type(lm.model).__module__.startswith("transformers_modules.")
+
+
+def _loader_name(lm: LanguageModel) -> str:
+    """Return the class of transformers that loads the model: a class of its family for a model with a tower or another head."""
+    own = type(lm.model).__name__
+    is_own = lm.loaded is not None and model_class(lm.model.config, lm.kind) is not CLASSES[lm.kind]
+    return own if is_own else CLASSES[lm.kind].__name__
 
 
 def _describe_base(lm: LanguageModel, base_hash: str) -> dict[str, Any]:

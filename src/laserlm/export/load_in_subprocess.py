@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+REPORTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 N_TOKENS = 16
 N_COLUMNS = 32
 
@@ -32,7 +33,8 @@ def fingerprint(model: Any) -> list[list[float]] | None:
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, : N_TOKENS // 2]} if model.config.is_encoder_decoder else {})
     with torch.no_grad():
         out = model(**inputs)
-    values = out.logits if "logits" in out else out.last_hidden_state
+    values = next(value for name, value in out.items() if name != "loss" and isinstance(value, torch.Tensor))
+    values = values[None] if values.ndim == 2 else values  # one row of labels for the whole text
     columns = torch.linspace(0, values.shape[-1] - 1, N_COLUMNS).long()
     sample: list[list[float]] = values[0, :, columns.to(values.device)].float().tolist()  # (T, 32)
     return sample
@@ -92,7 +94,9 @@ def main() -> None:
     if record["form"] == "adapter":
         source = {"pretrained_model_name_or_path": sys.argv[2], "dtype": record["dtype"]["base"]}
         source["revision"] = record["base"]["revision"] or "main"
-    model, info = loader.from_pretrained(**source, output_loading_info=True)
+    model, info = loader.from_pretrained(
+        **source, output_loading_info=True, trust_remote_code="--allow-remote-code" in sys.argv
+    )
     if record["form"] == "adapter":
         from peft import PeftModel
 
@@ -100,7 +104,7 @@ def main() -> None:
         model = PeftModel.from_pretrained(model, folder).get_base_model()
     if "fingerprint_dtype" in record:  # laserlm 0.1.0 recorded outputs in the dtype of the model in memory
         compute_in_float32(model)
-    report = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    report = {name: sorted(map(str, info[name])) for name in REPORTS}
     print(json.dumps({"fingerprint": fingerprint(model.eval()), "imported": "laserlm" in sys.modules, **report}))
 
 

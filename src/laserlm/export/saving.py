@@ -35,6 +35,7 @@ def save(
     overwrite: bool = False,
     shard_size: str = "5GB",
     seed: int | None = None,
+    point: int | None = None,
     cache: DecompositionCache | None = None,
 ) -> SavedModel:
     """Save a model under an intervention as a folder that ``from_pretrained`` loads.
@@ -53,11 +54,13 @@ def save(
         overwrite: whether to replace a folder that laserlm wrote before.
         shard_size: maximum size of a weight file, such as ``5GB``.
         seed: seed of ``:reference`` decompositions; None uses the search's seed, or 0 without a search.
+        point: of the result of a search: number in its list ``pareto``, from 1. None takes the best.
         cache: decomposition cache; None uses the one in ``lm.cache``.
 
     Raises:
         ExportError: if the folder exists or cannot be written, the model was loaded from factors, the search found
-            nothing better than the unchanged model, or an adapter would change nothing or weights that layers share.
+            nothing better than the unchanged model or has no such point, or an adapter would change nothing or weights that
+            layers share.
         LaserError: as ``applied``.
     """
     out = Path(out).absolute()
@@ -66,8 +69,10 @@ def save(
     result = None
     if isinstance(intervention, SearchResult):
         result = intervention
-        intervention = _best(lm, result)
+        intervention = _chosen(lm, result, point)
         seed = int(result.settings.get("seed", 0)) if seed is None else seed
+    elif point is not None:
+        raise ExportError(f"point {point} is of the result of a search; give the result instead of a reduction")
     intervention, seed = Intervention.read(intervention), seed or 0
     arguments = [*(["--reduce", str(intervention)] if intervention else []), *(["--seed", str(seed)] if seed else [])]
     entries = {
@@ -84,10 +89,16 @@ def save(
     return write(lm, out, edit(lm, intervention, cache=cache, seed=seed), options, entries)
 
 
-def _best(lm: LanguageModel, result: SearchResult) -> Intervention:
-    """Return the best intervention of a search on this model."""
+def _chosen(lm: LanguageModel, result: SearchResult, point: int | None) -> Intervention:
+    """Return the best intervention of a search on this model, or that of a point."""
     if result.settings.get("model_hash", lm.hash) != lm.hash:
         raise ExportError(f"run {result.run} searched another model than {lm.name}; load that model")
+    if point is not None:
+        n = len(result.pareto)
+        if not 1 <= point <= n:
+            there = f"it has 1 to {n}, see 'laser runs show {result.run}'" if n else "its search kept no list of points"
+            raise ExportError(f"run {result.run} has no point {point}; {there}")
+        return Intervention.parse(result.pareto[point - 1].intervention)
     if not result.best:
         raise ExportError(f"run {result.run} found nothing better than the unchanged model; there is nothing to save")
     return result.best

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,9 @@ from safetensors import SafetensorError
 from laserlm.errors import MissingExtraError, ModelError
 from laserlm.models.language_model import LanguageModel
 
-__all__ = ["base_of", "with_adapter"]
+__all__ = ["base_of", "is_beside_a_model", "model_alone", "with_adapter"]
+
+log = logging.getLogger(__name__)
 
 CONFIG, RECORD = "adapter_config.json", "laser.json"
 
@@ -37,6 +43,21 @@ def base_of(folder: str | Path) -> tuple[str, str | None] | None:
         raise ModelError(f"the adapter {str(folder)!r} names no base model ({error!r}); save the adapter again") from None
 
 
+def is_beside_a_model(folder: str | Path) -> bool:
+    """Return whether a folder holds a model and an adapter for it."""
+    return (Path(folder) / CONFIG).is_file() and (Path(folder) / "config.json").is_file()
+
+
+@contextmanager
+def model_alone(folder: str | Path) -> Iterator[Path]:
+    """Yield a folder with links to all files of a folder except those of an adapter, which transformers would add."""
+    with tempfile.TemporaryDirectory() as alone:
+        for file in Path(folder).absolute().iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(alone) / file.name).symlink_to(file)
+        yield Path(alone)
+
+
 def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
     """Return the model that a base model becomes with the adapter of a folder; the base model must not be used again.
 
@@ -56,5 +77,7 @@ def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot load the adapter {str(folder)!r} on {lm.name}: {reason}; save the adapter again") from error
+    log.warning("the adapter in %s is merged into the weights of its base model", folder)
+    model.config._name_or_path = str(folder) if is_beside_a_model(folder) else model.config._name_or_path
     loaded = {**(lm.loaded or {}), "name": str(Path(folder).absolute()), "revision": None}
     return replace(lm, model=model, name=str(folder), revision=None, loaded=loaded)

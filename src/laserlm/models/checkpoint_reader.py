@@ -16,10 +16,10 @@ from transformers.quantizers.auto import get_hf_quantizer
 from laserlm.errors import ModelError, WeightError
 from laserlm.models import adapter, bundled, gguf
 from laserlm.models.language_model import Kind
-from laserlm.models.loading import CLASSES, as_model_error, check_head, check_no_adapter, head_kinds, locate
+from laserlm.models.loading import CLASSES, as_model_error, check_head, head_kinds, locate, model_class
 from laserlm.models.matrices import FLOATS, Matrix, find_matrices, view
 from laserlm.models.plugins import read_config
-from laserlm.models.weight_files import tensor_files
+from laserlm.models.weight_files import parameter_names, tensor_files
 from laserlm.paths import cache_folder
 
 __all__ = ["CheckpointReader", "list_matrices", "open_checkpoint"]
@@ -38,7 +38,7 @@ class CheckpointReader:
     name: str
     family: str
     matrices: tuple[Matrix, ...]
-    _prefix: str = field(repr=False)
+    _names: dict[str, str] = field(repr=False)
     _files: dict[str, Path] = field(repr=False)
 
     def read(self, matrix: Matrix) -> Tensor:
@@ -47,9 +47,7 @@ class CheckpointReader:
         Raises:
             WeightError: if the checkpoint's name, shape or dtype for the matrix differs from the model's.
         """
-        prefix = f"{self._prefix}."
-        names = (matrix.path, matrix.path.removeprefix(prefix), prefix + matrix.path)
-        name = next((n for n in names if n in self._files), None)
+        name = self._names.get(matrix.path)
         if name is None:
             raise WeightError(
                 f"{self.name} stores {matrix.id} in another layout than the model ({matrix.path}); load the model instead"
@@ -102,7 +100,9 @@ def open_checkpoint(
     with as_model_error(str(name), folder):
         config = read_config(folder, trust_remote_code=allow_remote_code)
         model = _build_on_meta(config, head_kinds(config)[0], allow_remote_code)
-    return CheckpointReader(str(name), str(config.model_type), find_matrices(model), model.base_model_prefix, files)
+    stored = parameter_names(model, files)
+    names = {parameter: stored_name for stored_name, (parameter, is_converted) in stored.items() if not is_converted}
+    return CheckpointReader(str(name), str(config.model_type), find_matrices(model), names, files)
 
 
 def list_matrices(
@@ -136,7 +136,6 @@ def list_matrices(
         config = gguf.read_config_from_header(files) if files else read_config(source, **options)
         kind = kind or head_kinds(config)[0]
         check_head(str(name), config, kind)
-        check_no_adapter(str(name), Path(source))
         quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
         model = _build_on_meta(config, kind, allow_remote_code)
         if quantizer is not None:  # it puts packed or low-rank layers in place of dense ones
@@ -161,5 +160,8 @@ def _locate_header(name: str | Path, revision: str | None, cache: Path) -> tuple
 
 
 def _build_on_meta(config: Any, kind: Kind, allow_remote_code: bool) -> Any:
+    loader = model_class(config, kind)
     with torch.device("meta"):
-        return CLASSES[kind].from_config(config, trust_remote_code=allow_remote_code)
+        if loader is not CLASSES[kind]:
+            return loader._from_config(config)
+        return loader.from_config(config, trust_remote_code=allow_remote_code)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from rich.filesize import decimal
 from safetensors import SafetensorError
@@ -34,6 +35,7 @@ from transformers.utils.quantization_config import GgufConfig
 from laserlm.errors import ModelError
 from laserlm.models import adapter, bundled, gguf
 from laserlm.models.language_model import Kind, LanguageModel
+from laserlm.models.matrices import language_config
 from laserlm.models.plugins import read_config
 from laserlm.models.weight_files import tensor_files
 from laserlm.out_of_memory import is_out_of_memory
@@ -44,10 +46,12 @@ __all__ = [
     "as_model_error",
     "check_head",
     "check_no_adapter",
+    "dequantise",
     "dtype_named",
     "head_kinds",
     "load",
     "locate",
+    "model_class",
     "set_up_bundled",
     "silence_transformers",
 ]
@@ -103,10 +107,13 @@ def load(
         raise ModelError(f"no kind of model {kind!r}; there are {', '.join(CLASSES)}")
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
+    options: dict[str, Any] = {"device": device, "device_map": device_map, "cache": cache}
+    options |= {"kind": kind, "dtype": dtype, "allow_pickle": allow_pickle, "allow_remote_code": allow_remote_code}
     if (base := adapter.base_of(name)) is not None:
-        options: dict[str, Any] = {"device": device, "device_map": device_map, "cache": cache}
-        options |= {"kind": kind, "dtype": dtype, "allow_pickle": allow_pickle, "allow_remote_code": allow_remote_code}
         return adapter.with_adapter(load(base[0], revision=base[1], **options), name)
+    if adapter.is_beside_a_model(name):
+        with adapter.model_alone(name) as folder:
+            return adapter.with_adapter(load(folder, **options), name)
     target = _device(device)
     dtype = None if dtype is None else dtype_named(dtype)
     user_cache = None if cache is None else Path(cache).absolute()
@@ -154,7 +161,9 @@ def _read(
         if getattr(config, "_commit_hash", None):
             # Because of "main", transformers may load the converted weights of somebody's open pull request.
             common = common | {"revision": config._commit_hash}
-        model, info = CLASSES[kind].from_pretrained(source, output_loading_info=True, **weights, **common)
+        loader = model_class(config, kind)
+        options = weights | common | ({"config": config} if dequantise(config) else {})
+        model, info = loader.from_pretrained(source, output_loading_info=True, **options)
         tokenizer = _load_tokenizer(source, common, kind)
         check_no_adapter(name, Path(source), model)
         _check_complete(name, config, info["missing_keys"], info["unexpected_keys"])
@@ -291,6 +300,29 @@ def head_kinds(config: Any) -> list[Kind]:
     return [kind for kind in order if config.model_type in HEADS[kind]] or ["headless"]
 
 
+def model_class(config: Any, kind: Kind) -> Any:
+    """Return the class that loads a checkpoint with a kind of head.
+
+    It is the class that the checkpoint was saved as where another would leave weights out: the vision or audio tower beside a
+    language model, or the head of a classifier.
+    """
+    own = getattr(transformers, (config.architectures or [""])[0], None)
+    is_own = kind == "headless" or (kind == "causal" and language_config(config) is not config)
+    if own is not None and own.main_input_name == "input_ids":
+        classes: Any = CLASSES[kind]
+        is_own = is_own or type(config) not in classes._model_mapping
+    return own if own is not None and is_own and head_kinds(config)[0] == kind else CLASSES[kind]
+
+
+def dequantise(config: Any) -> bool:
+    """Let transformers multiply eight-bit floats by their scales on every device. Return whether the config has such floats."""
+    quantised = getattr(config, "quantization_config", None)
+    if not isinstance(quantised, dict) or quantised.get("quant_method") != "fp8":
+        return False
+    quantised["dequantize"] = True
+    return True
+
+
 def check_head(name: str, config: Any, kind: Kind) -> None:
     """Do nothing if a checkpoint with this config has the kind of head.
 
@@ -319,6 +351,12 @@ def check_no_adapter(name: str, folder: Path, model: Any = None) -> None:
 
 
 def _check_complete(name: str, config: Any, missing_keys: Iterable[str], unexpected_keys: Iterable[str]) -> None:
+    peft_names = [key for key in unexpected_keys if ".base_layer." in key]
+    if missing_keys and peft_names:
+        raise ModelError(
+            f"{name!r} stores {_first_names(peft_names)}: peft names the layers so that it wraps, and the checkpoint was saved "
+            "with the wrappers; save it again after peft's merge_and_unload(), or unload() to leave the adapter out"
+        )
     if missing_keys:
         others = f"; it has {_first_names(unexpected_keys)} instead" if unexpected_keys else ""
         raise ModelError(
@@ -354,7 +392,8 @@ def _warn_of_unread(name: str, model: Any, tensors: Iterable[str]) -> None:
     names = [tensor for tensor in tensors if not COMPUTED.search(tensor)]
     if names:
         log.warning(
-            "%s stores %d tensors that %s does not read (%s): scores and saved models are without them",
+            "%s stores %d tensors that %s does not read (%s): scores are without them, and so are models that are not saved "
+            "from safetensors",
             *(name, len(names), type(model).__name__, _first_names(names)),
         )
 
@@ -444,6 +483,11 @@ def _hint(name: str, source: str | Path, error: Exception) -> str:
         return (
             "laserlm scores causal, masked and encoder-decoder language models; transformers has no such class for this "
             "family, as for many models of images and text. --kind headless (kind='headless') loads the body for editing."
+        )
+    if any(word in str(error) for word in ("quantiz", "quantis", "optimum", "gptqmodel", "compressed-tensors")):
+        return (
+            "The checkpoint is quantised. Reduce the unquantised checkpoint that it was made from, and quantise the result; "
+            "of quantised ones, FP8 alone is reduced."
         )
     if "trust_remote_code" in str(error):
         return "The checkpoint brings its own code; --allow-remote-code (allow_remote_code=True) runs it, if you trust it."

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +23,17 @@ from laserlm.low_rank import LowRankLinear
 from laserlm.models.architectures import ARCHITECTURES, SHARED, Architecture
 from laserlm.reductions import GROUPS, Layers
 
-__all__ = ["Matrix", "Rows", "find_matrices", "find_stacks", "read_matrix", "select", "view"]
+__all__ = [
+    "Matrix",
+    "Rows",
+    "default_matrices",
+    "find_matrices",
+    "find_stacks",
+    "language_config",
+    "read_matrix",
+    "select",
+    "view",
+]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values are the weights. Eight-bit floats are excluded because they need separate scales."""
@@ -118,25 +131,54 @@ def read_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
     return value.flatten(0, 1) if matrix.rows is not None else value
 
 
-def find_stacks(model: PreTrainedModel) -> list[tuple[str, str, nn.ModuleList]]:
+def language_config(config: Any) -> Any:
+    """Return the config of the language model in a config of several inputs; otherwise the config itself."""
+    inner = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+    return inner if isinstance(inner, PreTrainedConfig) else config
+
+
+def find_stacks(model: PreTrainedModel, *, towers: bool = False) -> list[tuple[str, str, nn.ModuleList]]:
     """Return the name, path and blocks of every stack of the model, in order.
+
+    Args:
+        model: the model.
+        towers: whether to add the stacks beside a language model, such as the blocks of a vision tower. They are named by
+            their paths.
 
     Raises:
         MatrixError: if the model has no repeated blocks.
     """
-    stacks = _known_stacks(model)
-    if stacks:
-        return stacks
+    part, text = _language_part(model)
+    prefix = f"{part}." if part else ""
+    lists = _lists_of_blocks(model)
+    stacks = [(name, prefix + path, blocks) for name, path, blocks in _known_stacks(text)]
+    if not stacks:
+        inside = [(path, blocks) for path, blocks in lists if path.startswith(prefix)]
+        stacks = [("" if len(inside) == 1 else path, path, blocks) for path, blocks in inside]
+    if not stacks:
+        raise MatrixError(
+            f"{type(model).__name__} has no list of repeated blocks with weight matrices; laserlm edits transformer blocks"
+        )
+    return stacks + [(path, path, blocks) for path, blocks in lists if towers and not path.startswith(prefix)]
+
+
+def _language_part(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
+    """Return the path and module of the language model in a model of several inputs; otherwise "" and the model."""
+    config = language_config(model.config)
+    if config is model.config:
+        return "", model
+    parts = ((path, part) for path, part in model.named_modules() if path and isinstance(part, PreTrainedModel))
+    return next(((path, part) for path, part in parts if part.config.model_type == config.model_type), ("", model))
+
+
+def _lists_of_blocks(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """Return the path and blocks of every outermost list of modules that all have matrices."""
     lists: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
         is_nested = any(path.startswith(f"{outer}.") for outer, _ in lists)
         if isinstance(module, nn.ModuleList) and not is_nested and len(module) and all(map(_has_matrix, module)):
             lists.append((path, module))
-    if not lists:
-        raise MatrixError(
-            f"{type(model).__name__} has no list of repeated blocks with weight matrices; laserlm edits transformer blocks"
-        )
-    return [("" if len(lists) == 1 else path, path, blocks) for path, blocks in lists]
+    return lists
 
 
 def _known_stacks(model: PreTrainedModel) -> list[tuple[str, str, nn.ModuleList]]:
@@ -157,17 +199,22 @@ def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
         MatrixError: if the model has no repeated blocks.
         WeightError: if the model is quantised, because packed weights have other shapes than their matrices.
     """
-    tensors = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if "weight" in name)]
-    packed = next((f"{name} is {tensor.dtype}" for name, tensor in tensors if tensor.dtype not in FLOATS), None)
+    packed = next((f"{name} is {tensor.dtype}" for name, tensor in _tensors(model) if _is_packed(name, tensor)), None)
     if packed:
-        raise WeightError(f"the model is quantised ({packed}); load it without quantisation, reduce it, then quantise")
+        raise WeightError(
+            f"the model is quantised ({packed}); load it without quantisation, or load the unquantised checkpoint that it was "
+            "made from, reduce it, then quantise"
+        )
     matrices: list[Matrix] = []
-    stacks = find_stacks(model)
-    row = ARCHITECTURES.get(model.config.model_type) or _recognise([b for _, _, blocks in stacks for b in blocks])
+    stacks = find_stacks(model, towers=True)
+    part, text = _language_part(model)
+    inside = [blocks for _, path, blocks in stacks if path.startswith(part)]
+    row = ARCHITECTURES.get(text.config.model_type) or _recognise([b for blocks in inside for b in blocks])
     for stack, path, blocks in stacks:
+        of_stack = row if path.startswith(part) else None
         for layer, block in enumerate(blocks):
-            for name, tensor_path, parameter in _named_weights(block, row):
-                matrices += _expand(model, row, stack, layer, name, f"{path}.{layer}.{tensor_path}", parameter)
+            for name, tensor_path, parameter in _named_weights(block, of_stack):
+                matrices += _expand(model, of_stack, stack, layer, name, f"{path}.{layer}.{tensor_path}", parameter)
     first: dict[int, str] = {}
     for i, m in enumerate(matrices):
         earlier = first.setdefault(id(model.get_parameter(m.path)), m.path)
@@ -176,20 +223,40 @@ def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
     return tuple(matrices)
 
 
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _is_packed(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor holds quantised weights: in a dtype of their own, in a class of their own, or in a buffer."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor.dtype not in FLOATS or is_traceable_wrapper_subclass(tensor)
+    in_few_bits = tensor.dtype not in (*FLOATS, torch.bool, torch.int64)
+    return in_few_bits and ("weight" in name or tensor.ndim > 1)
+
+
+def default_matrices(matrices: Sequence[Matrix]) -> tuple[Matrix, ...]:
+    """Return the matrices that a selector without a stack means: all but those of towers beside a language model."""
+    unnamed = tuple(m for m in matrices if not m.stack)
+    return unnamed or tuple(matrices)
+
+
 def select(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack: str = "") -> tuple[Matrix, ...]:
     """Return the matrices that a selector names. A group contains the parts of fused matrices, not the fused matrices.
 
     Args:
         matrices: all matrices of the model.
         layers: the blocks.
-        matrix: a name, a type that every expert has, or a group (``attn``, ``mlp``, ``all``).
-        stack: name of a stack; may be empty with ``all`` layers, or if the model has one stack.
+        matrix: a name, a module path below a block, a type that every expert has, or a group (``attn``, ``mlp``, ``all``).
+        stack: name or path of a stack; may be empty with ``all`` layers, or if the model has one stack or a language model
+            beside towers.
 
     Raises:
         MatrixError: if the selector names no matrix.
     """
     _check_stack(matrices, layers, matrix, stack)
-    in_stacks = [m for m in matrices if not stack or m.stack == stack]
+    in_stacks = [m for m in matrices if _is_in(m, stack)] if stack else list(default_matrices(matrices))
     heights = {m.stack: m.layer + 1 for m in sorted(in_stacks, key=lambda m: m.layer)}
     indices = {name: layers.indices(n_blocks) for name, n_blocks in heights.items()}
     selected = tuple(m for m in in_stacks if m.layer in indices[m.stack] and _matches(m, matrix))
@@ -202,17 +269,22 @@ def select(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack: str =
 
 def _check_stack(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack: str) -> None:
     stacks = list(dict.fromkeys(m.stack for m in matrices))
-    if stack and stack not in stacks:
+    if stack and not any(_is_in(m, stack) for m in matrices):
         known = ", ".join(filter(None, stacks)) or "only one, without a name"
         raise MatrixError(f"no stack {stack!r}; this model has {known}; see 'laser matrices MODEL'")
-    if not stack and len(stacks) > 1 and (layers.first is not None or layers.top is not None):
+    if not stack and "" not in stacks and (layers.first is not None or layers.top is not None):
         choices = " or ".join(f"{s}.{layers}.{matrix}" for s in stacks)
         raise MatrixError(f"{layers}.{matrix}: this model has several stacks; write {choices}")
 
 
+def _is_in(m: Matrix, stack: str) -> bool:
+    """Return whether the matrix is in the stack with a name or path."""
+    return m.stack == stack or m.path.startswith(f"{stack}.{m.layer}.")
+
+
 def _matches(m: Matrix, name: str) -> bool:
-    """Return whether a name, type or group means the matrix."""
-    if name == m.name:
+    """Return whether a name, module path, type or group means the matrix."""
+    if name == m.name or (m.rows is None and m.expert is None and m.path.endswith(f".{m.layer}.{name}.weight")):
         return True
     if name == "all":
         return not m.parts
