@@ -44,7 +44,7 @@ def examples(file: Path) -> list[Example]:
     return of_records(read_records(file))
 
 
-def written(folder: Path, records: Any) -> Path:
+def write_records(folder: Path, records: Any) -> Path:
     """Write records as a CounterFact file."""
     file = folder / "counterfact.json"
     file.write_text(json.dumps(records), encoding="utf-8")
@@ -52,7 +52,7 @@ def written(folder: Path, records: Any) -> Path:
 
 
 def test_a_record_is_its_rewrite_prompt_and_paraphrases_in_that_order(tmp_path: Path) -> None:
-    first = examples(written(tmp_path, RECORDS))[:3]
+    first = examples(write_records(tmp_path, RECORDS))[:3]
     assert [e.prompt for e in first] == [
         "Firefly Town is the capital of",
         "He was born in 1931. Firefly Town governs",
@@ -65,14 +65,14 @@ def test_a_record_is_its_rewrite_prompt_and_paraphrases_in_that_order(tmp_path: 
 
 
 def test_records_stay_in_file_order(tmp_path: Path) -> None:
-    rows = examples(written(tmp_path, RECORDS))
+    rows = examples(write_records(tmp_path, RECORDS))
     assert [e.fact for e in rows] == ["7"] * 3 + ["3"] * 3 + ["11"] * 3
     assert [e.answer for e in rows[::3]] == ["Freedonia", "Sylvania", "Tomania"]
 
 
 def test_the_task_scores_the_next_token_on_the_published_split(tmp_path: Path) -> None:
     records = [record(i, f"Town {i}", f"Land {i}") for i in range(10)]
-    dataset = task("counterfact", data=written(tmp_path, records))
+    dataset = task("counterfact", data=write_records(tmp_path, records))
     assert (dataset.name, dataset.every.scorer) == ("counterfact", "next_token")
     assert [e.id for e in dataset.validation] == [f"{i}/{p}" for i in (0, 1) for p in ("rewrite", "paraphrase1", "paraphrase2")]
     assert len(dataset.test) == 24
@@ -80,7 +80,7 @@ def test_the_task_scores_the_next_token_on_the_published_split(tmp_path: Path) -
 
 
 def test_the_split_phrasings_and_scorer_of_the_task_can_be_chosen(tmp_path: Path) -> None:
-    file = written(tmp_path, [record(i, f"Town {i}", f"Land {i}") for i in range(10)])
+    file = write_records(tmp_path, [record(i, f"Town {i}", f"Land {i}") for i in range(10)])
     dataset = task("counterfact", data=file, split="shuffled", seed=3, phrasings="rewrite", scorer="answer")
     assert [e.id for e in dataset.every] == [f"{i}/rewrite" for i in range(10)]
     assert dataset.every.scorer == "answer"
@@ -90,7 +90,7 @@ def test_the_split_phrasings_and_scorer_of_the_task_can_be_chosen(tmp_path: Path
 
 
 def test_a_subject_in_braces_is_not_taken_for_a_place(tmp_path: Path) -> None:
-    assert examples(written(tmp_path, [record(1, "{odd} {}", "Freedonia")]))[0].prompt == "{odd} {} is the capital of"
+    assert examples(write_records(tmp_path, [record(1, "{odd} {}", "Freedonia")]))[0].prompt == "{odd} {} is the capital of"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def check_refused(folder: Path, path: str, spoil: Callable[[dict[str, Any], str]
     for parent in parents:
         holder = holder[parent]
     spoil(holder, name)
-    file = written(folder, records)
+    file = write_records(folder, records)
     with pytest.raises(TaskError) as caught:
         examples(file)
     assert f"{file}, record 2" in str(caught.value)
@@ -152,12 +152,12 @@ def check_refused(folder: Path, path: str, spoil: Callable[[dict[str, Any], str]
 
 def test_a_record_that_is_no_object_is_named(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"record 2: the field 'requested_rewrite\.prompt' is missing"):
-        examples(written(tmp_path, [RECORDS[0], "text"]))
+        examples(write_records(tmp_path, [RECORDS[0], "text"]))
 
 
 def test_two_records_with_one_case_id_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="'7/rewrite'"):
-        task("counterfact", data=written(tmp_path, [*RECORDS, RECORDS[0]]))
+        task("counterfact", data=write_records(tmp_path, [*RECORDS, RECORDS[0]]))
 
 
 def test_broken_json_names_the_line(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_an_unknown_task_is_an_error_that_lists_the_names(name: str) -> None:
         task_by_name(name)
     assert f"no task {name!r}" in str(caught.value)
     assert "there are worldfacts, counterfact, hotpotqa" in str(caught.value)
-    assert "jsonl:FILE, perplexity:FILE and lm-eval:NAME. See 'laser tasks'" in str(caught.value)
+    assert "hub:ORG/NAME, perplexity:FILE and lm-eval:NAME. See 'laser tasks'" in str(caught.value)
 
 
 def test_counterfact_that_cannot_be_downloaded_says_where_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ PROMPTS = {
 }
 
 
-def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Write rows as JSON lines."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -143,7 +143,7 @@ def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_and_answers_are_to_the_letter(name: str, tmp_path: Path) -> None:
-    dataset = task(name, data=written(tmp_path, ROWS[name]))
+    dataset = task(name, data=write_rows(tmp_path, ROWS[name]))
     assert [(e.prompt, e.answer) for e in dataset.every] == PROMPTS[name]
     definition = DEFINITIONS[name]
     assert (dataset.every.scorer, dataset.every.decoding) == (definition.scorer, definition.decoding)
@@ -155,7 +155,7 @@ def test_every_task_with_data_is_tested_here() -> None:
 
 def test_choices_are_the_labels_and_the_eight_professions(tmp_path: Path) -> None:
     def choices(name: str) -> tuple[str, ...]:
-        return task(name, data=written(tmp_path, ROWS[name])).every.examples[0].choices
+        return task(name, data=write_rows(tmp_path, ROWS[name])).every.examples[0].choices
 
     assert choices("fever") == choices("truthfulqa") == ("true", "false")
     assert choices("bios-gender") == ("male", "female")
@@ -167,7 +167,7 @@ def test_choices_are_the_labels_and_the_eight_professions(tmp_path: Path) -> Non
 
 def test_masked_models_get_their_own_texts(tmp_path: Path) -> None:
     def masked(name: str) -> Example:
-        return task(name, data=written(tmp_path, ROWS[name])).every.examples[0]
+        return task(name, data=write_rows(tmp_path, ROWS[name])).every.examples[0]
 
     gender = masked("bios-gender")
     assert gender.masked == (
@@ -179,20 +179,20 @@ def test_masked_models_get_their_own_texts(tmp_path: Path) -> None:
 
 
 def test_popularity_relation_and_other_names_are_kept(tmp_path: Path) -> None:
-    first, second = task("popqa", data=written(tmp_path, ROWS["popqa"])).every.examples
+    first, second = task("popqa", data=write_rows(tmp_path, ROWS["popqa"])).every.examples
     assert (first.id, first.aliases, first.group, first.popularity) == ("7", ("Rufus T.",), "mayor", 12.0)
     assert (second.id, second.aliases, second.group, second.popularity) == ("test_8", (), "ruler", 3.5)
 
 
 def test_statements_on_one_question_are_one_fact(tmp_path: Path) -> None:
     rows = [{"question": f"Question {i}?", "mc2_targets": {"Yes.": 1, "No.": 0}} for i in range(10)]
-    dataset = task("truthfulqa", data=written(tmp_path, rows), split="shuffled")
+    dataset = task("truthfulqa", data=write_rows(tmp_path, rows), split="shuffled")
     assert {e.fact for e in dataset.validation}.isdisjoint(e.fact for e in dataset.test)
     assert len(dataset.validation) == 4
 
 
 def test_a_program_is_tested_by_its_own_check(tmp_path: Path) -> None:
-    (example,) = task("humaneval", data=written(tmp_path, ROWS["humaneval"])).every
+    (example,) = task("humaneval", data=write_rows(tmp_path, ROWS["humaneval"])).every
     scope: dict[str, Any] = {}
     exec(example.prompt + example.answer + example.program, scope)
     with pytest.raises(AssertionError):
@@ -227,7 +227,7 @@ def test_a_program_is_tested_by_its_own_check(tmp_path: Path) -> None:
     ],
 )
 def test_a_malformed_field_is_named_with_its_line(name: str, changed: dict[str, Any], message: str, tmp_path: Path) -> None:
-    file = written(tmp_path, [ROWS[name][-1], ROWS[name][0] | changed])
+    file = write_rows(tmp_path, [ROWS[name][-1], ROWS[name][0] | changed])
     with pytest.raises(TaskError) as caught:
         task(name, data=file)
     assert f"{file}, line 2" in str(caught.value)
@@ -236,12 +236,12 @@ def test_a_malformed_field_is_named_with_its_line(name: str, changed: dict[str, 
 
 def test_a_task_without_examples_after_the_filter_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"'fever' has no examples\. Check the file and its filters"):
-        task("fever", data=written(tmp_path, [ROWS["fever"][1]]))
+        task("fever", data=write_rows(tmp_path, [ROWS["fever"][1]]))
 
 
 def test_two_rows_with_one_id_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="two examples with the id 'a1'"):
-        task("hotpotqa", data=written(tmp_path, [ROWS["hotpotqa"][0]] * 2))
+        task("hotpotqa", data=write_rows(tmp_path, [ROWS["hotpotqa"][0]] * 2))
 
 
 def test_a_task_of_big_bench_is_read_from_its_own_file(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_task_of_big_bench_is_read_from_its_own_file(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "task.json").write_text(json.dumps(document))
     result = task("epistemic-reasoning", data=tmp_path)
-    hub = task("epistemic-reasoning", data=written(tmp_path, ROWS["epistemic-reasoning"]))
+    hub = task("epistemic-reasoning", data=write_rows(tmp_path, ROWS["epistemic-reasoning"]))
     assert [(e.prompt, e.answer) for e in result.every] == [(e.prompt, e.answer) for e in hub.every]
     # What a file leaves out is as BIG-bench defines it.
     plain = {"task_prefix": "How?\n\n", "examples": [{"input": "Did he?", "target_scores": {"Yes": 1, "No": 0}}]}
@@ -331,7 +331,7 @@ def test_the_web_of_lies_is_consistent_and_balanced() -> None:
 
 
 def test_how_a_model_writes_may_be_set_otherwise(tmp_path: Path) -> None:
-    file = written(tmp_path, ROWS["popqa"])
+    file = write_rows(tmp_path, ROWS["popqa"])
     dataset = task("popqa", data=file, decoding={"new_tokens": 3}, allow_code_execution=True)
     assert (dataset.test.decoding.new_tokens, dataset.test.decoding.stops, dataset.test.decoding.run_programs) == (
         3,

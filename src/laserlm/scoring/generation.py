@@ -13,10 +13,11 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from laserlm.edit.apply import default_cache
 from laserlm.errors import ScoringError, TokenizationError
 from laserlm.models.language_model import LanguageModel
+from laserlm.scoring.chat import ChatTemplate, without_thoughts
 from laserlm.scoring.forward import Progress
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
-from laserlm.scoring.tokenize import masked_text, max_length, prefix_tokens
+from laserlm.scoring.tokenize import masked_text, max_length, prefix_tokens, with_prefix
 from laserlm.tasks.example import Decoding, Example
 
 __all__ = ["continuation", "generate", "generate_for"]
@@ -33,6 +34,7 @@ def generate(
     max_new_tokens: int = 20,
     stops: Sequence[str] = (),
     temperature: float | None = None,
+    end_tokens: Sequence[int] = (),
 ) -> list[str]:
     """Return the continuation of each prompt without the prompt; for an encoder-decoder, the decoder's text.
 
@@ -42,6 +44,7 @@ def generate(
         max_new_tokens: largest number of new tokens, at least 1.
         stops: stop strings. A continuation is cut before the first one.
         temperature: sampling temperature. None decodes greedily.
+        end_tokens: tokens that end a text, besides the model's own.
 
     Raises:
         ScoringError: if the model is a masked one, which does not generate, or a text grows longer than the model allows.
@@ -58,10 +61,8 @@ def generate(
         )
     if lm.kind == "encoder-decoder":
         inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
-    else:  # without the tokens that end a text, after which a model would start another one
-        prefix = prefix_tokens(tokenizer)
-        ids = [prefix + list(prompt) for prompt in tokenizer(list(prompts), add_special_tokens=False).input_ids]
-        inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left")
+    else:
+        inputs = tokenizer.pad({"input_ids": _tokens(lm, prompts)}, return_tensors="pt", padding_side="left")
     tokens = inputs["input_ids"].shape[1] + (max_new_tokens if lm.kind == "causal" else 0)
     if tokens > max_length(lm):
         raise ScoringError(
@@ -72,6 +73,9 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if end_tokens:
+        own = model.generation_config.eos_token_id
+        sampling["eos_token_id"] = sorted({*(own if isinstance(own, list) else [own] if own is not None else []), *end_tokens})
     with fast_cpu_kernels(lm.device, tokens):
         outputs = model.generate(
             **inputs.to(lm.device),
@@ -131,16 +135,23 @@ def generate_for(
     is_masked = lm.kind == "masked"
     if is_masked and tokenizer.mask_token is None:
         raise TokenizationError(f"the tokenizer of {lm.name} has no mask token, which scoring a masked model needs")
-    prompts = [masked_text(tokenizer, e, decoding.masks) if is_masked else e.prompt for e in examples]
-    lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
+    template = ChatTemplate(lm)
+    chats = [template.prompt(e) for e in examples]
+    prompts = [
+        masked_text(tokenizer, e, decoding.masks) if is_masked else e.prompt if chat is None else chat
+        for e, chat in zip(examples, chats, strict=True)
+    ]
+    end_tokens = template.end_tokens if any(chat is not None for chat in chats) else ()
+    lengths = [len(ids) for ids in _tokens(lm, prompts)]
     for e, n in zip(examples, lengths, strict=True):
         if n + (lm.kind == "causal") > max_length(lm):
             raise ScoringError(f"example {e.id!r} has {n} tokens, and {lm.name} takes {max_length(lm)}. Shorten the prompt.")
     texts: dict[int, list[str]] = {}
 
     def run(batch: Sequence[int]) -> None:
-        generations = _generate_batch(lm, [prompts[i] for i in batch], lengths[batch[0]], decoding)
-        texts.update(zip(batch, generations, strict=True))
+        generations = _generate_batch(lm, [prompts[i] for i in batch], lengths[batch[0]], decoding, end_tokens)
+        for i, samples in zip(batch, generations, strict=True):
+            texts[i] = samples if chats[i] is None else [without_thoughts(text) for text in samples]
         if on_progress is not None:
             on_progress(len(texts), len(examples))
 
@@ -163,19 +174,29 @@ def _prompt_batches(lm: LanguageModel, lengths: Sequence[int], decoding: Decodin
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def _generate_batch(lm: LanguageModel, prompts: Sequence[str], length: int, decoding: Decoding) -> list[list[str]]:
+def _tokens(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of the prompts, with those that start a text, once."""
+    tokenizer = lm.require_tokenizer()
+    if lm.kind != "causal":
+        return [list(ids) for ids in tokenizer(list(prompts)).input_ids]
+    # Without the tokens that end a text, after which a model would start another one.
+    prefix = prefix_tokens(tokenizer)
+    return [with_prefix(prefix, ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
+
+
+def _generate_batch(
+    lm: LanguageModel, prompts: Sequence[str], length: int, decoding: Decoding, end_tokens: Sequence[int]
+) -> list[list[str]]:
     if lm.kind == "masked":
         return [[text] for text in _fill_masks(lm, prompts)]
     room = max_length(lm) - length if lm.kind == "causal" else max_length(lm)
     new_tokens = min(decoding.new_tokens, room)
+    more: dict[str, Any] = {"max_new_tokens": new_tokens, "stops": decoding.stops, "end_tokens": end_tokens}
     if decoding.samples == 1:
-        return [[text] for text in generate(lm, prompts, max_new_tokens=new_tokens, stops=decoding.stops)]
+        return [[text] for text in generate(lm, prompts, **more)]
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(decoding.seed)
-        samples = [
-            generate(lm, prompts, max_new_tokens=new_tokens, stops=decoding.stops, temperature=decoding.temperature)
-            for _ in range(decoding.samples)
-        ]
+        samples = [generate(lm, prompts, temperature=decoding.temperature, **more) for _ in range(decoding.samples)]
     return [list(of_prompt) for of_prompt in zip(*samples, strict=True)]
 
 

@@ -25,6 +25,7 @@ class LaserLM(HFLM):  # type: ignore[misc]
         device: the harness's device. If it is a GPU and there is none, the model is on the CPU.
         revision: revision of a hub id.
         seed: seed of ``:reference`` decompositions.
+        trust_remote_code: run modelling code that comes with the checkpoint.
         harness_options: further options of the harness's Hugging Face model.
     """
 
@@ -36,12 +37,19 @@ class LaserLM(HFLM):  # type: ignore[misc]
         device: str | None = None,
         revision: str | None = None,
         seed: int = 0,
+        trust_remote_code: bool = False,
         **harness_options: Any,
     ) -> None:
         import torch
 
         is_absent = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
-        lm = load(pretrained, dtype=None if dtype == "auto" else dtype, device=None if is_absent else device, revision=revision)
+        lm = load(
+            pretrained,
+            dtype=None if dtype == "auto" else dtype,
+            device=None if is_absent else device,
+            revision=revision,
+            allow_remote_code=trust_remote_code,
+        )
         self.interventions = ExitStack()
         self.interventions.enter_context(applied(lm, str(reduce), seed=int(seed)))
         super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, **harness_options)

@@ -7,13 +7,24 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from laserlm.errors import ScoringError, TokenizationError
+from laserlm.errors import LaserError, ScoringError, TokenizationError
 from laserlm.models.language_model import LanguageModel
+from laserlm.scoring.chat import ChatTemplate
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import SCORERS, ScorerDefinition
-from laserlm.tasks.example import Example, Scorer
+from laserlm.tasks.example import Example, Scorer, Split
 
-__all__ = ["TokenSequence", "decoder_start", "encode", "masked_text", "max_length", "prefix_tokens", "start_token"]
+__all__ = [
+    "TokenSequence",
+    "decoder_start",
+    "encode",
+    "masked_text",
+    "max_length",
+    "prefix_tokens",
+    "scorable",
+    "start_token",
+    "with_prefix",
+]
 
 WINDOW_TOKENS = 1024
 """Length of a window of a text whose perplexity is measured."""
@@ -22,6 +33,7 @@ STRIDE_TOKENS = 512
 PASSAGE_TOKENS = 50
 """Length of a passage that a masked model reads (arXiv 2312.13558)."""
 
+ERRORS_SHOWN = 5
 Tokens = tuple[int, ...]
 
 
@@ -37,25 +49,80 @@ def encode(lm: LanguageModel, examples: Sequence[Example], scorer: Scorer) -> li
             or if the tokenizer has no mask token and needs one.
         ScoringError: if a sequence is longer than the model allows, or an example lacks something that the scorer needs.
     """
+    rows, problems = _encode(lm, examples, scorer)
+    if problems:
+        raise _of_all(list(problems.values()), len(examples))
+    return rows
+
+
+def scorable(lm: LanguageModel, split: Split, scorer: Scorer | None = None) -> Split:
+    """Return a split without the examples that cannot be scored, and with their number."""
+    _, problems = _encode(lm, split.examples, scorer or split.scorer)
+    kept = tuple(e for i, e in enumerate(split.examples) if i not in problems)
+    return replace(split, examples=kept, skipped=split.skipped + len(problems))
+
+
+def _encode(
+    lm: LanguageModel, examples: Sequence[Example], scorer: Scorer
+) -> tuple[list[TokenSequence], dict[int, LaserError]]:
+    """Return the token sequences of the examples, and why an example has none, by its index."""
     definition = SCORERS[scorer]
     tokenizer = lm.require_tokenizer()
-    for e in examples:
-        _check_example(lm, e, scorer)
-    requests = [(i, e, *request) for i, e in enumerate(examples) for request in definition.requests(e)]
-    tokens = _split_tokens(lm, tokenizer, requests, apart=definition.tokenizes_apart)
+    problems: dict[int, LaserError] = {}
+    requests: list[_Request] = []
+    template = ChatTemplate(lm)
+    for i, e in enumerate(examples):
+        try:
+            _check_example(lm, e, scorer)
+            chat = template.prompt(e)
+        except (TokenizationError, ScoringError) as error:
+            problems[i] = error
+            continue
+        for prompt, answer in definition.requests(e):
+            if chat is None:
+                requests.append(_Request(i, e, prompt, answer, e.joint))
+            else:
+                requests.append(_Request(i, e, chat, answer, template.separator, in_chat=True))
     prefix = prefix_tokens(tokenizer)
+    tokens = _split_tokens(lm, tokenizer, requests, apart=definition.tokenizes_apart)
     encoder = _Encoder(lm, tokenizer, definition, prefix)
-    rows: list[TokenSequence] = []
-    for i, group in groupby(tokens, key=lambda request: request[0]):
-        rows += encoder.encode(i, examples[i], [(context, targets) for _, context, targets in group])
     limit = max_length(lm)
-    for row in rows:
-        if len(row.ids) > limit:
-            raise ScoringError(
-                f"example {examples[row.example].id!r} has {len(row.ids)} tokens, and {lm.name} takes {limit}. Shorten the "
-                "prompt."
-            )
-    return rows
+    rows: list[TokenSequence] = []
+    for i, group in groupby(zip(requests, tokens, strict=True), key=lambda pair: pair[0].index):
+        try:
+            parts = [_checked(tokenizer, request, *split, prefix) for request, split in group]
+            found = encoder.encode(i, examples[i], parts)
+            if too_long := next((row for row in found if len(row.ids) > limit), None):
+                raise ScoringError(
+                    f"example {examples[i].id!r} has {len(too_long.ids)} tokens, and {lm.name} takes {limit}. Shorten the "
+                    "prompt."
+                )
+            rows += found
+        except (TokenizationError, ScoringError) as error:
+            problems[i] = error
+    return rows, dict(sorted(problems.items()))
+
+
+def _of_all(problems: Sequence[LaserError], n: int) -> LaserError:
+    """Return one error for all examples that cannot be scored, of the kind of the first."""
+    if len({*map(str, problems)}) == 1:
+        return problems[0]
+    shown = "\n  ".join(map(str, problems[:ERRORS_SHOWN]))
+    more = f"\n  and {len(problems) - ERRORS_SHOWN} more" if len(problems) > ERRORS_SHOWN else ""
+    skip = "" if len(problems) == n else "\n--skip-unscorable (laserlm.scoring.tokenize.scorable) leaves them out."
+    return type(problems[0])(f"{len(problems)} of {n} examples cannot be scored:\n  {shown}{more}{skip}")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A text before an answer, the answer, and what stands between them, for the example at an index."""
+
+    index: int
+    example: Example
+    prompt: str
+    answer: str
+    joint: str
+    in_chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +161,7 @@ class _Encoder:
             return self.masked(i, e, targets)
         if self.lm.kind == "encoder-decoder":
             return self.encoder_decoder(i, e, targets)
-        return self.causal(i, e, self.prefix + context, targets)
+        return self.causal(i, e, with_prefix(self.prefix, context), targets)
 
     def causal(self, i: int, e: Example, context: list[int], targets: Tokens) -> TokenSequence:
         context = context or (start_token(self.tokenizer) if e.pairs else [])
@@ -127,11 +194,13 @@ class _Encoder:
         window = min(WINDOW_TOKENS, max_length(self.lm))
         stride = min(STRIDE_TOKENS, window // 2)
         text = (*context, *targets)
+        if not context and self.prefix and list(targets[: len(self.prefix)]) == self.prefix:
+            context = self.prefix  # the text has the tokens already that start it
         rows: list[TokenSequence] = []
         for at in range(len(context), len(text), stride):
             scored = text[at : at + stride]
             before = list(text[max(0, at - (window - stride - len(self.prefix))) : at])
-            start = self.prefix + before or start_token(self.tokenizer)
+            start = with_prefix(self.prefix, before) or start_token(self.tokenizer)
             if not start:
                 raise TokenizationError(
                     f"the tokenizer of {self.lm.name} has no token that starts a text, which perplexity needs to score the "
@@ -173,42 +242,57 @@ def _check_example(lm: LanguageModel, e: Example, scorer: Scorer) -> None:
 
 
 def _split_tokens(
-    lm: LanguageModel, tokenizer: Any, requests: Sequence[tuple[int, Example, str, str]], *, apart: bool
-) -> list[tuple[int, list[int], Tokens]]:
-    """Return for each request the index of its example, the context's tokens without special ones, and the answer's."""
+    lm: LanguageModel, tokenizer: Any, requests: Sequence[_Request], *, apart: bool
+) -> list[tuple[list[int], list[int]]]:
+    """Return for each request the tokens of the context without special ones, and of context and answer together."""
 
     def tokenize(texts: list[str]) -> list[list[int]]:
-        return list(tokenizer(texts, add_special_tokens=False).input_ids)
+        return [list(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
 
     if lm.kind == "encoder-decoder":
-        contexts: list[list[int]] = [[] for _ in requests]
-        full = tokenize([answer for *_, answer in requests])
+        return [([], ids) for ids in tokenize([r.answer for r in requests])]
+    texts = [_context(tokenizer, lm, r.example, r.prompt) for r in requests]
+    answers = [_separator(r, text) + r.answer for r, text in zip(requests, texts, strict=True)]
+    contexts = tokenize(texts)
+    if apart:
+        full = [context + answer for context, answer in zip(contexts, tokenize(answers), strict=True)]
     else:
-        texts = [_context(tokenizer, lm, e, prompt) for _, e, prompt, _ in requests]
-        answers = [_separator(e, text, answer) + answer for text, (_, e, _, answer) in zip(texts, requests, strict=True)]
-        contexts = tokenize(texts)
-        if apart:
-            full = [context + answer for context, answer in zip(contexts, tokenize(answers), strict=True)]
-        else:
-            full = tokenize([text + answer for text, answer in zip(texts, answers, strict=True)])
-    for (_, e, _, answer), context, tokens in zip(requests, contexts, full, strict=True):
-        if list(tokens[: len(context)]) != list(context) and not e.pairs:
-            start = next((k for k, (a, b) in enumerate(zip(context, tokens, strict=False)) if a != b), len(tokens))
-            raise TokenizationError(
-                f"example {e.id!r}: the answer {answer!r} straddles a token boundary. The prompt ends in "
-                f"{tokenizer.convert_ids_to_tokens(context[start:])}, and with the answer these tokens are "
-                f"{tokenizer.convert_ids_to_tokens(tokens[start:])}. End the prompt on a whole word, without a space."
-            )
-        if len(tokens) <= len(context):
-            raise TokenizationError(f"example {e.id!r}: the answer {answer!r} has no tokens")
-    return [
-        (i, list(tokens[: len(context)]), tuple(tokens[len(context) :]))
-        for (i, *_), context, tokens in zip(requests, contexts, full, strict=True)
-    ]
+        full = tokenize([text + answer for text, answer in zip(texts, answers, strict=True)])
+        for i, (request, context) in enumerate(zip(requests, contexts, strict=True)):
+            if request.in_chat and full[i][: len(context)] != context:  # the model answers from the template's last token on
+                full[i] = context + tokenize([answers[i]])[0]
+    return list(zip(contexts, full, strict=True))
 
 
-def _separator(e: Example, prompt: str, answer: str) -> str:
-    return "" if e.pairs or not prompt or prompt[-1].isspace() or answer[0].isspace() else e.joint
+def _checked(
+    tokenizer: Any, request: _Request, context: list[int], tokens: list[int], prefix: list[int]
+) -> tuple[list[int], Tokens]:
+    """Return the tokens of the context and of the answer.
+
+    Raises:
+        TokenizationError: if a token belongs to both, the answer has none, or the context begins twice.
+    """
+    e, answer = request.example, request.answer
+    if tokens[: len(context)] != context and not e.pairs:
+        start = next((k for k, (a, b) in enumerate(zip(context, tokens, strict=False)) if a != b), len(tokens))
+        raise TokenizationError(
+            f"example {e.id!r}: the answer {answer!r} straddles a token boundary. The prompt ends in "
+            f"{tokenizer.convert_ids_to_tokens(context[start:])}, and with the answer these tokens are "
+            f"{tokenizer.convert_ids_to_tokens(tokens[start:])}. End the prompt on a whole word, without a space."
+        )
+    if len(tokens) <= len(context):
+        raise TokenizationError(f"example {e.id!r}: the answer {answer!r} has no tokens")
+    n = len(prefix)
+    if prefix and context[:n] == prefix == context[n : 2 * n]:
+        raise TokenizationError(
+            f"example {e.id!r}: the prompt begins with {tokenizer.decode(prefix)!r} twice. Take it out; laserlm puts it there."
+        )
+    return list(tokens[: len(context)]), tuple(tokens[len(context) :])
+
+
+def _separator(request: _Request, prompt: str) -> str:
+    has_space = not prompt or prompt[-1].isspace() or request.answer[0].isspace()
+    return "" if request.example.pairs or has_space else request.joint
 
 
 def _context(tokenizer: Any, lm: LanguageModel, e: Example, prompt: str) -> str:
@@ -223,6 +307,11 @@ def prefix_tokens(tokenizer: Any) -> list[int]:
     bare = tokenizer("a", add_special_tokens=False).input_ids
     full = tokenizer("a").input_ids
     return next((full[:i] for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), [])
+
+
+def with_prefix(prefix: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Return tokens with the special ones that start a text before them, unless they begin with these already."""
+    return list(ids) if list(ids[: len(prefix)]) == list(prefix) else [*prefix, *ids]
 
 
 def decoder_start(lm: LanguageModel) -> Tokens:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from statistics import NormalDist
+from typing import Any, Literal
 
 from laserlm.errors import TaskError
-from laserlm.tasks import harness, jsonl, perplexity
+from laserlm.tasks import harness, perplexity, questions
 from laserlm.tasks.datasets import hotpotqa, humaneval, worldfacts
 from laserlm.tasks.definitions import DEFINITIONS, Definition
 from laserlm.tasks.example import Decoding, Example, Phrasings, Scorer, Split, SplitBy, Task, TaskSource
-from laserlm.tasks.files import Record, local_file
-from laserlm.tasks.hub import hub_records
+from laserlm.tasks.files import Record, kind_of, local_file
+from laserlm.tasks.hub import hub_records, user_records
+
+log = logging.getLogger(__name__)
+
+CHAT_TOKENS = 32
+"""Tokens that a model may write for a sentence in which it answers."""
+FEW = 100
+"""Number of facts of a test split below which a warning says how wide intervals are."""
+Z = NormalDist().inv_cdf(0.975)
 
 __all__ = ["Decoding", "Example", "Phrasings", "Scorer", "Split", "SplitBy", "Task", "files_in", "task"]
 
@@ -27,14 +37,20 @@ def task(
     phrasings: Phrasings = "all",
     scorer: Scorer | None = None,
     decoding: Mapping[str, Any] | None = None,
-    allow_code_execution: bool = False,
+    allow_code_execution: bool | Literal["weakly"] = False,
     answer_tokenizer: Any = None,
+    columns: Mapping[str, str] | None = None,
+    hub: Mapping[str, str] | None = None,
+    max_rows: int = questions.MAX_ROWS,
+    chat: bool | None = None,
+    system: str | None = None,
 ) -> Task:
     """Make a task by name.
 
     Args:
-        name: a name in ``laserlm.tasks.definitions``, ``jsonl:FILE``, ``perplexity:FILE``, or ``lm-eval:NAME`` for a task of
-            lm-evaluation-harness.
+        name: a name in ``laserlm.tasks.definitions``, a file of questions (CSV, TSV, JSON, JSON lines or Parquet; of another
+            ending, ``jsonl:FILE``), ``hub:ORG/NAME`` for questions of a data set on the hub, ``perplexity:FILE``, or
+            ``lm-eval:NAME`` for a task of lm-evaluation-harness.
         data: a file or download URL in the task's original schema, or a folder with such files. For ``lm-eval:NAME``, a
             folder with task definitions. Without it, the data comes with laserlm or from the hub.
         split: ``paper`` (first fifth of the rows for validation) or ``shuffled`` (a fifth of the facts). None takes
@@ -43,8 +59,16 @@ def task(
         phrasings: ``rewrite`` keeps the first phrasing of each fact. ``all`` keeps all phrasings.
         scorer: how an example is scored. None takes the task's default.
         decoding: fields of ``Decoding`` that replace the task's own, such as ``{"new_tokens": 20}``.
-        allow_code_execution: whether generated programs may be run, each in a sandbox.
+        allow_code_execution: whether generated programs may be run, each in a sandbox; ``weakly`` also on a system where
+            only the interpreter confines them.
         answer_tokenizer: for ``hotpotqa`` only. Drops answers of more than 15 of its tokens, as published with Llama-2's.
+        columns: for a file of questions: the names of its columns, by what they hold (``prompt``, ``answer``, ``choices``,
+            ``group``, ``messages``). Other columns are found by their usual names.
+        hub: for ``hub:ORG/NAME``: ``split``, ``config`` and ``revision``.
+        max_rows: for questions: most rows that are used, drawn at random by ``seed``.
+        chat: whether the model's chat template is used. None uses it for the questions of a file, if the model has one;
+            texts to be continued, and the tasks of laserlm, are read as they are.
+        system: the system text of the conversation; implies ``chat``.
 
     Raises:
         TaskError: if the task is unknown or its data cannot be used.
@@ -52,10 +76,20 @@ def task(
     """
     if answer_tokenizer is not None and name != "hotpotqa":
         raise TaskError(f"the task {name!r} takes no answer_tokenizer; only hotpotqa does")
-    source = _read_source(name, data, allow_code_execution)
+    if _is_of_user(name):
+        source = _read_questions(name, data, columns or {}, hub or {}, seed, max_rows)
+        if chat is not False and any(e.messages for e in source.examples):
+            source = replace(source, decoding=replace(source.decoding, new_tokens=CHAT_TOKENS))
+    elif columns or hub:
+        raise TaskError(f"the task {name!r} takes no columns and no hub options; they are for files of questions and hub:NAME")
+    else:
+        source = _read_source(name, data, allow_code_execution)
+        if (chat or system is not None) and scorer is None and source.scorer in ("answer", "next_token"):
+            # In a conversation, a text to be continued is answered by a sentence.
+            source = replace(source, scorer="contains", decoding=replace(source.decoding, new_tokens=CHAT_TOKENS))
     if answer_tokenizer is not None:
         source = replace(source, examples=hotpotqa.short_answers(source.examples, answer_tokenizer))
-    return Task.of(
+    made = Task.of(
         source.name,
         source.examples,
         scorer=scorer or source.scorer,
@@ -65,28 +99,73 @@ def task(
         source=source.source,
         decoding=_replace_fields(source.decoding, {**(decoding or {}), "run_programs": allow_code_execution}),
         judge=source.judge,
+        chat=chat,
+        system=system,
+        notes=source.notes,
     )
+    if _is_of_user(name):
+        _warn_of_few(made)
+    return made
 
 
-def _read_source(name: str, data: str | Path | None, allow_code_execution: bool) -> TaskSource:
+def _is_of_user(name: str) -> bool:
+    """Return whether a task's name means questions of a user: a file, or a data set of the hub."""
+    kind, separator, _ = name.partition(":")
+    if kind in ("jsonl", "hub"):
+        return True
+    return bool(kind_of(name)) and (not separator or kind in ("http", "https") or Path(name).is_file())
+
+
+def _read_questions(
+    name: str, data: str | Path | None, columns: Mapping[str, str], hub: Mapping[str, str], seed: int, max_rows: int
+) -> TaskSource:
     kind, _, argument = name.partition(":")
-    if kind in ("jsonl", "perplexity") and bool(argument) != bool(data):
+    if kind not in ("jsonl", "hub"):
+        kind, argument = "questions", name
+    if bool(argument) == bool(data):
+        return _read_source(name, data, allow_code_execution=False)  # which says what there is
+    if kind == "hub":
+        if unknown := sorted(hub.keys() - {"split", "config", "revision"}):
+            raise TaskError(f"hub has no {unknown[0]!r}; it has split, config and revision")
+        path = str(data or argument)
+        split, records = user_records(path, **{key: hub.get(key) for key in ("split", "config", "revision")})
+        label = f"{path}, split {split}"
+        source = questions.source_of(records, f"hub:{path}", label, columns=columns, seed=seed, max_rows=max_rows)
+        return replace(source, source=f"questions of {label}", notes=(f"hub:{label}, {len(records):,} rows", *source.notes))
+    file = local_file(data or argument)
+    records = questions.read_file(file)
+    return questions.source_of(records, f"{kind}:{file.stem}", str(file), columns=columns, seed=seed, max_rows=max_rows)
+
+
+def _warn_of_few(task: Task) -> None:
+    """Warn of splits so small that no interval of a gain can be narrow."""
+    n = len({e.fact for e in task.test})
+    if n < FEW:
+        best = Z**2 / (n + Z**2)  # Tango's interval where no question changes
+        log.warning(
+            "the task %s has %d questions to choose on and %d to measure on: even if none of them changes, the 95 %% "
+            "interval of a gain is %+.1f to %+.1f points; give some hundreds",
+            *(task.name, len(task.validation), len(task.test), -100 * best, 100 * best),
+        )
+
+
+def _read_source(name: str, data: str | Path | None, allow_code_execution: bool | Literal["weakly"]) -> TaskSource:
+    kind, _, argument = name.partition(":")
+    if kind == "perplexity" and bool(argument) != bool(data):
         file = local_file(data or argument)
-        if kind == "perplexity":
-            return TaskSource(f"{kind}:{file.stem}", perplexity.examples(file), f"text of {file.name}", "perplexity")
-        examples = jsonl.examples(file)
-        scorer: Scorer = "choice" if examples[0].choices else "answer"
-        return TaskSource(f"{kind}:{file.stem}", examples, f"questions of {file.name}", scorer)
+        return TaskSource(f"{kind}:{file.stem}", perplexity.examples(file), f"text of {file.name}", "perplexity")
     if kind == "lm-eval" and argument:
-        return harness.read_task(argument, None if data is None else Path(data), allow_code_execution=allow_code_execution)
+        return harness.read_task(
+            argument, None if data is None else Path(data), allow_code_execution=bool(allow_code_execution)
+        )
     if name in DEFINITIONS:
         d = DEFINITIONS[name]
         source = worldfacts.source() if name == "worldfacts" else f"{name}, {d.licence}"
         return TaskSource(name, d.examples(_read_tables(name, d, data)), source, d.scorer, d.split, d.decoding)
     with_data = f" with data {str(data)!r}" if data is not None else ""
     raise TaskError(
-        f"no task {name!r}{with_data}; there are {', '.join(DEFINITIONS)}, jsonl:FILE, perplexity:FILE and lm-eval:NAME. See "
-        "'laser tasks'."
+        f"no task {name!r}{with_data}; there are {', '.join(DEFINITIONS)}, a file of questions such as FILE.csv, hub:ORG/NAME, "
+        "perplexity:FILE and lm-eval:NAME. See 'laser tasks'."
     )
 
 

@@ -62,6 +62,9 @@ class Example:
         pairs: contexts and continuations that are scored in place of prompt and answer, or of the choices.
         right: index of the answer's pair.
         subject: what the fact is about, as the prompt names it, or empty.
+        messages: the conversation before the answer, in pairs of role and text. A causal model with a chat template reads it
+            in place of the prompt.
+        needs_template: whether a model without a chat template is refused. Otherwise such a model reads the prompt.
     """
 
     id: str
@@ -79,6 +82,8 @@ class Example:
     pairs: tuple[tuple[str, str], ...] = ()
     right: int = 0
     subject: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+    needs_template: bool = False
 
     @property
     def question(self) -> tuple[str, str]:
@@ -97,7 +102,7 @@ class Decoding:
         samples: texts for each example; with 1, decoding is greedy.
         temperature: sampling temperature, if there are several samples.
         seed: seed of the sampling.
-        run_programs: whether generated programs may be run.
+        run_programs: whether generated programs may be run; ``weakly`` also where only the interpreter confines them.
     """
 
     new_tokens: int = 10
@@ -106,7 +111,7 @@ class Decoding:
     samples: int = 1
     temperature: float = 0.8
     seed: int = 0
-    run_programs: bool = False
+    run_programs: bool | Literal["weakly"] = False
 
     def __post_init__(self) -> None:
         if min(self.new_tokens, self.masks, self.samples) < 1 or self.temperature <= 0:
@@ -125,6 +130,7 @@ class Split:
         decoding: how the model generates text.
         judge: grades the examples of a task of another library. It gets, for each pair, the summed log-probability and
             whether greedy decoding gives the continuation; or the generated text.
+        skipped: number of examples that were left out because they cannot be scored.
     """
 
     task: str
@@ -133,6 +139,7 @@ class Split:
     scorer: Scorer
     decoding: Decoding = Decoding()
     judge: Judge | None = field(default=None, repr=False, compare=False)
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -143,7 +150,7 @@ class Split:
     @cached_property
     def hash(self) -> str:
         """Sha256 of the examples: equal content has an equal hash, whatever file it came from."""
-        rows = json.dumps([asdict(e) for e in self.examples], sort_keys=True, ensure_ascii=False)
+        rows = json.dumps([_as_dict(e) for e in self.examples], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(rows.encode()).hexdigest()
 
     def limit(self, n: int | None) -> Split:
@@ -159,7 +166,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """The examples of a task in file order, where they come from, and the task's defaults."""
+    """The examples of a task in file order, where they come from, the task's defaults, and what its reader should know."""
 
     name: str
     examples: Sequence[Example]
@@ -168,6 +175,7 @@ class TaskSource:
     split_by: SplitBy = "shuffled"
     decoding: Decoding = Decoding()
     judge: Judge | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,7 @@ class Task:
         every: all examples in file order.
         source: where the examples come from, with the licence.
         split_by: how the splits were made.
+        notes: how the data was read, one sentence each.
     """
 
     name: str
@@ -189,6 +198,7 @@ class Task:
     every: Split
     source: str = ""
     split_by: SplitBy = "shuffled"
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(
@@ -203,6 +213,9 @@ class Task:
         source: str = "",
         decoding: Decoding = Decoding(),
         judge: Judge | None = None,
+        chat: bool | None = None,
+        system: str | None = None,
+        notes: Sequence[str] = (),
     ) -> Task:
         """Make a task of examples: one fifth for validation, the rest for test.
 
@@ -219,14 +232,18 @@ class Task:
             source: where the examples come from.
             decoding: how the model generates text.
             judge: grades the examples of a task of another library.
+            chat: True asks every question through the model's chat template, False asks none so. None asks those that have
+                ``messages``, if the model has a template.
+            system: the system text of the conversation; asks through the chat template.
+            notes: how the data was read.
 
         Raises:
-            TaskError: if there are no examples, or two have the same id.
+            TaskError: if there are no examples, two have the same id, or the scorer does not go with a conversation.
         """
         for value, known in ((phrasings, get_args(Phrasings)), (split, get_args(SplitBy)), (scorer, get_args(Scorer))):
             if value not in known:
                 raise TaskError(f"the task {name!r} cannot take {value!r}. Write one of {', '.join(known)}.")
-        examples = tuple(replace(e, fact=e.fact or e.id) for e in examples)
+        examples = tuple(replace(e, fact=e.fact or e.id) for e in _in_chat(name, examples, scorer, chat, system))
         if not examples:
             raise TaskError(f"the task {name!r} has no examples. Check the file and its filters.")
         id_, count = Counter(e.id for e in examples).most_common(1)[0]
@@ -245,6 +262,7 @@ class Task:
             every=Split(name, "all", examples, scorer, decoding, judge),
             source=source,
             split_by=split,
+            notes=tuple(notes),
         )
 
     def split(self, name: str) -> Split:
@@ -260,6 +278,35 @@ class Task:
 
 
 Examples = tuple[Example, ...]
+LATER_FIELDS = {"messages": (), "needs_template": False}
+"""Fields without which examples were hashed before there were conversations, and their values then."""
+WITHOUT_CHAT = ("perplexity", "lm_eval", "program", "rollout", "lm_eval_text")
+
+
+def _as_dict(e: Example) -> dict[str, Any]:
+    """Return what a hash of an example is over. It is the same as before for an example without a conversation."""
+    return {name: value for name, value in asdict(e).items() if name not in LATER_FIELDS or value != LATER_FIELDS[name]}
+
+
+def _in_chat(
+    name: str, examples: Sequence[Example], scorer: Scorer, chat: bool | None, system: str | None
+) -> Sequence[Example]:
+    """Return the examples as they are asked: in a conversation, without one, or as they are."""
+    if chat is False:
+        if system is not None:
+            raise TaskError("a system text is for a conversation; leave out --no-chat (chat=False) or --system (system=...)")
+        return [replace(e, messages=(), needs_template=False) for e in examples]
+    if chat is None and system is None:
+        return examples if scorer not in WITHOUT_CHAT else [replace(e, messages=()) for e in examples]
+    if scorer in WITHOUT_CHAT:
+        raise TaskError(f"the task {name!r} is scored by {scorer}, which reads no conversation; leave out --chat and --system")
+    start = () if system is None else (("system", system),)
+
+    def messages(e: Example) -> tuple[tuple[str, str], ...]:
+        asked = e.messages or (("user", e.prompt),)
+        return (*start, *(m for m in asked if not start or m[0] != "system"))
+
+    return [replace(e, messages=messages(e), needs_template=True) for e in examples]
 
 
 def _merge_facts(name: str, examples: Examples) -> Examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -19,11 +20,13 @@ from typing import Any
 from laserlm.errors import TaskError
 from laserlm.paths import atomic_file, cache_folder
 
-__all__ = ["FORMATS", "Record", "field", "json_document", "json_lines", "local_file", "read_records", "read_text"]
+__all__ = ["FORMATS", "Record", "field", "json_document", "json_lines", "kind_of", "local_file", "read_records", "read_text"]
 
 Record = tuple[str, dict[str, Any]]
 """The origin of a row, for error messages, and the row."""
-FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How a text that Excel saves as Unicode begins."""
+FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".ndjson")
 
 
 def local_file(data: str | Path, cache: Path | None = None) -> Path:
@@ -57,23 +60,33 @@ def local_file(data: str | Path, cache: Path | None = None) -> Path:
     return file
 
 
+def kind_of(name: str | Path) -> str:
+    """Return the format that a file's name tells, such as ``.csv``, or an empty text."""
+    kind = Path(str(name).removesuffix(".gz")).suffix.lower()
+    return kind if kind in FORMATS else ""
+
+
 def read_records(file: Path) -> list[Record]:
     """Read the rows of a data file: a JSON list, JSON lines, CSV, TSV (each may be compressed, ``.gz``) or Parquet.
 
     Raises:
         TaskError: if its content does not match its name; the message names the line or the record.
     """
-    kind = Path(file.name.removesuffix(".gz")).suffix.lower()
+    kind = kind_of(file)
     if kind == ".json":
         rows = json_document(file)
         if not isinstance(rows, list) or not rows:
             raise TaskError(f"{file} holds {'an empty list' if rows == [] else 'no list'}; a list of records is needed")
         return [(f"{file}, record {number}", row) for number, row in enumerate(rows, start=1)]
-    if kind == ".jsonl":
+    if kind in (".jsonl", ".ndjson"):
         return [(f"{file}, line {number}", row) for number, row in json_lines(file)]
     if kind in (".csv", ".tsv"):
-        table = csv.DictReader(io.StringIO(read_text(file), newline=""), delimiter="," if kind == ".csv" else "\t")
-        return [(f"{file}, record {number}", row) for number, row in enumerate(table, start=1)]
+        text = read_text(file)
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text) if kind == ".csv" else "\t")
+        try:
+            return [(f"{file}, record {number}", row) for number, row in enumerate(table, start=1)]
+        except csv.Error as error:
+            raise TaskError(f"{file}, line {table.line_num}: {error}") from None
     if kind == ".parquet":
         from pyarrow import ArrowException, parquet
 
@@ -85,15 +98,21 @@ def read_records(file: Path) -> list[Record]:
     raise TaskError(f"{file.name} has an unknown format; there are {', '.join(FORMATS)}")
 
 
+def _delimiter(text: str) -> str:
+    """Return what separates the columns of a CSV file. In some languages Excel writes semicolons."""
+    header = text.partition("\n")[0]
+    return ";" if header.count(";") > header.count(",") else ","
+
+
 def read_text(file: Path) -> str:
-    """Read a UTF-8 text, compressed or not.
+    """Read a UTF-8 text (or UTF-16 with a byte-order mark), compressed or not.
 
     Raises:
         TaskError: if it is not one.
     """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        return content.decode("utf-8-sig")
+        return content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise TaskError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -110,6 +129,8 @@ def json_document(file: Path) -> Any:
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise TaskError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets within brackets
+        raise TaskError(f"{file}: not valid JSON ({error})") from None
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -125,6 +146,8 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise TaskError(f"{file}, line {number}: not valid JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise TaskError(f"{file}, line {number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise TaskError(f"{file}, line {number}: an object is needed, got {line.strip()[:60]}")
         yield number, row

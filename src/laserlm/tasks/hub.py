@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from laserlm.errors import TaskError
 from laserlm.tasks.files import Record
 
-__all__ = ["Hub", "hub_records"]
+__all__ = ["Hub", "hub_records", "user_records"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,28 @@ def hub_records(hub: Hub) -> list[list[Record]]:
             ) from error
         tables.append([(f"{hub.path}, {split}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)])
     return tables
+
+
+def user_records(path: str, *, split: str | None, config: str | None, revision: str | None) -> tuple[str, list[Record]]:
+    """Read one split of a user's data set: the named one, or the first of test, validation and train that there is.
+
+    Returns:
+        The split's name, and its rows. Class labels are given by name.
+
+    Raises:
+        TaskError: if it cannot be downloaded or read.
+    """
+    from datasets import ClassLabel, get_dataset_split_names, load_dataset
+
+    try:
+        names = [split] if split else get_dataset_split_names(path, config, revision=revision)
+        split = next((name for name in ("test", "validation", "train") if name in names), names[0])
+        rows = load_dataset(path, config, split=split, revision=revision)
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
+        raise TaskError(
+            f"cannot read {path} from the hub: {error}. See --hub-split, --hub-config and --hub-revision (hub=...), or give "
+            "a file."
+        ) from error
+    labels = {name: feature for name, feature in rows.features.items() if isinstance(feature, ClassLabel)}
+    named = (row | {n: f.int2str(row[n]) for n, f in labels.items() if row[n] is not None and row[n] >= 0} for row in rows)
+    return split, [(f"{path}, {split}, row {number}", row) for number, row in enumerate(named, start=1)]

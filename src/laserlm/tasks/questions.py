@@ -1,0 +1,436 @@
+"""A user's own questions, from a table or a list of records. Columns are found by their usual names."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import random
+import re
+import string
+import unicodedata
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from laserlm.errors import TaskError
+from laserlm.tasks.datasets import counterfact
+from laserlm.tasks.example import Example, TaskSource
+from laserlm.tasks.files import Record, field, json_document, json_lines, kind_of, read_records, read_text
+
+__all__ = ["COLUMNS", "MAX_ROWS", "examples", "read_file", "source_of"]
+
+MAX_ROWS = 20_000
+"""Most rows that are used, by default."""
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "question", "instruction", "input", "query", "problem", "text"),
+    "answer": (
+        *("answer", "answers", "output", "target", "label", "response", "completion", "ground_truth", "solution"),
+        *("answerKey", "expected"),
+    ),
+    "choices": ("choices", "options"),
+    "group": ("group", "category", "relation"),
+    "messages": ("messages", "conversations", "conversation"),
+    "aliases": ("aliases",),
+    "joint": ("joint",),
+    "id": ("id",),
+    "fact": ("fact",),
+    "subject": ("subject",),
+    "popularity": ("popularity",),
+}
+"""What an example needs, and the column names that mean it, the usual one first."""
+CHOICE_COLUMN = re.compile(r"(?:(?:choice|option)[ _]?)?([A-H])|(?:choice|option)[ _]?([1-8a-h])")
+"""One column for each choice, as MMLU's tables have."""
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+"""Other names of the speakers of a conversation."""
+RESEMBLANCE = 0.83
+"""Smallest ratio of equal letters at which an unknown column is taken for a misspelt one."""
+ERRORS_SHOWN = 5
+UNSPACED_SCRIPTS = ("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+
+
+def read_file(file: Path) -> list[Record]:
+    """Read the rows of a user's file. Files without a known ending are read as JSON lines.
+
+    Raises:
+        TaskError: if it cannot be read, or holds no rows.
+    """
+    kind = kind_of(file) or ".jsonl"
+    if kind in (".csv", ".tsv"):
+        records = _without_empty_cells(read_records(file))
+    elif kind == ".parquet":
+        records = [(origin, {name: _unless_nan(value) for name, value in row.items()}) for origin, row in read_records(file)]
+    else:  # by content, because arrays and lines are often named alike
+        start = read_text(file).lstrip()[:1]
+        if start == "[" or (kind == ".json" and not _is_lines(file)):
+            records = [(f"{file}, record {i}", row) for i, row in enumerate(_rows(file, json_document(file)), start=1)]
+        else:
+            records = [(f"{file}, line {number}", row) for number, row in json_lines(file)]
+    if not records:
+        raise TaskError(
+            f"{file} has no questions. Write one JSON object with 'prompt' and 'answer' on each line, or a CSV file with these "
+            "columns."
+        )
+    return records
+
+
+def _is_lines(file: Path) -> bool:
+    """Return whether a file holds one object on each line."""
+    first, _, rest = read_text(file).lstrip().partition("\n")
+    try:
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    except json.JSONDecodeError:
+        return False
+
+
+def _rows(file: Path, document: Any) -> list[Any]:
+    """Return the records of a JSON document: a list, an object around one, or the columns that pandas writes."""
+    if isinstance(document, dict):
+        lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        columns = list(document.values())
+        if len(lists) == 1:
+            document = lists[0]
+        elif columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
+            document = [{name: column[i] for name, column in document.items()} for i in columns[0]]
+    if not isinstance(document, list):
+        raise TaskError(f"{file} holds no list of records. Write a list of objects with 'prompt' and 'answer'.")
+    return document
+
+
+def _without_empty_cells(records: list[Record]) -> list[Record]:
+    """Return the rows of a table without the cells that are empty."""
+    for origin, row in records:
+        if None in row:
+            raise TaskError(f"{origin}: more cells than the header has columns. Put texts with commas in double quotes.")
+    return [(origin, {name: value for name, value in row.items() if value not in ("", None)}) for origin, row in records]
+
+
+def source_of(
+    records: Sequence[Record], name: str, file: str, *, columns: Mapping[str, str], seed: int = 0, max_rows: int = MAX_ROWS
+) -> TaskSource:
+    """Return the questions of a user's records.
+
+    Args:
+        records: the rows.
+        name: the task's name.
+        file: what the rows come from, for messages.
+        columns: columns that are named by the user, by what they hold (``prompt``, ``answer``, ``choices``, ``group``).
+        seed: seed of the sample that is taken of more rows than ``max_rows``.
+        max_rows: most rows that are used.
+
+    Raises:
+        TaskError: if rows cannot be used; the message names the first of them.
+    """
+    first = records[0][1]
+    if not columns and isinstance(first, dict) and counterfact.is_record(first):
+        found = counterfact.examples(records)
+        note = f"{file} has a schema of CounterFact: read as the task counterfact, scored by next_token"
+        return TaskSource(name, found, f"questions of {Path(file).name}", "next_token", "paper", notes=(note,))
+    notes: list[str] = []
+    if len(records) > max_rows:
+        notes.append(
+            f"{file} has {len(records):,} rows: a random sample of {max_rows:,} is used (seed {seed}); --max-rows takes more"
+        )
+        records = [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), max_rows))]
+    reader = _Reader.of(records, file, columns)
+    found = reader.examples(records)
+    notes.append(reader.note())
+    return TaskSource(
+        name,
+        found,
+        f"questions of {Path(file).name}",
+        "choice" if found[0].choices else "answer",
+        notes=tuple(filter(None, notes)),
+    )
+
+
+def examples(file: Path) -> list[Example]:
+    """Return the questions of a file.
+
+    Raises:
+        TaskError: if a row cannot be used; the message names the row.
+    """
+    return list(source_of(read_file(file), file.stem, str(file), columns={}).examples)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes examples of rows: ``columns`` says where each field stands, ``choice_columns`` hold one choice each."""
+
+    file: str
+    columns: Mapping[str, str]
+    choice_columns: tuple[str, ...]
+    more_text: str
+    left_aside: tuple[str, ...]
+
+    @classmethod
+    def of(cls, records: Sequence[Record], file: str, named: Mapping[str, str]) -> _Reader:
+        """Find the columns of a file.
+
+        Raises:
+            TaskError: if a named column is not there, a column's name is misspelt, or no column holds questions.
+        """
+        present = dict.fromkeys(str(name) for _, row in records if isinstance(row, dict) for name in row)
+        if unknown := [kind for kind in named if kind not in COLUMNS]:
+            raise TaskError(f"no kind of column {unknown[0]!r}; there are {', '.join(COLUMNS)}")
+        for kind, name in named.items():
+            if name not in present:
+                raise TaskError(f"{file} has no column {name!r} for the {kind}; it has {', '.join(present)}")
+        usual = {kind: _column(names, present, set(named.values())) for kind, names in COLUMNS.items()}
+        columns = {kind: name for kind, name in usual.items() if name is not None} | dict(named)
+        choices = () if "choices" in columns else tuple(n for n in present if CHOICE_COLUMN.fullmatch(n))
+        choices = choices if len(choices) > 1 else ()
+        # Instructions may have a text that they are about, as Alpaca's have.
+        more = "input" if columns.get("prompt") == "instruction" and "input" in present else ""
+        used = {*columns.values(), *choices, more}
+        left = tuple(name for name in present if name not in used)
+        for name in left:
+            known = [other for kind, names in COLUMNS.items() if kind not in columns for other in names]
+            close = get_close_matches(name.lower(), known, 1, RESEMBLANCE)
+            if close and close[0] not in name.lower():
+                raise TaskError(f"{file} has an unknown field {name!r}. Did you mean {close[0]!r}? Rename it or take it out.")
+        for kind, what in (("prompt", "questions"), ("answer", "answers")):
+            if kind not in columns and "messages" not in columns:
+                raise TaskError(
+                    f"{file} has no column of {what}; it has {', '.join(present) or 'none'}. Name one with --{kind}-column "
+                    f"(columns={{{kind!r}: ...}}), or call it {' or '.join(map(repr, COLUMNS[kind][:4]))}"
+                )
+        return cls(file, columns, choices, more, left)
+
+    def note(self) -> str:
+        """Return which columns are read, in one sentence, unless all of them have the names of the fields."""
+        renamed = [f"{kind} from {name!r}" for kind, name in self.columns.items()]
+        renamed += [f"choices from {', '.join(map(repr, self.choice_columns))}"] if self.choice_columns else []
+        if all(kind == name for kind, name in self.columns.items()) and not (self.choice_columns or self.left_aside):
+            return ""
+        left = f"; not used: {', '.join(map(repr, self.left_aside))}" if self.left_aside else ""
+        more = f" and {self.more_text!r}" if self.more_text else ""
+        return f"{self.file}: " + ", ".join(r + more if r.startswith("prompt ") else r for r in renamed) + left
+
+    def examples(self, records: Sequence[Record]) -> list[Example]:
+        """Return the examples of all rows.
+
+        Raises:
+            TaskError: if rows cannot be used; the message counts them and shows the first.
+        """
+        found: list[Example] = []
+        origin_of_id: dict[str, str] = {}
+        problems: list[str] = []
+        for origin, row in records:
+            try:
+                example = self.example(row, origin)
+                self._check(example, found, origin, origin_of_id)
+            except TaskError as error:
+                problems.append(str(error))
+                continue
+            origin_of_id[example.id] = _place(origin)
+            found.append(example)
+        if len(problems) == 1:
+            raise TaskError(problems[0])
+        if problems:
+            shown = "\n  ".join(problems[:ERRORS_SHOWN])
+            more = f"\n  and {len(problems) - ERRORS_SHOWN} more" if len(problems) > ERRORS_SHOWN else ""
+            raise TaskError(f"{len(problems)} of {len(records)} rows of {self.file} cannot be used:\n  {shown}{more}")
+        return self._asked(found)
+
+    def _check(self, e: Example, found: Sequence[Example], origin: str, origin_of_id: Mapping[str, str]) -> None:
+        if found and bool(e.choices) != bool(found[0].choices):
+            raise TaskError(f"{origin}: some rows have 'choices' and some have not. Put them in two files.")
+        if e.id in origin_of_id:
+            raise TaskError(f"{origin}: the id {e.id!r} is on {origin_of_id[e.id]} too. Ids must differ.")
+
+    def example(self, row: Any, origin: str) -> Example:
+        """Return the example of one row."""
+        if not isinstance(row, dict):
+            raise TaskError(f"{origin}: an object is needed, got {row!r:.60}")
+        values = {kind: row[name] for kind, name in self.columns.items() if name in row}
+        values = {k: v for k, v in values.items() if v is not None or k in ("prompt", "answer")}
+        if self.choice_columns:
+            values["choices"] = [_number_as_text(row[name]) for name in self.choice_columns if row.get(name) is not None]
+        messages = _conversation(values, origin)
+        if self.more_text and row.get(self.more_text):
+            values["prompt"] = f"{values['prompt']}\n\n{row[self.more_text]}"
+        _unpack_answers(values)
+        choices = self._choices(values, origin)
+        answer = field(self._named(values, "answer"), self.columns.get("answer", "answer"), str, origin)
+        answer = _choice_of(answer, choices)
+        if "choices" in values and (answer not in choices or len(choices) < 2):
+            raise TaskError(f"{origin}: 'choices' must hold the answer {answer!r} and one more at least, got {choices!r:.80}")
+        joint = values.get("joint")
+        prompt = field(self._named(values, "prompt"), self.columns.get("prompt", "prompt"), str, origin)
+        if joint is None:
+            joint = "" if _is_unspaced(prompt.rstrip()[-1]) else " "
+        if not isinstance(joint, str):
+            raise TaskError(f"{origin}: the field 'joint' must be a text, which may be empty, got {joint!r:.60}")
+        return Example(
+            id=str(values.get("id", _place(origin))),
+            prompt=prompt,
+            answer=answer,
+            choices=choices,
+            group=str(values.get("group", "")),
+            fact=str(values.get("fact", "")),
+            popularity=_popularity(values.get("popularity"), origin),
+            aliases=_texts(values, "aliases", origin),
+            joint=joint,
+            subject=str(values.get("subject", "")),
+            messages=messages,
+        )
+
+    def _named(self, values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+        """Return a value under the name of its column, for messages."""
+        return {self.columns.get(kind, kind): _number_as_text(values[kind])} if kind in values else {}
+
+    def _choices(self, values: dict[str, Any], origin: str) -> tuple[str, ...]:
+        """Return the choices, which a table holds as text."""
+        choices = values.get("choices")
+        if isinstance(choices, str):
+            choices = _list_of(choices)
+        if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # as ARC's
+            labels = [str(label) for label in choices.get("label", ())]
+            if (answer := str(values.get("answer"))) in labels:
+                values["answer"] = choices["text"][labels.index(answer)]
+            choices = choices["text"]
+        if isinstance(choices, list):
+            choices = [_number_as_text(c) if self.file_is_table else c for c in choices]
+        if choices is not None:
+            values["choices"] = choices
+        return _texts(values, "choices", origin, different=True)
+
+    @property
+    def file_is_table(self) -> bool:
+        """Whether numbers may stand for texts, as in a table."""
+        return kind_of(self.file) in (".csv", ".tsv", ".parquet")
+
+    def _asked(self, found: list[Example]) -> list[Example]:
+        """Return the examples, with a conversation for each if they are questions, not texts to be continued."""
+        if any(e.messages for e in found):
+            return [e if e.messages else _ask(e) for e in found]
+        ends = sum(e.prompt.rstrip()[-1] in ".?!。？！؟…" for e in found)
+        is_question = self.columns.get("prompt", "prompt") != "prompt" or 2 * ends > len(found)
+        return [_ask(e) for e in found] if is_question else found
+
+
+def _ask(e: Example) -> Example:
+    return replace(e, messages=(("user", e.prompt),))
+
+
+def _column(usual: Sequence[str], present: Mapping[str, Any], taken: set[str]) -> str | None:
+    """Return the first of the usual names that a column has, in any case of its letters."""
+    by_lower = {name.lower().strip(): name for name in reversed(list(present)) if name not in taken}
+    return next((by_lower[name.lower()] for name in usual if name.lower() in by_lower), None)
+
+
+def _place(origin: str) -> str:
+    """Return the last part of an origin, such as "line 3"."""
+    return origin.rpartition(", ")[2]
+
+
+def _unless_nan(value: Any) -> Any:
+    """Return a value, or None for the NaN that pandas writes for a missing one."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _number_as_text(value: Any) -> Any:
+    """Return a number as text, and any other value as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return str(int(value)) if float(value).is_integer() else str(value)
+
+
+def _list_of(text: str) -> Any:
+    """Return the list that a cell of a table writes: JSON, Python, or texts with a separator."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, list | dict):
+            return value
+    separator = next((s for s in ("|", "\n", ";") if s in text), None)
+    return text if separator is None else [part.strip() for part in text.split(separator)]
+
+
+def _unpack_answers(values: dict[str, Any]) -> None:
+    """Put the first of several right answers in the place of the answer, and the others among the aliases."""
+    answer = values.get("answer")
+    if isinstance(answer, dict):  # as SQuAD's and TriviaQA's
+        answer = answer.get("text") or [answer.get("value"), *answer.get("aliases", ())]
+    if isinstance(answer, list) and answer and all(isinstance(a, str) for a in answer):
+        values["answer"], *others = dict.fromkeys(answer)
+        values.setdefault("aliases", others or None)
+        if values["aliases"] is None:
+            del values["aliases"]
+
+
+def _choice_of(answer: str, choices: tuple[str, ...]) -> str:
+    """Return the choice that an answer means: itself, or the one at its number (from 0) or letter."""
+    if not choices or answer in choices:
+        return answer
+    at = string.ascii_uppercase.find(answer) if len(answer) == 1 and answer.isalpha() else -1
+    at = int(answer) if answer.isdecimal() else at
+    return choices[at] if 0 <= at < len(choices) else answer
+
+
+def _popularity(value: Any, origin: str) -> float | None:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value) if math.isfinite(float(value)) else value
+    if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+        raise TaskError(f"{origin}: the field 'popularity' must be a finite number, got {value!r:.60}")
+    return None if value is None else float(value)
+
+
+def _texts(values: Mapping[str, Any], name: str, origin: str, *, different: bool = False) -> tuple[str, ...]:
+    if isinstance(values.get(name), str) and name == "aliases":
+        values = {name: _list_of(values[name])}
+        values = values if isinstance(values[name], list) else {name: [values[name]]}
+    texts = tuple(field(values, name, list, origin)) if name in values else ()
+    if not all(isinstance(t, str) and t.strip() for t in texts) or (different and len(set(texts)) != len(texts)):
+        raise TaskError(f"{origin}: the field '{name}' must be a list of {'different ' * different}texts, got {texts!r:.80}")
+    return texts
+
+
+def _conversation(values: dict[str, Any], origin: str) -> tuple[tuple[str, str], ...]:
+    """Return the conversation before the answer, and put its texts, and an answer that it ends in, among the values."""
+    given = values.get("messages", values.get("prompt"))
+    if isinstance(given, str) and "messages" in values:
+        given = _list_of(given)
+    if not isinstance(given, list):
+        if "messages" in values:
+            raise TaskError(f"{origin}: the field 'messages' must be a list of objects with 'role' and 'content'")
+        return ()
+    if not (given and all(isinstance(m, dict) for m in given)):
+        return ()  # the prompt is reported as no text
+    messages = [_message(m, origin) for m in given]
+    if isinstance(values.get("answer"), list) and values["answer"] and isinstance(values["answer"][-1], dict):
+        values["answer"] = _message(values["answer"][-1], origin)[1]
+    if values.get("answer") is None:
+        last = max((i for i, (role, _) in enumerate(messages) if role == "assistant"), default=0)
+        if last == 0:
+            raise TaskError(f"{origin}: 'messages' must hold a question and, last, the assistant's answer")
+        values["answer"], messages = messages[last][1], messages[:last]
+    values["prompt"] = "\n\n".join(text for _, text in messages)
+    return tuple(messages)
+
+
+def _message(message: Mapping[str, Any], origin: str) -> tuple[str, str]:
+    """Return the role and the text of a message."""
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise TaskError(f"{origin}: a message needs the texts 'role' and 'content', got {dict(message)!r:.80}")
+    return ROLES.get(role, role), content
+
+
+def _is_unspaced(character: str) -> bool:
+    """Return whether a character belongs to a script that writes no spaces between words."""
+    name = unicodedata.name(character, "")
+    if name.startswith(UNSPACED_SCRIPTS) or "KATAKANA" in name:
+        return True
+    is_wide = unicodedata.east_asian_width(character) in "WF" and unicodedata.category(character)[0] in "LPN"
+    return is_wide and "HANGUL" not in name
