@@ -199,8 +199,8 @@ def test_the_prediction_stops_at_the_first_token_that_greedy_decoding_misses(mak
     with torch.no_grad():
         greedy = lm.model.generate(ids, do_sample=False, max_new_tokens=3, pad_token_id=0)[0, ids.shape[1] :].tolist()
     score = evaluate(lm, replace(split(), examples=(Example("0", prompt, "Paris and Rome and Oslo"),))).scores[0]
-    wanted = tok(" Paris and Rome and Oslo", add_special_tokens=False).input_ids
-    miss = next(i for i, (a, b) in enumerate(zip(greedy, wanted, strict=False)) if a != b)
+    expected = tok(" Paris and Rome and Oslo", add_special_tokens=False).input_ids
+    miss = next(i for i, (a, b) in enumerate(zip(greedy, expected, strict=False)) if a != b)
     assert score.predicted == tok.decode(greedy[: miss + 1]).strip()
     assert not score.correct
 
@@ -596,8 +596,8 @@ def test_answer_tokens_of_a_published_prompt_hold_the_space_or_the_word_mark(met
 
 
 def test_a_comparison_takes_the_variance_between_facts(llama: LanguageModel) -> None:
-    asked = [Example(f"{i}", f"The river {i % 4} is", "long", fact=f"f{i % 4}" if i < 8 else "") for i in range(10)]
-    base = evaluate(llama, Split("t", "test", tuple(asked), "answer"))
+    examples = [Example(f"{i}", f"The river {i % 4} is", "long", fact=f"f{i % 4}" if i < 8 else "") for i in range(10)]
+    base = evaluate(llama, Split("t", "test", tuple(examples), "answer"))
     assert base.facts == (*("f0", "f1", "f2", "f3") * 2, "8", "9")
     flipped = [replace(s, correct=not s.correct, logprob=s.logprob + 1) if s.fact == "f1" else s for s in base.scores]
     edited = replace(base, scores=tuple(flipped))

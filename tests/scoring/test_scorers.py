@@ -125,10 +125,10 @@ def test_only_programs_may_have_several_samples() -> None:
 
 @pytest.mark.parametrize("scorer", ["rollout", "lm_eval_text"])
 def test_a_task_that_grades_itself_needs_its_judge(scorer: Any) -> None:
-    asked = split(Example("a", "Q", "A"))
+    examples = split(Example("a", "Q", "A"))
     with pytest.raises(ScoringError, match="needs the task's own judge"):
-        grade_texts(asked, scorer, [["A"]])
-    progress = replace(asked, judge=lambda e, texts: (texts == [e.answer], {"return": float(len(texts[0]))}))
+        grade_texts(examples, scorer, [["A"]])
+    progress = replace(examples, judge=lambda e, texts: (texts == [e.answer], {"return": float(len(texts[0]))}))
     assert grade_texts(progress, scorer, [["A"]]) == [(True, {"return": 1.0})]
     assert grade_texts(progress, scorer, [["BB"]]) == [(False, {"return": 2.0})]
 

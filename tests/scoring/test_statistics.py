@@ -249,8 +249,8 @@ def test_facts_of_one_question_change_nothing() -> None:
 def test_the_design_effect_worked_out_by_hand() -> None:
     # Mean 1/4. Deviations summed by fact: 3/2, -1/4, -5/4; questions outside of it: 2, 3, 3. The variance between facts is
     # 2/3 (9/16 + 1/144 + 25/144) = 107/216, that between questions (11/4) / 12 = 11/48. The sum of squared sizes is 6.
-    found = clustering_of([1, 1, 0, -1], ["a", "a", "b", "c"])
-    assert found == pytest.approx((107 / 216 / (11 / 48), 16 / 6 - 1), rel=1e-12)
+    clustering = clustering_of([1, 1, 0, -1], ["a", "a", "b", "c"])
+    assert clustering == pytest.approx((107 / 216 / (11 / 48), 16 / 6 - 1), rel=1e-12)
 
 
 def test_the_variance_between_facts_is_that_of_leaving_out_one_fact() -> None:
@@ -260,9 +260,9 @@ def test_the_variance_between_facts_is_that_of_leaving_out_one_fact() -> None:
     names = sorted(set(facts))
     without = np.array([values[[f != name for f in facts]].mean() for name in names])
     between_facts = (len(names) - 1) / len(names) * ((without - values.mean()) ** 2).sum()
-    found = clustering_of(values, facts)
-    assert found is not None
-    assert found.design_effect == pytest.approx(between_facts / (values.var(ddof=1) / 40))
+    clustering = clustering_of(values, facts)
+    assert clustering is not None
+    assert clustering.design_effect == pytest.approx(between_facts / (values.var(ddof=1) / 40))
 
 
 def test_repeated_questions_tell_the_mean_as_well_as_one_of_each() -> None:
@@ -275,8 +275,8 @@ def test_repeated_questions_tell_the_mean_as_well_as_one_of_each() -> None:
 
 
 def test_the_design_effect_is_never_below_one() -> None:
-    found = clustering_of([1, -1, 1, -1, 1, -1], ["a", "a", "b", "b", "c", "c"])
-    assert found == Clustering(1.0, pytest.approx(2.0))
+    clustering = clustering_of([1, -1, 1, -1, 1, -1], ["a", "a", "b", "b", "c", "c"])
+    assert clustering == Clustering(1.0, pytest.approx(2.0))
 
 
 @pytest.mark.parametrize("value", [0, 1])
@@ -287,11 +287,11 @@ def test_equal_values_count_as_one_of_each_fact(value: int) -> None:
 @pytest.mark.parametrize("count", [2, 30])
 def test_a_single_fact_says_nothing(count: int) -> None:
     values = [float(i % 2) for i in range(count)]
-    found = clustering_of(values, ["a"] * count)
+    clustering = clustering_of(values, ["a"] * count)
     assert paired_mean(values, facts=["a"] * count) == Interval(-math.inf, math.inf)
     assert mean_test(values, ["a"] * count) == 1
-    assert paired_difference(count // 2, 0, count, clustering=found) == Interval(-1, 1)
-    assert wilson(count // 2, count, clustering=found) == Interval(0, 1)
+    assert paired_difference(count // 2, 0, count, clustering=clustering) == Interval(-1, 1)
+    assert wilson(count // 2, count, clustering=clustering) == Interval(0, 1)
     assert sign_flip_test([1] * count, ["a"] * count) == 1
 
 
@@ -300,12 +300,12 @@ def test_a_single_fact_says_nothing(count: int) -> None:
 def test_intervals_by_fact_are_those_of_fewer_questions_and_students_quantile(
     corrected: int, broken: int, n: int, confidence: float
 ) -> None:
-    found = Clustering(2.5, 9.0)
+    clustering = Clustering(2.5, 9.0)
     t = float(stats.t.isf((1 - confidence) / 2, 9))
     size = n / 2.5
-    gain = paired_difference(corrected, broken, n, confidence, clustering=found)
+    gain = paired_difference(corrected, broken, n, confidence, clustering=clustering)
     assert gain == pytest.approx(tango_by_likelihood(corrected / 2.5, broken / 2.5, size, t), abs=1e-7)
-    share = wilson(corrected, n, confidence, clustering=found)
+    share = wilson(corrected, n, confidence, clustering=clustering)
     assert share == pytest.approx(wilson_by_roots(corrected / 2.5, size, t), abs=1e-9)
 
 

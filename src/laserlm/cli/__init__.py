@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
-from typing import Annotated
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, TextIO
 
 import typer
 
@@ -29,6 +35,7 @@ from laserlm.cli import (
     tasks,
 )
 from laserlm.cli.progress import print_stderr
+from laserlm.cli.terminal import escaped_output
 from laserlm.errors import LaserError
 from laserlm.provenance import versions
 
@@ -86,11 +93,68 @@ def root(
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 error of laserlm or of a file, 2 usage, 130 interrupted."""
+    with escaped_output():
+        _run()
+
+
+def _run() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logging.getLogger("laserlm").addHandler(handler)
+    logger = logging.getLogger("laserlm")
+    logger.addHandler(handler)
+    _expand_home()
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray writes its colours as plain text, which would be escaped
+    is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            if is_plain:
+                signal.signal(signal.SIGINT, _interrupt)
+            app()
     except (LaserError, OSError) as error:
         print_stderr(f"Error: {error}")
         sys.exit(1)
+    finally:
+        if is_plain:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        logger.removeHandler(handler)
+
+
+def _expand_home() -> None:
+    """Read ``~`` in paths that the shell left as they are: in variables, in quotes and after ``--option=``."""
+    for name in ("LASER_STORE", "LASER_CACHE", "LASER_DATA"):
+        if os.environ.get(name, "").startswith("~"):
+            os.environ[name] = os.path.expanduser(os.environ[name])
+    for i, (before, argument) in enumerate(pairwise(sys.argv), 1):
+        option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+        if value.startswith("~/") and (equals or before.startswith("--")):
+            sys.argv[i] = option + equals + os.path.expanduser(value)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Say which library warns, and that laserlm goes on."""
+    parts = Path(filename).parts
+    packages = next((i for i, part in enumerate(parts) if part in ("site-packages", "dist-packages")), None)
+    library = "Python" if packages is None else parts[packages + 1].removesuffix(".py")
+    library = "laserlm" if "laserlm" in parts else library
+    where = f"{category.__name__} at {filename}:{lineno}"
+    print_stderr(
+        f"Warning of {library}: {message} (the command goes on; check its result, and report this if it is wrong; {where})"
+    )
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C: end at once during an import, which could swallow the exception or leave a module half imported."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"Interrupted.\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt

@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from laserlm.errors import MissingExtraError, StoreError
+from laserlm.errors import LaserError, MissingExtraError, StoreError
 
 __all__ = ["Database", "lock"]
 
@@ -44,6 +44,7 @@ WRITE_OPTIONS: dict[str, dict[str, Any]] = {
     "postgresql": {"isolation_level": "READ COMMITTED", "laserlm_begin": f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'"},
 }
 BUSY_HINT = "another process is writing to it; try again later"
+DAMAGED_HINT = "the file is damaged; restore a copy or give another file with --store"
 DISK_FULL_HINT = "free space on its disk and start again; recorded trials are kept"
 HINTS = {
     "locked": BUSY_HINT,
@@ -53,12 +54,19 @@ HINTS = {
     "readonly": "make the file and its folder writable, or give another file with --store",
     "unable to open": "make the folder writable, or give another file with --store",
     "not a database": "give another file with --store",
-    "malformed": "the file is damaged; restore a copy or give another file with --store",
+    "malformed": DAMAGED_HINT,
     "permission denied": "ask for the right to create and write tables there, or give another database with --store",
     "does not exist": "create it on the server, or give another database with --store",
     "no equivalent": "give a database with the encoding UTF8 with --store",
     "surrogates": "give text without unpaired surrogates",
     "JSON": "give plain JSON values",
+    "can't decode": DAMAGED_HINT,
+    "not decode": DAMAGED_HINT,
+    "Expecting": DAMAGED_HINT,  # of JSON
+    "isoformat": DAMAGED_HINT,
+    "no such column": DAMAGED_HINT,
+    "no such table": DAMAGED_HINT,
+    "already exists": DAMAGED_HINT,
 }
 CONNECTION_LOST_HINT = "start again when the server can be reached; recorded trials are kept"
 DEFAULT_HINT = "check that it can be reached and written, or give another database with --store"
@@ -111,8 +119,10 @@ class Database:
     def _store_errors(self, action: str) -> Iterator[None]:
         try:
             yield
-        # Python raises UnicodeEncodeError for text with an unpaired surrogate before the driver sees it.
-        except (SQLAlchemyError, UnicodeEncodeError) as error:
+        except LaserError:
+            raise
+        # Values of a damaged file are no text, JSON or time. Text with an unpaired surrogate cannot be written.
+        except (SQLAlchemyError, ValueError) as error:
             reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
             hint = next((hint for sign, hint in HINTS.items() if sign in reason), DEFAULT_HINT)
             if getattr(error, "connection_invalidated", False):
@@ -176,7 +186,7 @@ def _parse(where: str | Path) -> URL:
     if not url.database or url.database == ":memory:":
         raise StoreError(f"no file for the results database in {str(where)!r}; write a file path, such as runs.db")
     # Later connections may be opened from another working folder.
-    path = Path(url.database).absolute()
+    path = Path(url.database).expanduser().absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
