@@ -55,6 +55,28 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_own_text() -> Iterator[dict[str, int]]:
+    """Let models write short texts for the guard of a search; return the usual sizes."""
+    usual: dict[str, int] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:  # else no test makes a search in this process
+            from laserlm.searching import guard
+
+            for name, short in (("PASSAGES", 4), ("PASSAGE_TOKENS", 8)):
+                usual[name] = getattr(guard, name)
+                patch.setattr(guard, name, short)
+        yield usual
+
+
+@pytest.fixture(autouse=True)
+def long_own_text(request: pytest.FixtureRequest, short_own_text: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the bundled model write texts of the usual sizes."""
+    if request.node.get_closest_marker("bundled") is not None:
+        for name, size in short_own_text.items():
+            monkeypatch.setattr(f"laserlm.searching.guard.{name}", size)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     from laserlm.cli import main

@@ -53,7 +53,9 @@ WIDTH = 4
 TEXT_LENGTH = 4_500
 """Characters that are kept of a text that a page makes."""
 PASSAGE_LENGTH = 400
-"""Characters of a passage whose perplexity is measured."""
+"""Characters of a passage whose perplexity is measured, and of the text before it."""
+GUARD = {"PASSAGES": 8, "PASSAGE_TOKENS": 16}
+"""Size of the text that a model writes for a search, on which the harm of a reduction is measured."""
 SHORT = {
     "search": f"--limit 12 --width {WIDTH}",
     "evaluate bundled --task humaneval": "--limit 2 --new-tokens 32",
@@ -66,7 +68,7 @@ SHORT = {
     "analyze calibration": "--limit 60",
     "analyze generations": "--limit 12",
     "analyze paraphrases": "--limit 12",
-    "analyze terms": "--limit 60",
+    "analyze terms": "--limit 24",
     "analyze frequency": "--limit 60 --workers 1",
     "analyze side-effects": "--limit 12 --passages 1 --examples 6",
     "verify": "--limit 4",
@@ -75,8 +77,11 @@ SHORT = {
     "lab sokoban evaluate": "--limit 4",
     "lab sokoban search": "--limit 4 --grid 1.fc_in@0.5",
 }
-GRID = "top4.all@0.75,0.1"
-"""What a search of the bundled model looks through where no grid or a wide one is named."""
+GRID = "top2.all@0.75,0.1"
+"""What a search of the bundled model looks through, unless it names a grid within the last two blocks.
+
+Most of its time goes into decompositions, which all pages share then.
+"""
 ONLY_READ = {
     "--address auto": "needs a Ray cluster that is there already",
     "--executor ray --workers 2": "the block of Python after it does the same",
@@ -95,6 +100,8 @@ ONLY_BUNDLED = {
 """Commands and blocks that are run on the bundled model only, and why."""
 SMALLER = {"(11, 288, 570)": "(1, 16, 31)"}
 """What a block says of matrices as wide as the bundled model's, and what it says of the stand-in's."""
+NARROWER = {"--type fc_in --type fc_out": "--type v_proj --type k_proj"}
+"""Large matrices of the bundled model that a command decomposes, and small ones that it decomposes here."""
 FRESH = "docs/quickstart.md"
 """The page whose saved model is loaded in a fresh process on the stand-in too."""
 ELSEWHERE = {
@@ -178,8 +185,8 @@ def test_commands_in_the_text_have_the_options_that_they_are_given(page: str) ->
             if child.type == "code_inline" and child.content.startswith("laser ") and "|" not in child.content:
                 words = child.content.split()[1:]
                 if words[0] != "lm-eval" and words[0].islower():
-                    given = {word.partition("=")[0] for word in words if word.startswith("--")}
-                    assert given <= options_of(words), f"{page}: {child.content}"
+                    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+                    assert options <= options_of(words), f"{page}: {child.content}"
 
 
 def test_examples_of_the_help_are_what_the_commands_take() -> None:
@@ -229,12 +236,12 @@ def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     load_anew = laserlm.load
     loaded: dict[tuple[object, ...], laserlm.LanguageModel] = {(): lm}
 
-    def load(name: str | Path, **given: Any) -> laserlm.LanguageModel:
-        asked = tuple(sorted((key, value) for key, value in given.items() if key != "cache" and value not in (None, False)))
-        if str(name) != "bundled" or Path(given.get("cache") or cache_folder()) != lm.cache:
-            return load_anew(name, **given)
+    def load(name: str | Path, **options: Any) -> laserlm.LanguageModel:
+        asked = tuple(sorted((key, value) for key, value in options.items() if key != "cache" and value not in (None, False)))
+        if str(name) != "bundled" or Path(options.get("cache") or cache_folder()) != lm.cache:
+            return load_anew(name, **options)
         if asked not in loaded:
-            loaded[asked] = load_anew(name, **given)
+            loaded[asked] = load_anew(name, **options)
         return loaded[asked]
 
     yield Named(lm.cache, load, real)
@@ -251,8 +258,11 @@ def searched(named: Named, tmp_path_factory: pytest.TempPathFactory) -> Path:
     task = laserlm.task("worldfacts")
     task = replace(task, validation=task.validation.limit(60), test=task.test.limit(30))
     lm = named.load("bundled", cache=named.cache)
-    found = laserlm.search(lm, task, metric="loss", grid="28-29.v_proj@0.05,0.75", store=store)
-    assert found.best
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in GUARD.items():
+            patch.setattr(f"laserlm.searching.guard.{name}", size)
+        result = laserlm.search(lm, task, metric="loss", grid="28-29.v_proj@0.05,0.75", store=store)
+    assert result.best
     return store
 
 
@@ -295,14 +305,14 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     monkeypatch.delenv("LASER_DATA", raising=False)
     whole = laserlm.task
 
-    def few(*given: Any, **named: Any) -> laserlm.Task:
-        made = whole(*given, **named)
-        return replace(made, validation=made.validation.limit(12), test=made.test.limit(12))
+    def few(*arguments: Any, **named: Any) -> laserlm.Task:
+        result = whole(*arguments, **named)
+        return replace(result, validation=result.validation.limit(12), test=result.test.limit(12))
 
     search = laserlm.search
 
-    def narrow(*given: Any, **named: Any) -> laserlm.SearchResult:
-        return search(*given, **{"candidates": WIDTH, "grid": GRID} | named)
+    def narrow(*arguments: Any, **named: Any) -> laserlm.SearchResult:
+        return search(*arguments, **{"candidates": WIDTH, "grid": GRID} | named)
 
     monkeypatch.setattr(laserlm, "search", narrow)
     monkeypatch.setattr("laserlm.searching.search", narrow)
@@ -315,7 +325,10 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     monkeypatch.setattr("laserlm.lab.sokoban.training.N_HELD_OUT", 60)
     monkeypatch.setattr(search_command, "DEMO_VALIDATION", 12)
     monkeypatch.setattr(search_command, "DEMO_TEST", 12)
-    monkeypatch.setattr("laserlm.tasks.perplexity.PASSAGE_CHARACTERS", PASSAGE_LENGTH)
+    for name, size in GUARD.items():
+        monkeypatch.setattr(f"laserlm.searching.guard.{name}", size)
+    for name in ("PASSAGE_CHARACTERS", "CONTEXT_CHARACTERS"):
+        monkeypatch.setattr(f"laserlm.tasks.perplexity.{name}", PASSAGE_LENGTH)
     return folder
 
 
@@ -396,36 +409,38 @@ def test_every_line_that_installs_or_makes_is_one_that_the_tool_takes(line: str)
 
 def do(command: str, run: Run, where: str, *, real: bool) -> None:
     """Run one command of a page."""
-    said = f"{where}: {command}"
+    label = f"{where}: {command}"
     words = shlex.split(command, comments=True)
     if setting_up(command) or words[0] in ELSEWHERE:
         return
     if words[0] != "laser":
-        made = subprocess.run(["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True, check=False)
-        assert made.returncode == 0, f"{said}\n{made.stderr}"
+        process = subprocess.run(["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+        assert process.returncode == 0, f"{label}\n{process.stderr}"
         for text in Path().glob("*.txt"):
             text.write_text(text.read_text(encoding="utf-8")[:TEXT_LENGTH], encoding="utf-8")
     elif any(words_of in command for words_of in (ONLY_READ if real else ONLY_READ | ONLY_BUNDLED)):
         if words[1] != "lm-eval":
             parse(words[1:])
     elif words[1] == "app":
-        served([*words[1:], "--port", "0"], said)
+        served([*words[1:], "--port", "0"], label)
     else:
+        for wide, narrow in NARROWER.items() if real else ():
+            words = shlex.split(shlex.join(words).replace(wide, narrow))
         code, _, err = run(*words[1:], *short(words[1:], whole=not real))
-        assert code == 0, f"{said}\n{err}"
+        assert code == 0, f"{label}\n{err}"
 
 
 def load_here(start: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``subprocess.run``, but for loading a saved model alone, which is done in this process."""
 
-    def run(command: list[str], **given: Any) -> Any:
+    def run(command: list[str], **options: Any) -> Any:
         if str(load_in_subprocess.__file__) not in command:
-            return start(command, **given)
-        said = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+            return start(command, **options)
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
             patch.setattr(sys, "argv", command[command.index(str(load_in_subprocess.__file__)) :])
             load_in_subprocess.main()
-        return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
+        return subprocess.CompletedProcess(command, 0, output.getvalue(), "")
 
     return run
 
@@ -435,7 +450,7 @@ def short(words: list[str], *, whole: bool) -> list[str]:
     joined = " ".join(words)
     if "--strategy exhaustive" in joined or "perplexity:" in joined:
         return ["--limit", "2", *(["--grid", "29.v_proj@0.75"] if words[0] == "search" else [])]
-    is_wide = "--grid" not in words or "top10." in joined
+    is_wide = not re.search(r"--grid 2[89]\.", joined)
     grid = ["--grid", GRID] if joined.startswith("search bundled") and is_wide and not whole else []
     return [*next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), []), *grid]
 

@@ -47,8 +47,8 @@ def test_slurm_script_starts_ray_on_all_nodes_and_the_search_on_one(tmp_path: Pa
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "activate").write_text(f'PATH="{tmp_path}:{Path(sys.executable).parent}:$PATH"\n')
     slurm = {"SUBMIT_DIR": tmp_path, "JOB_NUM_NODES": 3, "GPUS_PER_NODE": "a100:4", "CPUS_PER_TASK": 32}
-    given = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
-    ran = subprocess.run(["bash", CLUSTER / "slurm.sh"], env=given, capture_output=True, text=True, check=True)
+    settings = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    ran = subprocess.run(["bash", CLUSTER / "slurm.sh"], env=settings, capture_output=True, text=True, check=True)
     words = ran.stdout.splitlines()
     ray = words[words.index("symmetric-run") : words.index("--")]
     assert {name: ray[ray.index(name) + 1] for name in ("--address", "--min-nodes", "--num-cpus", "--num-gpus")} == {
@@ -59,9 +59,9 @@ def test_slurm_script_starts_ray_on_all_nodes_and_the_search_on_one(tmp_path: Pa
     }
     laser, *arguments = words[words.index("--") + 1 :]
     assert laser == "laser"
-    found = parse(arguments)
-    assert (found["executor"], found["address"]) == ("ray", "10.0.0.1:6379")
-    assert (found["workers"], found["gpus_per_worker"], found["cpus_per_worker"]) == (12, 1, 8)
+    options = parse(arguments)
+    assert (options["executor"], options["address"]) == ("ray", "10.0.0.1:6379")
+    assert (options["workers"], options["gpus_per_worker"], options["cpus_per_worker"]) == (12, 1, 8)
 
 
 def test_ray_job_asks_for_what_its_pods_have() -> None:
@@ -69,14 +69,14 @@ def test_ray_job_asks_for_what_its_pods_have() -> None:
     spec = all_of_it["spec"]
     laser, *arguments = shlex.split(spec["entrypoint"])
     assert laser == "laser"
-    found = parse(arguments)
-    assert (found["executor"], found["address"]) == ("ray", "auto")
+    options = parse(arguments)
+    assert (options["executor"], options["address"]) == ("ray", "auto")
     cluster = spec["rayClusterSpec"]
     (group,) = cluster["workerGroupSpecs"]
     pods = [each["template"]["spec"] for each in (cluster["headGroupSpec"], group)]
     (has,) = (container["resources"]["limits"] for container in pods[1]["containers"])
-    assert found["workers"] * found["gpus_per_worker"] == group["replicas"] * int(has["nvidia.com/gpu"])
-    assert found["workers"] * found["cpus_per_worker"] <= group["replicas"] * int(has["cpu"])
+    assert options["workers"] * options["gpus_per_worker"] == group["replicas"] * int(has["nvidia.com/gpu"])
+    assert options["workers"] * options["cpus_per_worker"] <= group["replicas"] * int(has["cpu"])
     for pod in pods:
         (container,) = pod["containers"]
         assert container["resources"]["requests"] == container["resources"]["limits"]
@@ -99,8 +99,8 @@ def test_image_has_the_ray_that_the_job_names() -> None:
 
 def test_the_page_tells_commands_that_there_are() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (CLUSTER / "README.md").read_text(), re.DOTALL)
-    told = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    commands = [words[words.index("laser") + 1 :] for words in told if "laser" in words]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    commands = [words[words.index("laser") + 1 :] for words in lines if "laser" in words]
     assert [arguments[0] for arguments in commands] == ["search", "report"]
     for arguments in commands:
         parse(arguments)

@@ -60,17 +60,17 @@ def test_questions_of_one_fact_are_never_on_both_sides(figures: ModuleType) -> N
 
 
 def test_a_winner_is_chosen_as_a_search_chooses(figures: ModuleType) -> None:
-    made = pool(figures, [[1, 0], [1, 0], [0, 0]], [[-1.0, 0.0], [-2.0, 0.0], [-9.0, 0.0]])
-    assert figures.winner(made, [0, 1, 2], [0, 1], "accuracy") == 1  # of two equals the one of lower loss
-    assert figures.winner(made, [0, 2], [0, 1], "accuracy") == 0
-    assert figures.winner(made, [0, 1, 2], [0, 1], "loss") == 2
+    pooled = pool(figures, [[1, 0], [1, 0], [0, 0]], [[-1.0, 0.0], [-2.0, 0.0], [-9.0, 0.0]])
+    assert figures.winner(pooled, [0, 1, 2], [0, 1], "accuracy") == 1  # of two equals the one of lower loss
+    assert figures.winner(pooled, [0, 2], [0, 1], "accuracy") == 0
+    assert figures.winner(pooled, [0, 1, 2], [0, 1], "loss") == 2
 
 
 def test_the_unchanged_model_may_win(figures: ModuleType) -> None:
-    made = pool(figures, [[-1, 0], [0, 0]], [[-1.0, -1.0], [1.0, 1.0]])
-    assert figures.winner(made, [0, 1], [0, 1], "accuracy") is None
-    assert figures.winner(made, [1], [0, 1], "loss") is None
-    assert figures.winner(made, [0, 1], [0, 1], "loss") == 0
+    pooled = pool(figures, [[-1, 0], [0, 0]], [[-1.0, -1.0], [1.0, 1.0]])
+    assert figures.winner(pooled, [0, 1], [0, 1], "accuracy") is None
+    assert figures.winner(pooled, [1], [0, 1], "loss") is None
+    assert figures.winner(pooled, [0, 1], [0, 1], "loss") == 0
 
 
 def test_luck_alone_gains_where_it_was_chosen_and_nothing_elsewhere(figures: ModuleType) -> None:
@@ -84,9 +84,9 @@ def test_luck_alone_gains_where_it_was_chosen_and_nothing_elsewhere(figures: Mod
 
 def test_a_pool_is_held_against_the_unchanged_model(figures: ModuleType) -> None:
     base = evaluation([1.0, 2.0], [True, False])
-    made = figures.Pool.of(base, {"x": evaluation([0.5, 3.0], [False, True])}, ["a", "b"])
-    assert made.gains.tolist() == [[-1, 1]]
-    assert made.changes.tolist() == [[-0.5, 1.0]]
+    pooled = figures.Pool.of(base, {"x": evaluation([0.5, 3.0], [False, True])}, ["a", "b"])
+    assert pooled.gains.tolist() == [[-1, 1]]
+    assert pooled.changes.tolist() == [[-0.5, 1.0]]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "images").glob("how-*.svg")), ids=lambda f: f.name)

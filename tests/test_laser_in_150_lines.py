@@ -121,17 +121,17 @@ class Both:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     folder = tmp_path_factory.mktemp("both")
-    asked = questions(200)
-    model = save_model(folder / "model", bpe(STARTED, prefix="<s>"), asked[::2])
-    file = write(folder / "questions.jsonl", asked)
+    examples = questions(200)
+    model = save_model(folder / "model", bpe(STARTED, prefix="<s>"), examples[::2])
+    file = write(folder / "questions.jsonl", examples)
     with redirect_stdout(StringIO()) as printed:
         names = execute(model, file, folder / "out", SMALL)
     lm = laserlm.load(model, device="cpu", cache=folder / "cache")
-    found = laserlm.search(lm, laserlm.task(f"jsonl:{file}"), grid=GRID, store=folder / "runs.db", config=OPTIONS)
+    result = laserlm.search(lm, laserlm.task(f"jsonl:{file}"), grid=GRID, store=folder / "runs.db", config=OPTIONS)
     with Store.open(folder / "runs.db") as store:
-        predictions = store.notes(found.run)["screen"]["predictions"]
-        scores = store.evaluations(found.run, "validation")
-    return Both(names, printed.getvalue(), folder / "out", lm, found, predictions, scores)
+        predictions = store.notes(result.run)["screen"]["predictions"]
+        scores = store.evaluations(result.run, "validation")
+    return Both(names, printed.getvalue(), folder / "out", lm, result, predictions, scores)
 
 
 def test_it_is_150_lines_of_torch_and_transformers() -> None:

@@ -27,6 +27,10 @@ STORED = {"ten_minutes": 300, "one_reduction": 1000}
 """Questions of a notebook as it is stored."""
 SMALLER = {"(0, 1, 2, 4, 8, 16, 32, 48, 96, 144, 191, 192)": "(0, 1, 2, 4, 8, 12, 15, 16)"}
 """What a notebook says of the bundled model's 192 singular values, and what it says of the stand-in's 16."""
+NARROWER = {"20-29.all@": "28-29.all@"}
+"""The blocks that a notebook searches, and those of them that it searches here if the model is the bundled one."""
+SHORT_GUARD = "from laserlm.searching import guard\nguard.PASSAGES, guard.PASSAGE_TOKENS = 8, 16\n"
+"""Makes the text short that the model writes for a search, on which the harm of a reduction is measured."""
 BASE = re.compile(r"worldfacts/test base: accuracy (\S+)% \[\S+%, \S+%\], loss (\S+) nats/token, n (\d+)")
 MACHINE = re.compile(r"/(?:tmp|home|root|work|usr|opt|var|private|Users)/|[A-Z]:\\|site-packages|localhost|127\.0\.0\.1")
 
@@ -117,11 +121,12 @@ def execute(named: Named, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ex
         notebook = copy.deepcopy(stored(name))
         for cell in code(notebook):
             cell.outputs, cell.execution_count = [], None
-            for wide, narrow in SMALLER.items() if not named.real else ():
+            for wide, narrow in (NARROWER if named.real else SMALLER).items():
                 cell.source = cell.source.replace(wide, narrow)
+        code(notebook)[0].source = SHORT_GUARD + code(notebook)[0].source
         notebook.cells += [nbformat.v4.new_code_cell(source) for source in more]
-        given: dict[str, Any] = {"resources": {"metadata": {"path": str(working)}}, "store_widget_state": False}
-        NotebookClient(notebook, timeout=1800, kernel_name="running", **given).execute()
+        options: dict[str, Any] = {"resources": {"metadata": {"path": str(working)}}, "store_widget_state": False}
+        NotebookClient(notebook, timeout=1800, kernel_name="running", **options).execute()
         assert list(working.iterdir()) == []  # what it writes, it writes in a folder of its own
         return notebook
 
@@ -153,9 +158,9 @@ def test_a_stored_notebook_holds_its_outputs_in_order_and_nothing_from_elsewhere
         # What needs a script, or a kernel, is not stored.
         assert set(output.get("data", {})) <= {"text/plain", "text/markdown", "image/png"}
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
-    said = "\n".join([texts(notebook), *(cell.source for cell in notebook.cells)])
-    assert not re.search(r"https?://|//cdn|<script|src=|\r", said)
-    assert not MACHINE.search(said)
+    printed = "\n".join([texts(notebook), *(cell.source for cell in notebook.cells)])
+    assert not re.search(r"https?://|//cdn|<script|src=|\r", printed)
+    assert not MACHINE.search(printed)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert all(not cell.metadata for cell in notebook.cells)
 
@@ -186,23 +191,23 @@ first = min(whole, key=lambda m: m.loss_change.value)
 lowest = [f"{m.matrix}@{m.size}" for m in whole if m.loss_change.value == first.loss_change.value]"""
     notebook = execute("ten_minutes", lowest, facts)
     assert check_base(notebook, named) == named.few
-    told = json.loads(outputs(notebook)[-1].text)
-    # 7 matrices of 10 blocks at 6 sizes; the map shows all that was scored, and the best of those that met every question.
-    assert told["counts"] == [420, named.few, named.few]
-    assert told["mapped"][0] == told["mapped"][1] >= 48
-    assert told["best"]
-    assert told["figures"][0] == pytest.approx(told["figures"][1])
-    assert told["questions"][:2] == ["Oslo", "Tokyo"]
+    values = json.loads(outputs(notebook)[-1].text)
+    # 7 matrices at 6 sizes of each block; the map shows all that was scored, and the best of those that met every question.
+    assert values["counts"] == [7 * 6 * (2 if named.real else 10), named.few, named.few]
+    assert values["mapped"][0] == values["mapped"][1] >= 48
+    assert values["best"]
+    assert values["figures"][0] == pytest.approx(values["figures"][1])
+    assert values["questions"][:2] == ["Oslo", "Tokyo"]
     base = sum(p.numel() for p in named.lm.model.parameters())
-    # Two factors of rank floor(0.4 x 192) = 76 in place of 192 x 576; in the stand-in of 6 in place of 16 x 32.
+    # 76 = floor(0.4 x 192) rows of 192 x 576, and the coefficients of the others; in the stand-in 6 of 16 x 32.
     rows, columns, rank = (192, 576, 76) if named.real else (16, 32, 6)
-    assert told["saved"] == [base, base, base - rows * columns + rank * (rows + columns)]
-    assert told["gone"]
-    assert told["same"]
-    said = texts(notebook)
-    assert "loads as dense with transformers alone" in said
-    assert "loads as factored with laserlm imported" in said
-    assert not named.real or said.count("The capital of France is Paris") == 2
+    assert values["saved"] == [base, base, base - rows * columns + rank * (rows + columns - rank)]
+    assert values["gone"]
+    assert values["same"]
+    printed = texts(notebook)
+    assert "loads as dense with transformers alone" in printed
+    assert "loads as factored with laserlm imported" in printed
+    assert not named.real or printed.count("The capital of France is Paris") == 2
 
 
 def test_one_reduction_runs_from_top_to_bottom_and_its_sliders_move(execute: Execute, named: Named) -> None:
@@ -226,15 +231,15 @@ def test_one_reduction_runs_from_top_to_bottom_and_its_sliders_move(execute: Exe
     print(json.dumps(said))""".replace("\n    ", "\n")
     notebook = execute("one_reduction", facts, move)
     assert check_base(notebook, named) == named.few
-    told, said = (json.loads(output.text) for output in outputs(notebook)[-2:])
-    assert told["rank"] == [kept, whole, whole]
-    assert told["curve"][0] == pytest.approx(told["curve"][1], abs=1e-6)
-    assert told["base"] == 0
-    assert told["zero"][0] == pytest.approx(told["zero"][1], abs=1e-4)
-    assert told["energy"] == pytest.approx(1, abs=1e-4)
-    assert told["control"][0] == "low rank"
-    assert told["control"][1] == pytest.approx(told["control"][2])
-    assert told["unchanged"]
+    values, said = (json.loads(output.text) for output in outputs(notebook)[-2:])
+    assert values["rank"] == [kept, whole, whole]
+    assert values["curve"][0] == pytest.approx(values["curve"][1], abs=1e-6)
+    assert values["base"] == 0
+    assert values["zero"][0] == pytest.approx(values["zero"][1], abs=1e-4)
+    assert values["energy"] == pytest.approx(1, abs=1e-4)
+    assert values["control"][0] == "low rank"
+    assert values["control"][1] == pytest.approx(values["control"][2])
+    assert values["unchanged"]
     (sliders,) = [o for o in outputs(notebook) if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
     assert sliders.output_type == "execute_result"
     # Each slider changes what is shown: a table of three versions with five tokens each.

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from laserlm.paths import atomic_file, atomic_folder, cache_folder, cached_files, default_store
+from laserlm.errors import LaserError, WriteError
+from laserlm.paths import (
+    atomic_file,
+    atomic_folder,
+    cache_folder,
+    cached_files,
+    check_new_file,
+    check_new_folder,
+    default_store,
+)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -259,6 +271,7 @@ def test_leftovers_in_the_cache_are_listed_with_what_they_were_to_become(tmp_pat
         "decompositions": f"{'a' * 64}.safetensors",
         "models": f"smollm2-135m-instruct-{'b' * 12}",
         "data": f"{'c' * 16}-questions.json",
+        "texts": f"{'d' * 64}.json",
     }
     expected = {}
     for kind, name in names.items():
@@ -271,3 +284,84 @@ def test_leftovers_in_the_cache_are_listed_with_what_they_were_to_become(tmp_pat
     gguf = left_behind(tmp_path / "models" / f"gguf-{'f' * 12}", hours=0)
     expected["models"] = sorted([*expected["models"], gguf])
     assert cached_files(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (errno.ENOSPC, "free space on its disk"),
+        (errno.EDQUOT, "free space on its disk"),
+        (errno.EROFS, "make its folder writable"),
+        (errno.EACCES, "make its folder writable"),
+        (errno.ENAMETOOLONG, "give a shorter name"),
+    ],
+)
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_an_error_of_writing_names_the_target_and_the_next_step(
+    tmp_path: Path, atomic: Callable[[Path], AbstractContextManager[Path]], number: int, step: str
+) -> None:
+    def write() -> None:
+        with atomic(tmp_path / "out.html"):
+            raise OSError(number, os.strerror(number))  # as a write to an open file, which knows no name
+
+    with pytest.raises(WriteError, match=step) as raised:
+        write()
+    assert str(raised.value).startswith(f"cannot write {tmp_path / 'out.html'}: {os.strerror(number)}; ")
+    assert isinstance(raised.value, LaserError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_another_file_passes_through(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_file(tmp_path / "out" / "a.html"):
+            (tmp_path / "other").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        write()
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "folder", "folder/"])
+def test_a_folder_in_the_place_of_a_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for act in (lambda: atomic_file(Path(name)).__enter__(), lambda: check_new_file(Path(name), kind="x", is_ours=bool)):
+        with pytest.raises(WriteError, match=r"is a folder; give a file, such as /.*NAME"):
+            act()
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_device_or_a_pipe_is_neither_read_nor_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for act in (lambda f: atomic_file(f).__enter__(), lambda f: check_new_file(f, kind="x", is_ours=bool)):
+        with pytest.raises(WriteError, match="is a device or a pipe"):
+            act(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "a.html"
+    check_new_file(file, kind="a report", is_ours=lambda start: start == b"mine")
+    file.write_text("mine")
+    check_new_file(file, kind="a report", is_ours=lambda start: start == b"mine")
+    file.write_text("notes")
+    with pytest.raises(WriteError, match=f"{file} exists and is not a report of laserlm; move it away"):
+        check_new_file(file, kind="a report", is_ours=lambda start: start == b"mine")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "..", "../..", "../here/../here"])
+def test_the_current_folder_and_those_above_are_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(WriteError, match="is the current folder or one above it; give a new folder"):
+        check_new_folder(Path(name))
+
+    def write() -> None:
+        with atomic_folder(Path(name), existing="replace") as part:
+            (part / "a").touch()
+
+    with pytest.raises(WriteError, match="is the current folder or one above it"):
+        write()
+    assert os.getcwd() == str(tmp_path / "here")
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]

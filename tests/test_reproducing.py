@@ -87,7 +87,7 @@ def split(line: str) -> list[str]:
 
 def rows() -> list[Row]:
     """Return the rows of the page that stand for published results."""
-    found = []
+    results = []
     for table in tables(PROSE):
         for cells in table:
             if not {"model", "task", "reduction", "command"} <= cells.keys():
@@ -99,20 +99,20 @@ def rows() -> list[Row]:
             losses = (cells.get("base loss", ""), cells.get("LASER loss", ""))
             reduction = cells["reduction"].strip("`")
             figures = (float(cells[named]), float(edited), losses, reduction)
-            found.append(Row(cells["model"], cells["task"], metric, *figures, cells["command"].strip("`")))
-    return found
+            results.append(Row(cells["model"], cells["task"], metric, *figures, cells["command"].strip("`")))
+    return results
 
 
 def shipped() -> list[tuple[object, ...]]:
     """Read the table that ships, by other means than laserlm does."""
     text = (files("laserlm.studies") / "data" / "published_results.csv").read_text(encoding="utf-8")
     head, *lines = csv.reader(text.splitlines())
-    found: list[tuple[object, ...]] = []
+    results: list[tuple[object, ...]] = []
     for line in lines:
         r = dict(zip(head, line, strict=True))
         named = (r["model"], r["task"], r["metric"])
-        found.append((*named, float(r["base"]), float(r["edited"]), r["base_loss"], r["edited_loss"], r["intervention"]))
-    return found
+        results.append((*named, float(r["base"]), float(r["edited"]), r["base_loss"], r["edited_loss"], r["intervention"]))
+    return results
 
 
 def commands() -> list[str]:
@@ -130,7 +130,7 @@ def root() -> Any:
 
 
 @cache
-def parsed(line: str) -> dict[str, Any]:
+def parse_command(line: str) -> dict[str, Any]:
     """Parse a command line as the program would, down to the last option, and run nothing.
 
     A bare name of a command, as running text has it, is looked up.
@@ -153,7 +153,7 @@ def parsed(line: str) -> dict[str, Any]:
 
 def check(line: str) -> None:
     """Raise an error where a command names an option, model, task, matrix or grid that there is not."""
-    p = parsed(line)
+    p = parse_command(line)
     if p["path"] == ["verify"] and "name" in p:
         assert published(p["model"], p["name"]), f"nothing published of {p['model']} on {p['name']}"
         assert p["weights"] in (None, "bundled") or FOLDERS[p["weights"]] == p["model"]
@@ -195,7 +195,7 @@ def test_the_page_has_the_published_rows_with_their_figures_and_no_others() -> N
 def test_every_published_row_has_a_command_about_itself() -> None:
     without = []
     for row in rows():
-        p = parsed(row.command)
+        p = parse_command(row.command)
         if p["path"] == ["verify"]:
             assert row.reduction in {r.intervention for r in published(p["model"], p["name"])}
             assert (p["model"], p["name"]) == (row.model, row.task)
@@ -264,21 +264,21 @@ def test_sizes_of_the_weights_are_those_of_their_shapes() -> None:
     roberta = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
     shapes = {"gpt-j-6b": ("gptj", {}), "llama-2-7b": ("llama", {}), "mistral-7b-instruct-v0.1": ("mistral", {})}
     shapes["roberta-base"] = ("roberta", roberta)
-    told = {c["model"]: c["weights as published"] for t in tables(PROSE) for c in t if "weights as published" in c}
-    assert told.keys() == CHECKPOINTS.keys()
+    sizes = {c["model"]: c["weights as published"] for t in tables(PROSE) for c in t if "weights as published" in c}
+    assert sizes.keys() == CHECKPOINTS.keys()
     for name, (model_type, settings) in shapes.items():
         config = AutoConfig.for_model(model_type, **settings)
         with torch.device("meta"):
-            made = (AutoModelForMaskedLM if model_type == "roberta" else AutoModelForCausalLM).from_config(config)
+            model = (AutoModelForMaskedLM if model_type == "roberta" else AutoModelForCausalLM).from_config(config)
         dtype = CHECKPOINTS[name][1] or "float16"  # the blog's code runs Mistral in half precision
-        size = sum(p.numel() for p in made.parameters()) * (4 if dtype == "float32" else 2) / 1e9
-        assert told[name] == f"{size:.1f} GB, {dtype}"
+        size = sum(p.numel() for p in model.parameters()) * (4 if dtype == "float32" else 2) / 1e9
+        assert sizes[name] == f"{size:.1f} GB, {dtype}"
 
 
 def test_the_data_sets_are_where_the_tasks_read_them() -> None:
-    told = [c for t in tables(PROSE) for c in t if "read from" in c]
-    assert {c["task"] for c in told} == {r.task for r in published()}
-    for c in told:
+    cases = [c for t in tables(PROSE) for c in t if "read from" in c]
+    assert {c["task"] for c in cases} == {r.task for r in published()}
+    for c in cases:
         d = DEFINITIONS[c["task"]]
         assert c["read from"].strip("`") == (d.url or (d.hub.path if d.hub else ""))
         n = int(c["rows"].replace(",", ""))
@@ -288,8 +288,10 @@ def test_the_data_sets_are_where_the_tasks_read_them() -> None:
 
 def test_the_published_entities_are_those_that_the_study_prints() -> None:
     (table,) = [t for t in tables(PROSE) if t and set(MODELS) <= t[0].keys()]
-    wanted = [{m: f"{v[m]:.2f}" if v[m] > 1 else f"{v[m]:.3f}" for m in MODELS} for s in PUBLISHED.values() for v in s.values()]
-    assert [{m: c[m] for m in MODELS} for c in table] == wanted
+    expected = [
+        {m: f"{v[m]:.2f}" if v[m] > 1 else f"{v[m]:.3f}" for m in MODELS} for s in PUBLISHED.values() for v in s.values()
+    ]
+    assert [{m: c[m] for m in MODELS} for c in table] == expected
 
 
 def test_what_the_page_counts_among_the_published_rows_is_so() -> None:
@@ -394,23 +396,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def verifying() -> list[str]:
     """Return the commands of the page that verify, one for each model and task."""
-    found = {}
+    by_name = {}
     for line in commands():
-        p = parsed(line)
+        p = parse_command(line)
         if p["path"] == ["verify"] and "name" in p and p["weights"] != "bundled":
-            found[p["model"], p["name"]] = line
-    return list(found.values())
+            by_name[p["model"], p["name"]] = line
+    return list(by_name.values())
 
 
 def test_all_that_can_be_verified_is_on_the_page() -> None:
-    pairs = {(p["model"], p["name"]) for p in map(parsed, verifying())}
+    pairs = {(p["model"], p["name"]) for p in map(parse_command, verifying())}
     assert pairs == {(r.model, r.task) for r in published()}
 
 
 @pytest.mark.parametrize("line", verifying())
 def test_a_verification_of_the_page_runs(line: str, saved: Callable[[str], Path], run: Run, tmp_path: Path) -> None:
     words = shlex.split(line)[1:]
-    p = parsed(line)
+    p = parse_command(line)
     weights = saved(p["model"])
     for option, value in pairwise(list(words)):
         if option in ("--weights", "--answer-tokenizer"):
@@ -421,9 +423,9 @@ def test_a_verification_of_the_page_runs(line: str, saved: Callable[[str], Path]
     file.write_text(json.dumps(DATA[p["name"]]))
     code, out, err = run(*words, "--data", file, "--limit", 2, "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert [v["published"]["intervention"] for v in found] == [r.intervention for r in published(p["model"], p["name"])]
-    for v in found:
+    values = json.loads(out)
+    assert [v["published"]["intervention"] for v in values] == [r.intervention for r in published(p["model"], p["name"])]
+    for v in values:
         assert v["edited"]["n"] == v["base"]["n"] <= 2
         assert v["edited"]["intervention"].endswith(":reference")
 

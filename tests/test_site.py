@@ -47,9 +47,9 @@ class Assets(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if tag in LOADED and given.get("rel") not in NOT_LOADED:
-            self.found.append(given.get(LOADED[tag]) or "")
+        options = dict(attrs)
+        if tag in LOADED and options.get("rel") not in NOT_LOADED:
+            self.found.append(options.get(LOADED[tag]) or "")
 
 
 def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
@@ -71,9 +71,9 @@ def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def test_the_reference_has_every_command_argument_and_option(site: Path) -> None:
     page = unescape(re.sub("<[^>]+>", "", (site / "cli" / "index.html").read_text(encoding="utf-8")))
-    found = list(commands(typer.main.get_command(app), "laser"))
-    assert len(found) > 35
-    for name, command in found:
+    names = list(commands(typer.main.get_command(app), "laser"))
+    assert len(names) > 35
+    for name, command in names:
         if command.hidden:
             continue
         heading = name if name != "laser" else "Command line"

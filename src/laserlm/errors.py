@@ -13,6 +13,7 @@
     ├── AnalysisError          a study that lacks the data it needs
     ├── ReportError            a report, leaderboard or submission that cannot be built
     ├── ExportError            a model that cannot be saved, checked or rebuilt
+    ├── WriteError             a file or folder that cannot be written; also an OSError
     └── MissingExtraError      an optional package that is not installed
 
 Every message says what failed, the value received, the allowed values and the next step.
@@ -33,6 +34,7 @@ __all__ = [
     "TaskError",
     "TokenizationError",
     "WeightError",
+    "WriteError",
 ]
 
 
@@ -90,3 +92,7 @@ class AnalysisError(LaserError):
 
 class ReportError(LaserError):
     """A page, leaderboard or submission that cannot be built."""
+
+
+class WriteError(LaserError, OSError):
+    """A file or folder that cannot be written, for example because the disk is full."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import platformdirs
 
-from laserlm.errors import LaserError
+from laserlm.errors import LaserError, WriteError
 
 __all__ = [
     "BASIS",
@@ -23,6 +24,8 @@ __all__ = [
     "atomic_folder",
     "cache_folder",
     "cached_files",
+    "check_new_file",
+    "check_new_folder",
     "default_store",
     "disk_limit",
     "lab_folder",
@@ -40,6 +43,24 @@ PART_SECONDS = 3600.0
 """A temporary file or folder that was not written to for this long was left by a process that was killed."""
 
 Existing = Literal["keep", "refuse", "replace"]
+_FREE = "free space on its disk, or give a path on another one"
+_PERMIT = "make its folder writable, or give another path"
+_MOVE = "give another path"
+STEPS = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EFBIG: _FREE,
+    errno.EACCES: _PERMIT,
+    errno.EPERM: _PERMIT,
+    errno.EROFS: _PERMIT,
+    errno.ENOTDIR: _MOVE,
+    errno.EISDIR: _MOVE,
+    errno.EEXIST: _MOVE,
+    errno.ENOTEMPTY: _MOVE,
+    errno.ENOENT: _MOVE,
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+"""What to do about an error of writing, by its number."""
 
 
 def cache_folder() -> Path:
@@ -56,6 +77,7 @@ def cached_files(cache: Path) -> dict[str, list[Path]]:
         "decompositions": [BASIS],
         "models": [f"smollm2-135m-instruct-{HEX * 12}", f"gguf-{HEX * 12}"],
         "data": [f"{HEX * 16}-*"],
+        "texts": [f"{HEX * 64}.json", BASIS],
     }
     return {
         kind: sorted(path for name in names for path in (*(cache / kind).glob(name), *_leftovers(cache / kind, name)))
@@ -89,17 +111,49 @@ def lab_folder(name: str) -> Path:
     return platformdirs.user_data_path("laserlm", appauthor=False) / "lab" / name
 
 
+def check_new_file(target: Path, *, kind: str, is_ours: Callable[[bytes], bool]) -> None:
+    """Raise an error if a file cannot be written there, or would replace what laserlm did not write.
+
+    Args:
+        target: path of the file.
+        kind: what is written, such as ``a report``.
+        is_ours: tells from the first kilobyte of an existing file whether it is of this kind.
+
+    Raises:
+        WriteError: if the path is empty or a folder, or a file of another kind is there.
+    """
+    _check_is_file(target)
+    if target.exists():
+        with target.open("rb") as stream:
+            if not is_ours(stream.read(1024)):
+                raise WriteError(f"{target} exists and is not {kind} of laserlm; move it away, or give another file")
+
+
+def _check_is_file(target: Path) -> None:
+    if target.is_dir():  # an empty path is the current folder
+        raise WriteError(f"{target.absolute()} is a folder; give a file, such as {target.absolute() / 'NAME'}")
+    if target.exists() and not target.is_file():
+        raise WriteError(f"{target} is a device or a pipe, which no file replaces; give another path")
+
+
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``target`` and rename it to ``target`` at the end, unless an exception is raised."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary path next to ``target`` and rename it to ``target`` at the end, unless an exception is raised.
+
+    Raises:
+        WriteError: if the file cannot be written, with the reason and the next step.
+    """
+    _check_is_file(target)
     part = _temporary_path(target)
-    part.touch(exist_ok=False)  # mkstemp would make the file unreadable for other users
     try:
-        yield part
-        part.replace(target)
+        with _write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.touch(exist_ok=False)  # mkstemp would make the file unreadable for other users
+            yield part
+            part.replace(target)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -112,26 +166,52 @@ def atomic_folder(target: Path, *, existing: Existing = "keep") -> Iterator[Path
         target: path of the folder.
         existing: what to do if ``target`` exists by then and is not empty: ``keep`` it and drop the new folder, ``refuse``
             with an OSError, or ``replace`` it by the complete new folder.
+
+    Raises:
+        WriteError: if the folder cannot be written, or is the current folder or one above it.
     """
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target.parent, glob.escape(target.name))
+    check_new_folder(target)
     part, old = _temporary_path(target), _temporary_path(target).with_suffix(".old")
-    part.mkdir()
     try:
-        yield part
-        if existing == "replace" and target.exists():
-            target.rename(old)
-        try:
-            part.rename(target)
-        except OSError:
-            if existing != "keep" or not target.is_dir():
-                raise
+        with _write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent, glob.escape(target.name))
+            part.mkdir()
+            yield part
+            if existing == "replace" and target.exists():
+                target.rename(old)
+            try:
+                part.rename(target)
+            except OSError:
+                if existing != "keep" or not target.is_dir():
+                    raise
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_new_folder(target: Path) -> None:
+    """Raise a WriteError if a folder is the current one or one above it, which cannot be replaced."""
+    here = Path.cwd()
+    target = Path(os.path.abspath(target))
+    if target == here or target in here.parents:
+        raise WriteError(f"{target} is the current folder or one above it; give a new folder, such as {here / 'NAME'}")
+
+
+@contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    """Give errors of writing a target its path and the next step. Errors of other files pass through."""
+    try:
+        yield
+    except OSError as error:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        is_of_target = all(name.startswith(str(target.parent)) for name in names)
+        if isinstance(error, LaserError) or error.errno not in STEPS or not is_of_target:
+            raise
+        raise WriteError(f"cannot write {target}: {error.strerror}; {STEPS[error.errno]}") from error
 
 
 def remove_leftovers(folder: Path, name: str) -> None:

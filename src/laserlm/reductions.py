@@ -384,7 +384,7 @@ def _read_file(file: Path) -> Intervention:
     next_step = "give a file that Intervention.write wrote"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SpecError(f"cannot read the reductions in {str(file)!r} ({reason}); {next_step}") from None
     if not isinstance(content, dict) or content.get("schema") != FILE_SCHEMA:

@@ -41,9 +41,9 @@ def test_metrics_are_held_against_what_a_search_measured(
     assert run(*search, "--strategy", "exhaustive")[0] == 0
     code, out, _ = run("analyze", "matrices", folder, "--run", "last", "--store", store, "--json")
     assert code == 0
-    found = json.loads(out)
-    assert {c["matrices"] for c in found["correlations"]} == {21}
-    assert all(c["low"] <= c["spearman"] <= c["high"] for c in found["correlations"])
+    values = json.loads(out)
+    assert {c["matrices"] for c in values["correlations"]} == {21}
+    assert all(c["low"] <= c["spearman"] <= c["high"] for c in values["correlations"])
     code, _, err = run("analyze", "matrices", folder, "--run", "nothing", "--store", store)
     assert code == 1
     assert "nothing" in err
@@ -67,8 +67,8 @@ def test_flips_of_a_run_and_of_a_reduction(run: Run, folder: Path, tmp_path: Pat
     )
     store = tmp_path / "runs.db"
     task = ("--task", f"jsonl:{questions}", "--store", store)
-    asked = ("search", folder, *task, "--grid", "all.all@0.2,0.5", "--metric", "loss", "--strategy", "exhaustive", "--json")
-    code, out, _ = run(*asked)
+    command = ("search", folder, *task, "--grid", "all.all@0.2,0.5", "--metric", "loss", "--strategy", "exhaustive", "--json")
+    code, out, _ = run(*command)
     best = json.loads(out)["best"]
     assert best
     questions.unlink()  # a run needs no data any more

@@ -32,48 +32,50 @@ def questions(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked(folder: Path, questions: Path, tmp_path: Path) -> tuple[object, ...]:
+def study_options(folder: Path, questions: Path, tmp_path: Path) -> tuple[object, ...]:
     return (folder, "--task", f"jsonl:{questions}", "--store", tmp_path / "runs.db", "--reduce", REDUCTION)
 
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_is_a_command_with_table_json_csv_and_figure(
-    study: str, run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: str, run: Run, study_options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # This reduction corrects nothing that the model writes; what is done with corrected examples is done with all.
     monkeypatch.setattr("laserlm.studies.entities.sets_of", lambda base, *_: {s.id: ("A", "B") for s in base.scores})
-    asked = (*asked[:-1], CORRECTS) if study == "components" else asked
-    given = ("analyze", study, *asked, *FAST.get(study, ()))
-    code, out, err = run(*given, "--json")
+    study_options = (*study_options[:-1], CORRECTS) if study == "components" else study_options
+    arguments = ("analyze", study, *study_options, *FAST.get(study, ()))
+    code, out, err = run(*arguments, "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert found["model"] == str(asked[0])
+    values = json.loads(out)
+    assert values["model"] == str(study_options[0])
     assert "NaN" not in out
     assert "Infinity" not in out
     if study == "components":
-        assert found["corrected"] > 0
-        assert {b["fraction"] for b in found["bottom"]} >= {"0", "1"}
-    code, out, err = run(*given, "--csv", "--figure", tmp_path / "f.html")
+        assert values["corrected"] > 0
+        assert {b["fraction"] for b in values["bottom"]} >= {"0", "1"}
+    code, out, err = run(*arguments, "--csv", "--figure", tmp_path / "f.html")
     assert code == 0, err
     assert list(csv.DictReader(io.StringIO(out)))
     assert (tmp_path / "f.html").stat().st_size > 1_000_000
-    code, out, err = run(*given)
+    code, out, err = run(*arguments)
     assert code == 0, err
     assert out.strip()
 
 
-def test_generations_of_a_reduction_that_corrects_nothing_say_so(run: Run, asked: tuple[object, ...]) -> None:
-    code, _, err = run("analyze", "generations", *asked, "--tokens", 2)
+def test_generations_of_a_reduction_that_corrects_nothing_say_so(run: Run, study_options: tuple[object, ...]) -> None:
+    code, _, err = run("analyze", "generations", *study_options, "--tokens", 2)
     assert code == 1
     assert "corrects nothing" in err
 
 
-def test_what_a_study_scored_is_not_scored_again(run: Run, asked: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    code, first, err = run("analyze", "low-rank", *asked, "--json", "--ranks", "10,1")
+def test_what_a_study_scored_is_not_scored_again(
+    run: Run, study_options: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, first, err = run("analyze", "low-rank", *study_options, "--json", "--ranks", "10,1")
     assert code == 0, err
     monkeypatch.setattr("laserlm.studies.scores.evaluate_rows", None)  # would fail if it was called
     monkeypatch.setattr("laserlm.studies.scores.evaluate", None)
-    code, again, err = run("analyze", "low-rank", *asked, "--json", "--ranks", "10,1")
+    code, again, err = run("analyze", "low-rank", *study_options, "--json", "--ranks", "10,1")
     assert code == 0, err
     assert again == first
 
@@ -90,10 +92,10 @@ def test_a_run_stands_for_model_task_and_reduction(
     questions.unlink()
     code, out, err = run("analyze", "low-rank", "last", *store, "--json", "--ranks", "5")
     assert code == 0, err
-    found = json.loads(out)
-    assert (found["intervention"], found["n"]) == (of_run["best"], of_run["test"]["n"])
-    assert found["points"][0]["chosen"]
-    assert found["points"][0]["loss"] == pytest.approx(of_run["test"]["best_loss"])
+    values = json.loads(out)
+    assert (values["intervention"], values["n"]) == (of_run["best"], of_run["test"]["n"])
+    assert values["points"][0]["chosen"]
+    assert values["points"][0]["loss"] == pytest.approx(of_run["test"]["best_loss"])
     code, out, err = run("analyze", "low-rank", "last", *store, "--json", "--limit", 5, "--ranks", "5", "--rhos", "")
     assert code == 0, err
     assert json.loads(out)["n"] == 5
@@ -101,9 +103,9 @@ def test_a_run_stands_for_model_task_and_reduction(
     monkeypatch.setattr("laserlm.models.load", None)
     code, out, err = run("analyze", "low-rank", "last", "--map", *store, "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert len(found["measured"]) == 18  # three matrices of three blocks at two sizes
-    assert {m["loss_change"]["n"] for m in found["measured"]} == {of_run["validation"]["n"]}
+    values = json.loads(out)
+    assert len(values["measured"]) == 18  # three matrices of three blocks at two sizes
+    assert {m["loss_change"]["n"] for m in values["measured"]} == {of_run["validation"]["n"]}
     code, out, _ = run("analyze", "low-rank", "last", "--map", *store, "--figure", tmp_path / "map.html")
     assert code == 0
     assert "fc_out" in out
@@ -136,12 +138,12 @@ def test_side_effects_are_a_matrix_of_runs_and_tasks(run: Run, folder: Path, que
     more = ("--on", "worldfacts", "--examples", 6, "--text", text, "--passages", 3)
     code, out, err = run("analyze", "side-effects", runs[0]["run"], "--with", runs[1]["run"], *more, *store, "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert [e["intervention"] for e in found["effects"]] == [r["best"] for r in runs]
-    assert all(e["divergence"]["n"] == 40 and e["divergence"]["value"] > 0 for e in found["effects"])
-    assert all(e["text"]["ratio"]["n"] == 3 for e in found["effects"])
+    values = json.loads(out)
+    assert [e["intervention"] for e in values["effects"]] == [r["best"] for r in runs]
+    assert all(e["divergence"]["n"] == 40 and e["divergence"]["value"] > 0 for e in values["effects"])
+    assert all(e["text"]["ratio"]["n"] == 3 for e in values["effects"])
     tasks = [r["settings"]["task"] for r in runs]
-    cells = {(c["chosen_on"], c["scored_on"]): c for c in found["transfer"]}
+    cells = {(c["chosen_on"], c["scored_on"]): c for c in values["transfer"]}
     assert set(cells) == {(i, j) for i in tasks for j in [*tasks, "worldfacts"]}
     for r, name in zip(runs, tasks, strict=True):
         assert cells[name, name]["gain"]["value"] == pytest.approx(r["test"]["gain"])
@@ -149,11 +151,11 @@ def test_side_effects_are_a_matrix_of_runs_and_tasks(run: Run, folder: Path, que
 
 
 @pytest.mark.browser
-def test_still_images_where_a_browser_is(run: Run, asked: tuple[object, ...], tmp_path: Path) -> None:
+def test_still_images_where_a_browser_is(run: Run, study_options: tuple[object, ...], tmp_path: Path) -> None:
     if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         pytest.skip("there is no Chromium")
     for name in ("f.png", "f.svg"):
-        code, _, err = run("analyze", "flips", *asked, "--top", 0, "--figure", tmp_path / name)
+        code, _, err = run("analyze", "flips", *study_options, "--top", 0, "--figure", tmp_path / name)
         assert code == 0, err
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "f.svg").read_text()
@@ -161,11 +163,11 @@ def test_still_images_where_a_browser_is(run: Run, asked: tuple[object, ...], tm
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_a_still_image_is_what_the_browser_draws(
-    suffix: str, run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suffix: str, run: Run, study_options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[object] = []
     monkeypatch.setattr("plotly.graph_objects.Figure.write_image", lambda figure, file, **_: drawn.extend((figure, file)))
-    code, _, err = run("analyze", "flips", *asked, "--top", 0, "--figure", tmp_path / f"f.{suffix}")
+    code, _, err = run("analyze", "flips", *study_options, "--top", 0, "--figure", tmp_path / f"f.{suffix}")
     assert code == 0, err
     figure, file = drawn
     assert isinstance(figure, Figure)
@@ -173,14 +175,14 @@ def test_a_still_image_is_what_the_browser_draws(
 
 
 def test_without_a_browser_a_still_image_is_an_error(
-    run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, study_options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ("analyze", "flips", *asked, "--top", 0)
+    arguments = ("analyze", "flips", *study_options, "--top", 0)
     monkeypatch.setattr("plotly.graph_objects.Figure.write_image", _no_browser)
-    code, _, err = run(*given, "--figure", tmp_path / "g.png")
+    code, _, err = run(*arguments, "--figure", tmp_path / "g.png")
     assert code == 1
     assert "write an .html file instead" in err
-    code, _, err = run(*given, "--figure", tmp_path / "f.gif")
+    code, _, err = run(*arguments, "--figure", tmp_path / "f.gif")
     assert code == 1
     assert ".html" in err
 
@@ -203,9 +205,9 @@ def _no_browser(*_: object, **__: object) -> None:
     ],
 )
 def test_what_cannot_be_done_names_what_was_given(
-    study: str, options: tuple[str, str], named: str, run: Run, asked: tuple[object, ...]
+    study: str, options: tuple[str, str], named: str, run: Run, study_options: tuple[object, ...]
 ) -> None:
-    code, _, err = run("analyze", study, *asked, *options)
+    code, _, err = run("analyze", study, *study_options, *options)
     assert code in (1, 2)
     assert named in err
 
@@ -233,14 +235,14 @@ def test_a_search_whose_scorer_judges_what_is_written_can_be_studied(
 
 
 def test_text_beside_a_task_is_scored_as_text_whatever_the_task_s_scorer(
-    run: Run, asked: tuple[object, ...], tmp_path: Path
+    run: Run, study_options: tuple[object, ...], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("It rained all night, so the grass was wet in the morning.\n" * 200)
-    found = []
+    results = []
     for scorer in ("answer", "first_token"):
-        given = ("analyze", "side-effects", *asked, "--text", text, "--passages", 2, "--json", "--scorer", scorer)
-        code, out, err = run(*given)
+        arguments = ("analyze", "side-effects", *study_options, "--text", text, "--passages", 2, "--json", "--scorer", scorer)
+        code, out, err = run(*arguments)
         assert code == 0, err
-        found.append(json.loads(out)["effects"][0]["text"])
-    assert found[0] == found[1]
+        results.append(json.loads(out)["effects"][0]["text"])
+    assert results[0] == results[1]

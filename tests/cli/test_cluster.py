@@ -15,13 +15,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def test_what_a_search_will_take_is_told_and_leaves_no_database(run: Run, folder: Path, tmp_path: Path) -> None:
-    asked = ("search", folder, "--task", "worldfacts", "--limit", 70, "--dry-run", "--store", tmp_path / "runs.db")
-    found = json.loads(run(*asked, "--executor", "ray", "--workers", 3, "--json")[1])
-    assert [row["workers"] for row in found["on_ray"]] == [3]
-    assert found["flop"]["all"] == pytest.approx(sum(v for k, v in found["flop"].items() if k != "all"))
-    assert found["memory"]["all"] == sum(v for k, v in found["memory"].items() if k != "all")
-    assert found["seconds"] > 0
-    text = run(*asked)[1]
+    command = ("search", folder, "--task", "worldfacts", "--limit", 70, "--dry-run", "--store", tmp_path / "runs.db")
+    values = json.loads(run(*command, "--executor", "ray", "--workers", 3, "--json")[1])
+    assert [row["workers"] for row in values["on_ray"]] == [3]
+    assert values["flop"]["all"] == pytest.approx(sum(v for k, v in values["flop"].items() if k != "all"))
+    assert values["memory"]["all"] == sum(v for k, v in values["memory"].items() if k != "all")
+    assert values["seconds"] > 0
+    text = run(*command)[1]
     assert "A race among" in text
     assert "rung to example 70" in text
     assert not (tmp_path / "runs.db").exists()
@@ -42,7 +42,7 @@ def test_options_that_do_not_fit_are_told(run: Run, folder: Path) -> None:
 def test_a_search_on_workers_prints_what_one_here_prints(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = (
+    command = (
         "search",
         folder,
         "--task",
@@ -55,9 +55,9 @@ def test_a_search_on_workers_prints_what_one_here_prints(
         "0-1.mlp@0.5",
         "--json",
     )
-    here = json.loads(run(*asked, "--store", tmp_path / "here.db")[1])
+    here = json.loads(run(*command, "--store", tmp_path / "here.db")[1])
     with instead_of_ray(monkeypatch) as ray:
-        there = json.loads(run(*asked, "--store", tmp_path / "there.db", "--executor", "ray", "--workers", 2)[1])
+        there = json.loads(run(*command, "--store", tmp_path / "there.db", "--executor", "ray", "--workers", 2)[1])
         assert len(ray.workers) == 2
     own = ("run", "seconds", "boundary_bytes", "decomposition_bytes", "validation", "test")
     assert {k: v for k, v in there.items() if k not in own} == {k: v for k, v in here.items() if k not in own}

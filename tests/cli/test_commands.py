@@ -95,73 +95,74 @@ def test_fused_matrices_are_listed_with_their_parts(run: Run, make: Make, tmp_pa
 
 
 def test_evaluate_prints_what_the_library_measures(run: Run, folder: Path, questions: Path) -> None:
-    asked = ("evaluate", folder, "--task", f"jsonl:{questions}", "--split", "all", "--limit", 9)
-    code, out, err = run(*asked, "--reduce", "1.fc_in@0.50", "--json")
-    found = json.loads(out)
-    assert (code, err) == (0, "")
+    command = ("evaluate", folder, "--task", f"jsonl:{questions}", "--split", "all", "--limit", 9)
+    code, out, err = run(*command, "--reduce", "1.fc_in@0.50", "--json")
+    values = json.loads(out)
+    assert (code, "the 95 % interval of a gain is" in err, len(err.splitlines())) == (0, True, 1)
     from laserlm.edit import applied
 
     lm = load(folder)
     with applied(lm, "1.fc_in@0.5"):
         expected = evaluate(lm, task(f"jsonl:{questions}").every.limit(9)).as_dict()
-    assert {k: v for k, v in found.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
-    assert (found["intervention"], found["n"], found["task"]) == ("1.fc_in@0.5", 9, "jsonl:questions")
-    assert found["accuracy_interval"][0] <= found["accuracy"] <= found["accuracy_interval"][1]
-    plain = json.loads(run(*asked, "--json")[1])
+    assert {k: v for k, v in values.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
+    assert (values["intervention"], values["n"], values["task"]) == ("1.fc_in@0.5", 9, "jsonl:questions")
+    assert values["accuracy_interval"][0] <= values["accuracy"] <= values["accuracy_interval"][1]
+    plain = json.loads(run(*command, "--json")[1])
     assert plain["intervention"] == ""
-    assert plain["loss"] != found["loss"]
+    assert plain["loss"] != values["loss"]
 
 
 def test_evaluate_compares_in_pairs_and_writes_scores(run: Run, folder: Path, questions: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
-    asked = ("evaluate", folder, "--task", f"jsonl:{questions}", "--reduce", "0.mlp@0.1", "--reduce", "1.q_proj@r2")
-    found = json.loads(run(*asked, "--compare", "--scores", out, "--json")[1])
+    command = ("evaluate", folder, "--task", f"jsonl:{questions}", "--reduce", "0.mlp@0.1", "--reduce", "1.q_proj@r2")
+    values = json.loads(run(*command, "--compare", "--scores", out, "--json")[1])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert found["intervention"] == "0.mlp@0.1+1.q_proj@r2"
-    assert found["n"] == len(rows) == found["comparison"]["n"] == 20
-    assert sum(r["correct"] for r in rows) / 20 == found["accuracy"] == found["comparison"]["edited"]
-    assert found["base"]["accuracy"] == found["comparison"]["base"]
-    _, text, _ = run(*asked, "--compare")
+    assert values["intervention"] == "0.mlp@0.1+1.q_proj@r2"
+    assert values["n"] == len(rows) == values["comparison"]["n"] == 20
+    assert sum(r["correct"] for r in rows) / 20 == values["accuracy"] == values["comparison"]["edited"]
+    assert values["base"]["accuracy"] == values["comparison"]["base"]
+    _, text, _ = run(*command, "--compare")
     assert "exact p" in text
     assert "always giving the most frequent answer scores" in text
 
 
 def test_search_finds_keeps_and_returns_at_once_what_it_found(run: Run, folder: Path, questions: Path, store: str) -> None:
-    asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "0-1.mlp@0.5,0.1", "--store", store, "--json")
-    code, out, err = run(*asked)
-    found = json.loads(out)
+    command = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "0-1.mlp@0.5,0.1", "--store", store, "--json")
+    code, out, err = run(*command)
+    values = json.loads(out)
     assert code == 0
     assert store in err
-    assert found["candidates"] == 12
-    assert set(found) >= {"best", "candidates", "seconds", "validation", "test", "strategy", "run"}
+    assert values["candidates"] == 12
+    assert set(values) >= {"best", "candidates", "seconds", "validation", "test", "strategy", "run"}
     for split in ("validation", "test"):
-        assert set(found[split]) >= {"n", "base", "best", "gain", "interval", "mcnemar_p", "corrected", "broken"}
-    assert (found["validation"]["n"], found["test"]["n"]) == (5, 20)
-    again = json.loads(run(*asked)[1])
-    assert {**again, "seconds": 0} == {**found, "seconds": 0}
-    assert json.loads(run(*asked, "--restart")[1])["run"] != found["run"]
-    _, text, _ = run(*asked[:-1])
+        assert set(values[split]) >= {"n", "base", "best", "gain", "interval", "mcnemar_p", "corrected", "broken"}
+    assert (values["validation"]["n"], values["test"]["n"]) == (5, 20)
+    again = json.loads(run(*command)[1])
+    assert {**again, "seconds": 0} == {**values, "seconds": 0}
+    assert json.loads(run(*command, "--restart")[1])["run"] != values["run"]
+    _, text, _ = run(*command[:-1])
     assert "Best of 12 candidates" in text
 
 
 def test_runs_are_listed_shown_exported_and_deleted(
     run: Run, folder: Path, questions: Path, store: str, tmp_path: Path
 ) -> None:
-    asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--store", store, "--json")
-    found = json.loads(run(*asked)[1])
+    command = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--store", store, "--json")
+    values = json.loads(run(*command)[1])
     listed = json.loads(run("runs", "list", "--store", store, "--json")[1])
-    assert [(r["run"], r["status"], r["best"]) for r in listed] == [(found["run"], "done", found["best"])]
-    assert found["run"] in run("runs", "list", "--store", store, "--csv")[1]
+    assert [(r["run"], r["status"], r["best"]) for r in listed] == [(values["run"], "done", values["best"])]
+    assert values["run"] in run("runs", "list", "--store", store, "--csv")[1]
     shown = json.loads(run("runs", "show", "last", "--store", store, "--json")[1])
-    assert len(shown["trials"]) == 4 + len({"", found["best"]})
-    assert f"run {found['run']} (search, done)" in run("runs", "show", found["run"][:5], "--store", store)[1]
+    assert len(shown["trials"]) == 4 + 2 * len({"", values["best"]})  # on test, and on the text of the guard
+    assert f"run {values['run']} (search, done)" in run("runs", "show", values["run"][:5], "--store", store)[1]
     assert len(run("runs", "show", "last", "--store", store, "--csv")[1].splitlines()) == 1 + len(shown["trials"])
     assert run("runs", "export", "last", "--out", tmp_path / "run.json", "--store", store)[0] == 0
     exported = json.loads((tmp_path / "run.json").read_text())
     assert exported == json.loads(run("runs", "export", "last", "--store", store)[1])
-    assert len(exported["examples"]) == 25
-    assert {e["prompt"] for e in exported["examples"]} == {q["prompt"] for q in QUESTIONS}
-    assert json.loads(run("runs", "delete", "last", "--yes", "--store", store, "--json")[1]) == {"deleted": found["run"]}
+    asked = [e for e in exported["examples"] if e["prompt"]]  # the passages of the guard have no prompt
+    assert (len(asked), len(exported["examples"])) == (25, 29)
+    assert {e["prompt"] for e in asked} == {q["prompt"] for q in QUESTIONS}
+    assert json.loads(run("runs", "delete", "last", "--yes", "--store", store, "--json")[1]) == {"deleted": values["run"]}
     assert json.loads(run("runs", "list", "--store", store, "--json")[1]) == []
     code, _, err = run("runs", "show", "last", "--store", store)
     assert code == 1
@@ -169,13 +170,13 @@ def test_runs_are_listed_shown_exported_and_deleted(
 
 
 def test_generate_shows_base_edited_and_bottom_only(run: Run, folder: Path) -> None:
-    asked = ("generate", folder, "The capital of France is", "--max-new-tokens", 4)
-    found = json.loads(run(*asked, "--reduce", "0-2.mlp@0.1", "--json")[1])["generations"]
-    assert [g["variant"] for g in found] == ["base", "edited", "bottom only"]
-    assert found[2]["intervention"].startswith("0.fc_in@r29:bottom+0.fc_out@r29:bottom+")
-    assert len({g["text"] for g in found}) > 1
-    assert [g["variant"] for g in json.loads(run(*asked, "--json")[1])["generations"]] == ["base"]
-    assert "bottom only" in run(*asked, "--reduce", "1.fc_in@0.5")[1]
+    command = ("generate", folder, "The capital of France is", "--max-new-tokens", 4)
+    values = json.loads(run(*command, "--reduce", "0-2.mlp@0.1", "--json")[1])["generations"]
+    assert [g["variant"] for g in values] == ["base", "edited", "bottom only"]
+    assert values[2]["intervention"].startswith("0.fc_in@r29:bottom+0.fc_out@r29:bottom+")
+    assert len({g["text"] for g in values}) > 1
+    assert [g["variant"] for g in json.loads(run(*command, "--json")[1])["generations"]] == ["base"]
+    assert "bottom only" in run(*command, "--reduce", "1.fc_in@0.5")[1]
 
 
 def test_what_is_typed_by_others_shows_as_text(run: Run, folder: Path) -> None:
@@ -221,17 +222,17 @@ def test_defaults_of_the_command_are_those_of_the_library() -> None:
     from laserlm.reductions import Grid
     from laserlm.searching import SearchConfig
 
-    given = {name: p.default for name, p in inspect.signature(search).parameters.items()}
+    settings = {name: p.default for name, p in inspect.signature(search).parameters.items()}
     options = SearchConfig()
     shared = ("strategy", "mode", "delta", "seed", "budget", "metric", "grid")
-    assert {name: given[name] for name in shared} == {name: getattr(options, name) for name in shared}
-    assert given["memory"] * 2**30 == options.memory
-    assert given["effort"] == "normal"
+    assert {name: settings[name] for name in shared} == {name: getattr(options, name) for name in shared}
+    assert settings["memory"] * 2**30 == options.memory
+    assert settings["effort"] == "normal"
     assert SearchOptions().config(32) == replace(options, grid=Grid.parse("fine"))
 
 
 def test_race_and_composition_print_how_they_went(run: Run, folder: Path, questions: Path, store: str) -> None:
-    asked = (
+    command = (
         "search",
         folder,
         "--task",
@@ -243,20 +244,20 @@ def test_race_and_composition_print_how_they_went(run: Run, folder: Path, questi
         "--metric",
         "loss",
     )
-    code, out, err = run(*asked, "--width", "6")
+    code, out, err = run(*command, "--width", "6")
     assert code == 0, err
     assert "The screen ranked 18 candidates" in out
     assert "Race" in out
     assert "Best of 18 candidates" in out
-    code, out, err = run(*asked, "--strategy", "compose", "--mode", "greedy")
+    code, out, err = run(*command, "--strategy", "compose", "--mode", "greedy")
     assert code == 0, err
     assert "Accepted steps" in out
-    code, out, _ = run(*asked, "--width", "6", "--json")
-    found = json.loads(out)
-    assert (found["strategy"], found["complete"], found["candidates"]) == ("race", True, 18)
-    assert [r["examples"] for r in found["rungs"]][-1] == found["validation"]["n"]
-    assert {"n", "base", "best", "gain", "interval", "mcnemar_p", "corrected", "broken"} <= set(found["test"])
-    code, out, _ = run(*asked, "--strategy", "exhaustive", "--budget", "0", "--json")
+    code, out, _ = run(*command, "--width", "6", "--json")
+    values = json.loads(out)
+    assert (values["strategy"], values["complete"], values["candidates"]) == ("race", True, 18)
+    assert [r["examples"] for r in values["rungs"]][-1] == values["validation"]["n"]
+    assert {"n", "base", "best", "gain", "interval", "mcnemar_p", "corrected", "broken"} <= set(values["test"])
+    code, out, _ = run(*command, "--strategy", "exhaustive", "--budget", "0", "--json")
     assert (code, json.loads(out)["complete"], json.loads(out)["best"]) == (0, False, "")
 
 
@@ -269,9 +270,19 @@ def test_race_and_composition_print_how_they_went(run: Run, folder: Path, questi
     ],
 )
 def test_a_search_that_is_killed_ends_as_an_undisturbed_one(
-    kills: int, grid: str, given: list[str], run: Run, folder: Path, questions: Path, tmp_path: Path
+    kills: int,
+    grid: str,
+    given: list[str],
+    run: Run,
+    folder: Path,
+    questions: Path,
+    tmp_path: Path,
+    short_own_text: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = [
+    for name, size in short_own_text.items():  # as in the process that is killed
+        monkeypatch.setattr(f"laserlm.searching.guard.{name}", size)
+    arguments = [
         "search",
         str(folder),
         "--task",
@@ -283,9 +294,9 @@ def test_a_search_that_is_killed_ends_as_an_undisturbed_one(
         *given,
         "--json",
     ]
-    expected = json.loads(run(*asked, "--store", tmp_path / "whole.db")[1])
+    expected = json.loads(run(*arguments, "--store", tmp_path / "whole.db")[1])
     whole = json.loads(run("runs", "export", "last", "--store", tmp_path / "whole.db")[1])
-    command = [sys.executable, "-c", "from laserlm.cli import main; main()", *asked, "--store", str(tmp_path / "runs.db")]
+    command = [sys.executable, "-c", "from laserlm.cli import main; main()", *arguments, "--store", str(tmp_path / "runs.db")]
     seen = 0
     for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -295,10 +306,10 @@ def test_a_search_that_is_killed_ends_as_an_undisturbed_one(
         process.kill()
         assert process.wait() == -signal.SIGKILL
         seen = _scores(tmp_path / "runs.db")
-    found = json.loads(run(*asked, "--store", tmp_path / "runs.db")[1])
+    values = json.loads(run(*arguments, "--store", tmp_path / "runs.db")[1])
     assert len(json.loads(run("runs", "list", "--store", tmp_path / "runs.db", "--json")[1])) == 1
     for key in ("best", "failed", "rungs", "validation", "test", "scored"):
-        assert found[key] == pytest.approx(expected[key]) if key == "scored" else found[key] == expected[key]
+        assert values[key] == pytest.approx(expected[key]) if key == "scored" else values[key] == expected[key]
     after = json.loads(run("runs", "export", "last", "--store", tmp_path / "runs.db")[1])
 
     def kept(export: dict[str, Any]) -> dict[tuple[str, str], list[tuple[str, float]]]:
@@ -333,28 +344,29 @@ def test_an_interruption_leaves_130_and_says_how_to_go_on(
         return evaluate_rows(lm, *args, **kwargs)
 
     monkeypatch.setattr(scorer, "evaluate_rows", interrupted)
-    asked = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--strategy", "exhaustive")
-    asked = (*asked, "--store", store, "--json")
-    code, out, err = run(*asked)
+    command = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "1.mlp@0.5", "--strategy", "exhaustive")
+    command = (*command, "--store", store, "--json")
+    code, out, err = run(*command)
     assert (code, out) == (130, "")
     assert "Best so far on validation: " in err
     assert "Run the same command without --restart to resume" in err
     assert [r["status"] for r in json.loads(run("runs", "list", "--store", store, "--json")[1])] == ["interrupted"]
-    assert run(*asked)[0] == 0
-    # The unchanged model on test and on validation, then the candidates; the winner is the last to meet the test split.
+    assert run(*command)[0] == 0
+    # The unchanged model on test and on validation, then the candidates; the winner is the last to meet the test split, and
+    # its harm is measured in the end.
     assert calls[:6] == ["", "", "1.fc_in@0.5", "1.fc_up@0.5", "1.fc_out@0.5", "1.fc_out@0.5"]
-    assert len(calls) in (6, 7)
+    assert len(calls) in (7, 9)
     assert "without --restart" in err
 
 
 def commands() -> dict[str, Any]:
-    found = {("", c.name or c.callback.__name__.replace("_", "-")): c.callback for c in app.registered_commands if c.callback}
+    by_name = {("", c.name or c.callback.__name__.replace("_", "-")): c.callback for c in app.registered_commands if c.callback}
     for group in app.registered_groups:
         assert group.typer_instance is not None
         for c in group.typer_instance.registered_commands:
             assert c.callback is not None
-            found[str(group.name), c.name or c.callback.__name__.replace("_", "-")] = c.callback
-    return {" ".join(filter(None, names)): callback for names, callback in found.items()}
+            by_name[str(group.name), c.name or c.callback.__name__.replace("_", "-")] = c.callback
+    return {" ".join(filter(None, names)): callback for names, callback in by_name.items()}
 
 
 @pytest.mark.parametrize("name", list(commands()))
@@ -385,9 +397,20 @@ def test_a_password_in_a_database_url_is_not_shown() -> None:
 
 
 def test_one_example_gives_json_that_any_reader_takes(run: Run, folder: Path, questions: Path) -> None:
-    asked = ("evaluate", folder, "--task", f"jsonl:{questions}", "--limit", 1, "--reduce", "1.fc_in@0.5", "--compare", "--json")
-    found = json.loads(run(*asked)[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert found["comparison"]["loss_interval"] is None
+    command = (
+        "evaluate",
+        folder,
+        "--task",
+        f"jsonl:{questions}",
+        "--limit",
+        1,
+        "--reduce",
+        "1.fc_in@0.5",
+        "--compare",
+        "--json",
+    )
+    values = json.loads(run(*command)[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert values["comparison"]["loss_interval"] is None
 
 
 @pytest.mark.bundled
@@ -395,8 +418,8 @@ def test_one_example_gives_json_that_any_reader_takes(run: Run, folder: Path, qu
 @pytest.mark.slow
 def test_the_bundled_model_gains_on_real_counterfact(run: Run, bundled: LanguageModel, real_data: Path) -> None:
     data = real_data / "counterfact" / "counterfact_500.json"
-    asked = ("evaluate", "bundled", "--task", "counterfact", "--data", data, "--split", "all", "--phrasings", "rewrite")
-    asked = (*asked, "--limit", 400, "--cache", bundled.cache)
-    found = json.loads(run(*asked, "--reduce", "28.fc_up@0.05", "--compare", "--json")[1])
-    assert (found["n"], found["accuracy"], found["base"]["accuracy"]) == (400, 0.0875, 0.0275)
-    assert found["scorer"] == "next_token"
+    command = ("evaluate", "bundled", "--task", "counterfact", "--data", data, "--split", "all", "--phrasings", "rewrite")
+    command = (*command, "--limit", 400, "--cache", bundled.cache)
+    values = json.loads(run(*command, "--reduce", "28.fc_up@0.05", "--compare", "--json")[1])
+    assert (values["n"], values["accuracy"], values["base"]["accuracy"]) == (400, 0.0875, 0.0275)
+    assert values["scorer"] == "next_token"

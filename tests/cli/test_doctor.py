@@ -27,12 +27,13 @@ def test_version_names_torch_and_transformers(run: Run) -> None:
 
 def test_doctor_finds_nothing_missing_where_the_tests_run(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("doctor", "--json", "--cache", tmp_path, "--store", tmp_path / "runs.db")
-    found = json.loads(out)
+    values = json.loads(out)
     assert code == 0
-    assert not any(extra["missing"] for extra in found["extras"].values())
-    assert found["devices"][0]["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
-    assert (found["bundled"]["ready"], found["cache"]["bytes"]) == (False, {"decompositions": 0, "models": 0, "data": 0})
-    assert found["store"]["bytes"] is None
+    assert not any(extra["missing"] for extra in values["extras"].values())
+    assert values["devices"][0]["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    assert not values["bundled"]["ready"]
+    assert values["cache"]["bytes"] == {"decompositions": 0, "models": 0, "data": 0, "texts": 0}
+    assert values["store"]["bytes"] is None
 
 
 def test_every_extra_for_users_is_looked_for() -> None:
@@ -67,8 +68,8 @@ def test_doctor_says_in_one_line_that_there_is_no_gpu(run: Run, monkeypatch: pyt
     assert line == f"gpu check      no CUDA GPU found: PyTorch {torch.__version__} is built without CUDA"
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert "sees no GPU; see 'nvidia-smi'" in run("doctor")[1]
-    found = json.loads(run("doctor", "--json")[1])["gpu_check"]
-    assert (found["device"], found["checks"], found["reason"][:18]) == (None, [], "no CUDA GPU found:")
+    values = json.loads(run("doctor", "--json")[1])["gpu_check"]
+    assert (values["device"], values["checks"], values["reason"][:18]) == (None, [], "no CUDA GPU found:")
 
 
 @pytest.mark.slow
@@ -149,5 +150,5 @@ def test_completion_scripts_for_every_shell(shell: str, completed: Callable[...,
     ],
 )
 def test_completion_proposes_commands_options_and_names(typed: str, proposed: set[str], completed: Callable[..., str]) -> None:
-    said = completed(_LASER_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(len(typed.split()) - 1))
-    assert set(said.split()) == proposed
+    output = completed(_LASER_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(len(typed.split()) - 1))
+    assert set(output.split()) == proposed

@@ -62,34 +62,34 @@ def player(trained: Path, few: None, capsys: pytest.CaptureFixture[str]) -> Path
 
 
 def test_a_model_is_trained_once(run: Run, few: None, tmp_path: Path) -> None:
-    given = ("lab", "sokoban", "train", "--out", tmp_path / "player", "--levels", 8, "--steps", 2)
-    code, out, _ = run(*given)
+    arguments = ("lab", "sokoban", "train", "--out", tmp_path / "player", "--levels", 8, "--steps", 2)
+    code, out, _ = run(*arguments)
     assert code == 0
     assert "parameters" in out
     written = (tmp_path / "player" / "model.safetensors").stat().st_mtime_ns
-    assert run(*given)[0] == 0
+    assert run(*arguments)[0] == 0
     assert (tmp_path / "player" / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_a_trained_model_plays_is_searched_and_saved(run: Run, player: Path, tmp_path: Path) -> None:
     code, out, _ = run("lab", "sokoban", "evaluate", player, "--max-steps", 5, "--reduce", "2.fc_in@0", "--json")
     assert code == 0
-    told = json.loads(out)
-    before, after = told["evaluations"]
-    assert before["n"] == told["comparison"]["n"] == 16
+    report = json.loads(out)
+    before, after = report["evaluations"]
+    assert before["n"] == report["comparison"]["n"] == 16
     assert before["steps"] <= 5
     assert after["intervention"] == "2.fc_in@0"
     # Playing on without solving anything costs 0.1 for each of five steps, but for boxes pushed on or off goals.
-    assert -2.5 <= told["return"][0]["value"] <= 12
+    assert -2.5 <= report["return"][0]["value"] <= 12
 
-    given = ("--max-steps", 5, "--grid", "2.fc_in@0,0.5", "--store", tmp_path / "runs.db")
-    code, out, _ = run("lab", "sokoban", "search", player, *given, "--json")
+    arguments = ("--max-steps", 5, "--grid", "2.fc_in@0,0.5", "--store", tmp_path / "runs.db")
+    code, out, _ = run("lab", "sokoban", "search", player, *arguments, "--json")
     assert code == 0
-    found = json.loads(out)
-    assert found["candidates"] == 2
-    assert found["test"]["n"] == 16
-    assert "" in found["finalists"]
-    assert run("report", found["run"], "--store", tmp_path / "runs.db", "--out", tmp_path / "report.html")[0] == 0
+    values = json.loads(out)
+    assert values["candidates"] == 2
+    assert values["test"]["n"] == 16
+    assert "" in values["finalists"]
+    assert run("report", values["run"], "--store", tmp_path / "runs.db", "--out", tmp_path / "report.html")[0] == 0
 
     assert run("save", player, "--reduce", "2.fc_in@0.5", "--out", tmp_path / "reduced")[0] == 0
     code, out, _ = run("lab", "sokoban", "evaluate", tmp_path / "reduced", "--max-steps", 5, "--json")

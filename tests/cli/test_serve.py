@@ -19,9 +19,9 @@ CODE = "from laserlm.cli import main\nmain()"
 
 @pytest.mark.slow
 def test_the_app_is_served_until_it_is_interrupted(folder: Path, tmp_path: Path) -> None:
-    given = [str(folder), "--port", "0", "--store", str(tmp_path / "runs.db"), "--cache", str(tmp_path / "cache")]
+    arguments = [str(folder), "--port", "0", "--store", str(tmp_path / "runs.db"), "--cache", str(tmp_path / "cache")]
     with subprocess.Popen(
-        [sys.executable, "-c", CODE, "app", *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", CODE, "app", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
@@ -37,8 +37,8 @@ def test_the_app_is_served_until_it_is_interrupted(folder: Path, tmp_path: Path)
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         code, out, err = run("app", "no/such/model", "--port", port, "--store", tmp_path / "runs.db")
     assert (code, out) == (1, "")
     assert f"cannot listen on 127.0.0.1:{port}" in err

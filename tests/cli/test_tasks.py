@@ -33,11 +33,11 @@ def data(tmp_path: Path) -> Path:
     """A folder of data sets, made for this."""
     claims = [{"id": i, "claim": f"Rome {i} is a city.", "label": ["SUPPORTS", "REFUTES"][i % 2]} for i in range(10)]
     lines(tmp_path / "data" / "fever" / "paper_dev.jsonl", claims)
-    asked = [
+    examples = [
         {"id": i, "question": f"Is {i} Rome?", "prop": "city", "s_pop": i, "possible_answers": '["Rome", "Oslo"]'}
         for i in range(10)
     ]
-    lines(tmp_path / "data" / "popqa" / "popqa.jsonl", asked)
+    lines(tmp_path / "data" / "popqa" / "popqa.jsonl", examples)
     functions = [
         {
             "task_id": f"Made/{i}",
@@ -61,7 +61,7 @@ def data_folder(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_tasks_are_listed_with_size_source_licence_and_scorer(run: Run) -> None:
     rows = json.loads(run("tasks", "--json")[1])
-    assert [r["task"] for r in rows] == [*DEFINITIONS, "jsonl:FILE", "perplexity:FILE", "lm-eval:NAME"]
+    assert [r["task"] for r in rows] == [*DEFINITIONS, "FILE", "hub:ORG/NAME", "perplexity:FILE", "lm-eval:NAME"]
     fever = next(r for r in rows if r["task"] == "fever")
     assert fever["source"] == "fever/fever"
     assert (fever["licence"], fever["scorer"]) == ("CC BY-SA 3.0", "choice")
@@ -100,9 +100,9 @@ def test_a_data_folder_is_taken_from_the_environment(
     run: Run, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LASER_DATA", str(data))
-    found = json.loads(run("evaluate", folder, "--task", "fever", "--json")[1])
-    assert (found["n"], found["scorer"], found["majority_rate"]) == (8, "choice", 0.5)
-    assert found["balanced_accuracy"] is not None
+    values = json.loads(run("evaluate", folder, "--task", "fever", "--json")[1])
+    assert (values["n"], values["scorer"], values["majority_rate"]) == (8, "choice", 0.5)
+    assert values["balanced_accuracy"] is not None
     # A task that comes with laserlm does not look there, and one that is not there asks the hub.
     assert json.loads(run("evaluate", folder, "--task", "worldfacts", "--limit", 2, "--json")[1])["n"] == 2
     code, _, err = run("evaluate", folder, "--task", "truthfulqa")
@@ -110,21 +110,21 @@ def test_a_data_folder_is_taken_from_the_environment(
 
 
 def test_what_the_model_writes_is_evaluated_and_compared(run: Run, folder: Path, data: Path) -> None:
-    asked = ("evaluate", folder, "--task", "popqa", "--data", data, "--reduce", "1.fc_in@0.1", "--compare", "--new-tokens", 4)
-    found = json.loads(run(*asked, "--json")[1])
-    assert {"accuracy_reference", "exact_match", "f1", "f1_reference"} <= found.keys()
-    assert found["comparison"]["n"] == found["n"] == 8
-    code, out, _ = run(*asked)
+    command = ("evaluate", folder, "--task", "popqa", "--data", data, "--reduce", "1.fc_in@0.1", "--compare", "--new-tokens", 4)
+    values = json.loads(run(*command, "--json")[1])
+    assert {"accuracy_reference", "exact_match", "f1", "f1_reference"} <= values.keys()
+    assert values["comparison"]["n"] == values["n"] == 8
+    code, out, _ = run(*command)
     assert code == 0
     assert "accuracy_reference 0." in out or "accuracy_reference 1." in out
 
 
 def test_a_perplexity_is_printed_as_one(run: Run, folder: Path, data: Path) -> None:
-    asked = ("evaluate", folder, "--task", f"perplexity:{data / 'text.txt'}", "--reduce", "1.fc_in@0.1", "--compare")
-    found = json.loads(run(*asked, "--json")[1])
-    assert found["perplexity"] > 1
-    assert found["tokens"] > found["words"] > 0
-    out = run(*asked)[1]
+    command = ("evaluate", folder, "--task", f"perplexity:{data / 'text.txt'}", "--reduce", "1.fc_in@0.1", "--compare")
+    values = json.loads(run(*command, "--json")[1])
+    assert values["perplexity"] > 1
+    assert values["tokens"] > values["words"] > 0
+    out = run(*command)[1]
     assert "perplexity" in out
     assert "change of loss" in out
     assert "accuracy" not in out
@@ -136,17 +136,17 @@ def test_a_perplexity_is_printed_as_one(run: Run, folder: Path, data: Path) -> N
 
 
 def test_programs_run_only_where_that_is_allowed(run: Run, folder: Path, data: Path) -> None:
-    asked = ("evaluate", folder, "--task", "humaneval", "--data", data, "--new-tokens", 3, "--limit", 2)
-    code, _, err = run(*asked)
+    command = ("evaluate", folder, "--task", "humaneval", "--data", data, "--new-tokens", 3, "--limit", 2)
+    code, _, err = run(*command)
     assert (code, "--allow-code-execution" in err) == (1, True)
-    found = json.loads(run(*asked, "--allow-code-execution", "--samples", 10, "--temperature", 1, "--json")[1])
-    assert (found["n"], found["pass@1"], found["pass@10"]) == (2, 0.0, 0.0)
-    assert found["scorer"] == "program"
+    values = json.loads(run(*command, "--allow-code-execution", "--samples", 10, "--temperature", 1, "--json")[1])
+    assert (values["n"], values["pass@1"], values["pass@10"]) == (2, 0.0, 0.0)
+    assert values["scorer"] == "program"
 
 
 def test_a_search_where_the_model_writes_shows_its_finalists(run: Run, folder: Path, data: Path, tmp_path: Path) -> None:
-    asked = ("search", folder, "--task", "popqa", "--data", data, "--new-tokens", 3, "--grid", "2.mlp@0.5,0.1")
-    code, out, err = run(*asked, "--store", tmp_path / "runs.db")
+    command = ("search", folder, "--task", "popqa", "--data", data, "--new-tokens", 3, "--grid", "2.mlp@0.5,0.1")
+    code, out, err = run(*command, "--store", tmp_path / "runs.db")
     assert code == 0, err
     assert "Generated text decides" in out
     assert "the unchanged model" in out
@@ -157,19 +157,19 @@ def test_a_published_result_is_verified_on_a_model_of_its_architecture(run: Run,
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     TOKENIZERS["causal"]().save_pretrained(tmp_path / "model")
     rows = [{"_id": str(i), "question": f"Is {i} in Rome", "answer": "Rome"} for i in range(10)]
-    asked = ("verify", "gpt-j-6b", "hotpotqa", "--data", lines(tmp_path / "dev.jsonl", rows), "--weights", tmp_path / "model")
-    code, out, err = run(*asked, "--limit", 4)
+    command = ("verify", "gpt-j-6b", "hotpotqa", "--data", lines(tmp_path / "dev.jsonl", rows), "--weights", tmp_path / "model")
+    code, out, err = run(*command, "--limit", 4)
     assert code == 0, err
     assert "hotpotqa, 27.fc_in@0.1" in out
     assert "LASER project page (LASER)" in out
     assert "4 test rows, the first of 8" in out
     assert "--answer-tokenizer meta-llama/Llama-2-7b-hf" in out
-    (found,) = json.loads(run(*asked, "--json")[1])
-    assert (found["published"]["base"], found["published"]["edited"]) == (19.6, 19.5)
+    (result,) = json.loads(run(*command, "--json")[1])
+    assert (result["published"]["base"], result["published"]["edited"]) == (19.6, 19.5)
     # The answer stands in every question, where the publication finds it too.
-    assert found["accuracies"] == [100.0, 100.0]
-    assert found["edited"]["intervention"] == "27.fc_in@0.1:reference"
-    assert found["base"]["n"] == 8
+    assert result["accuracies"] == [100.0, 100.0]
+    assert result["edited"]["intervention"] == "27.fc_in@0.1:reference"
+    assert result["base"]["n"] == 8
 
 
 def test_verify_says_what_there_is_and_when_the_hub_is_out_of_reach(run: Run, tmp_path: Path) -> None:

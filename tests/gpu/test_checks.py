@@ -91,8 +91,8 @@ def wrong_gradient(y: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_device_that_computes_something_else_fails(change: Any, expected: set[int]) -> None:
-    found = failed(check_model(in_half_precision(small_llama(), change), "cpu", torch.float16))
-    assert expected <= set(found)
+    result = failed(check_model(in_half_precision(small_llama(), change), "cpu", torch.float16))
+    assert expected <= set(result)
 
 
 def test_a_reduced_layer_that_is_not_where_its_input_is_fails(monkeypatch: pytest.MonkeyPatch) -> None:

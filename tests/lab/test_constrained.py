@@ -28,18 +28,18 @@ def find(patch: pytest.MonkeyPatch, text: str) -> None:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def find_reduction(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return partial(find, monkeypatch)
 
 
 def few_questions(patch: pytest.MonkeyPatch) -> None:
     """Measure on a part of the questions."""
-    whole = constrained.questions
+    questions = constrained.questions
 
-    def made(*given: Any, **options: Any) -> list[Example]:
-        return whole(*given, **options)[:100]
+    def first_questions(*arguments: Any, **options: Any) -> list[Example]:
+        return questions(*arguments, **options)[:100]
 
-    patch.setattr(constrained, "questions", made)
+    patch.setattr(constrained, "questions", first_questions)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrainingResult]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrainingResult]]:
     """A folder of models trained in every way, and what they are worth."""
     folder = tmp_path_factory.mktemp("constrained")
     with pytest.MonkeyPatch.context() as patch:
@@ -62,8 +62,8 @@ class Begun(Exception):
     """Stands for a training that begins, with what it would learn from."""
 
 
-def test_each_method_has_its_rank_and_is_measured_on_the_same_questions(whole: tuple[Path, list[TrainingResult]]) -> None:
-    _, results = whole
+def test_each_method_has_its_rank_and_is_measured_on_the_same_questions(trained: tuple[Path, list[TrainingResult]]) -> None:
+    _, results = trained
     assert [(a.name, a.intervention) for a in results] == [
         ("plain", ""),
         ("LASER after it", "1.fc_in@0.25"),
@@ -88,38 +88,38 @@ def test_each_method_has_its_rank_and_is_measured_on_the_same_questions(whole: t
 
 @pytest.mark.usefixtures("few")
 def test_models_are_used_again_but_not_those_of_another_constraint(
-    whole: tuple[Path, list[TrainingResult]], tmp_path: Path, found: Callable[[str], None]
+    trained: tuple[Path, list[TrainingResult]], tmp_path: Path, find_reduction: Callable[[str], None]
 ) -> None:
-    folder = shutil.copytree(whole[0], tmp_path / "models")
-    found("1.fc_in@0.25")
-    told: list[str] = []
-    list(compare_on_recall(SMALL, folder, penalties=(), on_progress=lambda name, *_: told.append(name)))
-    assert not told
-    list(compare_on_recall(SMALL, folder, penalties=(), every=2, on_progress=lambda name, *_: told.append(name)))
-    assert set(told) == {"constraint-1.fc_in@0.25-2", "constraint-1.fc_in@0.1-2"}
+    folder = shutil.copytree(trained[0], tmp_path / "models")
+    find_reduction("1.fc_in@0.25")
+    messages: list[str] = []
+    list(compare_on_recall(SMALL, folder, penalties=(), on_progress=lambda name, *_: messages.append(name)))
+    assert not messages
+    list(compare_on_recall(SMALL, folder, penalties=(), every=2, on_progress=lambda name, *_: messages.append(name)))
+    assert set(messages) == {"constraint-1.fc_in@0.25-2", "constraint-1.fc_in@0.1-2"}
 
 
 @pytest.mark.usefixtures("few")
-def test_where_nothing_is_found_there_is_the_plain_model_alone(tmp_path: Path, found: Callable[[str], None]) -> None:
-    found("")
+def test_where_nothing_is_found_there_is_the_plain_model_alone(tmp_path: Path, find_reduction: Callable[[str], None]) -> None:
+    find_reduction("")
     assert [a.name for a in compare_on_recall(SMALL, tmp_path)] == ["plain"]
 
 
 def test_answers_are_learnt_and_nothing_else(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [("The capital of France is", "Paris"), ("Two and two are", "four of them"), ("Oslo is", "in Norway")]
     pairs += [(f"Note: {prompt}", answer) for prompt, answer in pairs]
-    made = Task.of("made", [Example(str(i), prompt, answer) for i, (prompt, answer) in enumerate(pairs)])
+    questions = Task.of("made", [Example(str(i), prompt, answer) for i, (prompt, answer) in enumerate(pairs)])
 
     def fit(model: object, lessons: Any, *_: object, **__: object) -> None:
         raise Begun(lessons)
 
     monkeypatch.setattr(constrained, "load", lambda *_, **__: llama)
-    monkeypatch.setattr(constrained, "task", lambda *_, **__: made)
+    monkeypatch.setattr(constrained, "task", lambda *_, **__: questions)
     monkeypatch.setattr(constrained, "fit", fit)
     with pytest.raises(Begun) as begun:
         list(compare_on_worldfacts(0, test=2))
     (lessons,) = begun.value.args
-    examples = made.test.examples[2:]
+    examples = questions.test.examples[2:]
     assert len(lessons) == len(examples) == 3
     tokenizer = llama.require_tokenizer()
     for e, item in zip(examples, [lessons[i] for i in range(3)], strict=True):
@@ -135,15 +135,15 @@ def test_answers_are_learnt_and_nothing_else(llama: LanguageModel, monkeypatch: 
 @pytest.mark.bundled
 @pytest.mark.slow
 def test_the_bundled_model_is_tuned_on_other_facts_than_it_is_measured_on(
-    bundled: LanguageModel, found: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    bundled: LanguageModel, find_reduction: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found("29.v_proj@0.5")
+    find_reduction("29.v_proj@0.5")
     seen: list[str] = []
     plain = constrained.encode
 
-    def watched(lm: LanguageModel, examples: Sequence[Example], *given: Any) -> Any:
+    def watched(lm: LanguageModel, examples: Sequence[Example], *arguments: Any) -> Any:
         seen.extend(e.fact for e in examples)
-        return plain(lm, examples, *given)
+        return plain(lm, examples, *arguments)
 
     monkeypatch.setattr(constrained, "encode", watched)
     results = list(compare_on_worldfacts(0, steps=2, batch_size=2, validation=4, test=6, penalties=(1e9,), every=1))

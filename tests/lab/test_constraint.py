@@ -217,10 +217,10 @@ def test_half_precision_weights_are_truncated_in_float32_and_written_in_their_dt
     lm.model.to(torch.bfloat16)
     original = weight(lm, "0.fc_out")
     train(lm, RankConstraint(lm, "0.fc_out@r5"), steps=1, **STILL)
-    found = weight(lm, "0.fc_out")
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, truncated(original, 5).bfloat16(), atol=0, rtol=2**-7)
-    S = singular_values(found)
+    W = weight(lm, "0.fc_out")
+    assert W.dtype == torch.bfloat16
+    torch.testing.assert_close(W, truncated(original, 5).bfloat16(), atol=0, rtol=2**-7)
+    S = singular_values(W)
     assert S[5] < 2**-7 * S[0]  # of that rank up to rounding to eight bits
 
 
@@ -254,8 +254,8 @@ def test_proximal_steps_further_apart_are_longer(make: Make, train: Any) -> None
     options = {"steps": 3, "optim": "sgd", "max_grad_norm": 1e-12, "lr_scheduler_type": "constant", "learning_rate": 0.01}
     train(lm, RankConstraint(lm, "1.fc_in@r30", every=2, penalty=3), Spectra(), **options)
     tail = torch.cat([S[:30], (S[30:] - 2 * 0.01 * 3).clamp_min(0)])
-    for found, expected in zip(seen, (S, tail, tail), strict=True):
-        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    for result, expected in zip(seen, (S, tail, tail), strict=True):
+        torch.testing.assert_close(result, expected, atol=2e-6, rtol=0)
 
 
 def test_with_momentum_the_penalty_weighs_against_the_loss_as_without(llama: LanguageModel) -> None:

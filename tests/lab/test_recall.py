@@ -97,17 +97,17 @@ def test_swapping_leaves_triggers_and_what_follows_them() -> None:
 def test_a_question_ends_at_a_trigger_after_another_one() -> None:
     language = Language(RecallConfig())
     drawn = language.draw(300, seed=2)
-    asked = questions(language, drawn, "q")
-    assert len(asked) > 290
-    for e in asked:
+    examples = questions(language, drawn, "q")
+    assert len(examples) > 290
+    for e in examples:
         words = e.prompt.split()
         assert words[-1] == TRIGGER
         assert words[:-1].count(TRIGGER) >= 1
         followed = {b for a, b in pairwise(words) if a == TRIGGER}
         assert followed <= {e.answer, NOISE}
     noisy = questions(language, drawn, "q", noisy=True)
-    assert [e.prompt for e in noisy] == [e.prompt for e in asked]
-    same = [a.answer == b.answer for a, b in zip(asked, noisy, strict=True)]
+    assert [e.prompt for e in noisy] == [e.prompt for e in examples]
+    same = [a.answer == b.answer for a, b in zip(examples, noisy, strict=True)]
     assert all(s or b.answer == NOISE for s, b in zip(same, noisy, strict=True))
     assert 0.2 < sum(same) / len(same) < 0.5
 
@@ -232,19 +232,19 @@ def test_it_is_searched_saved_and_loaded_as_any_model(folder: Path, tmp_path: Pa
     with Store.open(tmp_path / "runs.db") as results:
         assert {run.task for run in results.runs()} == {"noisy-recall"}
     save(lm, "1.fc_in@0.5", tmp_path / "reduced", form="factored")
-    asked = Task.of("noisy-recall", questions(Language(SMALL), Language(SMALL).draw(60, seed=1, alpha=0.0), "q")).every
+    examples = Task.of("noisy-recall", questions(Language(SMALL), Language(SMALL).draw(60, seed=1, alpha=0.0), "q")).every
     with applied(lm, "1.fc_in@0.5"):
-        expected = evaluate(lm, asked)
-    assert evaluate(load(tmp_path / "reduced"), asked).loss == pytest.approx(expected.loss, abs=1e-5)
+        expected = evaluate(lm, examples)
+    assert evaluate(load(tmp_path / "reduced"), examples).loss == pytest.approx(expected.loss, abs=1e-5)
 
 
 def test_its_questions_are_read_back_from_a_file(tmp_path: Path) -> None:
-    made = recall_task(replace(SMALL, seed=1))
-    write_questions(made.every.examples, tmp_path / "questions.jsonl")
+    own_task = recall_task(replace(SMALL, seed=1))
+    write_questions(own_task.every.examples, tmp_path / "questions.jsonl")
     read = task("jsonl", data=tmp_path / "questions.jsonl")
     for split in ("validation", "test", "all"):  # what the search chose on is not measured on
         assert [(e.id, e.prompt, e.answer) for e in read.split(split)] == [
-            (e.id, e.prompt, e.answer) for e in made.split(split)
+            (e.id, e.prompt, e.answer) for e in own_task.split(split)
         ]
 
 

@@ -152,14 +152,14 @@ class Worker:
     def call(self, name: str, group: str, streaming: bool, arguments: tuple[Any, ...]) -> Ref | Stream:
         sent = [one if isinstance(one, Ref) else pickle.dumps(one) for one in arguments]
         with self.ray.news:
-            found = Stream(self.ray.news) if streaming else Ref(self.ray.news)
+            result = Stream(self.ray.news) if streaming else Ref(self.ray.news)
             if self.ended.is_set():
-                found.fail(self.error)
+                result.fail(self.error)
             else:
-                self._open.append(found)
-                self._calls[group].append((name, sent, found))
+                self._open.append(result)
+                self._calls[group].append((name, sent, result))
             self.ray.news.notify_all()
-        return found
+        return result
 
     def end(self, error: RayError | None = None) -> None:
         """End it at once: all that it has in hand is lost."""
@@ -168,8 +168,8 @@ class Worker:
                 return
             self.ended.set()
             self.error = error or self.error
-            for found in self._open:
-                found.fail(self.error)
+            for result in self._open:
+                result.fail(self.error)
             if self.node is not None:
                 self.node.free += self.cpus
                 self.node.free_gpus += self.gpus
@@ -183,18 +183,18 @@ class Worker:
                 self.ray.news.wait_for(lambda: calls or self.ended.is_set())
                 if self.ended.is_set():
                     return
-                name, sent, found = calls.popleft()
+                name, sent, result = calls.popleft()
             try:
-                self._do(name, sent, found)
+                self._do(name, sent, result)
             except _Ended:
                 return
 
     def _do(self, name: str, sent: list[Any], found: Ref | Stream) -> None:
         with self._made:
             self._instance = self._instance or self._make()
-        given = [one.get() if isinstance(one, Ref) else pickle.loads(one) for one in sent]
+        arguments = [one.get() if isinstance(one, Ref) else pickle.loads(one) for one in sent]
         try:
-            result = getattr(self._instance, name)(*given)
+            result = getattr(self._instance, name)(*arguments)
             if isinstance(found, Ref):
                 self._tell(found, partial(found.give, pickle.dumps(result)))
                 return
@@ -368,10 +368,10 @@ def instead_of_ray(patch: pytest.MonkeyPatch, *cpus: float) -> Iterator[FakeRay]
 
     ray, threads, load = FakeRay(*cpus), torch.get_num_threads(), laserlm.models.load
 
-    def in_turn(*arguments: Any, **given: Any) -> Any:
+    def in_turn(*arguments: Any, **options: Any) -> Any:
         # While a model is loaded, the whole process's standard error is caught.
         with _loading:
-            return load(*arguments, **given)
+            return load(*arguments, **options)
 
     patch.setitem(sys.modules, "ray", ray)
     patch.setattr(laserlm.models, "load", in_turn)

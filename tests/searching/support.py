@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 from families import SCORED
 
+from laserlm.edit import applied
 from laserlm.models import LanguageModel
+from laserlm.scoring.evaluate import compare, evaluate_rows
+from laserlm.scoring.forward import run_rows
 from laserlm.searching import SearchResult
 from laserlm.searching import search as search_
+from laserlm.searching.guard import Guard, Harm
+from laserlm.searching.scorer import EncodedSplit
 from laserlm.store import Store
 from laserlm.tasks import Example, Task
 
@@ -25,6 +30,8 @@ Scored = tuple[SearchResult, Scores]
 GIVEN: dict[str, dict[str, Any]] = {
     "exhaustive": {"strategy": "exhaustive", "grid": "0-1.mlp@0.5,0.3"},
     "race": {"strategy": "race", "grid": "all.all@0.5,0.3", "candidates": 8, "first_rung": 2, "random_candidates": 2},
+    # Of seven questions none is accepted at a usual error probability.
+    "components": {"strategy": "components", "grid": "all.mlp@0.5", "max_harm": 1.0, "delta": 1.0, "steps": 3},
 }
 """Searches that are made on a cluster and in one process."""
 
@@ -37,10 +44,21 @@ def made_task() -> Task:
     return Task.of("made", rows, scorer="first_token")
 
 
-def search(lm: LanguageModel, task: Task, store: Path, **given: Any) -> Scored:
+def harm_on(lm: LanguageModel, guard: Guard, part: EncodedSplit, intervention: str) -> Harm:
+    """Return the harm of an intervention on a part of a guard, in whole passes of its own."""
+    evaluations = []
+    for text in ("", intervention):
+        with applied(lm, text):
+            evaluations.append(
+                evaluate_rows(lm, part.split, part.scorer, part.sequences, lambda: run_rows(lm, part.sequences, 9))
+            )
+    return Harm(guard.name, guard.kind, compare(*evaluations))
+
+
+def search(lm: LanguageModel, task: Task, store: Path, **options: Any) -> Scored:
     """Search by the loss, and return what was found and all that was scored."""
-    found = search_(lm, task, metric="loss", store=store, **given)
-    return found, scores(store, found)
+    result = search_(lm, task, metric="loss", store=store, **options)
+    return result, scores(store, result)
 
 
 def scores(store: Path, found: SearchResult) -> Scores:

@@ -58,15 +58,15 @@ def test_steps_are_accepted_where_validation_improves_and_the_rest_is_undone(
     before = {name: p.detach().clone() for name, p in llama.model.named_parameters()}
     pointers = {name: p.data_ptr() for name, p in llama.model.named_parameters()}
     options = SearchConfig(first_rung=4)
-    found = search(llama, task, strategy="compose", mode=mode, grid="all.all@0.5,0.2", metric=metric, config=options)
+    result = search(llama, task, strategy="compose", mode=mode, grid="all.all@0.5,0.2", metric=metric, config=options)
     for name, p in llama.model.named_parameters():
         assert p.data_ptr() == pointers[name]
         assert bool((p == before[name]).all())
     if metric == "loss":
-        assert found.steps
-    assert str(found.best) == (found.steps[-1].intervention if found.steps else "")
+        assert result.steps
+    assert str(result.best) == (result.steps[-1].intervention if result.steps else "")
     reached = ""
-    for step in found.steps:
+    for step in result.steps:
         assert set(step.intervention.split("+")) - set(reached.split("+")) == {step.added}
         scored = []
         for text in (reached, step.intervention):
@@ -79,19 +79,19 @@ def test_steps_are_accepted_where_validation_improves_and_the_rest_is_undone(
         reached = step.intervention
     matrices = [text.partition("@")[0] for text in reached.split("+") if text]
     assert len(matrices) == len(set(matrices))
-    if found.steps:
-        assert found.validation.edited_loss == pytest.approx(found.steps[-1].comparison.edited_loss)
+    if result.steps:
+        assert result.validation.edited_loss == pytest.approx(result.steps[-1].comparison.edited_loss)
         if mode == "greedy":
-            blocks = [int(s.added.partition(".")[0]) for s in found.steps]
+            blocks = [int(s.added.partition(".")[0]) for s in result.steps]
             assert blocks == sorted(blocks, reverse=True)
 
 
 def test_a_fused_matrix_and_its_part_are_not_reduced_both(make: Make, task: Task) -> None:
-    found = search(
+    result = search(
         make("gpt2"), task, strategy="compose", mode="greedy", grid="all.qkv@0.5+all.attn@0.5", metric="loss",
         first_rung=4,
     )  # fmt: skip
-    assert found.failed == {}
+    assert result.failed == {}
 
 
 Outcome = Callable[[str, int], tuple[bool, float]]
@@ -128,9 +128,9 @@ def accepted(table: Table, candidates: list[Candidate], metric: Metric, **settin
 
 @pytest.fixture
 def candidates(llama: LanguageModel) -> list[Candidate]:
-    found = expand("all.all@0.7,0.5,0.3", llama.matrices)[:48]
-    assert len(found) == 48
-    return found
+    result = expand("all.all@0.7,0.5,0.3", llama.matrices)[:48]
+    assert len(result) == 48
+    return result
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])

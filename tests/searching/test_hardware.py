@@ -31,8 +31,8 @@ def search_here(llama: LanguageModel, task: Task, tmp_path: Path) -> Callable[..
             if len(steps) == stop:
                 raise KeyboardInterrupt
 
-        given = {"strategy": "exhaustive", "grid": "0-1.mlp@0.5", "store": tmp_path / "runs.db"} | settings
-        return search(llama, task, on_step=on_step, **given)
+        options = {"strategy": "exhaustive", "grid": "0-1.mlp@0.5", "store": tmp_path / "runs.db"} | settings
+        return search(llama, task, on_step=on_step, **options)
 
     return run
 
@@ -79,15 +79,17 @@ def test_a_run_that_goes_on_with_something_else_warns_once_and_names_both(
         llama.model.set_attn_implementation("eager")
     now = HERE | ({"attention": "eager"} if change == "attention" else settings)
     with caplog.at_level(logging.WARNING):
-        found = search_here(**settings)
-    assert found.complete
+        result = search_here(**settings)
+    assert result.complete
     (warning,) = [r.getMessage() for r in caplog.records if "goes on with" in r.getMessage()]
-    assert f"run {found.run} goes on with cpu, float32, attention {now['attention']}, batch size {now['batch_size']}" in warning
+    assert (
+        f"run {result.run} goes on with cpu, float32, attention {now['attention']}, batch size {now['batch_size']}" in warning
+    )
     assert "earlier scores are from cpu, float32, attention sdpa, batch size 32" in warning
     assert "\n" not in warning
     assert noted(tmp_path) == [HERE, now]
     caplog.clear()
-    assert search_here(**settings) == found  # a finished run computes nothing
+    assert search_here(**settings) == result  # a finished run computes nothing
     assert "goes on with" not in caplog.text
     assert run("runs", "show", "last", "--store", tmp_path / "runs.db")[1].count("computed on: cpu") == 2
 
@@ -114,8 +116,8 @@ def test_a_run_of_an_earlier_version_goes_on_without_a_warning(
     stop(search_here)
     with Store.open(tmp_path / "runs.db") as store:
         info = store.find("last")
-        given = {"kind": info.kind, "key": info.key, "settings": info.settings, "provenance": info.provenance}
-        with store.run(**given) as earlier:
+        options = {"kind": info.kind, "key": info.key, "settings": info.settings, "provenance": info.provenance}
+        with store.run(**options) as earlier:
             earlier.note("computed_on", [])
     search_here(batch_size=4)
     assert noted(tmp_path) == [HERE | {"batch_size": 4}]

@@ -29,7 +29,7 @@ Make = Callable[..., LanguageModel]
 GRID = "0-1.mlp@0.8,0.6,0.4,0.2"
 
 
-def made(correct: list[bool], losses: list[float] | None = None, per_fact: int = 1) -> Evaluation:
+def make_evaluation(correct: list[bool], losses: list[float] | None = None, per_fact: int = 1) -> Evaluation:
     losses = losses or [1.0] * len(correct)
     scores = [
         ExampleScore(str(i), c, -loss, 1, "", "", fact=f"fact {i // per_fact}")
@@ -54,8 +54,8 @@ def test_the_order_depends_on_the_seed_and_the_ids_alone() -> None:
 
 @pytest.mark.parametrize(("ahead", "behind"), [(1, 0), (7, 1), (12, 2), (3, 9)])
 def test_accuracy_is_beaten_by_the_exact_one_sided_test(ahead: int, behind: int) -> None:
-    leader = made([True] * ahead + [False] * behind + [True, False])
-    other = made([False] * ahead + [True] * behind + [True, False])
+    leader = make_evaluation([True] * ahead + [False] * behind + [True, False])
+    other = make_evaluation([False] * ahead + [True] * behind + [True, False])
     p = stats.binomtest(ahead, ahead + behind, alternative="greater").pvalue
     assert is_significantly_worse(leader, other, "accuracy", p + 1e-9)
     assert not is_significantly_worse(leader, other, "accuracy", p - 1e-9)
@@ -65,10 +65,12 @@ def test_accuracy_is_beaten_by_the_exact_one_sided_test(ahead: int, behind: int)
 def test_loss_is_beaten_by_the_paired_test() -> None:
     a, b = [0.5, 1.2, 0.8, 2.0, 0.1], [0.9, 1.3, 1.6, 2.2, 0.6]
     p = stats.ttest_rel(b, a, alternative="greater").pvalue
-    assert is_significantly_worse(made([True] * 5, a), made([True] * 5, b), "loss", p + 1e-9)
-    assert not is_significantly_worse(made([True] * 5, a), made([True] * 5, b), "loss", p - 1e-9)
-    assert is_significantly_worse(made([True] * 2, [1.0, 1.0]), made([True] * 2, [2.0, 2.0]), "loss", 1e-9)
-    assert not is_significantly_worse(made([True], [1.0]), made([True], [2.0]), "loss", 0.5)
+    assert is_significantly_worse(make_evaluation([True] * 5, a), make_evaluation([True] * 5, b), "loss", p + 1e-9)
+    assert not is_significantly_worse(make_evaluation([True] * 5, a), make_evaluation([True] * 5, b), "loss", p - 1e-9)
+    assert is_significantly_worse(
+        make_evaluation([True] * 2, [1.0, 1.0]), make_evaluation([True] * 2, [2.0, 2.0]), "loss", 1e-9
+    )
+    assert not is_significantly_worse(make_evaluation([True], [1.0]), make_evaluation([True], [2.0]), "loss", 0.5)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
@@ -77,7 +79,9 @@ def test_equals_are_beaten_no_more_often_than_stated(metric: Metric) -> None:
     delta, runs, n = 0.05, 2000, 60
     lost = 0
     for _ in range(runs):
-        pair = [made([draw.random() < 0.2 for _ in range(n)], [draw.expovariate(1) for _ in range(n)]) for _ in range(2)]
+        pair = [
+            make_evaluation([draw.random() < 0.2 for _ in range(n)], [draw.expovariate(1) for _ in range(n)]) for _ in range(2)
+        ]
         lost += is_significantly_worse(pair[0], pair[1], metric, delta)
     assert lost / runs < delta + 3 * (delta * (1 - delta) / runs) ** 0.5
 
@@ -92,8 +96,8 @@ def test_questions_of_one_fact_do_not_beat_more_often_than_stated(metric: Metric
         facts = [(draw.random() < 0.3, draw.random() < 0.3, draw.expovariate(1), draw.expovariate(1)) for _ in range(40)]
         rows = [fact for fact in facts for _ in range(3)]
         for per_fact in (3, 1):
-            first = made([a for a, *_ in rows], [x for *_, x, _ in rows], per_fact)
-            second = made([b for _, b, *_ in rows], [y for *_, y in rows], per_fact)
+            first = make_evaluation([a for a, *_ in rows], [x for *_, x, _ in rows], per_fact)
+            second = make_evaluation([b for _, b, *_ in rows], [y for *_, y in rows], per_fact)
             rungs = [[replace(e, scores=e.scores[:n]) for e in (first, second)] for n in sizes]
             beaten = any(is_significantly_worse(a, b, metric, delta / len(sizes)) for a, b in rungs)
             lost += beaten and per_fact == 3
@@ -103,7 +107,7 @@ def test_questions_of_one_fact_do_not_beat_more_often_than_stated(metric: Metric
 
 
 def test_one_fact_alone_beats_nothing() -> None:
-    better, worse = made([True] * 9, [1.0] * 8 + [1.1], 9), made([False] * 9, [2.0] * 9, 9)
+    better, worse = make_evaluation([True] * 9, [1.0] * 8 + [1.1], 9), make_evaluation([False] * 9, [2.0] * 9, 9)
     for metric in ("accuracy", "loss"):
         chosen: Metric = metric  # type: ignore[assignment]
         assert not is_significantly_worse(better, worse, chosen, 0.2)
@@ -154,15 +158,15 @@ class Table:
         self.asked: list[tuple[list[str], int]] = []
 
     def n(self, intervention: Intervention) -> int:
-        found = self.scores.get(str(intervention))
-        return found.n if found else 0
+        result = self.scores.get(str(intervention))
+        return result.n if result else 0
 
     def fails(self, intervention: Intervention, stop: int) -> bool:
         return str(intervention) in self.failed and self.n(intervention) < stop
 
     def first(self, intervention: Intervention, n: int) -> Evaluation:
-        found = self.scores[str(intervention)]
-        return replace(found, scores=found.scores[:n])
+        result = self.scores[str(intervention)]
+        return replace(result, scores=result.scores[:n])
 
     def extend(self, interventions: list[Intervention], stop: int, **_: Any) -> None:
         self.asked.append(([str(i) for i in interventions], stop))
@@ -170,13 +174,13 @@ class Table:
             if stop > self.failing.get(text, 10**9):
                 self.failed[text] = "no"
             else:
-                self.scores[text] = made([False] * stop, self.losses[text][:stop])
+                self.scores[text] = make_evaluation([False] * stop, self.losses[text][:stop])
 
 
 def run(table: Table, candidates: list[Candidate], entered: list[str], **options: float) -> list[RungReport]:
     by_text = {str(c.intervention): c for c in candidates}
-    given: dict[str, float] = {"first": 8, "keep": 0.5, "delta": 0.05, **options}
-    settings = SearchConfig(first_rung=int(given["first"]), keep=given["keep"], delta=given["delta"])
+    arguments: dict[str, float] = {"first": 8, "keep": 0.5, "delta": 0.05, **options}
+    settings = SearchConfig(first_rung=int(arguments["first"]), keep=arguments["keep"], delta=arguments["delta"])
     trials: ScoreLedger = table  # type: ignore[assignment]
     return list(race(trials, [by_text[t] for t in entered], candidates, "loss", settings))
 
@@ -255,7 +259,7 @@ def test_scores_of_later_rungs_do_not_change_the_race(known: int, candidates: li
     table = Table(losses, failing)
     for i, text in enumerate(["", *texts][:known]):
         n = min([64, 16, 8][i % 3], failing.get(text, 64))
-        table.scores[text] = made([False] * n, losses[text][:n])
+        table.scores[text] = make_evaluation([False] * n, losses[text][:n])
         if failing.get(text) == n:
             table.failed[text] = "no"
     assert run(table, candidates, entered) == undisturbed
@@ -270,7 +274,7 @@ def test_options_that_mean_nothing_are_refused() -> None:
         ({"keep": 1.5}, "keep and delta from 0 to 1"),
         ({"delta": -0.1}, "keep and delta from 0 to 1"),
         ({"random_candidates": -1}, "random_candidates must be 0 or more"),
-        ({"strategy": "luck"}, "no strategy 'luck'; there are race, exhaustive, compose"),
+        ({"strategy": "luck"}, "no strategy 'luck'; there are components, race, exhaustive, compose"),
         ({"mode": "any"}, "no mode 'any'; there are joint, greedy"),
         ({"metric": "speed"}, "no metric 'speed'; there are accuracy, loss"),
         ({"width": 3}, "a search has no setting 'width'; it has strategy, grid"),
@@ -308,14 +312,14 @@ def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama
         whole = search(llama, task, strategy="exhaustive", grid="all.mlp@0.5,0.2", metric=chosen)
         options = SearchConfig(candidates=99, keep=1, first_rung=8)
         store = tmp_path / f"{metric}.db"
-        found = search(llama, task, grid="all.mlp@0.5,0.2", metric=chosen, config=options, store=store)
-        assert found.best == whole.best
-        assert found.test.corrected == whole.test.corrected
-        assert found.validation.n == whole.validation.n
+        result = search(llama, task, grid="all.mlp@0.5,0.2", metric=chosen, config=options, store=store)
+        assert result.best == whole.best
+        assert result.test.corrected == whole.test.corrected
+        assert result.validation.n == whole.validation.n
         with Store.open(store) as results:
-            on_test = {t.intervention for t in results.trials(found.run) if t.split == "test"}
-        assert on_test == {"", str(found.best)}
-        screened = found.screened
+            on_test = {t.intervention for t in results.trials(result.run) if t.split == "test"}
+        assert on_test == {"", str(result.best)}
+        screened = result.screened
         assert screened is not None
         assert (screened.candidates, screened.chosen, screened.controls) == (18, 18, 0)
         assert set(screened.measured) == set(screened.expected)
@@ -343,6 +347,6 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
         with store.run(**{**work, "key": "other"}) as run_:  # type: ignore[arg-type]
             at_once = ScoreLedger(llama, run_, "made", material, local)
             at_once.extend(parts[::-1], 6)
-            for text, found in at_once.scores.items():
-                assert [s.logprob for s in stepwise[text].scores] == pytest.approx([s.logprob for s in found.scores], abs=1e-5)
+            for text, result in at_once.scores.items():
+                assert [s.logprob for s in stepwise[text].scores] == pytest.approx([s.logprob for s in result.scores], abs=1e-5)
     assert torch.is_grad_enabled()

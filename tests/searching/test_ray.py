@@ -49,10 +49,10 @@ def cluster() -> Iterator[Any]:
 
 
 @contextmanager
-def connected(cluster: Any, **given: Any) -> Iterator[Any]:
+def connected(cluster: Any, **options: Any) -> Iterator[Any]:
     import ray
 
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", **given)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", **options)
     try:
         yield ray
     finally:
@@ -64,7 +64,7 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, S
     """What the searches find in one process, by their names."""
     place = tmp_path_factory.mktemp("alone")
     lm = load(folder, cache=place / "cache", device="cpu")
-    return {name: search(lm, made_task(), place / f"{name}.db", **given) for name, given in GIVEN.items()}
+    return {name: search(lm, made_task(), place / f"{name}.db", **options) for name, options in GIVEN.items()}
 
 
 @pytest.fixture
@@ -77,19 +77,23 @@ def test_the_winner_and_every_score_are_those_of_one_process(
     cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path, alone: dict[str, Scored]
 ) -> None:
     with connected(cluster):
-        for name, given in GIVEN.items():
+        for name, options in GIVEN.items():
             expected, scored = alone[name]
-            found, ours = search(lm, task, tmp_path / f"{name}.db", executor=Ray(workers=2), **given)
-            assert (found.best, found.failed, found.complete) == (expected.best, {}, True)
-            assert found.rungs == expected.rungs
+            result, ours = search(lm, task, tmp_path / f"{name}.db", executor=Ray(workers=2), **options)
+            assert (result.best, result.failed, result.complete) == (expected.best, {}, True)
+            assert result.rungs == expected.rungs
+            assert [p.intervention for p in result.points] == [p.intervention for p in expected.points]
+            assert result.points or name != "components"
+            for harm, of_one in zip(result.harms, expected.harms, strict=True):
+                assert harm.change == pytest.approx(of_one.change, abs=1e-5)
             same(ours, scored)
         cities = ("Paris", "Rome", "Oslo", "Lisbon", "Madrid")
         rows = [replace(e, choices=cities) for e in task.every]
-        made = Task.of("written", rows, scorer="contains", decoding=Decoding(new_tokens=3))
-        given = {"grid": "0-2.mlp@0.5", "candidates": 4, "first_rung": 3}
-        expected, scored = search(lm, made, tmp_path / "local.db", **given)
-        found, ours = search(lm, made, tmp_path / "written.db", executor=Ray(workers=2), **given)
-    assert (found.best, found.finalists) == (expected.best, expected.finalists)
+        questions = Task.of("written", rows, scorer="contains", decoding=Decoding(new_tokens=3))
+        options = {"grid": "0-2.mlp@0.5", "candidates": 4, "first_rung": 3}
+        expected, scored = search(lm, questions, tmp_path / "local.db", **options)
+        result, ours = search(lm, questions, tmp_path / "written.db", executor=Ray(workers=2), **options)
+    assert (result.best, result.finalists) == (expected.best, expected.finalists)
     same(ours, scored)
     assert {k: v.scores[0].predicted for k, v in ours.items()} == {k: v.scores[0].predicted for k, v in scored.items()}
 
@@ -103,8 +107,8 @@ def test_a_killed_worker_loses_nothing(cluster: Any, lm: LanguageModel, task: Ta
 
         load = laserlm.models.load
 
-        def loaded(*arguments: Any, **given: Any) -> LanguageModel:
-            lm = load(*arguments, **given)
+        def loaded(*arguments: Any, **options: Any) -> LanguageModel:
+            lm = load(*arguments, **options)
 
             def kill(*_: Any) -> None:
                 if lm.intervention == "1.fc_up@0.3" and not killed.exists():
@@ -117,9 +121,9 @@ def test_a_killed_worker_loses_nothing(cluster: Any, lm: LanguageModel, task: Ta
         laserlm.models.load = loaded
 
     with connected(cluster, runtime_env={"worker_process_setup_hook": hook}):
-        found, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
+        result, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
     assert killed.exists()
-    assert (found.best, found.failed) == (local[0].best, {})
+    assert (result.best, result.failed) == (local[0].best, {})
     same(ours, local[1])
 
 
@@ -157,11 +161,11 @@ def test_a_killed_driver_goes_on_where_it_was(cluster: Any, folder: Path, tmp_pa
     second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
     *steps, said = second.stdout.splitlines()
-    found = SearchResult.from_dict(json.loads(said))
-    assert found.run == run.id
-    ours = scores(store, found)
+    values = SearchResult.from_dict(json.loads(said))
+    assert values.run == run.id
+    ours = scores(store, values)
     assert {text: ours["validation", text] for text in before} == before
-    assert not set(steps) & (set(before) - {"", str(found.best)})
+    assert not set(steps) & (set(before) - {"", str(values.best)})
     same(ours, local[1])
 
 
@@ -171,11 +175,11 @@ def test_without_an_address_a_cluster_is_started_and_ended(
     import ray
 
     assert not ray.is_initialized()
-    found, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
+    result, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
     assert not ray.is_initialized()
     same(ours, local[1])
     with Store.open(tmp_path / "ray.db") as store:
-        assert store.find(found.run).provenance["ray"] == {"address": None, "workers": 2, "cpus": 1.0, "gpus": None}
+        assert store.find(result.run).provenance["ray"] == {"address": None, "workers": 2, "cpus": 1.0, "gpus": None}
 
 
 def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C901 - one script that Ray and its stand-in both run
@@ -217,8 +221,8 @@ def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C90
             ray.get(ref)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
-            told = isinstance(cause, BaseException)
-            return ("raised", type(cause).__name__, str(cause)) if told else ("ended", "", "")
+            values = isinstance(cause, BaseException)
+            return ("raised", type(cause).__name__, str(cause)) if values else ("ended", "", "")
         return None
 
     def first_error_of(call: Callable[[], Any]) -> tuple[str, str, str] | None:
@@ -237,53 +241,53 @@ def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C90
         return said
 
     make = ray.remote(num_cpus=1, num_gpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"beside": 1})(Actor)
-    found: dict[str, Any] = {"connected": ray.is_initialized()}
+    by_name: dict[str, Any] = {"connected": ray.is_initialized()}
     shared, sent = ray.put([7]), [1]
     actor = make.remote()
-    found["values are copies"] = [ray.get(actor.keep.remote(shared, sent)), ray.get(shared), sent]
+    by_name["values are copies"] = [ray.get(actor.keep.remote(shared, sent)), ray.get(shared), sent]
     sent.append(2)
-    found["calls come in order"] = [ray.get(actor.keep.remote(shared, n)) for n in (3, 4)]
-    found["an error"] = error_of(actor.fail.remote())
+    by_name["calls come in order"] = [ray.get(actor.keep.remote(shared, n)) for n in (3, 4)]
+    by_name["an error"] = error_of(actor.fail.remote())
     count = actor.count.options(num_returns="streaming")
-    found["a stream"] = [all_of(count.remote(3, "")), all_of(count.remote(0, ""))]
-    found["a stream with an error"] = all_of(count.remote(2, "fail"))
+    by_name["a stream"] = [all_of(count.remote(3, "")), all_of(count.remote(0, ""))]
+    by_name["a stream with an error"] = all_of(count.remote(2, "fail"))
 
     other = make.remote()
     stream = other.count.options(num_returns="streaming").remote(1, "hear")
     there, rest = ray.wait([stream], timeout=60, fetch_local=False)
-    found["something has come"] = [there == [stream], rest, stream.next_ready()]
-    found["it is the first"] = ray.get(next(stream))
+    by_name["something has come"] = [there == [stream], rest, stream.next_ready()]
+    by_name["it is the first"] = ray.get(next(stream))
     there, rest = ray.wait([stream], num_returns=1, timeout=0, fetch_local=False)
-    found["nothing more has come"] = [there, rest == [stream], stream.next_ready()]
+    by_name["nothing more has come"] = [there, rest == [stream], stream.next_ready()]
     waits = actor.hear.remote(1)
-    found["one of two"] = [x == [waits] for x in ray.wait([stream, waits], timeout=60, fetch_local=False)]
+    by_name["one of two"] = [x == [waits] for x in ray.wait([stream, waits], timeout=60, fetch_local=False)]
     other.hear.options(concurrency_group="beside").remote("stop")
     there, _ = ray.wait([stream], timeout=60, fetch_local=False)
-    found["it was heard"] = [there == [stream], stream.next_ready(), next(stream, "over")]
+    by_name["it was heard"] = [there == [stream], stream.next_ready(), next(stream, "over")]
 
     stream = other.count.options(num_returns="streaming").remote(2, "end")
-    found["a stream that ends with its worker"] = all_of(stream)
-    found["a call to one that has ended"] = error_of(other.hear.remote(1))
-    found["an end in a call"] = error_of(make.remote().end.remote())
+    by_name["a stream that ends with its worker"] = all_of(stream)
+    by_name["a call to one that has ended"] = error_of(other.hear.remote(1))
+    by_name["an end in a call"] = error_of(make.remote().end.remote())
 
     ray.kill(actor)
-    found["a killed one"] = first_error_of(lambda: actor.hear.remote(1))
+    by_name["a killed one"] = first_error_of(lambda: actor.hear.remote(1))
     every = [make.remote() for _ in range(5)]
     calls = {one.keep.remote(shared, i): one for i, one in enumerate(every)}
     there, rest = ray.wait(list(calls), num_returns=4, timeout=60, fetch_local=False)
-    found["room"] = [len(there), len(rest), ray.wait(rest, timeout=1, fetch_local=False)[0]]
+    by_name["room"] = [len(there), len(rest), ray.wait(rest, timeout=1, fetch_local=False)[0]]
     ray.kill(calls[there[0]])
-    found["room after an end"] = ray.wait(rest, timeout=60, fetch_local=False)[0] == rest
+    by_name["room after an end"] = ray.wait(rest, timeout=60, fetch_local=False)[0] == rest
     for one in every:
         ray.kill(one)
     # Last, for Ray may cancel an actor that starts after an object that it could not send.
     try:
         ray.put(threading.Lock())
     except TypeError:
-        found["what cannot be sent"] = "TypeError"
-    found["no source"] = ray.wait([], timeout=0, fetch_local=False)
-    found["CPUs"] = [ray.cluster_resources()["CPU"], sorted(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"])]
-    return found
+        by_name["what cannot be sent"] = "TypeError"
+    by_name["no source"] = ray.wait([], timeout=0, fetch_local=False)
+    by_name["CPUs"] = [ray.cluster_resources()["CPU"], sorted(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"])]
+    return by_name
 
 
 def test_the_stand_in_behaves_as_ray_does(cluster: Any) -> None:

@@ -25,8 +25,8 @@ class Job:
         raise AssertionError
 
 
-def jobs(n: int, **given: Any) -> list[Job]:
-    return [Job(str(i), **given) for i in range(n)]
+def jobs(n: int, **options: Any) -> list[Job]:
+    return [Job(str(i), **options) for i in range(n)]
 
 
 def names(items: list[Any]) -> list[str]:
@@ -56,8 +56,8 @@ def test_a_unit_has_one_affinity_and_one_batch_key() -> None:
 def test_a_worker_stays_where_it_is_and_others_go_where_nobody_is() -> None:
     schedule = Schedule(9)
     schedule.want([Job(f"{home}{i}", affinity=home, batch_key=str(i)) for home in "xyz" for i in range(4)])
-    taken = {worker: schedule.take(worker, 0)[0].name for worker in "abcd"}
-    assert taken == {"a": "x0", "b": "y0", "c": "z0", "d": "x1"}
+    durations = {worker: schedule.take(worker, 0)[0].name for worker in "abcd"}
+    assert durations == {"a": "x0", "b": "y0", "c": "z0", "d": "x1"}
     for worker in "ab":
         schedule.finish(worker)  # nothing was answered: it waits again, before the others
     assert names(schedule.take("b", 0)) == ["y0"]
@@ -203,14 +203,14 @@ def test_what_is_needless_is_not_begun() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_every_piece_is_answered_once(seed: int) -> None:
     draw = random.Random(seed)
-    wanted = [
+    expected = [
         Job(f"{home}-{i}", affinity=str(home), batch_key=str(i // 3), cost=draw.uniform(0.5, 4))
         for home in range(draw.randint(1, 4))
         for i in range(draw.randint(1, 30))
     ]
-    poison = {job for job in wanted if draw.random() < 0.05}
+    poison = {job for job in expected if draw.random() < 0.05}
     schedule = Schedule(draw.randint(1, 8))
-    assert schedule.want(wanted) == []
+    assert schedule.want(expected) == []
     units: dict[int, list[Any]] = {i: [] for i in range(schedule.workers)}
     answered: list[Any] = []
     gave_up: list[Any] = []
@@ -224,9 +224,9 @@ def test_whatever_happens_every_piece_is_answered_once(seed: int) -> None:
         elif not units[worker]:
             schedule.finish(worker)
         elif units[worker][0] in poison or draw.random() < 0.1:
-            found = schedule.lose(worker)
-            if found is not None:
-                gave_up.append(found)
+            result = schedule.lose(worker)
+            if result is not None:
+                gave_up.append(result)
             del units[worker]
             units[next(numbers)] = []
         elif draw.random() < 0.8:  # the others are slow
@@ -234,6 +234,6 @@ def test_whatever_happens_every_piece_is_answered_once(seed: int) -> None:
             if schedule.answer(worker, item, None, now):
                 answered.append(item)
     assert len(answered) == len(set(answered))
-    assert sorted(j.name for j in {*answered, *gave_up}) == sorted(j.name for j in wanted)
+    assert sorted(j.name for j in {*answered, *gave_up}) == sorted(j.name for j in expected)
     assert not set(answered) & set(gave_up)
     assert poison.isdisjoint(answered)

@@ -45,6 +45,6 @@ def test_a_score_takes_few_bytes() -> None:
     before = tracemalloc.get_traced_memory()[0]
     for number in range(100):
         table.append(evaluation(f"{number}.fc_in@0.5", 0, 500, number / 3))
-    taken = tracemalloc.get_traced_memory()[0] - before
+    durations = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert taken / (100 * 500) < 25
+    assert durations / (100 * 500) < 25

@@ -154,12 +154,12 @@ def test_little_memory_gives_the_same_predictions_in_more_passes(family: str, ma
 
     expected = predict(lm, "all.all@0.5", batch_size=5)
     with lm.model.register_forward_pre_hook(count, with_kwargs=True):
-        found = predict(lm, "all.all@0.5", batch_size=5, memory=1)
+        result = predict(lm, "all.all@0.5", batch_size=5, memory=1)
     assert passes[-5:] == [1] * 5
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     for text, prediction in expected.items():
-        assert found[text].change == pytest.approx(prediction.change, rel=1e-4, abs=1e-6)
-        assert found[text].deviation == pytest.approx(prediction.deviation, rel=1e-4, abs=1e-6)
+        assert result[text].change == pytest.approx(prediction.change, rel=1e-4, abs=1e-6)
+        assert result[text].deviation == pytest.approx(prediction.deviation, rel=1e-4, abs=1e-6)
 
 
 def test_memory_bounds_what_is_held_between_blocks(make: Make) -> None:
@@ -195,12 +195,12 @@ def test_a_gradient_beyond_float16_is_taken_again_at_a_smaller_scale(make: Make,
     with monkeypatch.context() as patch:
         patch.setattr("laserlm.searching.screen.HALF_PRECISION_SCALES", HALF_PRECISION_SCALES[:1])
         assert screened(lm, "all.all@0.5,0.1").unranked
-    found = screened(lm, "all.all@0.5,0.1")
-    assert found.unranked == {}
+    result = screened(lm, "all.all@0.5,0.1")
+    assert result.unranked == {}
     expected = predict(small_mistral(make, torch.float32), "all.all@0.5,0.1")
-    assert found.predictions.keys() == expected.keys()
-    assert {p.examples for p in found.predictions.values()} == {5}
-    both = [[p[text].change for text in expected] for p in (expected, found.predictions)]
+    assert result.predictions.keys() == expected.keys()
+    assert {p.examples for p in result.predictions.values()} == {5}
+    both = [[p[text].change for text in expected] for p in (expected, result.predictions)]
     assert spearman(*map(dense_ranks, both)) > 0.98
 
 
@@ -216,12 +216,12 @@ def test_an_example_whose_gradient_is_not_finite_is_left_out_alone(family: str, 
 
     expected, without = by_hand(lm, "all.all@0.5"), by_hand(lm, "all.all@0.5", others)
     with lm.model.model.layers[1].mlp.register_forward_hook(overflow):
-        found = screened(lm, "all.all@0.5", batch_size=1)
-    assert found.unranked == {}
+        result = screened(lm, "all.all@0.5", batch_size=1)
+    assert result.unranked == {}
     above = {t for t in expected if t.startswith("2.")} | {"1.fc_out@0.5"}
-    check(found.predictions, {t: expected[t] if t in above else without[t] for t in expected})
-    assert found.predictions["2.q_proj@0.5"].examples == 5
-    assert found.predictions["0.q_proj@0.5"].examples == len(others)
+    check(result.predictions, {t: expected[t] if t in above else without[t] for t in expected})
+    assert result.predictions["2.q_proj@0.5"].examples == 5
+    assert result.predictions["0.q_proj@0.5"].examples == len(others)
 
 
 def test_nothing_that_kernels_leave_at_padded_positions_enters_the_sums(make: Make) -> None:
@@ -240,10 +240,10 @@ def test_nothing_that_kernels_leave_at_padded_positions_enters_the_sums(make: Ma
             output.register_hook(lambda d: d.masked_fill(mask[..., None], float("nan")))
 
     lm.model.model.layers[1].self_attn.q_proj.register_forward_hook(spoil)
-    found = predict(lm, "all.all@0.5", batch_size=5)
+    result = predict(lm, "all.all@0.5", batch_size=5)
     assert spoilt
     assert len([mask for mask in padding if len(mask) == 5]) == 1  # at once, and not again row by row
-    check(found, expected)
+    check(result, expected)
 
 
 def test_what_padding_spoils_is_taken_again_without_it(make: Make) -> None:
@@ -263,10 +263,10 @@ def test_what_is_not_ranked_has_a_reason(make: Make) -> None:
     with torch.no_grad():
         lm.model.model.layers[1].mlp.gate_proj.weight[0, 0] = float("inf")
     lm.model.model.layers[1].mlp.act_fn = torch.nn.Sigmoid().eval()
-    found = screened(lm, "0-1.mlp@0.5")
-    assert set(found.predictions) == {"1.fc_up@0.5", "1.fc_out@0.5"}
-    assert "NaN or inf" in found.unranked.pop("1.fc_in@0.5")
-    assert found.unranked == dict.fromkeys(
+    result = screened(lm, "0-1.mlp@0.5")
+    assert set(result.predictions) == {"1.fc_up@0.5", "1.fc_out@0.5"}
+    assert "NaN or inf" in result.unranked.pop("1.fc_in@0.5")
+    assert result.unranked == dict.fromkeys(
         ["0.fc_in@0.5", "0.fc_up@0.5", "0.fc_out@0.5"], "its gradient is not finite in float32"
     )
 
@@ -284,12 +284,12 @@ def test_at_the_deadline_what_is_done_is_ranked(make: Make, monkeypatch: pytest.
 
     rows = encode(lm, EXAMPLES, "answer")
     candidates = expand("all.all@0.5", lm.matrices)
-    found = screen(lm, EXAMPLES, rows, "answer", candidates, cache=Slow(), deadline=9)
-    assert set(found.predictions) == {text for text in expected if text.startswith("2.")}
-    for text, prediction in found.predictions.items():
+    result = screen(lm, EXAMPLES, rows, "answer", candidates, cache=Slow(), deadline=9)
+    assert set(result.predictions) == {text for text in expected if text.startswith("2.")}
+    for text, prediction in result.predictions.items():
         assert prediction.change == pytest.approx(expected[text].change, rel=1e-4, abs=1e-6)
-    assert set(found.unranked.values()) == {OUT_OF_TIME}
-    assert len(found.unranked) == 14
+    assert set(result.unranked.values()) == {OUT_OF_TIME}
+    assert len(result.unranked) == 14
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta", "t5"])
@@ -301,8 +301,8 @@ def test_the_least_component_changes_the_loss_as_predicted(family: str, make: Ma
     split = Split("made", "validation", tuple(EXAMPLES), "answer")
     with applied(lm, text):
         edited = evaluate(lm, split)
-    found = predict(lm, text)[text]
-    assert found.change == pytest.approx(edited.loss - evaluate(lm, split).loss, rel=0.1, abs=2e-6)
+    result = predict(lm, text)[text]
+    assert result.change == pytest.approx(edited.loss - evaluate(lm, split).loss, rel=0.1, abs=2e-6)
 
 
 @pytest.mark.parametrize("between", [True, False])
@@ -353,15 +353,15 @@ def test_windows_of_a_text_are_screened_by_their_tokens(make: Make, monkeypatch:
     with applied(lm, "1.fc_in@0.6"):
         change = float((G * (parameter.detach() - before)).sum())
     (candidate,) = expand("1.fc_in@0.6", lm.matrices)
-    found = screen(lm, [e], rows, "perplexity", [candidate], cache=DecompositionCache(), batch_size=2)
-    assert found.predictions["1.fc_in@0.6"].change == pytest.approx(change, rel=1e-3, abs=2e-6)
+    result = screen(lm, [e], rows, "perplexity", [candidate], cache=DecompositionCache(), batch_size=2)
+    assert result.predictions["1.fc_in@0.6"].change == pytest.approx(change, rel=1e-3, abs=2e-6)
 
 
 def test_the_two_ends_of_a_spectrum_add_up(make: Make) -> None:
     lm = make("llama")
     k = next(m.max_rank for m in lm.matrices if m.name == "fc_in")
-    found = predict(lm, f"1.fc_in@0,r{k - 5}+1.fc_in@r5:bottom")
-    nothing, top, bottom = (found[f"1.fc_in@{size}"].change for size in ("0", f"r{k - 5}", "r5:bottom"))
+    result = predict(lm, f"1.fc_in@0,r{k - 5}+1.fc_in@r5:bottom")
+    nothing, top, bottom = (result[f"1.fc_in@{size}"].change for size in ("0", f"r{k - 5}", "r5:bottom"))
     assert top + bottom == pytest.approx(nothing, abs=1e-6)
 
 
@@ -402,14 +402,14 @@ def test_sensitivities_are_half_the_sum_of_squared_token_gradients(family: str, 
         hooks = [lm.model.get_submodule(path).register_forward_hook(keeping(seen, name)) for name, path in paths.items()]
         lm.model(input_ids=torch.tensor([x]), labels=torch.tensor([x])).loss.backward()
         for m in matrices:
-            given, out = seen[m.id]
+            options, out = seen[m.id]
             assert out.grad is not None
             D = out.grad.flatten(0, -2)
-            per_token = (D @ parts[m.id].left) * (given @ parts[m.id].right.T)  # (T, k)
+            per_token = (D @ parts[m.id].left) * (options @ parts[m.id].right.T)  # (T, k)
             expected[m.id] += per_token.square().sum(0) / 2 / len(ids)
         for hook in hooks:
             hook.remove()
-    found = sensitivities(lm, rows, matrices, lambda m: parts[m.id], batch_size=2)
-    assert found.keys() == expected.keys()
+    result = sensitivities(lm, rows, matrices, lambda m: parts[m.id], batch_size=2)
+    assert result.keys() == expected.keys()
     for name, values in expected.items():
-        torch.testing.assert_close(found[name], values, rtol=2e-3, atol=1e-9 + 1e-4 * float(values.max()))
+        torch.testing.assert_close(result[name], values, rtol=2e-3, atol=1e-9 + 1e-4 * float(values.max()))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -12,7 +13,7 @@ import pytest
 import torch
 from families import TOKENIZERS, UNUSUAL, build
 from searching.conftest import BeforeScoring
-from searching.support import EVERY, made_task
+from searching.support import EVERY, harm_on, made_task
 
 from laserlm.edit import applied
 from laserlm.edit.decomposition_cache import DecompositionCache
@@ -22,6 +23,7 @@ from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.searching import SearchConfig, SearchProgress, SearchResult, expand
 from laserlm.searching import search as search_
+from laserlm.searching.guard import guards_of
 from laserlm.searching.screen import OUT_OF_TIME
 from laserlm.store import Store
 from laserlm.tasks import Decoding, Example, Split, Task
@@ -57,60 +59,60 @@ def test_experts_and_stacks_are_candidates_of_their_own(make: Make) -> None:
     assert texts("decoder.top1.cross_q_proj@0.5", make("t5")) == ["decoder.1.cross_q_proj@0.5"]
 
 
-def search(lm: LanguageModel, task: Task, **given: Any) -> SearchResult:
+def search(lm: LanguageModel, task: Task, **options: Any) -> SearchResult:
     """Search exhaustively unless told otherwise."""
-    return search_(lm, task, **({"strategy": "exhaustive", "grid": GRID} | given))
+    return search_(lm, task, **({"strategy": "exhaustive", "grid": GRID} | options))
 
 
 def brute_force(lm: LanguageModel, split: Split, interventions: list[str]) -> dict[str, Any]:
     """Score every intervention in whole passes of its own, in an order of the split's own."""
-    found = {}
+    values = {}
     for text in interventions:
         with applied(lm, text):
-            found[text] = evaluate(lm, split)
-    return found
+            values[text] = evaluate(lm, split)
+    return values
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_best_on_validation_wins_and_only_it_meets_the_test_split(
     metric: str, llama: LanguageModel, task: Task, tmp_path: Path
 ) -> None:
-    found = search(llama, task, metric=metric, store=tmp_path / "runs.db")
+    result = search(llama, task, metric=metric, store=tmp_path / "runs.db")
     everything = brute_force(llama, task.validation, ["", *texts(GRID, llama)])
     if metric == "accuracy":
         best = max(everything, key=lambda text: (everything[text].accuracy, -everything[text].loss))
     else:
         best = min(everything, key=lambda text: everything[text].loss)
-    assert str(found.best) == best
-    assert (found.candidates, found.scored, found.complete) == (12, 12, True)
+    assert str(result.best) == best
+    assert (result.candidates, result.scored, result.complete) == (12, 12, True)
     expected = compare(everything[""], everything[best])
-    assert (found.validation.corrected, found.validation.broken) == (expected.corrected, expected.broken)
-    assert found.validation.edited_loss == pytest.approx(expected.edited_loss, abs=1e-5)
-    assert found.validation.interval == expected.interval
+    assert (result.validation.corrected, result.validation.broken) == (expected.corrected, expected.broken)
+    assert result.validation.edited_loss == pytest.approx(expected.edited_loss, abs=1e-5)
+    assert result.validation.interval == expected.interval
     with applied(llama, best):
         edited = evaluate(llama, task.test)
-    assert found.test.edited == edited.accuracy
-    assert found.test.edited_loss == pytest.approx(edited.loss, abs=1e-5)
+    assert result.test.edited == edited.accuracy
+    assert result.test.edited_loss == pytest.approx(edited.loss, abs=1e-5)
     with Store.open(tmp_path / "runs.db") as store:
-        trials = store.trials(found.run)
+        trials = store.trials(result.run)
     assert sorted(t.intervention for t in trials if t.split == "test") == sorted({"", best})
     assert len([t for t in trials if t.split == "validation"]) == 13
 
 
 @pytest.mark.parametrize("memory", [2**30, 4000])
 def test_every_score_is_that_of_brute_force(memory: int, llama: LanguageModel, task: Task, tmp_path: Path) -> None:
-    found = search(llama, task, memory=memory, store=tmp_path / "runs.db")
+    result = search(llama, task, memory=memory, store=tmp_path / "runs.db")
     everything = brute_force(llama, task.validation, ["", *texts(GRID, llama)])
     with Store.open(tmp_path / "runs.db") as store:
         for text, whole in everything.items():
-            scored = store.evaluation(found.run, "validation", text)
+            scored = store.evaluation(result.run, "validation", text)
             assert scored is not None
             ours = {s.id: s for s in scored.scores}
             assert len(ours) == len(task.validation)
             for s in whole.scores:
                 assert ours[s.id].correct == s.correct
                 assert ours[s.id].logprob == pytest.approx(s.logprob, abs=1e-4)
-    assert found.boundary_bytes <= memory
+    assert result.boundary_bytes <= memory
 
 
 def test_a_bound_on_memory_is_kept_by_smaller_chunks(llama: LanguageModel, task: Task) -> None:
@@ -129,24 +131,24 @@ def easy(lm: LanguageModel, task: Task) -> Task:
 
 @pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose"])
 def test_the_unchanged_model_can_win(strategy: str, llama: LanguageModel, task: Task) -> None:
-    found = search(llama, easy(llama, task), strategy=strategy, grid="0-1.mlp@0")
-    assert str(found.best) == ""
-    assert found.test.gain == found.validation.gain == 0
-    assert found.test.mcnemar_p == 1
-    assert found.as_dict()["best"] == ""
+    result = search(llama, easy(llama, task), strategy=strategy, grid="0-1.mlp@0")
+    assert str(result.best) == ""
+    assert result.test.gain == result.validation.gain == 0
+    assert result.test.mcnemar_p == 1
+    assert result.as_dict()["best"] == ""
 
 
 @pytest.mark.parametrize("family", [*EVERY, *(pytest.param(family, marks=pytest.mark.slow) for family in UNUSUAL)])
 def test_a_race_runs_on_every_family(family: str, make: Make, task: Task) -> None:
     lm = make(family)
     options = SearchConfig(first_rung=3, candidates=6, random_candidates=2)
-    found = search(lm, task, strategy="race", grid="all.all@0.6,0.3", metric="loss", config=options, scorer="answer")
-    assert found.failed == {}
-    assert found.complete
-    whole = brute_force(lm, replace(task.validation, scorer="answer"), ["", str(found.best)])
-    assert found.validation.base_loss == pytest.approx(whole[""].loss, abs=1e-4)
-    assert found.validation.edited_loss == pytest.approx(whole[str(found.best)].loss, abs=1e-4)
-    assert found.validation.edited_loss <= found.validation.base_loss
+    result = search(lm, task, strategy="race", grid="all.all@0.6,0.3", metric="loss", config=options, scorer="answer")
+    assert result.failed == {}
+    assert result.complete
+    whole = brute_force(lm, replace(task.validation, scorer="answer"), ["", str(result.best)])
+    assert result.validation.base_loss == pytest.approx(whole[""].loss, abs=1e-4)
+    assert result.validation.edited_loss == pytest.approx(whole[str(result.best)].loss, abs=1e-4)
+    assert result.validation.edited_loss <= result.validation.base_loss
 
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -163,6 +165,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "strategy": "compose", "mode": "joint", "grid": "all.mlp@0.5,0.1", "first_rung": 2, "candidates": 4,
         "metric": "loss",
     },
+    "components": {
+        "strategy": "components", "grid": "0-1.mlp@0.5", "max_harm": 1.0, "delta": 1.0, "steps": 2, "metric": "loss",
+    },
 }  # fmt: skip
 
 
@@ -178,19 +183,19 @@ def undisturbed(name: str) -> tuple[SearchResult, list[Any]]:
     return exported(build("llama"), **STRATEGIES[name])
 
 
-def exported(lm: LanguageModel, **given: Any) -> tuple[SearchResult, list[Any]]:
+def exported(lm: LanguageModel, **options: Any) -> tuple[SearchResult, list[Any]]:
     with TemporaryDirectory() as folder:
-        found = search(lm, short_task(), store=Path(folder) / "runs.db", **given)
+        result = search(lm, short_task(), store=Path(folder) / "runs.db", **options)
         with Store.open(Path(folder) / "runs.db") as store:
-            trials = store.export(found.run)["trials"]
-    return found, [(t["intervention"], t["split"], t["scores"]) for t in trials]
+            trials = store.export(result.run)["trials"]
+    return result, [(t["intervention"], t["split"], t["scores"]) for t in trials]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "components")) for n in STRATEGIES])
 def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
     name: str, llama: LanguageModel, tmp_path: Path, before_scoring: BeforeScoring
 ) -> None:
-    given, (whole, needed), task = STRATEGIES[name], undisturbed(name), short_task()
+    options, (whole, needed), task = STRATEGIES[name], undisturbed(name), short_task()
     scored: list[tuple[str, ...]] = []
     stops: list[int] = []
 
@@ -201,7 +206,7 @@ def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
         scored.append((text, split.name, *(e.id for e in split)))
 
     before_scoring(count)
-    search(llama, task, store=tmp_path / "count.db", **given)
+    search(llama, task, store=tmp_path / "count.db", **options)
     count_needed = len(scored)
     assert count_needed >= len(needed) > 3
     scored.clear()
@@ -209,20 +214,20 @@ def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
     stops += range(1, count_needed)
     for _ in range(1, count_needed):
         with pytest.raises(KeyboardInterrupt):
-            search(llama, task, store=tmp_path / "runs.db", **given)
+            search(llama, task, store=tmp_path / "runs.db", **options)
         assert llama.intervention == ""
-    found = search(llama, task, store=tmp_path / "runs.db", **given)
+    result = search(llama, task, store=tmp_path / "runs.db", **options)
     assert len(scored) == count_needed
     pairs = [(text, split, id) for text, split, *ids in scored for id in ids]
     assert len(pairs) == len(set(pairs))
     own: dict[str, Any] = {"run": "", "seconds": 0, "screened": None, "boundary_bytes": 0, "decomposition_bytes": 0}
-    assert replace(found, **own) == replace(whole, **own)
+    assert replace(result, **own) == replace(whole, **own)
     count_before = len(scored)
-    again = search(llama, task, store=tmp_path / "runs.db", **given)
+    again = search(llama, task, store=tmp_path / "runs.db", **options)
     assert len(scored) == count_before
-    assert again == found
-    fresh = search(llama, task, store=tmp_path / "runs.db", restart=True, **given)
-    assert fresh.run != found.run
+    assert again == result
+    fresh = search(llama, task, store=tmp_path / "runs.db", restart=True, **options)
+    assert fresh.run != result.run
     assert len(scored) == 2 * count_before
 
 
@@ -237,7 +242,7 @@ def test_an_interruption_within_a_pass_or_after_a_step_loses_nothing(llama: Lang
             raise KeyboardInterrupt
 
     inner = llama.model.model.layers[2].register_forward_pre_hook(interrupt)
-    while not (found := _tried(llama, task, tmp_path / "passes.db")):
+    while not (result := _tried(llama, task, tmp_path / "passes.db")):
         assert llama.intervention == ""
         assert not any("forward" in module.__dict__ for module in llama.model.modules())
         assert all(p.grad is None for p in llama.model.parameters())
@@ -245,23 +250,23 @@ def test_an_interruption_within_a_pass_or_after_a_step_loses_nothing(llama: Lang
         passes.clear()
     inner.remove()
     assert limit[0] > 14
-    told: list[SearchResult | None] = []
+    messages: list[SearchResult | None] = []
 
     def after_the_first(step: SearchProgress) -> None:
         if step.stage != "screen":  # which is told when it begins
             raise KeyboardInterrupt
 
-    while not told or (told[-1] is None and len(told) < 100):
-        told.append(_tried(llama, task, tmp_path / "steps.db", on_step=after_the_first))
+    while not messages or (messages[-1] is None and len(messages) < 100):
+        messages.append(_tried(llama, task, tmp_path / "steps.db", on_step=after_the_first))
     own: dict[str, Any] = {"run": "", "seconds": 0, "screened": None, "boundary_bytes": 0, "decomposition_bytes": 0}
-    assert len(told) > 6
-    for each in (found, told[-1]):
+    assert len(messages) > 6
+    for each in (result, messages[-1]):
         assert replace(each, **own) == replace(whole, **own)
 
 
-def _tried(lm: LanguageModel, task: Task, store: Path, **given: Any) -> SearchResult | None:
+def _tried(lm: LanguageModel, task: Task, store: Path, **options: Any) -> SearchResult | None:
     try:
-        return search(lm, task, store=store, **STRATEGIES["race"], **given)
+        return search(lm, task, store=store, **STRATEGIES["race"], **options)
     except KeyboardInterrupt:
         return None
 
@@ -275,8 +280,8 @@ def test_a_seed_gives_the_same_search_again(name: str, make: Make) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_found_survives_json(name: str) -> None:
-    found, _ = undisturbed(name)
-    assert SearchResult.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    result, _ = undisturbed(name)
+    assert SearchResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result
 
 
 def test_other_weights_rows_or_grids_are_another_search(make: Make, task: Task, tmp_path: Path) -> None:
@@ -313,17 +318,17 @@ def test_a_candidate_that_fails_is_recorded_and_passed_over(
             raise ScoringError("no room")
 
     before_scoring(broken)
-    found = search(llama, task, strategy=strategy, store=tmp_path / "runs.db", first_rung=4, keep=1)
+    result = search(llama, task, strategy=strategy, store=tmp_path / "runs.db", first_rung=4, keep=1)
     if strategy == "compose":
-        assert any("0.fc_up@0.5" in text and "nan" in reason for text, reason in found.failed.items())
+        assert any("0.fc_up@0.5" in text and "nan" in reason for text, reason in result.failed.items())
     else:
-        assert found.failed == {
+        assert result.failed == {
             "0.fc_up@0.5": "ScoringError: a log-probability of nan",
             "1.fc_up@0.1": "ScoringError: no room",
         }
-    assert not {"0.fc_up@0.5", "1.fc_up@0.1"} & set(str(found.best).split("+"))
+    assert not {"0.fc_up@0.5", "1.fc_up@0.1"} & set(str(result.best).split("+"))
     with Store.open(tmp_path / "runs.db") as store:
-        assert {t.intervention for t in store.trials(found.run) if t.status == "failed"} == set(found.failed)
+        assert {t.intervention for t in store.trials(result.run) if t.status == "failed"} == set(result.failed)
 
 
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(llama: LanguageModel, task: Task) -> None:
@@ -336,16 +341,16 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(llama: Language
             raise torch.OutOfMemoryError("no room")
 
     with llama.model.register_forward_pre_hook(tight, with_kwargs=True):
-        found = search(llama, task, batch_size=7)
+        result = search(llama, task, batch_size=7)
     assert max(tried) > 3
     assert 3 in tried
     assert max(tried[-9:]) <= 2
-    assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
+    assert (result.best, result.validation.corrected, result.failed) == (expected.best, expected.validation.corrected, {})
 
 
 def test_memory_that_runs_out_in_the_screen_halves_its_batch(llama: LanguageModel, task: Task) -> None:
-    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "first_rung": 3}
-    expected = search(llama, task, **given)
+    options: dict[str, Any] = {"strategy": "race", "metric": "loss", "first_rung": 3}
+    expected = search(llama, task, **options)
     tried: list[int] = []
     most = [2]
 
@@ -356,13 +361,13 @@ def test_memory_that_runs_out_in_the_screen_halves_its_batch(llama: LanguageMode
                 raise torch.OutOfMemoryError("no room")
 
     with llama.model.model.layers[2].mlp.register_forward_pre_hook(tight):
-        found = search(llama, task, batch_size=8, **given)
+        result = search(llama, task, batch_size=8, **options)
         assert max(tried) > 2 >= tried[-1]
-        assert found.best == expected.best
+        assert result.best == expected.best
         assert all(p.grad is None for p in llama.model.parameters())
         most[0] = 0
         with pytest.raises(ScoringError, match="a single row does not fit"):
-            search(llama, task, **given)
+            search(llama, task, **options)
 
 
 def test_where_the_boundary_does_not_fit_passes_are_whole(
@@ -386,18 +391,18 @@ def test_where_the_boundary_does_not_fit_passes_are_whole(
         llama.model.register_forward_pre_hook(tight, with_kwargs=True),
         llama.model.model.layers[0].mlp.register_forward_hook(lambda *_: lowest.append(llama.intervention)),
     ):
-        found = search(llama, task, batch_size=4)
+        result = search(llama, task, batch_size=4)
     assert {4, 2, 1} <= set(sizes)
-    assert (found.best, found.validation.corrected, found.failed) == (expected.best, expected.validation.corrected, {})
+    assert (result.best, result.validation.corrected, result.failed) == (expected.best, expected.validation.corrected, {})
     assert texts(GRID, llama)[-1] in lowest  # in block 1, yet block 0 was run
 
 
 def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
     steps: list[SearchProgress] = []
-    found = search(llama, task, grid="1.fc_in@0.5,0.1", on_step=steps.append)
+    result = search(llama, task, grid="1.fc_in@0.5,0.1", on_step=steps.append)
     n, m = len(task.validation), len(task.test)
-    best = [] if not found.best else ["test"]
-    assert [s.stage for s in steps] == ["test", *["exhaustive"] * 3, *best]
+    best = [] if not result.best else ["test"]
+    assert [s.stage for s in steps if s.stage != "harm"] == ["test", *["exhaustive"] * 3, *best]
     assert [s.last for s in steps][:4] == ["", "", "1.fc_in@0.5", "1.fc_in@0.1"]
     assert [s.scored for s in steps][:4] == [m, m + n, m + 2 * n, m + 3 * n]
     # Of three blocks, those above the first are run.
@@ -405,17 +410,17 @@ def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
     assert steps[1].total == steps[2].total == pytest.approx(m + n * 7 / 3)
     assert steps[0].best is None
     assert steps[3].best is not None
-    assert steps[3].best.intervention == str(found.best)
+    assert steps[3].best.intervention == str(result.best)
 
 
 def test_a_race_tells_its_rungs(llama: LanguageModel, task: Task) -> None:
     steps: list[SearchProgress] = []
     options = SearchConfig(first_rung=2, candidates=6, random_candidates=2)
-    found = search(llama, task, strategy="race", grid="all.all@0.5,0.1", metric="loss", config=options, on_step=steps.append)
+    result = search(llama, task, strategy="race", grid="all.all@0.5,0.1", metric="loss", config=options, on_step=steps.append)
     rungs = [s for s in steps if s.stage.startswith("rung")]
     assert list(dict.fromkeys(s.stage for s in rungs))[:2] == ["rung 1 of 2", "rung 2 of 2"]
     assert rungs[0].alive == 9  # the unchanged model among them
-    assert [r.examples for r in found.rungs][:2] == [2, len(task.validation)]
+    assert [r.examples for r in result.rungs][:2] == [2, len(task.validation)]
     assert steps[1].stage == "screen"
 
 
@@ -437,24 +442,24 @@ def test_a_search_out_of_time_measures_the_best_so_far(
         scored.append(split.name)
 
     before_scoring(timed)
-    given = {"strategy": strategy, "budget": 5, "metric": "loss", "first_rung": 3}
-    found = search(llama, task, store=tmp_path / "runs.db", **given)
-    assert not found.complete
+    options = {"strategy": strategy, "budget": 5, "metric": "loss", "first_rung": 3}
+    result = search(llama, task, store=tmp_path / "runs.db", **options)
+    assert not result.complete
     assert 5 <= scored.count("validation") <= 6
-    assert found.validation.n == (len(task.validation) if strategy != "race" else 3)
-    assert found.test.n == len(task.test)
+    assert result.validation.n == (len(task.validation) if strategy != "race" else 3)
+    assert result.test.n == len(task.test)
     count = len(scored)
-    assert search(llama, task, store=tmp_path / "runs.db", **given) == found
+    assert search(llama, task, store=tmp_path / "runs.db", **options) == result
     assert len(scored) == count
 
 
-@pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose"])
+@pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose", "components"])
 def test_without_any_time_the_unchanged_model_is_measured(strategy: str, llama: LanguageModel, task: Task) -> None:
-    found = search(llama, task, strategy=strategy, budget=0)
-    assert (str(found.best), found.complete, found.scored) == ("", False, 0)
-    assert found.validation.gain == 0
-    assert found.verdict()[0].startswith("No candidate was tried: the time was used up")
-    assert ("by the screen" in found.verdict()[0]) == (strategy == "race")
+    result = search(llama, task, strategy=strategy, budget=0)
+    assert (str(result.best), result.complete, result.scored) == ("", False, 0)
+    assert result.validation.gain == 0
+    assert result.verdict()[0].startswith("No candidate was tried: the time was used up")
+    assert ("by the screen" in result.verdict()[0]) == (strategy == "race")
 
 
 def test_rows_that_cannot_be_scored_on_test_are_told_before_the_search(llama: LanguageModel, task: Task) -> None:
@@ -469,8 +474,8 @@ def test_a_leader_that_fails_later_is_not_what_is_found_when_time_is_up(
     llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch, before_scoring: BeforeScoring
 ) -> None:
     options = SearchConfig(first_rung=3, keep=1)
-    given: dict[str, Any] = {"strategy": "race", "metric": "loss", "grid": "0.mlp@0.5,0.1", "config": options}
-    leader = search(llama, task, **given).rungs[0].leader
+    settings: dict[str, Any] = {"strategy": "race", "metric": "loss", "grid": "0.mlp@0.5,0.1", "config": options}
+    leader = search(llama, task, **settings).rungs[0].leader
     assert leader
     clock = [0.0]
 
@@ -483,10 +488,10 @@ def test_a_leader_that_fails_later_is_not_what_is_found_when_time_is_up(
 
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     before_scoring(broken)
-    found = search(llama, task, budget=1, **given)
-    assert not found.complete
-    assert leader in found.failed
-    assert str(found.best) != leader
+    result = search(llama, task, budget=1, **settings)
+    assert not result.complete
+    assert leader in result.failed
+    assert str(result.best) != leader
 
 
 def test_an_unchanged_model_that_cannot_be_scored_is_told(
@@ -523,15 +528,15 @@ def test_splits_with_equal_questions_are_refused_unless_they_are_published(
 
 def test_the_store_keeps_the_facts_of_scores(llama: LanguageModel, tmp_path: Path) -> None:
     examples = [Example(f"{i}", f"The capital of {i} is", "Rome", fact=f"f{i // 3}") for i in range(30)]
-    found = search_(llama, Task.of("made", examples), grid="1.fc_in@0.5", metric="loss", store=tmp_path / "runs.db")
-    assert (found.validation.n, found.validation.facts, found.test.n, found.test.facts) == (6, 2, 24, 8)
+    result = search_(llama, Task.of("made", examples), grid="1.fc_in@0.5", metric="loss", store=tmp_path / "runs.db")
+    assert (result.validation.n, result.validation.facts, result.test.n, result.test.facts) == (6, 2, 24, 8)
     with Store.open(tmp_path / "runs.db") as results:
-        base, edited = (results.evaluation(found.run, "test", text) for text in ("", "1.fc_in@0.5"))
+        base, edited = (results.evaluation(result.run, "test", text) for text in ("", "1.fc_in@0.5"))
     assert base is not None
     assert edited is not None
     assert sorted(set(base.facts)) == sorted({e.fact for e in Task.of("made", examples).test})
-    if found.best:
-        assert compare(base, edited) == found.test
+    if result.best:
+        assert compare(base, edited) == result.test
 
 
 def test_another_tokenizer_or_config_is_another_search(make: Make, task: Task, tmp_path: Path) -> None:
@@ -561,17 +566,17 @@ def test_a_matrix_that_cannot_be_decomposed_is_passed_over(llama: LanguageModel,
     with torch.no_grad():
         layer.mlp.gate_proj.weight[0, 0] = float("inf")
     layer.mlp.act_fn = torch.nn.Sigmoid().eval()  # keeps infinity out of the scores
-    found = search(llama, task, strategy="race", grid="1.mlp@0.5+0.fc_in@0.5")
-    assert list(found.failed) == ["1.fc_in@0.5"]
-    assert "NaN or inf" in found.failed["1.fc_in@0.5"]
-    assert found.candidates == 4
-    assert found.screened is not None
-    assert (found.screened.candidates, found.screened.unranked) == (2, 2)
+    result = search(llama, task, strategy="race", grid="1.mlp@0.5+0.fc_in@0.5")
+    assert list(result.failed) == ["1.fc_in@0.5"]
+    assert "NaN or inf" in result.failed["1.fc_in@0.5"]
+    assert result.candidates == 4
+    assert result.screened is not None
+    assert (result.screened.candidates, result.screened.unranked) == (2, 2)
     # Infinity in the weights spoils the gradient that passes them.
-    assert list(found.screened.reasons.values()) == [1, 1]
-    assert any("NaN or inf" in reason for reason in found.screened.reasons)
-    assert "2 candidates could not be ranked" in found.screened.warnings()[0]
-    assert SearchResult.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    assert list(result.screened.reasons.values()) == [1, 1]
+    assert any("NaN or inf" in reason for reason in result.screened.reasons)
+    assert "2 candidates could not be ranked" in result.screened.warnings()[0]
+    assert SearchResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result
 
 
 @pytest.mark.parametrize("strategy", ["race", "compose"])
@@ -596,10 +601,10 @@ def test_where_all_candidates_fail_none_is_said_to_have_lost(
             raise ScoringError("a log-probability of nan")
 
     before_scoring(broken)
-    found = search(llama, task, strategy=strategy)
-    assert found.scored == len(found.failed) > 0
-    assert found.verdict() == [
-        f"No candidate could be compared: all {found.scored} that were tried failed, such as with "
+    result = search(llama, task, strategy=strategy)
+    assert result.scored == len(result.failed) > 0
+    assert result.verdict() == [
+        f"No candidate could be compared: all {result.scored} that were tried failed, such as with "
         "ScoringError: a log-probability of nan"
     ]
 
@@ -615,12 +620,12 @@ def test_a_screen_that_is_cut_off_ranks_what_it_has(llama: LanguageModel, task: 
 
     monkeypatch.setattr(DecompositionCache, "get", slow)
     options = SearchConfig(first_rung=3, candidates=2, random_candidates=0, budget=1.5)
-    found = search(llama, task, strategy="race", grid="all.mlp@0.5", metric="loss", config=options)
-    assert found.screened is not None
+    result = search(llama, task, strategy="race", grid="all.mlp@0.5", metric="loss", config=options)
+    assert result.screened is not None
     # 67 of 90 seconds are for the screen: the last two blocks, and not all of the first.
-    assert (found.screened.candidates, found.screened.unranked) == (6, 3)
-    assert list(found.screened.reasons) == [OUT_OF_TIME]
-    assert {text.partition(".")[0] for text in found.screened.expected} <= {"1", "2"}
+    assert (result.screened.candidates, result.screened.unranked) == (6, 3)
+    assert list(result.screened.reasons) == [OUT_OF_TIME]
+    assert {text.partition(".")[0] for text in result.screened.expected} <= {"1", "2"}
 
 
 def test_a_search_begins_with_the_unchanged_model(llama: LanguageModel, task: Task, tmp_path: Path) -> None:
@@ -654,36 +659,38 @@ def test_where_the_model_writes_the_loss_ranks_and_writing_decides(
     how = Decoding(new_tokens=3)
     task = replace(task, test=task.test.limit(7))
     splits = {name: replace(getattr(task, name), scorer="contains", decoding=how) for name in ("validation", "test", "every")}
-    made = replace(task, **splits)
+    questions = replace(task, **splits)
     small = SearchConfig(candidates=6, first_rung=3)
     store = tmp_path / "runs.db"
     steps: list[SearchProgress] = []
-    found = search_(llama, made, strategy=strategy, metric=metric, grid=GRID, store=store, config=small, on_step=steps.append)
+    result = search_(
+        llama, questions, strategy=strategy, metric=metric, grid=GRID, store=store, config=small, on_step=steps.append
+    )
     assert {"finalists", "test"} <= {s.stage for s in steps}
-    assert str(found.best) in found.finalists
-    assert "" in found.finalists
+    assert str(result.best) in result.finalists
+    assert "" in result.finalists
     if metric == "accuracy":
-        assert found.finalists[str(found.best)] == max(found.finalists.values())
-        assert len(found.finalists) > 2 or strategy == "compose"
-    for split, told in ((made.validation, found.validation), (made.test, found.test)):
+        assert result.finalists[str(result.best)] == max(result.finalists.values())
+        assert len(result.finalists) > 2 or strategy == "compose"
+    for split, values in ((questions.validation, result.validation), (questions.test, result.test)):
         base = evaluate(llama, split)
-        with applied(llama, found.best):
+        with applied(llama, result.best):
             edited = evaluate(llama, split)
-        assert (told.split, told.base, told.edited) == (split.name, base.accuracy, edited.accuracy)
-    for text, accuracy in found.finalists.items():
+        assert (values.split, values.base, values.edited) == (split.name, base.accuracy, edited.accuracy)
+    for text, accuracy in result.finalists.items():
         with applied(llama, text):
-            assert evaluate(llama, made.validation).accuracy == accuracy
+            assert evaluate(llama, questions.validation).accuracy == accuracy
     if strategy == "exhaustive":
         # All are ranked by the loss of the right answers; the best four of them write.
         losses = {}
         for text in texts(GRID, llama):
             with applied(llama, text):
-                losses[text] = evaluate(llama, made.validation, scorer="answer").loss
+                losses[text] = evaluate(llama, questions.validation, scorer="answer").loss
         best = sorted(losses, key=losses.__getitem__)[: 4 if metric == "accuracy" else 1]
-        assert set(best) <= set(found.finalists)
-    assert SearchResult.from_dict(json.loads(json.dumps(found.as_dict()))) == found
-    again = search_(llama, made, strategy=strategy, metric=metric, grid=GRID, store=store, config=small)
-    assert again == found
+        assert set(best) <= set(result.finalists)
+    assert SearchResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result
+    again = search_(llama, questions, strategy=strategy, metric=metric, grid=GRID, store=store, config=small)
+    assert again == result
 
 
 def test_what_is_written_at_another_length_is_another_search(llama: LanguageModel, tmp_path: Path) -> None:
@@ -692,8 +699,8 @@ def test_what_is_written_at_another_length_is_another_search(llama: LanguageMode
         how = Decoding(new_tokens=tokens)
         task = short_task()
         validation = replace(task.validation, scorer="contains", decoding=how)
-        made = replace(task, validation=validation, test=replace(task.test, scorer="contains"))
-        runs.add(search(llama, made, grid="2.fc_in@0.5", store=tmp_path / "runs.db").run)
+        questions = replace(task, validation=validation, test=replace(task.test, scorer="contains"))
+        runs.add(search(llama, questions, grid="2.fc_in@0.5", store=tmp_path / "runs.db").run)
     assert len(runs) == 2
 
 
@@ -703,15 +710,92 @@ def test_a_perplexity_is_searched_by_its_loss(llama: LanguageModel, tmp_path: Pa
     words = "Paris Rome Oslo Lisbon Madrid is the capital of Norway and a city in Italy".split()
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 30)) + ".\n" for i in range(1, 150)]
     (tmp_path / "text.txt").write_text("".join(lines))
-    made = by_name(f"perplexity:{tmp_path / 'text.txt'}")
-    assert len(made.validation) >= 1
-    found = search_(llama, made, strategy="exhaustive", grid="2.fc_in@0.5,0.1")
-    losses = {"": evaluate(llama, made.validation).loss}
+    path = by_name(f"perplexity:{tmp_path / 'text.txt'}")
+    assert len(path.validation) >= 1
+    result = search_(llama, path, strategy="exhaustive", grid="2.fc_in@0.5,0.1")
+    losses = {"": evaluate(llama, path.validation).loss}
     for text in texts("2.fc_in@0.5,0.1", llama):
         with applied(llama, text):
-            losses[text] = evaluate(llama, made.validation).loss
-    assert str(found.best) == min(losses, key=losses.__getitem__)
-    assert found.validation.edited_loss == pytest.approx(min(losses.values()), abs=1e-4)
+            losses[text] = evaluate(llama, path.validation).loss
+    assert str(result.best) == min(losses, key=losses.__getitem__)
+    assert result.validation.edited_loss == pytest.approx(min(losses.values()), abs=1e-4)
     with pytest.raises(ScoringError, match="a perplexity has no accuracy"):
-        search_(llama, made, metric="accuracy")
-    assert search_(llama, made, grid="2.fc_in@0.5,0.1").screened is not None
+        search_(llama, path, metric="accuracy")
+    assert search_(llama, path, grid="2.fc_in@0.5,0.1").screened is not None
+
+
+@pytest.fixture
+def upper(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What is held against the bound, of each candidate: its harm on what a search chooses by, and one standard error more."""
+    monkeypatch.setattr("laserlm.searching.guard.PASSAGES", 12)
+    (guard,) = guards_of(llama, None)
+    harms = {text: harm_on(llama, guard, guard.choosing, text) for text in texts(GRID, llama)}
+    return {"": 0.0} | {text: harm.change + harm.error for text, harm in harms.items()}
+
+
+@pytest.mark.parametrize("strategy", ["race", "exhaustive"])
+def test_the_best_within_the_bound_on_harm_wins(
+    strategy: Any, llama: LanguageModel, task: Task, upper: dict[str, float]
+) -> None:
+    options: dict[str, Any] = {"strategy": strategy, "metric": "loss", "first_rung": 100, "random_candidates": 100}
+    losses = {text: e.loss for text, e in brute_force(llama, task.validation, [*upper]).items()}
+    unbound = search(llama, task, **options)
+    assert str(unbound.best) == min(losses, key=losses.__getitem__)
+    assert unbound.points == ()
+    bounds = [x for x in sorted(upper.values()) if x > 0]
+    for bound in (bounds[len(bounds) // 2] - 1e-3, upper[str(unbound.best)] - 1e-3):
+        allowed = [text for text in upper if upper[text] <= bound]
+        result = search(llama, task, max_harm=math.expm1(bound), **options)
+        assert str(result.best) == min(allowed, key=losses.__getitem__)
+        assert sum(rung.harmful for rung in result.rungs) == (len(upper) - len(allowed) if strategy == "race" else 0)
+        for point in result.points:
+            (harm,) = point.harms
+            assert harm.change + harm.error == pytest.approx(upper[point.intervention], abs=1e-4)
+            assert point.comparison.edited_loss == pytest.approx(losses[point.intervention], abs=1e-4)
+        assert SearchResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result
+    assert str(result.best) != str(unbound.best)
+
+
+def test_a_race_over_several_rungs_and_a_composition_keep_within_the_bound(
+    llama: LanguageModel, task: Task, upper: dict[str, float]
+) -> None:
+    bound = sorted(upper.values())[len(upper) // 2]
+    options: dict[str, Any] = {"metric": "loss", "first_rung": 2, "max_harm": math.expm1(bound), "delta": 1.0}
+    raced = search(llama, task, strategy="race", keep=0.8, **options)
+    assert upper[str(raced.best)] <= bound
+    assert raced.rungs[0].harmful == 0 < sum(rung.harmful for rung in raced.rungs)
+    composed = search(llama, task, strategy="compose", mode="greedy", **options)
+    held = {p.intervention: p.harms[0].change + p.harms[0].error for p in composed.points}
+    assert held
+    assert all(held[step.intervention] <= bound for step in composed.steps)
+    assert str(composed.best) == (composed.steps[-1].intervention if composed.steps else "")
+
+
+@pytest.mark.parametrize("strategy", ["race", "exhaustive"])
+def test_out_of_time_the_best_so_far_is_within_the_bound(
+    strategy: Any,
+    llama: LanguageModel,
+    task: Task,
+    upper: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    before_scoring: BeforeScoring,
+) -> None:
+    clock = [0.0]
+    losses = {text: e.loss for text, e in brute_force(llama, task.validation, [*upper]).items()}
+    tried: list[str] = []
+
+    def timed(text: str, split: Split) -> None:
+        if split.name == "validation":
+            clock[0] += 60
+            tried.append(text)
+
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    before_scoring(timed)
+    bound = sorted(upper.values())[len(upper) // 2]
+    options: dict[str, Any] = {"strategy": strategy, "metric": "loss", "first_rung": 3, "max_harm": math.expm1(bound)}
+    result = search(llama, task, budget=8, **options)
+    assert not result.complete
+    assert upper[str(result.best)] <= bound
+    assert min(map(upper.__getitem__, tried)) <= bound < max(map(upper.__getitem__, tried))
+    if strategy == "exhaustive":
+        assert str(result.best) == min((t for t in tried if upper[t] <= bound), key=losses.__getitem__)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import sqlite3
 import sys
+from contextlib import closing, suppress
 from pathlib import Path
 
 import alembic.command
@@ -244,3 +246,58 @@ def test_a_session_that_reads_sees_one_state_of_the_database(store, store_url, s
         assert session.scalars(select(RunRow.key)).all() == []
     with store.database.read() as session:
         assert session.scalars(select(RunRow.key)).all() == ["work"]
+
+
+def _queries(path, run):
+    """Use a database in every way that commands do."""
+    with Store.open(path) as store:
+        for info in store.runs():
+            store.trials(info.id)
+            store.notes(info.id)
+            store.export(info.id)
+            store.examples(info.id, "validation")
+            store.evaluations(info.id, "validation")
+        store.delete(run)
+
+
+def _damaged_copies(path, sample):
+    with Store.open(path) as store, store.run(**sample.work()) as run:
+        run.record(sample.evaluation("a"), sample.EXAMPLES)
+        run.note("order", [1, 2])
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute("PRAGMA journal_mode = DELETE")
+    return run.id, path.read_bytes()
+
+
+def _try_damage(path, run, content, places):
+    for place, flip in places:
+        for leftover in path.parent.glob(f"{path.name}-*"):
+            leftover.unlink()
+        path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
+        with suppress(StoreError):
+            _queries(path, run)
+
+
+def test_a_flipped_byte_in_the_schema_is_told_as_damage(path, sample):
+    run, content = _damaged_copies(path, sample)
+    place = content.index(b"CREATE TABLE runs") + 8
+    _try_damage(path, run, content, [(place, 0x80), (place, 0x01), (40, 0x80), (100, 0x10)])
+    path.write_bytes(content.replace(b"CREATE TABLE runs", b"CREATE TABLE ru\xf4s"))
+    with pytest.raises(StoreError, match=rf"results database {path}: .*; the file is damaged; restore a copy or give another"):
+        _queries(path, run)
+
+
+@pytest.mark.slow
+def test_flipped_bytes_anywhere_raise_nothing_but_store_errors(path, sample):
+    run, content = _damaged_copies(path, sample)
+    chosen = random.Random(0)
+    used = [i for i, byte in enumerate(content) if byte]
+    _try_damage(path, run, content, [(chosen.choice(used), chosen.choice([1, 0x80, 0xFF])) for _ in range(150)])
+
+
+def test_a_home_in_a_path_is_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Store.open("~/runs.db"):
+        pass
+    assert (tmp_path / "runs.db").is_file()

@@ -138,15 +138,15 @@ def test_the_heartbeat_survives_a_lost_connection(store_url, sample, end_connect
 
 
 def test_a_search_that_goes_on_with_other_hardware_warns_there_too(store_url, llama, caplog):
-    given = {"strategy": "exhaustive", "grid": "0-1.mlp@0.5", "store": store_url}
+    options = {"strategy": "exhaustive", "grid": "0-1.mlp@0.5", "store": store_url}
 
     def interrupt(step):
         if step.scored > len(made_task().test):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(llama, made_task(), on_step=interrupt, **given)
-    found = search(llama, made_task(), batch_size=4, **given)
-    assert [r.message for r in caplog.records if f"run {found.run} goes on with cpu" in r.message]
+        search(llama, made_task(), on_step=interrupt, **options)
+    result = search(llama, made_task(), batch_size=4, **options)
+    assert [r.message for r in caplog.records if f"run {result.run} goes on with cpu" in r.message]
     with Store.open(store_url) as store:
-        assert [one["batch_size"] for one in store.notes(found.run)["computed_on"]] == [32, 4]
+        assert [one["batch_size"] for one in store.notes(result.run)["computed_on"]] == [32, 4]

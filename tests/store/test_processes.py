@@ -158,14 +158,14 @@ def test_a_deletion_leaves_examples_that_another_run_scores_at_this_moment(store
 def test_a_run_that_is_deleted_when_it_is_taken_up_is_a_new_one(store, sample):
     with store.run(**sample.work()) as old:
         pass
-    taken = []
+    durations = []
 
     def take():
         with store.run(**sample.work()) as run:
-            taken.append(run)
+            durations.append(run)
 
     one_after_the_other(lambda: store.delete(old.id), take)
-    (new,) = taken
+    (new,) = durations
     assert not new.resumed
     assert [r.id for r in store.runs()] == [new.id]
 

@@ -47,7 +47,7 @@ def by_hand(lm: LanguageModel, prompt: str, answer: str, *, first: bool) -> tupl
     if lm.kind == "encoder-decoder":
         targets = tok(answer, add_special_tokens=False).input_ids
     targets = targets[:1] if first else targets
-    found = []
+    results = []
     for i in range(len(targets)):
         with torch.no_grad():
             if lm.kind == "causal":
@@ -59,21 +59,21 @@ def by_hand(lm: LanguageModel, prompt: str, answer: str, *, first: bool) -> tupl
             else:
                 source = torch.tensor([tok(prompt).input_ids])
                 logits = lm.model(input_ids=source, decoder_input_ids=torch.tensor([[0, *targets[:i]]])).logits[0, -1]
-        found.append(logits.double().softmax(-1))
-    return found, targets
+        results.append(logits.double().softmax(-1))
+    return results, targets
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "t5"])
 def test_confidence_in_a_token_is_the_largest_of_the_softmax(family: str, make: Make) -> None:
     lm = make(family)
     expected = [by_hand(lm, *pair, first=True) for pair in PROMPTS]
-    given: list[tuple[Scorer, int]] = [("answer", 1), ("answer", 4), ("next_token", 32), ("top5", 32), ("contains", 32)]
-    for scorer, batch_size in given:
-        found = confidences(lm, split(scorer), batch_size)
-        for (confidence, right), ([probabilities], [target]) in zip(found, expected, strict=True):
+    cases: list[tuple[Scorer, int]] = [("answer", 1), ("answer", 4), ("next_token", 32), ("top5", 32), ("contains", 32)]
+    for scorer, batch_size in cases:
+        result = confidences(lm, split(scorer), batch_size)
+        for (confidence, right), ([probabilities], [target]) in zip(result, expected, strict=True):
             assert confidence == pytest.approx(float(probabilities.max()), rel=1e-4)
             assert right == (int(probabilities.argmax()) == target)
-    assert [right for _, right in found] == [s.correct for s in evaluate(lm, split("first_token")).scores]
+    assert [right for _, right in result] == [s.correct for s in evaluate(lm, split("first_token")).scores]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
@@ -82,23 +82,23 @@ def test_confidence_in_a_choice_is_the_largest_share_among_the_choices(
     family: str, choices: tuple[str, ...], make: Make
 ) -> None:
     lm = make(family)
-    found = confidences(lm, split("choice", choices), 4)
-    for i, ((confidence, right), (prompt, _)) in enumerate(zip(found, PROMPTS, strict=True)):
-        given = []
+    result = confidences(lm, split("choice", choices), 4)
+    for i, ((confidence, right), (prompt, _)) in enumerate(zip(result, PROMPTS, strict=True)):
+        calls = []
         for choice in choices:
             probabilities, targets = by_hand(lm, prompt, choice, first=False)
-            given.append(math.prod(float(p[t]) for p, t in zip(probabilities, targets, strict=True)))
-        assert confidence == pytest.approx(max(given) / sum(given), rel=1e-4)
-        assert right == (given.index(max(given)) == i % 3)
-    assert [right for _, right in found] == [s.correct for s in evaluate(lm, split("choice", choices)).scores]
+            calls.append(math.prod(float(p[t]) for p, t in zip(probabilities, targets, strict=True)))
+        assert confidence == pytest.approx(max(calls) / sum(calls), rel=1e-4)
+        assert right == (calls.index(max(calls)) == i % 3)
+    assert [right for _, right in result] == [s.correct for s in evaluate(lm, split("choice", choices)).scores]
 
 
 def test_the_reduced_model_has_confidences_of_its_own(llama: LanguageModel) -> None:
     with applied(llama, "1.mlp@0.1"):
         [probabilities], _ = by_hand(llama, *PROMPTS[0], first=True)
-        found = confidences(llama, split("answer"))
-    assert found[0][0] == pytest.approx(float(probabilities.max()), rel=1e-4)
-    assert found != confidences(llama, split("answer"))
+        result = confidences(llama, split("answer"))
+    assert result[0][0] == pytest.approx(float(probabilities.max()), rel=1e-4)
+    assert result != confidences(llama, split("answer"))
 
 
 def test_a_tie_between_choices_is_wrong(llama: LanguageModel) -> None:
@@ -128,39 +128,39 @@ HIGH = [(0.8, True)] * 2 + [(0.8, False)] * 3
 
 def test_calibration_worked_out_by_hand() -> None:
     mixed = [pair for both in zip(LOW, HIGH, strict=True) for pair in both]
-    found = calibration(mixed, [(0.5, right) for _, right in mixed], bins=2)
+    result = calibration(mixed, [(0.5, right) for _, right in mixed], bins=2)
     # Lower bin: 0.2 against 0.2; upper bin: 0.8 against 0.4; each is half of the examples.
-    assert found.base.ece.value == pytest.approx(0.2)
-    assert found.base.brier.value == pytest.approx((4 * 0.04 + 0.64 + 2 * 0.04 + 3 * 0.64) / 10)
-    assert (found.base.confidence.value, found.base.accuracy.value) == (pytest.approx(0.5), 0.3)
-    assert found.base.accuracy.interval == wilson(3, 10)
-    assert [(b.confidence, b.accuracy.value, b.accuracy.n) for b in found.curve_base] == [
+    assert result.base.ece.value == pytest.approx(0.2)
+    assert result.base.brier.value == pytest.approx((4 * 0.04 + 0.64 + 2 * 0.04 + 3 * 0.64) / 10)
+    assert (result.base.confidence.value, result.base.accuracy.value) == (pytest.approx(0.5), 0.3)
+    assert result.base.accuracy.interval == wilson(3, 10)
+    assert [(b.confidence, b.accuracy.value, b.accuracy.n) for b in result.curve_base] == [
         (pytest.approx(0.2), 0.2, 5),
         (pytest.approx(0.8), 0.4, 5),
     ]
     # Afterwards all are equal and keep their order: the first five hold one "low" and two "high" that are right.
-    assert [b.accuracy.value for b in found.curve_edited] == [0.4, 0.2]
-    assert found.edited.ece.value == pytest.approx((0.1 + 0.3) / 2)
-    assert found.edited.brier.value == pytest.approx(0.25)
-    assert (found.change.ece.value, found.change.brier.value) == (pytest.approx(0), pytest.approx(0.25 - 0.28))
+    assert [b.accuracy.value for b in result.curve_edited] == [0.4, 0.2]
+    assert result.edited.ece.value == pytest.approx((0.1 + 0.3) / 2)
+    assert result.edited.brier.value == pytest.approx(0.25)
+    assert (result.change.ece.value, result.change.brier.value) == (pytest.approx(0), pytest.approx(0.25 - 0.28))
     changes = [0.25 - (c - right) ** 2 for c, right in mixed]
-    assert found.change.brier.interval == pytest.approx(paired_mean(changes))
-    assert (found.change.accuracy.value, found.change.confidence.value) == (0, pytest.approx(0))
-    plain = json.loads(json.dumps(to_json(found)))
-    assert plain["before"]["ece"]["value"] == found.base.ece.value
-    assert plain["change"]["ece"]["interval"] == list(found.change.ece.interval)
+    assert result.change.brier.interval == pytest.approx(paired_mean(changes))
+    assert (result.change.accuracy.value, result.change.confidence.value) == (0, pytest.approx(0))
+    plain = json.loads(json.dumps(to_json(result)))
+    assert plain["before"]["ece"]["value"] == result.base.ece.value
+    assert plain["change"]["ece"]["interval"] == list(result.change.ece.interval)
     assert plain["curve_after"][0]["accuracy"]["n"] == 5
 
 
 @pytest.mark.parametrize(("n", "bins", "sizes"), [(3, 10, [3]), (14, 10, [7, 7]), (23, 4, [6, 6, 6, 5]), (50, 10, [5] * 10)])
 def test_bins_hold_as_many_examples_and_not_too_few(n: int, bins: int, sizes: list[int]) -> None:
-    given = [(i / n, i % 2 == 0) for i in range(n)]
-    found = calibration(given, given[::-1], bins=bins)
-    assert [b.accuracy.n for b in found.curve_base] == sizes
-    assert [b.accuracy.n for b in found.curve_edited] == sizes
+    pairs = [(i / n, i % 2 == 0) for i in range(n)]
+    result = calibration(pairs, pairs[::-1], bins=bins)
+    assert [b.accuracy.n for b in result.curve_base] == sizes
+    assert [b.accuracy.n for b in result.curve_edited] == sizes
 
 
-def drawn(n: int, generator: np.random.Generator, factor: float = 1.0, low: float = 0.0) -> list[Confidence]:
+def draw(n: int, generator: np.random.Generator, factor: float = 1.0, low: float = 0.0) -> list[Confidence]:
     """Draw confidences of a model that is right as often as it is confident, or that often times a factor."""
     confidence = generator.uniform(low, 1, n)
     return list(zip(confidence.tolist(), (generator.random(n) < confidence * factor).tolist(), strict=True))
@@ -169,15 +169,15 @@ def drawn(n: int, generator: np.random.Generator, factor: float = 1.0, low: floa
 @pytest.mark.parametrize("bins", [5, 10])
 def test_brier_score_and_curve_are_those_of_scikit_learn(bins: int) -> None:
     metrics, curves = pytest.importorskip("sklearn.metrics"), pytest.importorskip("sklearn.calibration")
-    given = drawn(200, np.random.default_rng(0), 0.7)
-    found = calibration(given, given, bins=bins)
-    right, confidence = [r for _, r in given], [c for c, _ in given]
-    assert found.base.brier.value == pytest.approx(metrics.brier_score_loss(right, confidence))
+    pairs = draw(200, np.random.default_rng(0), 0.7)
+    result = calibration(pairs, pairs, bins=bins)
+    right, confidence = [r for _, r in pairs], [c for c, _ in pairs]
+    assert result.base.brier.value == pytest.approx(metrics.brier_score_loss(right, confidence))
     share, mean = curves.calibration_curve(right, confidence, n_bins=bins, strategy="quantile")
-    assert [b.accuracy.value for b in found.curve_base] == pytest.approx(share.tolist())
-    assert [b.confidence for b in found.curve_base] == pytest.approx(mean.tolist())
-    assert found.base.ece.value == pytest.approx(float(np.abs(share - mean).mean()))
-    assert (found.change.ece.value, *found.change.brier.interval) == (0, 0, 0)
+    assert [b.accuracy.value for b in result.curve_base] == pytest.approx(share.tolist())
+    assert [b.confidence for b in result.curve_base] == pytest.approx(mean.tolist())
+    assert result.base.ece.value == pytest.approx(float(np.abs(share - mean).mean()))
+    assert (result.change.ece.value, *result.change.brier.interval) == (0, 0, 0)
 
 
 def test_intervals_hold_their_level(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,28 +189,28 @@ def test_intervals_hold_their_level(monkeypatch: pytest.MonkeyPatch) -> None:
         true = [(1 - factor) * (1 + low) / 2 for factor, low in sides]
         covered = np.zeros(3)
         for i in range(100):
-            found = calibration(*(drawn(200, generator, *side) for side in sides), seed=i)
-            three = zip((found.base, found.edited, found.change), (*true, true[1] - true[0]), strict=True)
+            result = calibration(*(draw(200, generator, *side) for side in sides), seed=i)
+            three = zip((result.base, result.edited, result.change), (*true, true[1] - true[0]), strict=True)
             covered += [m.ece.interval.low <= value <= m.ece.interval.high for m, value in three]
         assert covered.min() >= 0.92 * 100, sides
 
 
 def test_a_change_that_is_certain_is_seen_and_is_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(1)
-    before, after = drawn(1000, generator), drawn(1000, generator, 0.5)
-    found = calibration(before, after)
-    assert 0.1 < found.change.ece.interval.low < 0.25 < found.change.ece.interval.high < 0.35
-    assert found == calibration(before, after)
+    before, after = draw(1000, generator), draw(1000, generator, 0.5)
+    result = calibration(before, after)
+    assert 0.1 < result.change.ece.interval.low < 0.25 < result.change.ece.interval.high < 0.35
+    assert result == calibration(before, after)
     monkeypatch.setattr(module, "EXAMPLES_AT_ONCE", 10_000)  # in parts, which are other draws
     parts = calibration(before, after).change.ece.interval
-    assert parts == pytest.approx(found.change.ece.interval, abs=0.01)
+    assert parts == pytest.approx(result.change.ece.interval, abs=0.01)
 
 
 def test_a_single_example_tells_nothing() -> None:
-    found = calibration([(0.7, True)], [(0.4, False)])
-    assert found.base.ece.value == pytest.approx(0.3)
-    assert found.base.ece.interval == (0, 1)
-    assert to_json(found.change)["ece"] == {"value": pytest.approx(0.1), "interval": None, "n": 1}
+    result = calibration([(0.7, True)], [(0.4, False)])
+    assert result.base.ece.value == pytest.approx(0.3)
+    assert result.base.ece.interval == (0, 1)
+    assert to_json(result.change)["ece"] == {"value": pytest.approx(0.1), "interval": None, "n": 1}
 
 
 def test_what_makes_no_pairs_is_told(llama: LanguageModel) -> None:

@@ -43,12 +43,12 @@ def test_the_bottom_of_the_spectrum_answers_as_a_plain_pass_of_it_does(
 ) -> None:
     chosen = split.examples[:6]
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
-        found = bottom_components(scorer, chosen, "1.fc_in@0.25", NOTHING, fractions=("1", "0.5", "0"))
+        result = bottom_components(scorer, chosen, "1.fc_in@0.25", NOTHING, fractions=("1", "0.5", "0"))
         again = bottom_components(scorer, chosen, "1.fc_in@0.25", NOTHING, fractions=("0", "0.50", "1"))
-    assert again == found
-    assert [b.fraction for b in found] == ["0", "0.5", "1"]
+    assert again == result
+    assert [b.fraction for b in result] == ["0", "0.5", "1"]
     weight = llama.model.get_input_embeddings().weight.detach()
-    for b, text in zip(found, ("1.fc_in@0:bottom", "1.fc_in@0.5:bottom", ""), strict=True):
+    for b, text in zip(result, ("1.fc_in@0:bottom", "1.fc_in@0.5:bottom", ""), strict=True):
         with torch.no_grad(), applied(llama, text):
             expected = [winners(llama, e) for e in chosen]
         assert b.probability.value == pytest.approx(sum(p for _, p in expected) / 6, rel=1e-4)
@@ -68,8 +68,8 @@ def test_winners_fall_into_classes(llama: LanguageModel, split: Split, tmp_path:
     tokenizer = llama.require_tokenizer()
 
     def token(text: str) -> int:
-        (found,) = tokenizer(text, add_special_tokens=False).input_ids
-        return int(found)
+        (result,) = tokenizer(text, add_special_tokens=False).input_ids
+        return int(result)
 
     says = {"a": " Paris", "b": " Paris", "c": " Rome", "d": " the", "e": " is", "f": " Rome"}
     examples = [replace(e, group="x" if e.id in "abd" else "y") for e in split.examples[:6]]
@@ -77,10 +77,10 @@ def test_winners_fall_into_classes(llama: LanguageModel, split: Split, tmp_path:
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, inside, store) as scorer:
         monkeypatch.setattr(scorer, "cached", lambda name, make: [(token(says[e.id]), math.log(0.5)) for e in examples])
         words = Words(frozenset({"the"}), "a list")
-        (found,) = bottom_components(scorer, examples, "1.fc_in@0.25", words, fractions=("0.5",))
+        (result,) = bottom_components(scorer, examples, "1.fc_in@0.25", words, fractions=("0.5",))
     # a: Paris is right; b: asks for Rome, and Paris is another answer of its group x; c, in y, asks for Paris, and Rome is
     # the answer of f there; d: a frequent word; e: neither; f: right.
-    classes = {name: round(share.value * 6) for name, share in found.classes.items()}
+    classes = {name: round(share.value * 6) for name, share in result.classes.items()}
     assert classes == {
         "right": 2,
         "right type": 2,
@@ -89,7 +89,7 @@ def test_winners_fall_into_classes(llama: LanguageModel, split: Split, tmp_path:
         "capitalised word": 0,
         "other word": 1,
     }
-    assert found.probability.value == pytest.approx(0.5)
+    assert result.probability.value == pytest.approx(0.5)
 
 
 def test_runs_of_the_spectrum_are_taken_out_one_by_one(make: Make, split: Split, tmp_path: Path) -> None:
@@ -99,11 +99,11 @@ def test_runs_of_the_spectrum_are_taken_out_one_by_one(make: Make, split: Split,
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     base = evaluate(lm, split)
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(lm, split, store) as score:
-        found = chunk_map("1.k_proj@0.25", score, chunk=6)
-    assert [(c.first, c.last) for c in found] == [(0, 5), (6, 11), (12, 15)]
-    assert sum(c.energy for c in found) == pytest.approx(1)
+        result = chunk_map("1.k_proj@0.25", score, chunk=6)
+    assert [(c.first, c.last) for c in result] == [(0, 5), (6, 11), (12, 15)]
+    assert sum(c.energy for c in result) == pytest.approx(1)
     assert torch.equal(read_matrix(lm.model, matrix), W)
-    for c in found:
+    for c in result:
         keep = [i for i in range(16) if not c.first <= i <= c.last]
         parameter = lm.model.get_parameter(matrix.path)
         with torch.no_grad():
@@ -137,9 +137,9 @@ def test_other_examples_are_other_tokens_and_a_reference_reduction_has_a_bottom(
     llama: LanguageModel, split: Split, tmp_path: Path
 ) -> None:
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
-        given: dict[str, Any] = {"intervention": "1.fc_in@0.25:reference", "words": NOTHING, "fractions": ("0.5",)}
-        first = bottom_components(scorer, split.examples[:5], **given)
-        other = bottom_components(scorer, split.examples[3:8], **given)
+        options: dict[str, Any] = {"intervention": "1.fc_in@0.25:reference", "words": NOTHING, "fractions": ("0.5",)}
+        first = bottom_components(scorer, split.examples[:5], **options)
+        other = bottom_components(scorer, split.examples[3:8], **options)
         fresh = bottom_components(scorer, split.examples[:5], "1.fc_in@0.25", NOTHING, fractions=("0.5",))
     assert other[0].probability != first[0].probability
     assert fresh == first  # the bottom is of the exact decomposition

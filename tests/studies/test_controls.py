@@ -36,34 +36,34 @@ def test_each_control_changes_the_matrix_by_as_much_and_nothing_else(family: str
     with applied(lm, removed_part(lm.matrices, TEXT)):
         removed = read_matrix(lm.model, matrix).clone()
     size = float((W - kept).norm())
-    found = {}
+    by_name = {}
     for name in CONTROLS:
         sizes: list[float] = []
         with changed(lm, TEXT, name, 0, sizes):
-            found[name] = read_matrix(lm.model, matrix).clone()
+            by_name[name] = read_matrix(lm.model, matrix).clone()
             others = [n for n, p in lm.model.named_parameters() if not torch.equal(p, before[n])]
         assert others == [matrix.path]
-        assert sizes[0] == pytest.approx(float((W - found[name]).norm() / W.norm()), rel=1e-5)
+        assert sizes[0] == pytest.approx(float((W - by_name[name]).norm() / W.norm()), rel=1e-5)
     assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters())
-    torch.testing.assert_close(found["low rank"], kept)
-    torch.testing.assert_close(found["removed part alone"], removed, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(by_name["low rank"], kept)
+    torch.testing.assert_close(by_name["removed part alone"], removed, atol=1e-5, rtol=1e-4)
     largest = float(W.abs().max())
     for name in ("smallest entries zero", "random entries zero", "Gaussian noise"):
-        assert float((W - found[name]).norm()) == pytest.approx(size, abs=largest), name
+        assert float((W - by_name[name]).norm()) == pytest.approx(size, abs=largest), name
     for name in ("smallest entries zero", "random entries zero"):
-        changed_entries = found[name] != W
-        assert (found[name][changed_entries] == 0).all()
-    gone = found["smallest entries zero"] == 0
+        changed_entries = by_name[name] != W
+        assert (by_name[name][changed_entries] == 0).all()
+    gone = by_name["smallest entries zero"] == 0
     assert W[gone].abs().max() <= W[~gone].abs().min()
-    assert int(torch.linalg.matrix_rank(found["random subspace"])) == int(0.25 * matrix.max_rank)
-    assert not found["all zero"].any()
+    assert int(torch.linalg.matrix_rank(by_name["random subspace"])) == int(0.25 * matrix.max_rank)
+    assert not by_name["all zero"].any()
     with changed(lm, TEXT, "Gaussian noise", 1):
-        assert not torch.equal(read_matrix(lm.model, matrix), found["Gaussian noise"])
+        assert not torch.equal(read_matrix(lm.model, matrix), by_name["Gaussian noise"])
 
 
 def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as score:
-        found = {c.control: c for c in controls(llama, TEXT, score, draws=2)}
+        by_control = {c.control: c for c in controls(llama, TEXT, score, draws=2)}
         calls = []
 
         def counted(name: str, change: object = None, matrices_of: str = "") -> object:
@@ -71,14 +71,16 @@ def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split
             return score(name, change, matrices_of=matrices_of) if change else score(name)
 
         again = controls(llama, TEXT, counted, draws=2)  # type: ignore[arg-type]
-    assert again == list(found.values())
+    assert again == list(by_control.values())
     assert len(calls) == 1 + 4 + 3 * 2
-    assert {name: c.draws for name, c in found.items()} == {name: 2 if random else 1 for name, (random, _) in CONTROLS.items()}
+    assert {name: c.draws for name, c in by_control.items()} == {
+        name: 2 if random else 1 for name, (random, _) in CONTROLS.items()
+    }
     base = evaluate(llama, split)
     with applied(llama, TEXT):
         edited = evaluate(llama, split)
     c = compare(base, edited)
-    one = found["low rank"]
+    one = by_control["low rank"]
     assert (one.gain, one.accuracy) == (c.gain, c.edited)
     assert one.loss == pytest.approx(c.edited_loss)
     assert one.loss_interval == pytest.approx(c.loss_interval)
@@ -87,7 +89,7 @@ def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split
     for seed in range(2):
         with changed(llama, TEXT, "Gaussian noise", seed):
             noisy.append(evaluate(llama, split))
-    two = found["Gaussian noise"]
+    two = by_control["Gaussian noise"]
     assert two.accuracy == pytest.approx(sum(e.accuracy for e in noisy) / 2)
     assert two.loss_change == pytest.approx(sum(e.loss for e in noisy) / 2 - base.loss)
     assert two.min_gain <= two.gain <= two.max_gain
@@ -110,7 +112,7 @@ def test_a_random_subspace_is_of_the_shorter_side_and_of_all_ranks_kept(llama: L
         matrix = next(m for m in llama.matrices if text.startswith(m.id + "@"))
         W = read_matrix(llama.model, matrix).clone()
         with changed(llama, text, "random subspace", 0):
-            found = read_matrix(llama.model, matrix).clone()
-        assert int(torch.linalg.matrix_rank(found)) == rank
+            weight = read_matrix(llama.model, matrix).clone()
+        assert int(torch.linalg.matrix_rank(weight)) == rank
         # A projection changes nothing of what it keeps: the change is orthogonal to what is left.
-        assert float(((W - found) * found).sum().abs()) < 1e-4 * float(W.square().sum())
+        assert float(((W - weight) * weight).sum().abs()) < 1e-4 * float(W.square().sum())

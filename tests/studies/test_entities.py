@@ -42,12 +42,12 @@ def test_counts_and_shares_worked_out_by_hand() -> None:
     }
     sets = {"1": ("A",), "2": ("A", "B"), "3": ("B",)}
     rows, said = entities(texts, examples, sets, lambda given: [of[t] for t in given])
-    found = {(r.set, r.model): (r.entities.value, r.with_answer.value, r.without.value, r.entities.n) for r in rows}
-    assert found["A", "base"] == (0, 0, 1, 2)
-    assert found["A", "reduced"] == (1.5, 1, 0, 2)  # an alias counts
-    assert found["A", "removed part alone"] == (0.5, 0, 0.5, 2)  # Romeo is not Rome
-    assert found["B", "base"] == (0.5, 0.5, 0.5, 2)
-    assert found["B", "reduced"] == (1, 1, 0, 2)
+    by_name = {(r.set, r.model): (r.entities.value, r.with_answer.value, r.without.value, r.entities.n) for r in rows}
+    assert by_name["A", "base"] == (0, 0, 1, 2)
+    assert by_name["A", "reduced"] == (1.5, 1, 0, 2)  # an alias counts
+    assert by_name["A", "removed part alone"] == (0.5, 0, 0.5, 2)  # Romeo is not Rome
+    assert by_name["B", "base"] == (0.5, 0.5, 0.5, 2)
+    assert by_name["B", "reduced"] == (1, 1, 0, 2)
     assert [s.sets for s in said] == [("A",), ("A", "B"), ("B",)]
     assert said[0].entities["reduced"] == ("Rome", "Oslo")
     assert all(r.entities.is_small for r in rows)
@@ -77,24 +77,24 @@ def test_texts_are_those_that_the_model_writes_and_are_kept(llama: LanguageModel
     examples = [Example(c, f"The capital of {c} is", "Paris") for c in "abcdef"]
     split = Task.of("t", examples).every
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
-        wanted = {"base": "", "reduced": "1.fc_in@0.1"}
-        found = generated_texts(scorer, store, split.examples[:4], wanted, new_tokens=3)
+        interventions = {"base": "", "reduced": "1.fc_in@0.1"}
+        texts = generated_texts(scorer, store, split.examples[:4], interventions, new_tokens=3)
         runs = len(store.runs())
-        assert generated_texts(scorer, store, split.examples[:4], wanted, new_tokens=3) == found
+        assert generated_texts(scorer, store, split.examples[:4], interventions, new_tokens=3) == texts
         assert len(store.runs()) == runs
-        assert generated_texts(scorer, store, [], wanted) == {"base": [], "reduced": []}
-    for name, text in wanted.items():
+        assert generated_texts(scorer, store, [], interventions) == {"base": [], "reduced": []}
+    for name, text in interventions.items():
         with applied(llama, text):
             expected = [generate(llama, [e.prompt], max_new_tokens=3, stops=("\n",))[0].strip() for e in examples[:4]]
-        assert found[name] == expected
+        assert texts[name] == expected
 
 
 def test_texts_that_the_book_itself_holds_are_not_written_twice(llama: LanguageModel, tmp_path: Path) -> None:
     how = Decoding(new_tokens=3, stops=("\n",))
     split = Task.of("t", [Example(c, f"The capital of {c} is", "Paris") for c in "ab"], scorer="contains", decoding=how).every
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
-        found = generated_texts(scorer, store, split.examples, {"base": ""}, new_tokens=3)
-        assert found["base"] == [s.predicted for s in scorer("").scores]
+        texts = generated_texts(scorer, store, split.examples, {"base": ""}, new_tokens=3)
+        assert texts["base"] == [s.predicted for s in scorer("").scores]
         assert len(store.runs()) == 1
 
 
@@ -102,6 +102,6 @@ def test_where_the_task_judges_what_is_written_its_own_texts_are_taken(llama: La
     examples = [Example(c, f"The capital of {c} is", "Paris") for c in "abcdef"]
     split = Task.of("t", examples, scorer="contains", decoding=Decoding(new_tokens=4)).every
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as scorer:
-        found = generated_texts(scorer, store, split.examples[2:4], {"base": ""})
+        texts = generated_texts(scorer, store, split.examples[2:4], {"base": ""})
         assert len(store.runs()) == 1
-        assert found["base"] == [s.predicted for s in scorer("").scores[2:4]]
+        assert texts["base"] == [s.predicted for s in scorer("").scores[2:4]]

@@ -32,28 +32,28 @@ EXAMPLES = [Example(i, f"prompt {i}", right) for i, _, right, _ in BEFORE]
 
 
 def test_what_was_corrected_broken_and_said_instead_worked_out_by_hand() -> None:
-    found = flips(evaluation(BEFORE), replace(evaluation(AFTER), intervention="1.fc_in@0.1"), EXAMPLES)
-    assert [f.id for f in found.of("corrected")] == ["1", "3"]
-    assert [f.id for f in found.of("broken")] == ["2"]
-    assert [f.id for f in found.of("wrong")] == ["4"]
-    assert found.of("right") == []
-    assert found.flips[0].prompt == "prompt 1"
-    assert (found.comparison.corrected, found.comparison.broken) == (2, 1)
-    assert (found.off_list_base.value, found.off_list_edited.value) == (0.5, 0.25)  # "the" is nobody's answer
-    assert found.off_list_base.interval == wilson(2, 4)
-    assert found.unchanged.value == 0.25
-    assert found.majority.value == 0.5
-    assert [(x.label, x.answers, x.base, x.edited) for x in found.labels] == [
+    result = flips(evaluation(BEFORE), replace(evaluation(AFTER), intervention="1.fc_in@0.1"), EXAMPLES)
+    assert [f.id for f in result.of("corrected")] == ["1", "3"]
+    assert [f.id for f in result.of("broken")] == ["2"]
+    assert [f.id for f in result.of("wrong")] == ["4"]
+    assert result.of("right") == []
+    assert result.flips[0].prompt == "prompt 1"
+    assert (result.comparison.corrected, result.comparison.broken) == (2, 1)
+    assert (result.off_list_base.value, result.off_list_edited.value) == (0.5, 0.25)  # "the" is nobody's answer
+    assert result.off_list_base.interval == wilson(2, 4)
+    assert result.unchanged.value == 0.25
+    assert result.majority.value == 0.5
+    assert [(x.label, x.answers, x.base, x.edited) for x in result.labels] == [
         ("rome", 2, 2, 1),
         ("paris", 1, 0, 2),
         ("oslo", 1, 0, 0),
         ("the", 0, 2, 1),
     ]
-    assert [(g.group, g.comparison.n, g.comparison.corrected, g.is_small) for g in found.groups] == [
+    assert [(g.group, g.comparison.n, g.comparison.corrected, g.is_small) for g in result.groups] == [
         ("a", 3, 2, True),
         ("b", 1, 0, True),
     ]
-    assert to_json(found)["counts"] == {"corrected": 2, "broken": 1, "right": 0, "wrong": 1}
+    assert to_json(result)["counts"] == {"corrected": 2, "broken": 1, "right": 0, "wrong": 1}
 
 
 def test_an_example_that_is_not_there_is_told() -> None:
@@ -66,13 +66,13 @@ def test_the_likeliest_tokens_are_those_of_a_plain_pass(family: str, make: Make)
     lm = make(family)
     text = "decoder.1.mlp@0.1" if family == "t5" else "1.mlp@0.1"
     examples = [Example(c, f"The capital of {c} is", "Paris") for c in ("France", "Italy and Spain")]
-    found = likeliest(lm, examples, text, k=3, batch_size=1)
-    assert found == likeliest(lm, examples, text, k=3, batch_size=2)
-    assert [len(side) for pair in found for side in pair] == [3] * 4
+    result = likeliest(lm, examples, text, k=3, batch_size=1)
+    assert result == likeliest(lm, examples, text, k=3, batch_size=2)
+    assert [len(side) for pair in result for side in pair] == [3] * 4
     if family != "llama":
         return
     tokenizer = lm.require_tokenizer()
-    for e, sides in zip(examples, found, strict=True):
+    for e, sides in zip(examples, result, strict=True):
         for intervention, side in zip(("", text), sides, strict=True):
             with applied(lm, intervention), torch.no_grad():
                 logits = lm.model(**tokenizer(e.prompt, return_tensors="pt")).logits[0, -1]
@@ -89,7 +89,7 @@ def test_scores_are_made_once_and_kept(llama: LanguageModel, split: Split, tmp_p
         expected = evaluate(llama, split)
     passes: list[str] = []
     llama.model.register_forward_pre_hook(lambda *_: passes.append(llama.intervention))
-    made: list[list[str]] = []
+    calls: list[list[str]] = []
     for _ in range(2):
         with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as score:
             assert score("1.fc_in@0.10").scores == expected.scores
@@ -97,14 +97,14 @@ def test_scores_are_made_once_and_kept(llama: LanguageModel, split: Split, tmp_p
             assert score("named", applied(llama, "1.fc_in@0.1")).scores == expected.scores
             assert score("another", applied(llama, "1.fc_in@0.1"), matrices_of="1.fc_in@0.5").scores == expected.scores
             assert score.cached("a text", lambda: passes.append("computed") or ["kept"]) == ["kept"]
-        made.append(list(passes))
-    assert set(made[0]) == {"1.fc_in@0.1", "", "computed"}
-    assert made[1] == made[0]  # the second time everything comes from the store
+        calls.append(list(passes))
+    assert set(calls[0]) == {"1.fc_in@0.1", "", "computed"}
+    assert calls[1] == calls[0]  # the second time everything comes from the store
     with Store.open(tmp_path / "runs.db") as store:
         assert store.examples(store.runs()[0].id, "all") == split.examples
         with cached_scorer(llama, split.limit(3), store) as score:
             score("")
-    assert len(passes) > len(made[0])  # other examples are other scores
+    assert len(passes) > len(calls[0])  # other examples are other scores
 
 
 def test_scores_under_edits_of_tied_weights_start_below_the_first_of_them(make: Make, split: Split, tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ def of(scorer: str, rows: list[tuple[str, bool, str]], examples: list[Example]) 
         ExampleScore(e.id, right, -1.0, 1, said, answer) for e, (said, right, answer) in zip(examples, rows, strict=True)
     )
     one = Evaluation("m", "t", "test", scorer, "", scores, 0.0)
-    found = flips(one, one, examples)
-    return round(found.off_list_base.value * found.off_list_base.n), [(x.label, x.answers, x.base) for x in found.labels]
+    result = flips(one, one, examples)
+    return round(result.off_list_base.value * result.off_list_base.n), [(x.label, x.answers, x.base) for x in result.labels]
 
 
 def test_what_is_outside_of_all_answers_goes_by_what_the_scorer_reads() -> None:

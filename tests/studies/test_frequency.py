@@ -51,25 +51,25 @@ def test_bins_worked_out_by_hand() -> None:
     how_often = [0, 0, 0, None, 1, 2, 3, 4]
     before = [False, False, True, True, False, True, True, True]
     after = [True, True, False, True, True, True, False, True]
-    found = study(how_often, before, after, bins=2, fall=[1, 2, 3, 9, -1, -1, 0, 0.5])
-    assert [(p.low, p.high, p.n, p.is_small) for p in found.bins] == [(0, 0, 3, True), (1, 2, 2, True), (3, 4, 2, True)]
-    zero, _, last = found.bins
+    result = study(how_often, before, after, bins=2, fall=[1, 2, 3, 9, -1, -1, 0, 0.5])
+    assert [(p.low, p.high, p.n, p.is_small) for p in result.bins] == [(0, 0, 3, True), (1, 2, 2, True), (3, 4, 2, True)]
+    zero, _, last = result.bins
     assert (zero.base.value, zero.base.interval, zero.edited.value) == (1 / 3, wilson(1, 3), 2 / 3)
     assert (zero.gain.value, zero.gain.interval) == (1 / 3, paired_difference(2, 1, 3))
     assert zero.loss.value == -2
     assert (last.gain.value, last.loss.value) == (-1 / 2, -0.25)
-    assert [(p.low, p.high, p.n, p.gain.value) for p in found.cumulative] == [
+    assert [(p.low, p.high, p.n, p.gain.value) for p in result.cumulative] == [
         (0, 0, 3, 1 / 3),
         (0, 2, 5, 2 / 5),
         (0, 4, 7, 1 / 7),
     ]
-    assert (found.without, found.facts, len(found.examples)) == (1, 7, 7)
-    assert not found.cumulative[1].is_small
+    assert (result.without, result.facts, len(result.examples)) == (1, 7, 7)
+    assert not result.cumulative[1].is_small
     # The middle of the zeros is 1.5 of 7, that of the 1 is 3.5, which is no less than the half.
-    assert (found.rare.n, found.frequent.n) == (3, 4)
-    assert (found.rare.gain.value, found.frequent.gain.value, found.difference.value) == (1 / 3, 0, 1 / 3)
-    assert math.isinf(found.difference.interval.low)  # three facts of a half tell nothing
-    values = json.loads(json.dumps(to_json(found), allow_nan=False))
+    assert (result.rare.n, result.frequent.n) == (3, 4)
+    assert (result.rare.gain.value, result.frequent.gain.value, result.difference.value) == (1 / 3, 0, 1 / 3)
+    assert math.isinf(result.difference.interval.low)  # three facts of a half tell nothing
+    values = json.loads(json.dumps(to_json(result), allow_nan=False))
     assert values["bins"][0] | {"before": 0, "after": 0, "gain": 0, "loss": 0} == {
         "low": 0, "high": 0, "n": 3, "few": True, "before": 0, "after": 0, "gain": 0, "loss": 0
     }  # fmt: skip
@@ -90,12 +90,12 @@ def test_bins_worked_out_by_hand() -> None:
     ],
 )
 def test_bins_hold_as_many_each_and_part_no_equal_ones(how_often: list[float], bins: int, sizes: list[int]) -> None:
-    found = study(how_often, [False] * len(how_often), [True] * len(how_often), bins=bins)
-    assert [p.n for p in found.bins] == sizes
-    ends = [x for p in found.bins for x in (p.low, p.high)]
+    result = study(how_often, [False] * len(how_often), [True] * len(how_often), bins=bins)
+    assert [p.n for p in result.bins] == sizes
+    ends = [x for p in result.bins for x in (p.low, p.high)]
     assert ends == sorted(ends)
-    assert len({p.low for p in found.bins} | {p.high for p in found.bins}) == sum(1 + (p.low != p.high) for p in found.bins)
-    assert found.cumulative[-1].n == len(how_often)
+    assert len({p.low for p in result.bins} | {p.high for p in result.bins}) == sum(1 + (p.low != p.high) for p in result.bins)
+    assert result.cumulative[-1].n == len(how_often)
 
 
 def test_correlations_are_those_of_scipy() -> None:
@@ -104,18 +104,18 @@ def test_correlations_are_those_of_scipy() -> None:
     before, after = (source.random(80) < 0.5 for _ in range(2))
     fall = (source.normal(size=80) - 0.1 * np.array(how_often)).round(1)
     facts = [f"f{i // 2}" for i in range(80)]
-    found = study(how_often, before.tolist(), after.tolist(), fall=fall.tolist(), facts=facts)
+    result = study(how_often, before.tolist(), after.tolist(), fall=fall.tolist(), facts=facts)
     change = after.astype(int) - before.astype(int)
-    assert found.correctness.value == pytest.approx(stats.spearmanr(how_often, change).statistic, abs=1e-12)
+    assert result.correctness.value == pytest.approx(stats.spearmanr(how_often, change).statistic, abs=1e-12)
     # The losses are rounded alike, so that equal falls stay equal.
-    fall = [e.base_loss - e.edited_loss for e in found.examples]
-    assert found.loss.value == pytest.approx(stats.spearmanr(how_often, fall).statistic, abs=1e-12)
-    assert (found.facts, found.correctness.n) == (40, 80)
+    fall = [e.base_loss - e.edited_loss for e in result.examples]
+    assert result.loss.value == pytest.approx(stats.spearmanr(how_often, fall).statistic, abs=1e-12)
+    assert (result.facts, result.correctness.n) == (40, 80)
     # The bootstrap over facts, done in the plain way.
     members = [np.array([2 * i, 2 * i + 1]) for i in range(40)]
     drawn = [np.concatenate([members[i] for i in source.integers(40, size=40)]) for _ in range(2000)]
     rho = [stats.spearmanr(np.array(how_often)[d], change[d]).statistic for d in drawn]
-    assert found.correctness.interval == pytest.approx(np.quantile(rho, [0.025, 0.975]), abs=0.03)
+    assert result.correctness.interval == pytest.approx(np.quantile(rho, [0.025, 0.975]), abs=0.03)
 
 
 def planted(effect: bool, seed: int = 0) -> Frequency:
@@ -131,12 +131,12 @@ def planted(effect: bool, seed: int = 0) -> Frequency:
 
 
 def test_an_effect_on_what_is_rare_is_found() -> None:
-    found = planted(effect=True)
-    assert found.difference.interval.low > 0
-    assert found.correctness.interval.high < 0
-    assert found.loss.interval.high < 0
-    assert found.bins[0].gain.value > found.bins[-1].gain.value
-    assert [p.high for p in found.bins] == [p.high for p in found.cumulative]
+    result = planted(effect=True)
+    assert result.difference.interval.low > 0
+    assert result.correctness.interval.high < 0
+    assert result.loss.interval.high < 0
+    assert result.bins[0].gain.value > result.bins[-1].gain.value
+    assert [p.high for p in result.bins] == [p.high for p in result.cumulative]
 
 
 def test_no_effect_is_not_found() -> None:
@@ -165,9 +165,9 @@ def test_phrasings_of_one_fact_are_no_independent_examples() -> None:
 
 
 def test_what_tells_nothing_has_no_interval() -> None:
-    found = study([1] * 6, [False] * 6, [True, False] * 3)  # all occur as often
-    assert (found.rare.n, found.frequent.n, found.difference.n) == (0, 6, 6)
-    values = to_json(found)
+    result = study([1] * 6, [False] * 6, [True, False] * 3)  # all occur as often
+    assert (result.rare.n, result.frequent.n, result.difference.n) == (0, 6, 6)
+    values = to_json(result)
     nothing = {"value": None, "interval": None, "n": 6}
     assert values["correctness"] == values["difference"] == values["loss"] == nothing
     assert values["rare"]["low"] is None
@@ -223,10 +223,10 @@ def test_the_command_goes_by_popularity_or_by_a_corpus(make: Make, tmp_path: Pat
     app = typer.Typer()
     app.command()(command)
     task = ["--task", f"jsonl:{tmp_path / 'q.jsonl'}", "--store", str(tmp_path / "runs.db"), "--split", "all"]
-    given = [str(tmp_path / "model"), *task, "--reduce", "all.all@0.2"]
+    arguments = [str(tmp_path / "model"), *task, "--reduce", "all.all@0.2"]
 
     def run(*options: object) -> str:
-        result = CliRunner().invoke(app, [*given, *map(str, options)], catch_exceptions=False, env={"COLUMNS": "200"})
+        result = CliRunner().invoke(app, [*arguments, *map(str, options)], catch_exceptions=False, env={"COLUMNS": "200"})
         assert result.exit_code == 0, result.output
         return result.stdout
 

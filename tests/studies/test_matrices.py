@@ -29,11 +29,11 @@ def stored(llama: LanguageModel, tmp_path: Path) -> CheckpointReader:
 
 
 def test_metrics_are_those_of_numpys_singular_values(llama: LanguageModel, stored: CheckpointReader) -> None:
-    found = {m.matrix: m for m in matrix_metrics(stored)}
-    assert found.keys() == {m.id for m in llama.matrices}
+    metrics = {m.matrix: m for m in matrix_metrics(stored)}
+    assert metrics.keys() == {m.id for m in llama.matrices}
     m = next(m for m in llama.matrices if m.id == "1.fc_up")
     S = np.linalg.svd(read_matrix(llama.model, m).double().numpy(), compute_uv=False)
-    one = found["1.fc_up"]
+    one = metrics["1.fc_up"]
     p = S / S.sum()
     assert one.shape == (48, 32)
     assert one.effective_rank == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-4)
@@ -47,11 +47,11 @@ def test_metrics_are_those_of_numpys_singular_values(llama: LanguageModel, store
 
 
 def test_what_layers_share_is_compared_with_the_layer_before(stored: CheckpointReader) -> None:
-    found = {m.matrix: m for m in matrix_metrics(stored, types=["q_proj"], thresholds=[0.0, 0.06, 9.0])}
-    assert found.keys() == {f"{i}.q_proj" for i in range(3)}
-    assert found["0.q_proj"].shared == {}
-    assert found["1.q_proj"].shared["0"] == 1
-    assert found["1.q_proj"].shared["9"] == 0
+    metrics = {m.matrix: m for m in matrix_metrics(stored, types=["q_proj"], thresholds=[0.0, 0.06, 9.0])}
+    assert metrics.keys() == {f"{i}.q_proj" for i in range(3)}
+    assert metrics["0.q_proj"].shared == {}
+    assert metrics["1.q_proj"].shared["0"] == 1
+    assert metrics["1.q_proj"].shared["9"] == 0
     right, left = (
         next(m for m in matrix_metrics(stored, types=["k_proj"], thresholds=[0.0], side=side) if m.layer == 1)
         for side in ("right", "left")
@@ -77,25 +77,25 @@ def test_what_cannot_be_looked_at_is_told(stored: CheckpointReader) -> None:
         list(matrix_metrics(stored, side="upper"))  # type: ignore[arg-type]
 
 
-def made(**given: float) -> MatrixMetrics:
+def metrics_of(**options: float) -> MatrixMetrics:
     shares = dict.fromkeys(("0.01", "0.05", "0.1", "0.25", "0.5"), 0.5)
     base = MatrixMetrics("0.fc_in", "", 0, "fc_in", "fc_in", (4, 4), 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, shares, shares, {})
-    return replace(base, **given)  # type: ignore[arg-type]
+    return replace(base, **options)  # type: ignore[arg-type]
 
 
 def test_a_metric_that_orders_the_gains_comes_first_with_its_interval() -> None:
     rng = np.random.default_rng(0)
     gain = {f"{i}.fc_in": float(g) for i, g in enumerate(rng.standard_normal(30))}
-    metrics = [made(matrix=name, stable_rank=-math.exp(g), norm=float(rng.standard_normal())) for name, g in gain.items()]
+    metrics = [metrics_of(matrix=name, stable_rank=-math.exp(g), norm=float(rng.standard_normal())) for name, g in gain.items()]
     screen = {name: g + 0.5 * float(rng.standard_normal()) for name, g in gain.items()}
-    found = correlations(metrics, gain, screen=screen)
-    assert [c.metric for c in found][:2] == ["stable_rank", "screen"]
-    assert found[0].rho == pytest.approx(-1)
-    assert (found[0].low, found[0].high) == pytest.approx((-1, -1))
-    noise = next(c for c in found if c.metric == "norm")
+    result = correlations(metrics, gain, screen=screen)
+    assert [c.metric for c in result][:2] == ["stable_rank", "screen"]
+    assert result[0].rho == pytest.approx(-1)
+    assert (result[0].low, result[0].high) == pytest.approx((-1, -1))
+    noise = next(c for c in result if c.metric == "norm")
     assert noise.rho == pytest.approx(stats.spearmanr([m.norm for m in metrics], list(gain.values())).statistic)
     assert noise.low < noise.rho < noise.high
-    assert all(c.metric != "edge" for c in found)  # it is constant here
+    assert all(c.metric != "edge" for c in result)  # it is constant here
     with pytest.raises(AnalysisError, match="needs 5"):
         correlations(metrics[:4], gain)
 
@@ -108,13 +108,13 @@ def test_gains_are_over_the_examples_that_all_trials_have(llama: LanguageModel) 
     for text, n in (("1.fc_in@0.1", 6), ("1.fc_in@0.5", 4), ("2.q_proj@0.5", 6), ("1.fc_in@0.1+2.q_proj@0.5", 6)):
         with applied(llama, text):
             trials[text] = evaluate(llama, split.limit(n))
-    found = gains(base, trials)
-    assert found.keys() == {"1.fc_in", "2.q_proj"}
+    result = gains(base, trials)
+    assert result.keys() == {"1.fc_in", "2.q_proj"}
     falls = [
         sum(b.loss - e.loss for b, e in zip(base.scores[:4], trials[t].scores[:4], strict=True)) / 4
         for t in ("1.fc_in@0.1", "1.fc_in@0.5")
     ]
-    assert found["1.fc_in"] == pytest.approx(max(falls))
+    assert result["1.fc_in"] == pytest.approx(max(falls))
     assert best_of_each({"1.fc_in@0.1": -1.0, "1.fc_in@0.5": 2.0}) == {"1.fc_in": 2.0}
 
 
@@ -159,11 +159,11 @@ class Loaded:
 def test_a_matrix_that_cannot_be_read_is_left_out_and_told(make: Make, tmp_path: Path) -> None:
     make("mixtral").model.save_pretrained(tmp_path)
     source = open_checkpoint(tmp_path)
-    told: list[str] = []
-    found = list(matrix_metrics(source, on_skip=lambda m, why: told.append(f"{m.id}: {why}")))
-    assert {m.type for m in found} == {"q_proj", "k_proj", "v_proj", "out_proj"}
-    assert all("another layout" in line for line in told)
-    assert len(told) == 27  # three layers, three experts, three matrices
+    messages: list[str] = []
+    metrics = list(matrix_metrics(source, on_skip=lambda m, why: messages.append(f"{m.id}: {why}")))
+    assert {m.type for m in metrics} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert all("another layout" in line for line in messages)
+    assert len(messages) == 27  # three layers, three experts, three matrices
     with pytest.raises(WeightError, match="another layout"):
         list(matrix_metrics(source))
 

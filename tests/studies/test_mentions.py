@@ -46,11 +46,11 @@ def counts(found: Mentions, id_: str) -> tuple[int, int, int]:
 
 
 def test_counts_worked_out_by_hand(store: Store, tmp_path: Path) -> None:
-    found = count_mentions(write(tmp_path / "c.jsonl", DOCUMENTS), [PARIS, ROME], store)
-    assert found.documents == 5
-    assert counts(found, "paris") == (2, 1, 1)
-    assert counts(found, "rome") == (1, 2, 1)  # an alias is the answer, and two of them in one document are one mention
-    assert to_json(found)["both"] == {"paris": 1, "rome": 1}
+    result = count_mentions(write(tmp_path / "c.jsonl", DOCUMENTS), [PARIS, ROME], store)
+    assert result.documents == 5
+    assert counts(result, "paris") == (2, 1, 1)
+    assert counts(result, "rome") == (1, 2, 1)  # an alias is the answer, and two of them in one document are one mention
+    assert to_json(result)["both"] == {"paris": 1, "rome": 1}
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_counts_worked_out_by_hand(store: Store, tmp_path: Path) -> None:
     ],
 )
 def test_a_mention_stands_alone_in_any_case(store: Store, tmp_path: Path, text: str, mentioned: bool) -> None:
-    asked = Example("1", "p", "Yamoussoukro", subject="Côte d'Ivoire")
-    assert count_mentions(write(tmp_path / "c.jsonl", [text]), [asked], store).subject["1"] == mentioned
+    example = Example("1", "p", "Yamoussoukro", subject="Côte d'Ivoire")
+    assert count_mentions(write(tmp_path / "c.jsonl", [text]), [example], store).subject["1"] == mentioned
 
 
 def test_counts_are_those_of_a_search_for_each_pattern_alone(store: Store, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_counts_are_those_of_a_search_for_each_pattern_alone(store: Store, tmp_p
         Example(str(i), "p", source.choice(words), aliases=tuple(source.sample(words, i % 3)), subject=source.choice(words))
         for i in range(60)
     ]
-    found = count_mentions(write(tmp_path / "c.jsonl", texts), examples, store)
+    result = count_mentions(write(tmp_path / "c.jsonl", texts), examples, store)
 
     def holds(text: str, word: str) -> bool:
         pattern = re.escape(word).replace(r"\ ", r"\s+")
@@ -92,8 +92,8 @@ def test_counts_are_those_of_a_search_for_each_pattern_alone(store: Store, tmp_p
         subject = [holds(text, e.subject) for text in texts]
         answer = [any(holds(text, a) for a in (e.answer, *e.aliases)) for text in texts]
         both = sum(s and a for s, a in zip(subject, answer, strict=True))
-        assert counts(found, e.id) == (sum(subject), sum(answer), both)
-    assert len({found.both[e.id] for e in examples}) > 10
+        assert counts(result, e.id) == (sum(subject), sum(answer), both)
+    assert len({result.both[e.id] for e in examples}) > 10
 
 
 @pytest.mark.slow
@@ -101,19 +101,19 @@ def test_several_processes_count_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(mentions, "BLOCK_CHARACTERS", 200)
     monkeypatch.setattr(mentions, "SERIAL_BLOCKS", 4)
     corpus = write(tmp_path / "c.jsonl", [f"{text} {i}" for i in range(60) for text in DOCUMENTS])
-    found = []
+    results = []
     for workers in (1, 2):
         done: list[tuple[int, int | None, int]] = []
         with Store.open(tmp_path / f"{workers}.db") as store:
 
-            def told(*values: int | None, done: list[tuple[int, int | None, int]] = done) -> None:
+            def on_progress(*values: int | None, done: list[tuple[int, int | None, int]] = done) -> None:
                 done.append(values)  # type: ignore[arg-type]
 
-            found.append(count_mentions(corpus, [PARIS, ROME], store, workers=workers, on_progress=told))
+            results.append(count_mentions(corpus, [PARIS, ROME], store, workers=workers, on_progress=on_progress))
         assert done[-1] == (300, 300, 300)
         assert done == sorted(done)  # in the order of the corpus
-    assert found[0] == found[1]
-    assert counts(found[0], "paris") == (120, 60, 60)
+    assert results[0] == results[1]
+    assert counts(results[0], "paris") == (120, 60, 60)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "txt"])
@@ -132,26 +132,26 @@ def test_an_interrupted_count_goes_on_and_counts_nothing_twice(
         pass
 
     def stop_at(n: int) -> None:
-        def told(done: int, total: int | None, read: int) -> None:
+        def on_progress(done: int, total: int | None, read: int) -> None:
             assert total == 20
             if done == n:
                 raise Stop
 
         with pytest.raises(Stop):
-            count_mentions(corpus, [PARIS], store, on_progress=told)
+            count_mentions(corpus, [PARIS], store, on_progress=on_progress)
 
     stop_at(7)
     (run,) = store.runs()
     assert (run.kind, run.status, run.task) == ("mentions", "failed", corpus)
     stop_at(12)
     read: list[int] = []
-    found = count_mentions(corpus, [PARIS], store, on_progress=lambda done, total, now: read.append(now))
+    result = count_mentions(corpus, [PARIS], store, on_progress=lambda done, total, now: read.append(now))
     assert read == list(range(1, 9))  # 12 were done
-    assert counts(found, "paris") == (20, 7, 7)
+    assert counts(result, "paris") == (20, 7, 7)
     assert [r.id for r in store.runs()] == [run.id]
     # What is finished is not counted again.
     again = count_mentions(corpus, [PARIS], store, on_progress=lambda *_: pytest.fail("it reads again"))
-    assert again == found
+    assert again == result
 
 
 def test_a_count_is_of_its_patterns_and_of_the_corpus_as_it_is(store: Store, tmp_path: Path) -> None:
@@ -212,10 +212,10 @@ def test_a_streamed_data_set(store: Store, tmp_path: Path) -> None:
     assert list(corpus.documents(2)) == DOCUMENTS[2:]
     assert corpus.count() is None  # files tell no number of rows
     assert corpus.identity == open_corpus(f"hub:{folder}::train").identity
-    told: list[int | None] = []
-    found = count_mentions(f"hub:{folder}", [PARIS], store, on_progress=lambda done, total, now: told.append(total))
-    assert counts(found, "paris") == (2, 1, 1)
-    assert told == [None]
+    messages: list[int | None] = []
+    result = count_mentions(f"hub:{folder}", [PARIS], store, on_progress=lambda done, total, now: messages.append(total))
+    assert counts(result, "paris") == (2, 1, 1)
+    assert messages == [None]
     write(folder / "train.jsonl", [*DOCUMENTS, "one more"])
     assert open_corpus(f"hub:{folder}").identity != corpus.identity
     with pytest.raises(AnalysisError, match="'valid'"):
@@ -290,9 +290,9 @@ def test_a_package_that_is_missing_is_named(store: Store, tmp_path: Path, monkey
 @pytest.mark.realdata
 def test_real_facts_in_a_real_text(store: Store, real_data: Path) -> None:
     facts = [e for e in task("counterfact", data=real_data).every if e.id.endswith("/rewrite")][:300]
-    found = count_mentions(str(real_data / "wikitext2" / "test.txt"), facts, store)
-    assert len(found.both) == 300
-    assert found.documents > 1000
+    result = count_mentions(str(real_data / "wikitext2" / "test.txt"), facts, store)
+    assert len(result.both) == 300
+    assert result.documents > 1000
     for e in facts:
-        assert found.both[e.id] <= min(found.subject[e.id], found.answer[e.id])
-    assert 0 < max(found.both.values()) < max(found.answer.values())
+        assert result.both[e.id] <= min(result.subject[e.id], result.answer[e.id])
+    assert 0 < max(result.both.values()) < max(result.answer.values())

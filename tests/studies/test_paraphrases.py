@@ -42,38 +42,38 @@ BEFORE, AFTER = evaluation(2), evaluation(3)
 
 
 def test_facts_and_their_phrasings_worked_out_by_hand() -> None:
-    found = paraphrases(BEFORE, AFTER, EXAMPLES)
-    assert (found.facts, found.single) == (4, 1)  # of Spain there is one phrasing
+    result = paraphrases(BEFORE, AFTER, EXAMPLES)
+    assert (result.facts, result.single) == (4, 1)  # of Spain there is one phrasing
     # All right: before Italy, after France. Any right: before France and Italy, after Norway too.
-    assert (found.all_right.base.value, found.all_right.edited.value) == (0.25, 0.25)
-    assert found.all_right.base.interval == wilson(1, 4)
-    assert (found.all_right.change.value, found.all_right.change.interval) == (0, paired_difference(1, 1, 4))
-    assert found.all_right.p == mcnemar(1, 1)
-    assert (found.any_right.base.value, found.any_right.edited.value) == (0.5, 0.75)
-    assert (found.any_right.change.value, found.any_right.change.interval) == (0.25, paired_difference(1, 0, 4))
+    assert (result.all_right.base.value, result.all_right.edited.value) == (0.25, 0.25)
+    assert result.all_right.base.interval == wilson(1, 4)
+    assert (result.all_right.change.value, result.all_right.change.interval) == (0, paired_difference(1, 1, 4))
+    assert result.all_right.p == mcnemar(1, 1)
+    assert (result.any_right.base.value, result.any_right.edited.value) == (0.5, 0.75)
+    assert (result.any_right.change.value, result.any_right.change.interval) == (0.25, paired_difference(1, 0, 4))
     # Pairs that agree, of France, Italy, Peru (three pairs each) and Norway (one).
     before, after = [1 / 3, 1, 0, 1], [1, 1 / 3, 1, 0]
-    assert found.consistency.base.value == pytest.approx(sum(before) / 4)
-    assert found.consistency.edited.value == pytest.approx(sum(after) / 4)
-    assert found.consistency.edited.interval == pytest.approx(paired_mean(after))
+    assert result.consistency.base.value == pytest.approx(sum(before) / 4)
+    assert result.consistency.edited.value == pytest.approx(sum(after) / 4)
+    assert result.consistency.edited.interval == pytest.approx(paired_mean(after))
     changes = [a - b for b, a in zip(before, after, strict=True)]
-    assert found.consistency.change.value == pytest.approx(sum(changes) / 4)
-    assert found.consistency.change.interval == pytest.approx(paired_mean(changes))
-    assert found.consistency.p is None
+    assert result.consistency.change.value == pytest.approx(sum(changes) / 4)
+    assert result.consistency.change.interval == pytest.approx(paired_mean(changes))
+    assert result.consistency.p is None
 
 
 def test_what_was_right_and_is_lost_worked_out_by_hand() -> None:
-    found = paraphrases(BEFORE, AFTER, EXAMPLES)
-    assert found.examples == Growth(kept=4, gained=2, lost=1)  # Spain's loss is not counted
-    assert (found.comparison.corrected, found.comparison.broken, found.comparison.n) == (2, 1, 11)
-    assert (found.examples.share_lost.value, found.examples.only_grows) == (0.2, False)
-    assert found.examples.share_lost.interval == wilson(1, 5)
-    assert found.whole == Growth(kept=0, gained=1, lost=1)
-    assert [(t.phrasings, t.counts) for t in found.tables] == [
+    result = paraphrases(BEFORE, AFTER, EXAMPLES)
+    assert result.examples == Growth(kept=4, gained=2, lost=1)  # Spain's loss is not counted
+    assert (result.comparison.corrected, result.comparison.broken, result.comparison.n) == (2, 1, 11)
+    assert (result.examples.share_lost.value, result.examples.only_grows) == (0.2, False)
+    assert result.examples.share_lost.interval == wilson(1, 5)
+    assert result.whole == Growth(kept=0, gained=1, lost=1)
+    assert [(t.phrasings, t.counts) for t in result.tables] == [
         (2, ((0, 1, 0), (0, 0, 0), (0, 0, 0))),  # Norway
         (3, ((1, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0))),  # Peru; France; Italy
     ]
-    plain = json.loads(json.dumps(to_json(found)))
+    plain = json.loads(json.dumps(to_json(result)))
     assert plain["examples"] == {
         "kept": 4,
         "gained": 2,
@@ -98,8 +98,8 @@ def test_a_fact_asked_from_its_other_side_is_another_fact() -> None:
     turned = [replace(e, group="capital of") if e.id in ("1", "2") else e for e in EXAMPLES]
     assert paraphrases(BEFORE, AFTER, turned).single == 2
     unlike = [replace(e, answer="France") if e.id == "2" else e for e in EXAMPLES]
-    found = paraphrases(BEFORE, AFTER, unlike)
-    assert (found.facts, found.single, [t.phrasings for t in found.tables]) == (4, 2, [2, 3])
+    result = paraphrases(BEFORE, AFTER, unlike)
+    assert (result.facts, result.single, [t.phrasings for t in result.tables]) == (4, 2, [2, 3])
 
 
 def test_what_cannot_be_grouped_is_told() -> None:

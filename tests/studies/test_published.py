@@ -41,49 +41,49 @@ def test_every_published_model_and_task_of_the_paper_is_there() -> None:
 
 def test_ours_stand_beside_what_is_published(make: Make) -> None:
     lm = make("gptj")
-    made = facts("counterfact", "next_token")
-    told: list[int] = []
-    (found,) = compare_with_published(lm, made, [ROW], batch_size=3, on_progress=lambda done, _: told.append(done))
-    base = evaluate(lm, made.test)
+    questions = facts("counterfact", "next_token")
+    messages: list[int] = []
+    (result,) = compare_with_published(lm, questions, [ROW], batch_size=3, on_progress=lambda done, _: messages.append(done))
+    base = evaluate(lm, questions.test)
     with applied(lm, "1.fc_in@0.1:reference", seed=0):
-        edited = evaluate(lm, made.test)
-    assert found.accuracies == (100 * base.accuracy, 100 * edited.accuracy)
-    assert found.losses == pytest.approx((base.loss, edited.loss), abs=1e-5)
-    assert found.edited.intervention == "1.fc_in@0.1:reference"
-    assert told[-1] == len(made.test)
+        edited = evaluate(lm, questions.test)
+    assert result.accuracies == (100 * base.accuracy, 100 * edited.accuracy)
+    assert result.losses == pytest.approx((base.loss, edited.loss), abs=1e-5)
+    assert result.edited.intervention == "1.fc_in@0.1:reference"
+    assert messages[-1] == len(questions.test)
     assert not lm.active
-    assert any("dtype torch.float32; published with float16" in s for s in found.settings)
-    assert any("another seed moves the edited figures" in s for s in found.settings)
-    assert compare_with_published(lm, made, [ROW], limit=3)[0].base.n == 3
+    assert any("dtype torch.float32; published with float16" in s for s in result.settings)
+    assert any("another seed moves the edited figures" in s for s in result.settings)
+    assert compare_with_published(lm, questions, [ROW], limit=3)[0].base.n == 3
 
 
 def test_what_the_question_says_counts_as_published(make: Make) -> None:
     lm = make("gptj")
-    made = facts("wikidata-qa", "contains")
-    split = replace(made.test, examples=tuple(replace(e, prompt=f"Is it {e.answer}? It is") for e in made.test))
-    (found,) = compare_with_published(lm, replace(made, test=split), [replace(ROW, task="wikidata-qa")])
-    assert found.accuracies == (100.0, 100.0)
-    assert found.base.accuracy < 1
-    assert any("finds the answer in the prompt too" in s for s in found.settings)
+    questions = facts("wikidata-qa", "contains")
+    split = replace(questions.test, examples=tuple(replace(e, prompt=f"Is it {e.answer}? It is") for e in questions.test))
+    (result,) = compare_with_published(lm, replace(questions, test=split), [replace(ROW, task="wikidata-qa")])
+    assert result.accuracies == (100.0, 100.0)
+    assert result.base.accuracy < 1
+    assert any("finds the answer in the prompt too" in s for s in result.settings)
 
 
 def test_the_published_loss_of_a_masked_model_is_over_one_token_more(make: Make) -> None:
     lm = make("roberta")
     (one,) = compare_with_published(lm, facts("counterfact", "next_token"), [replace(ROW, model="roberta-base")])
     assert one.losses[0] == pytest.approx(one.base.loss)  # one mask, divided by one
-    (found,) = compare_with_published(lm, facts("wikidata-qa", "contains"), [replace(ROW, model="roberta-base")])
-    by_hand = sum(-s.logprob / (s.tokens + 1) for s in found.base.scores) / found.base.n
-    assert found.losses[0] == pytest.approx(by_hand)
-    assert found.losses[0] < found.base.loss
+    (result,) = compare_with_published(lm, facts("wikidata-qa", "contains"), [replace(ROW, model="roberta-base")])
+    by_hand = sum(-s.logprob / (s.tokens + 1) for s in result.base.scores) / result.base.n
+    assert result.losses[0] == pytest.approx(by_hand)
+    assert result.losses[0] < result.base.loss
 
 
 def test_every_published_row_is_decomposed_at_random_and_llama_writes_for_counterfact(make: Make) -> None:
     mistral = {"model": "mistral-7b-instruct-v0.1", "metric": "pass_at_1", "intervention": "1-2.all@0.5"}
     row = replace(ROW, method="truncated SVD of every map", **mistral)
-    (found,) = compare_with_published(make("llama"), facts("counterfact", "next_token"), [row])
-    assert found.edited.intervention == "1-2.all@0.5:reference"
-    assert any("decomposition is random" in setting for setting in found.settings)
-    assert max(found.accuracies) <= 1
-    made = facts("counterfact", "next_token")
-    assert as_published("llama-2-7b", made).test.scorer == "contains"
-    assert as_published("gpt-j-6b", made) is made
+    (result,) = compare_with_published(make("llama"), facts("counterfact", "next_token"), [row])
+    assert result.edited.intervention == "1-2.all@0.5:reference"
+    assert any("decomposition is random" in setting for setting in result.settings)
+    assert max(result.accuracies) <= 1
+    questions = facts("counterfact", "next_token")
+    assert as_published("llama-2-7b", questions).test.scorer == "contains"
+    assert as_published("gpt-j-6b", questions) is questions

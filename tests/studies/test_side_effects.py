@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,8 +41,8 @@ def test_the_divergence_is_that_of_texts_passed_one_by_one(family: str, forced: 
     if forced is not None:  # as BART has it
         lm.model.generation_config.forced_bos_token_id = forced
     reduction = next(f"{m.id}@0.1" for m in lm.matrices if m.layer == 1 and m.type == "fc_out")
-    found = divergence(lm, TEXTS, reduction, batch_size=2)
-    for text, value in zip(TEXTS, found, strict=True):
+    divergences = divergence(lm, TEXTS, reduction, batch_size=2)
+    for text, value in zip(TEXTS, divergences, strict=True):
         p = log_probabilities(lm, text)
         with applied(lm, reduction):
             q = log_probabilities(lm, text)
@@ -55,10 +56,26 @@ def test_the_divergence_is_that_of_texts_passed_one_by_one(family: str, forced: 
         divergence(lm, ["word " * 2000], reduction)
 
 
+def test_the_divergence_of_a_model_in_half_precision_is_of_logits_in_float32(llama: LanguageModel) -> None:
+    llama.model.bfloat16()
+    head: Any = llama.model.get_output_embeddings()
+    hidden: list[torch.Tensor] = []
+    head.register_forward_pre_hook(lambda _module, args: hidden.append(args[0][0]))
+    (value,) = divergence(llama, TEXTS[:1], "1.fc_out@0.1")
+    weight = head.weight.detach()
+    exact, rounded = [], []
+    for h in hidden:
+        exact.append((h.double() @ weight.double().T).log_softmax(-1))
+        rounded.append((h @ weight.T).double().log_softmax(-1))
+    expected, other = (float((p.exp() * (p - q)).sum(-1).mean()) for p, q in (exact, rounded))
+    assert value == pytest.approx(expected, rel=1e-3)
+    assert abs(value - expected) < 0.2 * abs(other - expected)
+
+
 def test_neutral_prompts_are_forty_sentences() -> None:
-    found = neutral_prompts()
-    assert len(found) == len(set(found)) == 40
-    assert all(line.endswith(".") for line in found)
+    prompts = neutral_prompts()
+    assert len(prompts) == len(set(prompts)) == 40
+    assert all(line.endswith(".") for line in prompts)
 
 
 def test_a_text_is_compared_passage_by_passage(llama: LanguageModel, tmp_path: Path) -> None:
@@ -68,11 +85,11 @@ def test_a_text_is_compared_passage_by_passage(llama: LanguageModel, tmp_path: P
     base = evaluate(llama, passages)
     with applied(llama, "1.fc_in@0.1"):
         reduced = evaluate(llama, passages)
-    found = on_text(base, reduced)
-    assert (found.base, found.edited) == (base.perplexity, reduced.perplexity)
+    result = on_text(base, reduced)
+    assert (result.base, result.edited) == (base.perplexity, reduced.perplexity)
     c = compare(base, reduced)
-    assert found.ratio.value == pytest.approx(math.exp(c.edited_loss - c.base_loss))
-    assert found.ratio.interval == pytest.approx([math.exp(end) for end in c.loss_interval])
+    assert result.ratio.value == pytest.approx(math.exp(c.edited_loss - c.base_loss))
+    assert result.ratio.interval == pytest.approx([math.exp(end) for end in c.loss_interval])
     cell = transfer(base, reduced, "t")
     assert (cell.base, cell.edited, cell.gain.n) == (None, None, 0)  # nothing is right or wrong in a text
     assert cell.loss_change.value == pytest.approx(c.edited_loss - c.base_loss)
@@ -87,9 +104,9 @@ def test_a_cell_of_the_transfer_matrix_is_a_paired_comparison(llama: LanguageMod
     base = evaluate(llama, split)
     with applied(llama, "1.fc_in@0.1"):
         reduced = evaluate(llama, split)
-    found = transfer(base, reduced, "another")
+    cell = transfer(base, reduced, "another")
     c = compare(base, reduced)
-    assert (found.chosen_on, found.scored_on, found.intervention) == ("another", "t", "1.fc_in@0.1")
-    assert (found.gain.value, found.gain.interval) == (c.gain, c.interval)
-    assert found.loss_change.interval == c.loss_interval
-    assert to_json(found)["gain"]["n"] == 6
+    assert (cell.chosen_on, cell.scored_on, cell.intervention) == ("another", "t", "1.fc_in@0.1")
+    assert (cell.gain.value, cell.gain.interval) == (c.gain, c.interval)
+    assert cell.loss_change.interval == c.loss_interval
+    assert to_json(cell)["gain"]["n"] == 6

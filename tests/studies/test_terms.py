@@ -29,16 +29,16 @@ def test_the_word_that_marks_a_group_comes_first_with_welch_s_interval() -> None
     column = X.transform(TEXTS).toarray()[:, X.vocabulary_["red"]]
     expected = stats.ttest_ind(column[:6], column[6:], equal_var=False)
     low, high = expected.confidence_interval(0.95)
-    found = red.terms[0]
-    assert found.weight == pytest.approx(column[:6].mean())
-    assert found.lift.value == pytest.approx(column[:6].mean() - column[6:].mean())
-    assert found.lift.interval == pytest.approx((low, high))
-    assert (found.texts, found.lift.n) == (6, 6)
+    result = red.terms[0]
+    assert result.weight == pytest.approx(column[:6].mean())
+    assert result.lift.value == pytest.approx(column[:6].mean() - column[6:].mean())
+    assert result.lift.interval == pytest.approx((low, high))
+    assert (result.texts, result.lift.n) == (6, 6)
 
 
 def test_a_word_in_all_texts_of_a_group_and_no_other_has_no_error() -> None:
-    (found,) = terms(["red"] * 5 + ["blue"] * 6, {"red": range(5)})
-    assert [(t.term, t.lift.value, t.lift.interval) for t in found.terms] == [("red", 1.0, (1.0, 1.0))]
+    (result,) = terms(["red"] * 5 + ["blue"] * 6, {"red": range(5)})
+    assert [(t.term, t.lift.value, t.lift.interval) for t in result.terms] == [("red", 1.0, (1.0, 1.0))]
 
 
 def test_groups_too_small_to_say_anything_have_no_words() -> None:
@@ -54,8 +54,8 @@ def test_of_random_groups_few_words_are_ahead() -> None:
     generator = np.random.default_rng(0)
     words = [f"w{i}" for i in range(40)]
     texts = [" ".join(generator.choice(words, 6)) for _ in range(200)]
-    (found,) = terms(texts, {"half": range(100)}, top=40)
-    assert len(found.terms) <= 4  # one in forty by chance
+    (result,) = terms(texts, {"half": range(100)}, top=40)
+    assert len(result.terms) <= 4  # one in forty by chance
 
 
 def test_texts_without_words_are_an_error() -> None:

@@ -141,8 +141,8 @@ def serving(lm: LanguageModel, folder: Path, *, recorded: bool) -> Iterator[Serv
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     lm = make_model("llama")
     lm.name = HOSTILE
-    with serving(lm, tmp_path_factory.mktemp("app"), recorded=True) as made:
-        yield made
+    with serving(lm, tmp_path_factory.mktemp("app"), recorded=True) as server:
+        yield server
 
 
 # Not for the whole session: as long as it is open, no other test of this process could run an event loop.
@@ -164,26 +164,26 @@ def visit(served: Served, chromium: Browser) -> Iterator[Callable[..., Visit]]:
     contexts = []
     visits: list[Visit] = []
 
-    def open_(url: str = served.url, **given: Any) -> Visit:
-        contexts.append(chromium.new_context(**given))
-        made = Visit(contexts[-1].new_page())
-        visits.append(made)
-        made.page.set_default_timeout(20_000)
-        made.page.on("request", lambda r: made.requests.append(r.url))
-        made.page.on("console", lambda m: made.said.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
-        made.page.on("pageerror", lambda e: made.said.append(str(e)))
-        made.page.on("dialog", lambda d: (made.said.append(f"dialog: {d.message}"), d.dismiss()))
-        made.page.goto(url)
-        made.page.get_by_role("tab", name="Leaderboard").wait_for()
-        return made
+    def open_(url: str = served.url, **options: Any) -> Visit:
+        contexts.append(chromium.new_context(**options))
+        user = Visit(contexts[-1].new_page())
+        visits.append(user)
+        user.page.set_default_timeout(20_000)
+        user.page.on("request", lambda r: user.requests.append(r.url))
+        user.page.on("console", lambda m: user.said.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
+        user.page.on("pageerror", lambda e: user.said.append(str(e)))
+        user.page.on("dialog", lambda d: (user.said.append(f"dialog: {d.message}"), d.dismiss()))
+        user.page.goto(url)
+        user.page.get_by_role("tab", name="Leaderboard").wait_for()
+        return user
 
     yield open_
     for context in contexts:
         context.close()
-    for made in visits:
-        assert made.requests
-        assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in made.requests)
-        assert made.said == []
+    for user in visits:
+        assert user.requests
+        assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in user.requests)
+        assert user.said == []
     assert all(address[0] in ("127.0.0.1", "::1") for address in served.connected if isinstance(address, tuple))
 
 
@@ -192,7 +192,7 @@ def test_the_tabs_are_there_and_the_leaderboard_can_be_searched(visit: Callable[
     assert user.page.get_by_role("tab").all_inner_texts() == ["Leaderboard", "Explorer", "Playground", "Examples"]
     cells = user.page.get_by_role("gridcell")
     expect(cells.filter(has_text=f"run {served.run}").first).to_be_visible()
-    assert leaderboard_rows(served.store)[0][3:8] == [33.3, 50.0, 16.7, "-20.0 to +50.0", 6]
+    assert leaderboard_rows(served.store)[0][3:9] == [33.3, 50.0, 16.7, "-20.0 to +50.0", "not measured", 6]
     assert len(leaderboard_rows(served.store)) > 20
     user.page.get_by_placeholder("Search...").fill("gpt-j")
     expect(cells.filter(has_text="gpt-j-6b").first).to_be_visible()
@@ -272,9 +272,9 @@ def test_examples_fill_the_playground(visit: Callable[..., Visit]) -> None:
     expect(user.page.get_by_label("Prompt")).to_have_value(PROMPTS[1])
     expect(user.side(0).locator(".laser-text")).to_contain_text(PROMPTS[1])
     user.tab("Examples")
-    given = user.page.locator(".laser-list button", has_text="Question")
-    expect(given).to_have_count(2)
-    given.first.click()
+    questions = user.page.locator(".laser-list button", has_text="Question")
+    expect(questions).to_have_count(2)
+    questions.first.click()
     expect(user.page.get_by_label("Prompt")).to_have_value(EXAMPLES[2].prompt)
     expect(user.page.get_by_label("Or reductions as text")).to_have_value(BEST)
     expect(user.side(1).locator("p").first).to_have_text(BEST)

@@ -40,10 +40,10 @@ def results(tmp_path: Path) -> Iterator[Store]:
 def record(results: Store) -> Callable[..., RunInfo]:
     """Record a search that made some evaluations."""
 
-    def record(*made: Evaluation, best: str | None = None, kind: str = "search", fail: Sequence[str] = ()) -> RunInfo:
+    def record(*arguments: Evaluation, best: str | None = None, kind: str = "search", fail: Sequence[str] = ()) -> RunInfo:
         settings = {"model": "some/model", "task": "facts"}
         with results.run(kind=kind, key=f"{len(results.runs())}", settings=settings, provenance={}) as run:
-            for e in made:
+            for e in arguments:
                 run.record(e, EXAMPLES[: e.n])
             for text in fail:
                 run.fail("validation", text, "a log-probability of nan", start=len(run.trials("validation")[0][text].scores))
@@ -66,29 +66,29 @@ TRIALS = (
 
 def test_a_map_has_of_every_matrix_the_size_of_the_lowest_loss(results: Store, record: Callable[..., RunInfo]) -> None:
     run = record(BASE, *TRIALS)
-    found = explorer.loss_map(results, run.id)
-    assert sorted(m.intervention for m in found) == sorted(t.intervention for t in TRIALS[:4])
-    assert found.sizes == ["0.1", "0.5", "0.5:bottom", "r3"]
-    shown = explorer.table(found)
+    loss_map = explorer.loss_map(results, run.id)
+    assert sorted(m.intervention for m in loss_map) == sorted(t.intervention for t in TRIALS[:4])
+    assert loss_map.sizes == ["0.1", "0.5", "0.5:bottom", "r3"]
+    shown = explorer.table(loss_map)
     assert shown.columns == ("v_proj", "fc_in")
     cells = {block: [m and (m.intervention, m.loss_change.value, m.loss_change.n) for m in row] for block, row in shown.rows}
     assert cells == {
         "0": [None, ("0.fc_in@0.5", -1.0, 6)],
         "2": [("2.v_proj@0.5:bottom", 4.0, 6), ("2.fc_in@r3", 0.25, 2)],
     }
-    assert found.lowest().colour_limit == 4  # the larger of the fall, 1, and the median rise
+    assert loss_map.lowest().colour_limit == 4  # the larger of the fall, 1, and the median rise
     assert explorer.colour(4, 4) == explorer.colour(40, 4) == "hsl(28 80% 60%)"
     assert explorer.colour(-2, 4) == "hsl(205 80% 81%)"
     assert explorer.colour(0, 4) == "hsl(28 80% 100%)"
 
 
 def test_one_size_is_shown_by_itself(results: Store, record: Callable[..., RunInfo]) -> None:
-    found = explorer.loss_map(results, record(BASE, *TRIALS).id)
-    shown = explorer.table(found, "0.1")
+    loss_map = explorer.loss_map(results, record(BASE, *TRIALS).id)
+    shown = explorer.table(loss_map, "0.1")
     assert [m.loss_change.value for _, row in shown.rows for m in row if m is not None] == [2]
     assert [block for block, _ in shown.rows] == ["0", "2"]
     with pytest.raises(ReportError, match=r"nothing at size '0.9'; it has 0.1, 0.5, 0.5:bottom, r3"):
-        explorer.table(found, "0.9")
+        explorer.table(loss_map, "0.9")
 
 
 def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
@@ -104,10 +104,10 @@ def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
     dropped = explorer.changes(results, run.id, "2.fc_in@r3")
     assert (dropped.comparison.n, dropped.comparison.base, dropped.comparison.edited) == (2, 1.0, 0.5)
     assert [f.id for f in dropped.of("broken")] == ["e0"]
-    told = explorer.summary(dropped)
-    assert told["examples"] == "2 of validation, which the search chose by"
-    assert told["gain"].startswith("-50.0 points, 95 % interval -")
-    assert told["change of loss"].startswith("+0.2500 nats per token")
+    summary = explorer.summary(dropped)
+    assert summary["examples"] == "2 of validation, which the search chose by"
+    assert summary["gain"].startswith("-50.0 points, 95 % interval -")
+    assert summary["change of loss"].startswith("+0.2500 nats per token")
     single = explorer.changes(results, record(BASE, evaluation("1.v_proj@0.5", [3])).id, "1.v_proj@0.5")
     assert explorer.summary(single)["change of loss"] == "+2.0000 nats per token (a single example)"
     for text, missing in (("1.fc_in@0.5", "'1.fc_in@0.5'"), ("", "''")):
@@ -171,8 +171,8 @@ class Tags(HTMLParser):
 
 
 def test_a_map_is_buttons_that_hold_their_reduction_and_nothing_else(results: Store, record: Callable[..., RunInfo]) -> None:
-    found = explorer.loss_map(results, record(BASE, *TRIALS).id)
-    hostile = LossMap(tuple(replace(m, name=HOSTILE, matrix=f"{m.layer}.{HOSTILE}") for m in found))
+    loss_map = explorer.loss_map(results, record(BASE, *TRIALS).id)
+    hostile = LossMap(tuple(replace(m, name=HOSTILE, matrix=f"{m.layer}.{HOSTILE}") for m in loss_map))
     seen = Tags()
     seen.feed(explorer.table_html(explorer.table(hostile, "0.5")))
     assert seen.picks == [f"0.{HOSTILE}@0.5"]
@@ -184,7 +184,7 @@ def test_a_map_is_buttons_that_hold_their_reduction_and_nothing_else(results: St
 def test_a_search_is_explored(llama: LanguageModel, tmp_path: Path) -> None:
     cities = ["Paris", "Rome", "Oslo", "Lisbon", "Madrid"]
     rows = [Example(f"{i}", f"The capital of {a} is", cities[i % 5], fact=f"{i}") for i, a in enumerate("abcdefghijklmnopqrst")]
-    found: Any = search(
+    result: Any = search(
         llama,
         Task.of("made", rows, scorer="first_token"),
         strategy="exhaustive",
@@ -193,14 +193,14 @@ def test_a_search_is_explored(llama: LanguageModel, tmp_path: Path) -> None:
         store=tmp_path / "real.db",
     )
     with Store.open(tmp_path / "real.db") as results:
-        shown = explorer.table(explorer.loss_map(results, found.run))
+        shown = explorer.table(explorer.loss_map(results, result.run))
         cells = [m for _, row in shown.rows for m in row if m is not None]
         assert len(cells) == 6
         lowest = min(cells, key=lambda m: m.loss_change.value)
-        assert lowest.intervention == str(found.best)
-        assert lowest.loss_change.value == pytest.approx(found.validation.edited_loss - found.validation.base_loss)
+        assert lowest.intervention == str(result.best)
+        assert lowest.loss_change.value == pytest.approx(result.validation.edited_loss - result.validation.base_loss)
         for cell in cells:
-            told = explorer.changes(results, found.run, cell.intervention)
-            assert told.comparison.gain == cell.gain.value
-        test = explorer.corrected(results, results.find(found.run))
-        assert len(test) == found.test.corrected
+            summary = explorer.changes(results, result.run, cell.intervention)
+            assert summary.comparison.gain == cell.gain.value
+        test = explorer.corrected(results, results.find(result.run))
+        assert len(test) == result.test.corrected

@@ -18,6 +18,7 @@ from laserlm.web.leaderboard import MARKER_FILE, LeaderboardEntry, build, rows
 from laserlm.web.submissions import submission
 
 Record = Callable[..., str]
+NO_HARM = "not measured"
 VOID = {"meta", "link", "input", "br"}
 
 
@@ -57,21 +58,21 @@ class Parsed(HTMLParser):
 
     def table(self, heading: str) -> list[list[str]]:
         """Return the cells of a table, without white space beside and doubled within."""
-        found = self.tables[[" ".join(h.split()) for h in self.headings].index(heading)]
-        return [[" ".join(cell.split()) for cell in row] for row in found]
+        result = self.tables[[" ".join(h.split()) for h in self.headings].index(heading)]
+        return [[" ".join(cell.split()) for cell in row] for row in result]
 
     def links(self) -> list[str | None]:
-        return [given["href"] for tag, given in self.elements if tag == "a"]
+        return [attributes["href"] for tag, attributes in self.elements if tag == "a"]
 
 
 def site(folder: Path) -> Parsed:
     return Parsed((folder / "index.html").read_text(encoding="utf-8"))
 
 
-def submitted(store: Store, run: str, folder: Path, **given: str) -> Path:
+def submitted(store: Store, run: str, folder: Path, **options: str) -> Path:
     folder.mkdir(exist_ok=True)
-    made = submission(store.find(run), **given)
-    (folder / f"{len(list(folder.iterdir()))}.json").write_text(json.dumps(made))
+    entry = submission(store.find(run), **options)
+    (folder / f"{len(list(folder.iterdir()))}.json").write_text(json.dumps(entry))
     return folder
 
 
@@ -88,37 +89,54 @@ def test_every_published_row_is_there_with_its_figures_and_none_is_verified(tmp_
     assert sum(len(t) - 1 for t in page.tables) == len(published())
     assert page.table("counterfact") == [
         ["Model", "Base accuracy", "Base loss", "LASER accuracy", "LASER loss", "Gain, points", *page.table("fever")[0][6:]],
-        ["EleutherAI/gpt-j-6b", "13.1%", "5.78", "24.0%", "5.05", "+10.9", "[fc_in, 27, 0.01]", *published_by_the_authors],
-        ["FacebookAI/roberta-base", "17.3%", "5.78", "19.3%", "5.43", "+2.0", "[fc_in, 8, 0.8]", *published_by_the_authors],
-        ["meta-llama/Llama-2-7b-hf", "35.6%", "3.61", "37.6%", "3.49", "+2.0", "[fc_in, 28, 0.05]", *published_by_the_authors],
+        ["EleutherAI/gpt-j-6b", "13.1%", "5.78", "24.0%", "5.05", "+10.9", NO_HARM, "[fc_in, 27, 0.01]", *of_authors],
+        ["FacebookAI/roberta-base", "17.3%", "5.78", "19.3%", "5.43", "+2.0", NO_HARM, "[fc_in, 8, 0.8]", *of_authors],
+        ["meta-llama/Llama-2-7b-hf", "35.6%", "3.61", "37.6%", "3.49", "+2.0", NO_HARM, "[fc_in, 28, 0.05]", *of_authors],
     ]
     programs = page.table("humaneval pass@1")
     assert programs[0][1] == "Base pass@1"
-    assert programs[1][:7] == ["mistralai/Mistral-7B-Instruct-v0.1", "17.7%", "–", "21.9%", "–", "+4.3", "[all, 28-31, 0.5]"]
-    assert page.table("fever")[3][6] == "24.fc_in@r40"
+    assert programs[1][:5] == ["mistralai/Mistral-7B-Instruct-v0.1", "17.7%", "–", "21.9%", "–"]
+    assert programs[1][5:8] == ["+4.3", NO_HARM, "[all, 28-31, 0.5]"]
+    assert page.table("fever")[3][7] == "24.fc_in@r40"
 
 
-published_by_the_authors = [
+of_authors = [
     "LASER",
     "LASER project pagepublished",
-    "○ unverified lacks a sha256 of the model's weights; a sha256 of the test split; "
-    "a test split that had no part in the choice",
+    "○ reported lacks a sha256 of the model's weights; a sha256 of the test split; a test split that had no part in the choice",
 ]
 
 
-def test_a_search_of_ones_own_is_a_verified_row(store: Store, record: Record, tmp_path: Path) -> None:
+def test_a_search_of_ones_own_is_a_reported_row(store: Store, record: Record, tmp_path: Path) -> None:
     run = record("1.fc_in@0.5+2.fc_out@r3:bottom")
     built = build(tmp_path / "site", store)
-    assert (built.rows, built.verified) == (len(published()) + 1, 1)
+    assert (built.rows, built.verified) == (len(published()) + 1, 0)
     page = site(tmp_path / "site")
     cells = page.table("worldfacts")[1]
     assert cells[:5] == ["some/model", "18.5%", "3.50", "21.5%", "3.25"]
     assert cells[5] == "+3.0 [+1.7, +4.5]n 1,000"
-    assert cells[6] == "[fc_in, 1, 0.5] 2.fc_out@r3:bottom"
-    assert cells[7] == "LASERscored by answer, race, 3,090 candidates"
-    assert cells[8] == f"run {run}own run"
-    assert cells[9] == f"✓ verified weights sha256 {'a' * 64} test split sha256 {'d' * 64} chosen on another split"
+    assert cells[6] == NO_HARM
+    assert cells[7] == "[fc_in, 1, 0.5] 2.fc_out@r3:bottom"
+    assert cells[8] == "LASERscored by answer, race, 3,090 candidates"
+    assert cells[9] == f"run {run}own run"
+    repeatable = "○ reported has what a repetition needs, and was not measured again here"
+    assert cells[10] == f"{repeatable} weights sha256 {'a' * 64} test split sha256 {'d' * 64} chosen on another split"
     assert page.links() == ["https://arxiv.org/abs/2312.13558"]
+
+
+def test_a_row_shows_its_harm_beside_its_gain(store: Store, record: Record, tmp_path: Path) -> None:
+    comparison = {"n": 64, "base_loss": 2.0, "edited_loss": 2.006}
+    harm = {"kind": "text", "ratio": 1.006, "interval": [1.003, 1.0101], "comparison": comparison}
+    found = {"harms": [harm | {"guard": "self"}, harm | {"guard": "/home/ann/letters.txt", "ratio": 1.2, "interval": None}]}
+    run = record(found=found)
+    build(tmp_path / "site", store)
+    page = site(tmp_path / "site").table("worldfacts")
+    assert page[0][6] == "Harm"
+    assert page[1][6] == "×1.006 [1.003, 1.010] own text, n 64 ×1.200 a text, n 64"
+    folder = submitted(store, run, tmp_path / "subs")
+    build(tmp_path / "other", submissions=folder)
+    assert "as stated" in site(tmp_path / "other").table("worldfacts")[1][6]
+    assert "ann" not in (folder / "0.json").read_text()
 
 
 def test_only_finished_searches_that_found_something_are_rows(store: Store, record: Record) -> None:
@@ -137,22 +155,22 @@ def test_only_finished_searches_that_found_something_are_rows(store: Store, reco
         ({"held_out": False}, "a test split that had no part in the choice"),
     ],
 )
-def test_a_row_that_lacks_anything_is_unverified(store: Store, record: Record, changed: dict[str, str], lacks: str) -> None:
+def test_a_row_says_what_it_lacks_to_be_repeated(store: Store, record: Record, changed: dict[str, str], lacks: str) -> None:
     record()
     row = rows(store)[-1]
-    assert (row.verified, row.lacks) == (True, ())
-    assert (replace(row, **changed).verified, replace(row, **changed).lacks) == (False, (lacks,))
+    assert (row.verified, row.lacks) == (False, ())
+    assert replace(row, **changed).lacks == (lacks,)
 
 
 @pytest.mark.parametrize(("name", "value"), [("validation", None), ("validation", "d" * 64), ("test", None)])
-def test_a_submission_measured_on_what_it_was_chosen_on_is_unverified(
+def test_a_submission_measured_on_what_it_was_chosen_on_says_so(
     store: Store, record: Record, tmp_path: Path, name: str, value: str | None
 ) -> None:
-    made = submission(store.find(record()))
-    made["task"][name] = value
+    entry = submission(store.find(record()))
+    entry["task"][name] = value
     if value is None:
-        del made["task"][name]
-    (tmp_path / "a.json").write_text(json.dumps(made))
+        del entry["task"][name]
+    (tmp_path / "a.json").write_text(json.dumps(entry))
     row = rows(submissions=tmp_path)[-1]
     assert row.origin == "submitted"
     assert not row.verified
@@ -175,7 +193,10 @@ def test_a_submission_of_ones_own_run_is_one_row_with_both_links(store: Store, r
     run, linked = record(), record("2.fc_in@0.5")
     folder = submitted(store, run, tmp_path / "subs", credit="Ann")
     submitted(store, linked, folder, report="https://example.org/a?b=1&c=2")
-    assert [(r.credit, r.run) for r in rows(store, folder)[len(published()) :]] == [("Ann", run), ("not named", linked)]
+    assert [(r.credit, r.run) for r in rows(store, folder)[len(published()) :]] == [
+        (f"run {linked}; not named", linked),
+        (f"run {run}; Ann", run),
+    ]
     build(tmp_path / "site", store, submissions=folder, report=write_report)
     assert set(site(tmp_path / "site").links()) == {
         "https://arxiv.org/abs/2312.13558",
@@ -202,14 +223,14 @@ def test_rows_stand_by_gain_and_those_of_a_perplexity_by_loss(store: Store, reco
     record("5.fc_in@0.5", task="perplexity:text", scorer="perplexity", found={"test": losses})
     build(tmp_path / "site", store)
     page = site(tmp_path / "site")
-    assert [r[6] for r in page.table("worldfacts")[1:]] == ["[fc_in, 2, 0.5]", "[fc_in, 3, 0.5]", "[fc_in, 1, 0.5]"]
+    assert [r[7] for r in page.table("worldfacts")[1:]] == ["[fc_in, 2, 0.5]", "[fc_in, 3, 0.5]", "[fc_in, 1, 0.5]"]
     table = page.table("perplexity:text loss")
-    assert table[0][:5] == ["Model", "Base loss", "LASER loss", "Change of loss", "Intervention"]
-    assert [r[1:5] for r in table[1:]] == [
-        ["3.50", "3.00", "-0.500 [-0.600, -0.400]n 20", "[fc_in, 5, 0.5]"],
-        ["3.50", "3.25", "-0.250 [-0.300, -0.200]n 1,000", "[fc_in, 4, 0.5]"],
+    assert table[0][:6] == ["Model", "Base loss", "LASER loss", "Change of loss", "Harm", "Intervention"]
+    assert [r[1:6] for r in table[1:]] == [
+        ["3.50", "3.00", "-0.500 [-0.600, -0.400]n 20", NO_HARM, "[fc_in, 5, 0.5]"],
+        ["3.50", "3.25", "-0.250 [-0.300, -0.200]n 1,000", NO_HARM, "[fc_in, 4, 0.5]"],
     ]
-    marks = {text: given.get("class") for text, given in spans(tmp_path / "site")}
+    marks = {text: attributes.get("class") for text, attributes in spans(tmp_path / "site")}
     assert (marks["+3.0"], marks["-3.0"], marks["+0.0"], marks["-0.500"]) == ("good", "bad", None, "good")
 
 
@@ -240,9 +261,35 @@ def test_an_intervention_is_shown_as_published_ones_are(text: str, shown: list[s
 def test_many_reductions_are_all_there(store: Store, record: Record, tmp_path: Path) -> None:
     record("+".join(f"{i}.fc_in@0.5" for i in range(10, 30)))
     build(tmp_path / "site", store)
-    cell = site(tmp_path / "site").table("worldfacts")[1][6]
+    cell = site(tmp_path / "site").table("worldfacts")[1][7]
     assert cell.count("[fc_in") == 20
     assert "14 more" in cell
+
+
+def test_a_forged_row_stands_below_what_is_published_or_measured_here(store: Store, record: Record, tmp_path: Path) -> None:
+    record("2.fc_in@0.5", task="counterfact", numbers=(1000, 185, 40, 39))
+    forged = submission(store.find(record(numbers=(1000, 0, 900, 0))), credit="Mallory")
+    forged["task"]["name"] = "counterfact"
+    (tmp_path / "forged.json").write_text(json.dumps(forged))
+    entries = rows(store, tmp_path)
+    assert [row.is_claim for row in entries if row.credit == "Mallory"] == [True]
+    build(tmp_path / "site", store, submissions=tmp_path)
+    table = site(tmp_path / "site").table("counterfact")[1:]
+    assert [row[5][:5] for row in table] == ["+10.9", "+2.0", "+2.0", "+0.1 ", "+90.0"]
+    assert "reported" in table[-1][10]
+
+
+def test_people_who_hand_in_one_result_are_all_named_and_another_name_is_another_row(
+    store: Store, record: Record, tmp_path: Path
+) -> None:
+    document = submission(store.find(record()), credit="Ann")
+    renamed = document | {"model": document["model"] | {"name": "Mallory/model"}}
+    for i, d in enumerate((document | {"credit": "Mallory"}, document, renamed)):
+        (tmp_path / f"{i}.json").write_text(json.dumps(d))
+    assert [(r.model, r.credit) for r in rows(submissions=tmp_path)[len(published()) :]] == [
+        ("some/model", "Mallory; Ann"),
+        ("Mallory/model", "Ann"),
+    ]
 
 
 HOSTILE = "<script>alert(1)</script>'\"><img src=x onerror=alert(2)>{{7*7}}</td>&amp;"
@@ -252,17 +299,17 @@ def test_what_looks_like_html_is_text(store: Store, record: Record, tmp_path: Pa
     plain = build(tmp_path / "plain", store).folder
     before = {tag for tag, _ in site(plain).elements}
     run = record(model="some/model", task=HOSTILE[:100])
-    made = submission(store.find(run), credit=HOSTILE)
-    made["model"]["name"] = made["method"] = HOSTILE
-    (tmp_path / "a.json").write_text(json.dumps(made))
+    entry = submission(store.find(run), credit=HOSTILE)
+    entry["model"]["name"] = entry["method"] = HOSTILE
+    (tmp_path / "a.json").write_text(json.dumps(entry))
     build(tmp_path / "site", store, submissions=tmp_path)
     page = site(tmp_path / "site")
     assert {tag for tag, _ in page.elements} == before
     assert sum(tag == "script" for tag, _ in page.elements) == 1
-    assert not any(name.startswith("on") for _, given in page.elements for name in given)
-    cells = page.table(HOSTILE[:100])[1]
-    assert (cells[0], cells[8]) == (HOSTILE, f"{HOSTILE}submitted")
-    row = next(given for tag, given in page.elements if given.get("data-task") == HOSTILE[:100])
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    cells = page.table(HOSTILE[:100])[-1]
+    assert (cells[0], cells[9]) == (HOSTILE, f"{HOSTILE}submitted")
+    row = [attributes for _, attributes in page.elements if attributes.get("data-task") == HOSTILE[:100]][-1]
     assert (row["data-model"], row["data-method"]) == (HOSTILE, HOSTILE)
 
 
@@ -377,11 +424,11 @@ def test_the_site_is_plain_files_that_ask_for_nothing(store: Store, record: Reco
     out = build(tmp_path / "site", store).folder
     assert sorted(p.name for p in out.iterdir()) == ["index.html", MARKER_FILE]
     page = site(out)
-    assert not any("src" in given for _, given in page.elements)
-    assert [given["href"] for tag, given in page.elements if tag == "link"] == ["data:,"]
+    assert not any("src" in attributes for _, attributes in page.elements)
+    assert [attributes["href"] for tag, attributes in page.elements if tag == "link"] == ["data:,"]
     # Without the script there is nothing to press that does nothing.
     assert not any(tag == "button" for tag, _ in page.elements)
-    assert next(given for _, given in page.elements if given.get("id") == "filters").get("hidden", "no") is None
+    assert next(attributes for _, attributes in page.elements if attributes.get("id") == "filters").get("hidden", "no") is None
     assert str(tmp_path) not in (out / "index.html").read_text()
 
 

@@ -24,12 +24,12 @@ def site(store: Store, record: Record, tmp_path: Path) -> Path:
     record("1.fc_in@0.5", numbers=(1000, 185, 10, 40), model="model b")
     record("2.fc_in@0.5", numbers=(1000, 185, 40, 10), model="model a")
     record("10.fc_in@0.5", numbers=(1000, 200, 10, 10), model="model c")
-    made = submission(store.find(record("3.fc_in@0.5", model_hash="e" * 64)), credit=HOSTILE, report="https://example.org/x")
-    made["model"]["name"] = made["task"]["name"] = made["method"] = HOSTILE
-    made["result"]["base"].pop("loss")
-    made["result"].pop("loss_interval")
+    entry = submission(store.find(record("3.fc_in@0.5", model_hash="e" * 64)), credit=HOSTILE, report="https://example.org/x")
+    entry["model"]["name"] = entry["task"]["name"] = entry["method"] = HOSTILE
+    entry["result"]["base"].pop("loss")
+    entry["result"].pop("loss_interval")
     (tmp_path / "subs").mkdir()
-    (tmp_path / "subs" / "a.json").write_text(json.dumps(made))
+    (tmp_path / "subs" / "a.json").write_text(json.dumps(entry))
     return build(tmp_path / "site", store, submissions=tmp_path / "subs", report=lambda *given: given[2].write_text("x")).folder
 
 
@@ -42,7 +42,7 @@ def opened(browser_page: Any, site: Path) -> Any:
     assert all(url.startswith((site.as_uri() + "/", "data:")) for url in browser_page.requests)
 
 
-def shown(page: Any) -> int:
+def n_visible(page: Any) -> int:
     return int(page.eval_on_selector_all("tbody tr", VISIBLE))
 
 
@@ -73,7 +73,7 @@ def test_clicks_and_keys_sort_a_table_and_say_how(opened: Any) -> None:
     assert column(page, "worldfacts", 6) == ["-3.0", "+0.0", "+3.0", "+3.0"]
 
     table.get_by_role("button", name="Intervention").click()
-    assert column(page, "worldfacts", 7) == ["[fc_in, 1, 0.5]", "[fc_in, 2, 0.5]", "[fc_in, 3, 0.5]", "[fc_in, 10, 0.5]"]
+    assert column(page, "worldfacts", 8) == ["[fc_in, 1, 0.5]", "[fc_in, 2, 0.5]", "[fc_in, 3, 0.5]", "[fc_in, 10, 0.5]"]
 
 
 def test_what_is_not_known_stays_last_both_ways(opened: Any) -> None:
@@ -89,7 +89,7 @@ def test_what_is_not_known_stays_last_both_ways(opened: Any) -> None:
 def test_each_filter_leaves_the_rows_that_fit_it(opened: Any, store: Store, site: Path) -> None:
     page = opened.page
     entries = rows(store, site.parent / "subs")
-    assert shown(page) == len(entries)
+    assert n_visible(page) == len(entries)
     for name in ("model", "task", "method"):
         field = page.get_by_label(name.capitalize(), exact=True)
         values = sorted({getattr(r, name) for r in entries})
@@ -97,22 +97,22 @@ def test_each_filter_leaves_the_rows_that_fit_it(opened: Any, store: Store, site
         for value in values:
             field.select_option(value)
             fitting = sum(getattr(r, name) == value for r in entries)
-            assert shown(page) == fitting > 0
+            assert n_visible(page) == fitting > 0
             assert page.get_by_role("status").inner_text() == f"{fitting} of {len(entries)} rows"
         field.select_option("")
-        assert shown(page) == len(entries)
+        assert n_visible(page) == len(entries)
     text = page.get_by_label("Containing")
     text.fill("GPT-J  fever")
-    assert shown(page) == sum(r.task == "fever" and "gpt-j" in r.model for r in entries)
+    assert n_visible(page) == sum(r.task == "fever" and "gpt-j" in r.model for r in entries)
     assert page.locator("section:visible").count() == 1
     page.get_by_label("Method", exact=True).select_option("LASER")
-    assert shown(page) == 1
+    assert n_visible(page) == 1
     text.fill("nothing such")
-    assert shown(page) == 0
+    assert n_visible(page) == 0
     assert page.get_by_text("No row matches").is_visible()
     text.fill("")
     page.get_by_label("Method", exact=True).select_option("")
-    assert shown(page) == len(entries)
+    assert n_visible(page) == len(entries)
     assert not page.get_by_text("No row matches").is_visible()
 
 
@@ -121,7 +121,7 @@ def test_hostile_strings_are_text(opened: Any) -> None:
     page.get_by_label("Task", exact=True).select_option(HOSTILE)
     page.get_by_label("Model", exact=True).select_option(HOSTILE)
     page.get_by_label("Containing").fill("onerror=alert(2)")
-    assert shown(page) == 1
+    assert n_visible(page) == 1
     row = page.locator("tbody tr:visible")
     assert row.locator("td").first.inner_text() == HOSTILE
     assert HOSTILE in row.locator("td").nth(8).inner_text()
@@ -161,6 +161,30 @@ def test_the_page_is_as_wide_as_the_window(opened: Any, width: int) -> None:
         )
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_long_names_do_not_widen_the_page(browser_page: Any, store: Store, record: Record, tmp_path: Path, width: int) -> None:
+    entry = submission(store.find(record()), credit="c" * 120)
+    for part in (entry["model"], entry["task"]):
+        part["name"] = "n" * 120
+    entry["method"] = "m" * 120
+    entry["harm"] = [{"guard": "g" * 120, "ratio": 1.006, "interval": [1.003, 1.01], "n": 64}]
+    (tmp_path / "a.json").write_text(json.dumps(entry))
+    folder = build(tmp_path / "site", submissions=tmp_path).folder
+    browser_page.page.set_viewport_size({"width": width, "height": 800})
+    browser_page.page.goto((folder / "index.html").as_uri())
+    assert browser_page.page.evaluate("document.documentElement.scrollWidth") == width
+    wide = "Math.max(...[...document.querySelectorAll('table')].map(t => t.scrollWidth))"
+    assert browser_page.page.evaluate(wide) <= width
+
+
+def test_a_stranger_s_word_stays_below_when_sorted(opened: Any, site: Path) -> None:
+    page = opened.page
+    for _ in range(2):
+        page.locator("table").first.locator("th button").first.click()
+        claims = page.evaluate("[...document.querySelectorAll('tbody')].map(b => [...b.rows].map(r => 'claim' in r.dataset))")
+        assert all(c == sorted(c) for c in claims)
+
+
 def test_without_scripts_all_rows_are_there(browser: Any, site: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     try:
@@ -175,4 +199,4 @@ def test_without_scripts_all_rows_are_there(browser: Any, site: Path) -> None:
 def test_print_leaves_out_what_is_pressed(opened: Any) -> None:
     opened.page.emulate_media(media="print")
     assert not opened.page.locator("#filters").is_visible()
-    assert shown(opened.page) == len(rows()) + 5
+    assert n_visible(opened.page) == len(rows()) + 5

@@ -73,6 +73,23 @@ def test_the_likeliest_tokens_and_the_text_are_those_of_the_edited_model(family:
         assert [p for _, p in side.top] == pytest.approx(expected.values.tolist(), abs=1e-5)
 
 
+def test_probabilities_of_a_model_in_half_precision_are_of_logits_in_float32(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make("llama")
+    lm.model.bfloat16()
+    monkeypatch.setattr(batched_variants, "MAX_VARIANT_BYTES", -1)  # one variant after another
+    head: Any = lm.model.get_output_embeddings()
+    hidden: list[torch.Tensor] = []
+    head.register_forward_pre_hook(lambda _module, args: hidden.append(args[0][0, -1]))
+    variants = answer(lm, PROMPT, "1.fc_in@0.2", 1)
+    for variant, h in zip(variants, hidden, strict=True):
+        expected = (head.weight.detach().float() @ h.float()).softmax(-1).topk(5)
+        assert [token for token, _ in variant.top] == [lm.require_tokenizer().decode([int(i)]) for i in expected.indices]
+        # Rounded to bfloat16, logits of this size change probabilities by up to one part in a hundred.
+        assert [p for _, p in variant.top] == pytest.approx(expected.values.tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("family", "text"), [("mixtral", "1.experts.0.fc_in@0.1+1.experts.1.fc_out@0.1"), ("opt", "1.fc_in@0.1")]
 )
@@ -114,8 +131,8 @@ def test_a_weight_that_is_read_past_its_module_is_reduced_too(make: Make) -> Non
 def test_what_cannot_be_answered_is_told_and_leaves_the_model_as_it_was(make: Make) -> None:
     lm = make("llama")
     before = weights(lm)
-    asked = Playground(lm)
-    for given, error, said in [
+    shared_playground = Playground(lm)
+    for options, error, said in [
         (("", "1.fc_in@0.5", 4), ReportError, "must have 1 to 4000 characters, got 0"),
         (("a" * 4001, "1.fc_in@0.5", 4), ReportError, "must have 1 to 4000 characters, got 4001"),
         ((PROMPT, "1.fc_in@0.5", 0), ReportError, "must be 1 to 64"),
@@ -126,21 +143,21 @@ def test_what_cannot_be_answered_is_told_and_leaves_the_model_as_it_was(make: Ma
         (("word " * 300, "1.fc_in@0.5", 4), ScoringError, "takes 128"),
     ]:
         with pytest.raises(error, match=said):
-            asked.answer(*given)
+            shared_playground.answer(*options)
     assert same(lm, before)
     assert not lm.active
     assert not any(module._forward_hooks for module in lm.model.modules())
     with torch.no_grad():
         lm.model.get_input_embeddings().weight.fill_(float("nan"))  # type: ignore[operator]
     with pytest.raises(ScoringError, match="overflows its dtype"):
-        asked.answer(PROMPT, "1.fc_in@0.5", 4)
+        shared_playground.answer(PROMPT, "1.fc_in@0.5", 4)
 
 
 def test_an_answer_is_remembered(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Playground(llama)
-    first = asked.answer(PROMPT, "1.fc_in@0.50", 4)
+    shared_playground = Playground(llama)
+    first = shared_playground.answer(PROMPT, "1.fc_in@0.50", 4)
     monkeypatch.setattr(playground, "answer", None)
-    assert asked.answer(PROMPT, "1.fc_in@0.5", 4) is first
+    assert shared_playground.answer(PROMPT, "1.fc_in@0.5", 4) is first
 
 
 def test_the_number_of_threads_is_as_before(llama: LanguageModel) -> None:
@@ -164,18 +181,18 @@ def test_users_at_once_get_what_each_would_get_alone(apart: bool, make: Make, mo
     alone = {q: answer(build("llama"), *q) for q in questions}
     lm = make("llama")
     before = weights(lm)
-    asked = Playground(lm)
+    shared_playground = Playground(lm)
     gate = threading.Barrier(6)
 
     def user(start: int) -> list[bool]:
         gate.wait()
         mine = [questions[(start * 5 + i * 7) % len(questions)] for i in range(len(questions))]
-        return [asked.answer(*q) == alone[q] for q in mine]
+        return [shared_playground.answer(*q) == alone[q] for q in mine]
 
     with ThreadPoolExecutor(6) as pool:
-        found = [ok for of in pool.map(user, range(6)) for ok in of]
-    assert len(found) == 6 * len(questions)
-    assert all(found)
+        results = [ok for of in pool.map(user, range(6)) for ok in of]
+    assert len(results) == 6 * len(questions)
+    assert all(results)
     assert len({sides[1] for sides in alone.values()}) > len(questions) // 2
     assert same(lm, before)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from laserlm.errors import ReportError, StoreError
 from laserlm.models import LanguageModel
 from laserlm.searching import SearchResult, search
+from laserlm.searching.result import Point
 from laserlm.store import Store
 from laserlm.studies.side_effects import divergence
 from laserlm.tasks import Example, Task
@@ -26,8 +28,8 @@ def task(name: str = "capitals", extra: str = "") -> Task:
     return Task.of(name, [Example(str(i), f"The capital {extra}{i} is", a, group=f"{extra}{a}") for i, a in enumerate(cities)])
 
 
-def searched(lm: LanguageModel, store: Path, made: Task, **given: object) -> SearchResult:
-    options = {"grid": "all.mlp@0.2,0.5", "metric": "loss", "strategy": "exhaustive", "store": store} | given
+def searched(lm: LanguageModel, store: Path, made: Task, **settings: object) -> SearchResult:
+    options = {"grid": "all.mlp@0.2,0.5", "metric": "loss", "strategy": "exhaustive", "store": store} | settings
     return search(lm, made, **options)  # type: ignore[arg-type]
 
 
@@ -52,32 +54,32 @@ class Tags(HTMLParser):
             self.text += data + " "
 
 
-def parsed(file: Path) -> Tags:
+def parse_page(file: Path) -> Tags:
     tags = Tags()
     tags.feed(file.read_text(encoding="utf-8"))
     return tags
 
 
 def test_the_report_holds_what_the_search_found(llama: LanguageModel, tmp_path: Path) -> None:
-    found = searched(llama, tmp_path / "runs.db", task())
-    assert found.best
+    result = searched(llama, tmp_path / "runs.db", task())
+    assert result.best
     with Store.open(tmp_path / "runs.db") as store:
-        assert write_report(store, found.run, tmp_path / "r.html") == tmp_path / "r.html"
-    page = parsed(tmp_path / "r.html")
+        assert write_report(store, result.run, tmp_path / "r.html") == tmp_path / "r.html"
+    page = parse_page(tmp_path / "r.html")
     text = re.sub(r"\s+", " ", page.text)
     for said in (
-        found.run,
-        str(found.best),
-        f"{found.test.base_loss:.3f}",
-        f"{found.test.edited_loss:.3f}",
-        f"{found.validation.edited_loss - found.validation.base_loss:+.3f}",
+        result.run,
+        str(result.best),
+        f"{result.test.base_loss:.3f}",
+        f"{result.test.edited_loss:.3f}",
+        f"{result.validation.edited_loss - result.validation.base_loss:+.3f}",
         "18 candidates",
-        found.settings["model_hash"],
-        found.settings["test"],
-        f"laser save {llama.name} --run {found.run}",
+        result.settings["model_hash"],
+        result.settings["test"],
+        f"laser save {llama.name} --run {result.run}",
         "Loss map",
         "Not measured yet",
-        *found.verdict(),
+        *result.verdict(),
     ):
         assert said in text, said
     assert "src=" not in (tmp_path / "r.html").read_text(encoding="utf-8").replace(HOSTILE, "")[:3000]
@@ -88,27 +90,59 @@ def test_the_report_holds_what_the_search_found(llama: LanguageModel, tmp_path: 
 
 def test_a_race_with_its_screen_a_composition_and_no_gain(llama: LanguageModel, tmp_path: Path) -> None:
     for strategy, said in (("race", "The screen against what was measured"), ("compose", "What was asked")):
-        found = searched(llama, tmp_path / "runs.db", task(), strategy=strategy)
+        result = searched(llama, tmp_path / "runs.db", task(), strategy=strategy)
         with Store.open(tmp_path / "runs.db") as store:
-            write_report(store, found.run, tmp_path / "r.html")
-        assert said in parsed(tmp_path / "r.html").text
+            write_report(store, result.run, tmp_path / "r.html")
+        assert said in parse_page(tmp_path / "r.html").text
     none = searched(llama, tmp_path / "runs.db", task("other"), grid="0.fc_in@0", metric="accuracy")
     if not none.best:
         with Store.open(tmp_path / "runs.db") as store:
             write_report(store, none.run, tmp_path / "r.html")
-        assert "No candidate beat the unchanged model" in parsed(tmp_path / "r.html").text
+        assert "No candidate beat the unchanged model" in parse_page(tmp_path / "r.html").text
+
+
+def test_harm_stands_beside_the_gain_as_figures_and_as_a_picture(llama: LanguageModel, tmp_path: Path) -> None:
+    result = searched(llama, tmp_path / "runs.db", task(), max_harm=0.5)
+    (harm,) = result.harms
+    other = Point("0.fc_in@drop" + ",".join(map(str, range(0, 80, 2))), result.validation, (replace(harm, guard=HOSTILE),))
+    chosen = Point(str(result.best), replace(result.validation, gain=0.5, edited_loss=0.0), (harm,))
+    with Store.open(tmp_path / "runs.db") as store:
+        info = store.find(result.run)
+        with store.run(kind="search", key="points", settings=info.settings, provenance={}) as run:
+            run.finish(replace(result, points=(other, chosen, chosen)).as_dict())
+        write_report(store, run.id, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    text = re.sub(r"\s+", " ", parse_page(tmp_path / "r.html").text)
+    low, high = harm.interval
+    for said in (
+        f"Harm: {harm}.",
+        f"perplexity ratio on its own text {harm.ratio:.3f} [{low:.3f} to {high:.3f}], n {harm.comparison.size}",
+        "Gain against harm",
+        f"{result.best} (chosen)",
+        "winner's curse",
+        f"--run {run.id} --point N",
+    ):
+        assert said in text, said
+    assert page.index("Gain against harm") < page.index("What was asked")
+    figure = re.search(r'Plotly\.newPlot\(\s*"harm",\s*(\[.*?\])\s*,\s*\{"', page, re.DOTALL)
+    assert figure is not None
+    by_name = {trace["name"]: trace for trace in json.loads(figure[1])}
+    assert by_name["chosen"]["x"] == [pytest.approx(harm.ratio)]
+    assert by_name["chosen"]["y"] == [50.0]
+    assert by_name["dominated"]["text"][0].startswith("<b>40 components of 1 matrices</b>")
+    assert HOSTILE not in page
 
 
 def test_everything_from_data_stays_text(llama: LanguageModel, tmp_path: Path) -> None:
     llama.name = f"model {HOSTILE}"
-    found = searched(llama, tmp_path / "runs.db", task(f"task {HOSTILE}", HOSTILE))
+    result = searched(llama, tmp_path / "runs.db", task(f"task {HOSTILE}", HOSTILE))
     with Store.open(tmp_path / "runs.db") as store:
-        write_report(store, found.run, tmp_path / "hostile.html")
+        write_report(store, result.run, tmp_path / "hostile.html")
     llama.name = "model"
     plain = searched(llama, tmp_path / "plain.db", task("task", "x "))
     with Store.open(tmp_path / "plain.db") as store:
         write_report(store, plain.run, tmp_path / "plain.html")
-    hostile, other = parsed(tmp_path / "hostile.html"), parsed(tmp_path / "plain.html")
+    hostile, other = parse_page(tmp_path / "hostile.html"), parse_page(tmp_path / "plain.html")
     assert "img" not in hostile.tags
     assert hostile.tags.count("script") == other.tags.count("script")
     assert HOSTILE in hostile.text
@@ -117,15 +151,15 @@ def test_everything_from_data_stays_text(llama: LanguageModel, tmp_path: Path) -
 def test_side_effects_that_were_measured_are_in_the_report(llama: LanguageModel, tmp_path: Path) -> None:
     from laserlm.studies import cached_scorer
 
-    found = searched(llama, tmp_path / "runs.db", task())
-    best = str(found.best)
+    result = searched(llama, tmp_path / "runs.db", task())
+    best = str(result.best)
     other = task("seats", "seat ").test
     with Store.open(tmp_path / "runs.db") as store:
         with cached_scorer(llama, other, store) as scorer:
             base, reduced = scorer(""), scorer(best)
             kept = scorer.cached(f"divergence under {best} on x", lambda: divergence(llama, ["Rome is old."] * 5, best))
-        write_report(store, found.run, tmp_path / "r.html")
-    text = re.sub(r"\s+", " ", parsed(tmp_path / "r.html").text)
+        write_report(store, result.run, tmp_path / "r.html")
+    text = re.sub(r"\s+", " ", parse_page(tmp_path / "r.html").text)
     assert "Not measured yet" not in text
     assert f"on 5 neutral prompts: {kept[0]:.3f}" in text
     assert f"{reduced.loss - base.loss:+.3f}" in text
@@ -133,10 +167,10 @@ def test_side_effects_that_were_measured_are_in_the_report(llama: LanguageModel,
 
 
 def test_what_cannot_be_reported_is_an_error(llama: LanguageModel, tmp_path: Path) -> None:
-    found = searched(llama, tmp_path / "runs.db", task())
+    result = searched(llama, tmp_path / "runs.db", task())
     with Store.open(tmp_path / "runs.db") as store:
         with pytest.raises(ReportError, match="no/such/folder"):
-            write_report(store, found.run, Path("no/such/folder/r.html"))
+            write_report(store, result.run, Path("no/such/folder/r.html"))
         with pytest.raises(StoreError, match="nothing"):
             write_report(store, "nothing", tmp_path / "r.html")
         settings = {"model": "m", "task": "t"}

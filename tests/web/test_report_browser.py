@@ -21,10 +21,10 @@ HOSTILE = "<img src=x onerror='window.hit=1'>"
 def report(llama: LanguageModel, tmp_path: Path) -> Path:
     answers = ["Paris", "Rome", "true", "false"] * 10
     examples = [Example(str(i), f"{HOSTILE} number {i} is", a, group=a) for i, a in enumerate(answers)]
-    made = Task.of(f"capitals {HOSTILE}", examples)
-    found = search(llama, made, grid="all.all@0.2,0.5", metric="loss", strategy="race", store=tmp_path / "runs.db")
+    questions = Task.of(f"capitals {HOSTILE}", examples)
+    result = search(llama, questions, grid="all.all@0.2,0.5", metric="loss", strategy="race", store=tmp_path / "runs.db")
     with Store.open(tmp_path / "runs.db") as store:
-        return write_report(store, found.run, tmp_path / "report.html")
+        return write_report(store, result.run, tmp_path / "report.html")
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -32,6 +32,7 @@ INTERVENTIONS = [
     "1.experts.2.fc_up@0.25:reference",
     "1.fc_in@0.5:bottom:split4",
     "1.fc_in@0.5+2.fc_in@0.5",
+    "1.fc_in@drop0,7-9+encoder.2.fc_in@drop3",
 ]
 
 
@@ -47,24 +48,24 @@ def test_a_search_of_a_model_becomes_a_submission_with_its_own_figures(llama: La
     ]
     task = Task.of("made", rows, scorer="first_token")
     file = tmp_path / "runs.db"
-    found = search(llama, task, strategy="exhaustive", grid="0-1.mlp@0.5,0.1", metric="loss", store=file, seed=3)
-    assert found.best
+    results = search(llama, task, strategy="exhaustive", grid="0-1.mlp@0.5,0.1", metric="loss", store=file, seed=3)
+    assert results.best
     with Store.open(file) as store:
-        made = submission(store.find(found.run))
-    assert made["model"] == {
+        entry = submission(store.find(results.run))
+    assert entry["model"] == {
         "name": public_name(llama.name),
         "sha256": llama.hash,
-        "config": found.settings["config"],
+        "config": results.settings["config"],
         "dtype": "float32",
     }
-    assert made["task"] == {
+    assert entry["task"] == {
         "name": "made",
         "scorer": "first_token",
         "validation": task.validation.hash,
         "test": task.test.hash,
     }
-    assert made["intervention"] == str(found.best)
-    result, test = made["result"], found.test
+    assert entry["intervention"] == str(results.best)
+    result, test = entry["result"], results.test
     assert (result["n"], result["corrected"], result["broken"]) == (len(task.test), test.corrected, test.broken)
     assert (result["base"], result["edited"]) == (
         {"accuracy": test.base, "loss": test.base_loss},
@@ -72,7 +73,7 @@ def test_a_search_of_a_model_becomes_a_submission_with_its_own_figures(llama: La
     )
     assert (result["gain"], result["mcnemar_p"]) == (test.gain, test.mcnemar_p)
     assert (tuple(result["interval"]), tuple(result["loss_interval"])) == (test.interval, test.loss_interval)
-    assert made["search"] == {
+    assert entry["search"] == {
         "strategy": "exhaustive",
         "metric": "loss",
         "grid": "0-1.mlp@0.5,0.1",
@@ -81,9 +82,9 @@ def test_a_search_of_a_model_becomes_a_submission_with_its_own_figures(llama: La
         "scored": 12,
         "complete": True,
     }
-    assert set(made["versions"]) == {"laserlm", "python", "torch", "transformers", "tokenizers", "safetensors"}
-    assert "credit" not in made
-    assert find_problems(json.loads(json.dumps(made))) == []
+    assert set(entry["versions"]) == {"laserlm", "python", "torch", "transformers", "tokenizers", "safetensors"}
+    assert "credit" not in entry
+    assert find_problems(json.loads(json.dumps(entry))) == []
 
 
 def test_it_names_no_folder_user_or_machine(store: Store, record: Record) -> None:
@@ -133,8 +134,8 @@ def test_a_perplexity_has_no_accuracy(store: Store, record: Record) -> None:
 
 def test_how_a_model_writes_is_told(store: Store, record: Record) -> None:
     how = {"new_tokens": 20, "stops": ["/x"], "masks": 5, "samples": 1, "temperature": 0.8, "seed": 0, "run_programs": True}
-    made = submission(store.find(record(scorer="contains", decoding=how)))
-    assert made["task"]["decoding"] == {"new_tokens": 20, "samples": 1, "temperature": 0.8, "masks": 5}
+    entry = submission(store.find(record(scorer="contains", decoding=how)))
+    assert entry["task"]["decoding"] == {"new_tokens": 20, "samples": 1, "temperature": 0.8, "masks": 5}
 
 
 @pytest.mark.parametrize(
@@ -159,19 +160,19 @@ def test_the_schema_is_a_schema_and_knows_what_the_library_knows() -> None:
     schema = _schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     assert set(schema["properties"]["task"]["properties"]["scorer"]["enum"]) == set(get_args(Scorer))
-    made = schema["properties"]["search"]["properties"]
-    assert set(made["strategy"]["enum"]) == set(get_args(Strategy))
-    assert set(made["metric"]["enum"]) == set(get_args(Metric))
+    properties = schema["properties"]["search"]["properties"]
+    assert set(properties["strategy"]["enum"]) == set(get_args(Strategy))
+    assert set(properties["metric"]["enum"]) == set(get_args(Metric))
 
 
 def test_every_object_of_the_schema_is_closed() -> None:
     def objects(schema: Any) -> list[dict[str, Any]]:
         inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else []
-        found = [o for value in inner for o in objects(value)]
-        return [schema, *found] if isinstance(schema, dict) and schema.get("type") == "object" else found
+        results = [o for value in inner for o in objects(value)]
+        return [schema, *results] if isinstance(schema, dict) and schema.get("type") == "object" else results
 
     every = objects(_schema())
-    assert len(every) == 8
+    assert len(every) == 9
     assert all(o["additionalProperties"] is False for o in every)
 
 
@@ -235,7 +236,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("result.broken", 970, "result: 40 corrected and 970 broken are more than n, 1000"),
     ("result.mcnemar_p", 0.5, "result.mcnemar_p: 0.5 is not the exact two-sided 2.386e-05"),
     ("result.more", 1, "result: 'more' is unknown here; allowed are n, base, edited, gain, interval"),
-    ("search.strategy", "luck", "search.strategy: 'luck' is not allowed; write one of race, exhaustive, compose"),
+    ("search.strategy", "luck", "search.strategy: 'luck' is not allowed; write one of components, race, exhaustive"),
+    ("harm", [{"guard": "own text", "ratio": 1.006, "interval": [1.003, 1.01], "n": 64}], ""),
+    ("harm", [{"guard": "own text", "ratio": 1.5, "interval": [1, 1.2], "n": 9}], "harm[0].interval: [1, 1.2] does not hold"),
+    ("harm", [], "harm: an array of 0 items is not allowed; write an array of 1 to 10 entries"),
+    ("harm", [{"guard": "a text", "ratio": 0, "n": 64}], "harm[0].ratio: 0 is not allowed; write a number above 0 to 1000000"),
     ("search.complete", 1, "search.complete: 1 is not allowed; write true or false"),
     ("search.seed", -1, ""),
     ("versions.laserlm", "<b>", "versions.laserlm: '<b>' is not allowed; write text of 1 to 60 characters: letters"),
@@ -254,9 +259,9 @@ def test_each_wrong_value_is_told_with_its_place(good: dict[str, Any], path: str
     for name in above:
         place = place[name]
     place[last] = value
-    said = find_problems(document)
-    assert bool(said) == bool(told)
-    assert any(line.startswith(told) for line in said) or not told, said
+    problems = find_problems(document)
+    assert bool(problems) == bool(told)
+    assert any(line.startswith(told) for line in problems) or not told, problems
 
 
 @pytest.mark.parametrize("path", ["format", "method", "model.name", "task.name", "task.scorer", "intervention", "result.n"])
@@ -305,23 +310,24 @@ def test_a_good_file_is_copied_once(good: dict[str, Any], tmp_path: Path) -> Non
     assert added.target.name.startswith("worldfacts-some-model-")
     (again,) = add([file], to)
     assert again.target is None
-    assert again.problems == (f"the same result is there already, as {added.target}; leave this one out",)
+    assert again.problems == (f"the same submission is there already, as {added.target}; leave this one out",)
     assert list(to.iterdir()) == [added.target]
 
 
-def test_the_same_result_by_another_name_is_a_duplicate_and_another_result_is_none(
+def test_the_same_document_is_a_duplicate_and_a_copy_by_another_name_keeps_none_out(
     good: dict[str, Any], tmp_path: Path
 ) -> None:
-    other = copy.deepcopy(good) | {"credit": "Bob", "versions": {}}
-    other["model"]["name"] = "renamed"
+    other = copy.deepcopy(good)
     other["result"]["n"] = 1000.0
+    mallory, renamed = copy.deepcopy(good) | {"credit": "Mallory"}, copy.deepcopy(good)
+    renamed["model"]["name"] = "renamed"
     third = copy.deepcopy(good)
     third["model"]["sha256"] = "e" * 64
     fourth = copy.deepcopy(good)
     fourth["result"]["edited"]["loss"] += 0.001
-    files = [write(tmp_path, d, f"{i}.json") for i, d in enumerate((good, other, third, fourth))]
-    assert [a.target is None for a in add(files, tmp_path / "to")] == [False, True, False, False]
-    assert len(list((tmp_path / "to").iterdir())) == 3
+    files = [write(tmp_path, d, f"{i}.json") for i, d in enumerate((mallory, renamed, good, other, third, fourth))]
+    assert [a.target is None for a in add(files, tmp_path / "to")] == [False, False, False, True, False, False]
+    assert len(list((tmp_path / "to").iterdir())) == 5
 
 
 @pytest.mark.parametrize("name", ["../../../evil", 'a/b\\c:d*e?"<>|', "..", "CON", "Ü李", "x" * 120, "-rf"])
@@ -360,10 +366,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_and_does_no_harm(tmp_path: Path, name: str) -> None:
-    content, told = HOSTILE[name]
+    content, values = HOSTILE[name]
     (added,) = add([write(tmp_path, content)], tmp_path / "to")
     assert added.target is None
-    assert any(told in problem for problem in added.problems), added.problems
+    assert any(values in problem for problem in added.problems), added.problems
     assert all(len(problem) < 1000 for problem in added.problems)
     assert len(added.problems) <= 30
     assert not (tmp_path / "to").exists()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Json, Store, print_json
+from laserlm.cli.options import STORE_DEFAULT, DataOptions, Json, LoadOptions, Store, print_json, with_options
 from laserlm.cli.progress import print_stderr
 from laserlm.errors import ReportError
 
@@ -71,10 +72,12 @@ def submit(
     """
     import json
 
-    from laserlm.paths import atomic_file
+    from laserlm.paths import atomic_file, check_new_file
     from laserlm.store import Store as Results
     from laserlm.web.submissions import submission
 
+    if out is not None:
+        check_new_file(out, kind="a submission", is_ours=lambda start: start.startswith(b'{\n  "format": '))
     with Results.open(store) as results:
         document = submission(results.find(run, kind="search"), credit=credit, report=report)
     if out is None:
@@ -83,6 +86,40 @@ def submit(
     with atomic_file(out) as part:
         part.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print_stderr(f"wrote {out}")
+
+
+@app.command()
+@with_options(load_options=LoadOptions, data_options=DataOptions)
+def verify(
+    file: Annotated[Path, typer.Argument(help="Submission to measure again.")],
+    load_options: LoadOptions,
+    data_options: DataOptions,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of the model.", show_default="as submitted")] = None,
+    task: Annotated[str | None, typer.Option(help="Task, such as jsonl:FILE.", show_default="as submitted")] = None,
+    store: Store = STORE_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Measure a submission again here; if its figures hold, 'laser leaderboard build' shows its row as verified.
+
+    Example: laser leaderboard verify submissions/worldfacts-1a2b.json
+    """
+    from laserlm.store import Store as Results
+    from laserlm.web.submissions import BUNDLED, load_submission
+    from laserlm.web.verification import verify as verify_document
+
+    document = load_submission(file)
+    name = model or document["model"]["name"]
+    decoding = {k: v for k, v in document["task"].get("decoding", {}).items() if k in ("new_tokens", "samples", "temperature")}
+    loaded = replace(data_options, **decoding).load_task(task or document["task"]["name"])
+    split = loaded.test.limit(int(document["result"]["n"]))
+    load_options = replace(load_options, dtype=load_options.dtype or document["model"].get("dtype"))
+    with Results.open(store) as results:
+        lm = load_options.load_named("bundled" if name == BUNDLED else name)
+        again = verify_document(document, results, lm, split, batch_size=data_options.batch_size)
+    if json:
+        print_json({"file": str(file), "verified": True, "test": again.as_dict()})
+    else:
+        print(f"{file}: verified; {again}")
 
 
 @app.command()

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from laserlm.cli.progress import print_stderr
 from laserlm.paths import default_store
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def task_names() -> list[str]:
     """Return the values that the shell proposes for a task."""
     from laserlm.tasks.definitions import DEFINITIONS
 
-    return [*sorted(DEFINITIONS), "jsonl:", "perplexity:", "lm-eval:"]
+    return [*sorted(DEFINITIONS), "hub:", "perplexity:", "lm-eval:"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +181,65 @@ class DataOptions:
         bool,
         typer.Option("--allow-code-execution", help="Run generated programs, each in a sandbox.", rich_help_panel=TASK_PANEL),
     ] = False
+    allow_weak_sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--allow-weak-sandbox", help="With --allow-code-execution: also without bubblewrap.", rich_help_panel=TASK_PANEL
+        ),
+    ] = False
     answer_tokenizer: Annotated[
         str | None,
         typer.Option(help="Tokenizer that drops hotpotqa answers over 15 tokens.", rich_help_panel=TASK_PANEL),
     ] = None
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the questions in a file.", show_default="its usual name", rich_help_panel=TASK_PANEL),
+    ] = None
+    answer_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the answers in a file.", show_default="its usual name", rich_help_panel=TASK_PANEL),
+    ] = None
+    choices_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the choices in a file.", show_default="its usual name", rich_help_panel=TASK_PANEL),
+    ] = None
+    group_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the groups in a file.", show_default="its usual name", rich_help_panel=TASK_PANEL),
+    ] = None
+    hub_split: Annotated[
+        str | None,
+        typer.Option(help="Split of hub:ORG/NAME.", show_default="test, validation or train", rich_help_panel=TASK_PANEL),
+    ] = None
+    hub_config: Annotated[
+        str | None, typer.Option(help="Configuration of hub:ORG/NAME.", show_default="its own", rich_help_panel=TASK_PANEL)
+    ] = None
+    hub_revision: Annotated[
+        str | None,
+        typer.Option(help="Commit, tag or branch of hub:ORG/NAME.", show_default="main", rich_help_panel=TASK_PANEL),
+    ] = None
+    max_rows: Annotated[
+        int, typer.Option(help="Most rows of a file of questions; of more, a sample.", min=1, rich_help_panel=TASK_PANEL)
+    ] = 20_000
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask through the model's chat template.",
+            show_default="for questions of a file, if the model has one",
+            rich_help_panel=TASK_PANEL,
+        ),
+    ] = None
+    system: Annotated[
+        str | None,
+        typer.Option(help="System text of the conversation.", show_default="the template's", rich_help_panel=TASK_PANEL),
+    ] = None
+    skip_unscorable: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unscorable", help="Leave out questions whose tokens cannot be scored.", rich_help_panel=TASK_PANEL
+        ),
+    ] = False
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.", min=1, rich_help_panel=TASK_PANEL)] = 32
 
     def load_task(self, name: str) -> Task:
@@ -200,7 +256,9 @@ class DataOptions:
         if data is None and self.data_folder is not None and name in DEFINITIONS:
             data = self.data_folder if files_in(self.data_folder, name, allow_top_level=False) else None
         decoding = {"new_tokens": self.new_tokens, "samples": self.samples, "temperature": self.temperature}
-        return task(
+        columns = {kind: getattr(self, f"{kind}_column") for kind in ("prompt", "answer", "choices", "group")}
+        hub = {"split": self.hub_split, "config": self.hub_config, "revision": self.hub_revision}
+        made = task(
             name,
             data=data,
             split=self.split_by,  # type: ignore[arg-type]
@@ -208,9 +266,43 @@ class DataOptions:
             phrasings=self.phrasings,  # type: ignore[arg-type]
             scorer=self.scorer,  # type: ignore[arg-type]
             decoding={name: value for name, value in decoding.items() if value is not None},
-            allow_code_execution=self.allow_code_execution,
+            allow_code_execution=self.allow_code_execution and ("weakly" if self.allow_weak_sandbox else True),
             answer_tokenizer=tokenizer,
+            columns={kind: name for kind, name in columns.items() if name is not None},
+            hub={key: value for key, value in hub.items() if value is not None},
+            max_rows=self.max_rows,
+            chat=self.chat,
+            system=self.system,
         )
+        for note in made.notes:
+            print_stderr(note)
+        return made
+
+    def for_model(self, lm: LanguageModel, split: Split) -> Split:
+        """Return a split as it can be put to a model: without what cannot be scored, if that was asked for."""
+        from laserlm.scoring.tokenize import scorable
+
+        if not self.skip_unscorable:
+            return split
+        kept = scorable(lm, split, self.scorer)  # type: ignore[arg-type]
+        if kept.skipped:
+            print_stderr(f"{kept.skipped} of {len(split)} questions of {split.name} cannot be scored and are left out")
+        return kept
+
+    def announce(self, lm: LanguageModel, split: Split) -> None:
+        """Print whether the questions are put to a model through its chat template.
+
+        Raises:
+            TokenizationError: if they need a template and the model has none.
+        """
+        from laserlm.scoring.chat import asked_in_chat
+
+        if asked_in_chat(lm, split.examples):
+            print_stderr(
+                f"asked through the chat template of {lm.name}, scored by {self.scorer or split.scorer}; see --no-chat"
+            )
+        elif split.examples[:1] and split.examples[0].messages:
+            print_stderr(f"{lm.name} has no chat template, or the prompts have its text: they are read as plain text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +312,7 @@ class TaskOptions(DataOptions):
     task: Annotated[
         str,
         typer.Option(
-            help="Task of 'laser tasks', jsonl:FILE, perplexity:FILE or lm-eval:NAME.",
+            help="Task of 'laser tasks', a file of questions, hub:ORG/NAME, perplexity:FILE or lm-eval:NAME.",
             autocompletion=task_names,
         ),
     ] = "worldfacts"

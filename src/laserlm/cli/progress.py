@@ -76,8 +76,12 @@ def progress_bar(label: str, unit: str = "examples") -> Iterator[Callable[..., N
 
 
 @contextmanager
-def search_progress_bar() -> Iterator[Callable[[SearchProgress], None]]:
-    """Show the progress of a search and its best candidate so far; print that candidate if the search is interrupted."""
+def search_progress_bar(*, by_loss: bool = False) -> Iterator[Callable[[SearchProgress], None]]:
+    """Show the progress of a search and its best candidate so far; print that candidate if the search is interrupted.
+
+    Args:
+        by_loss: whether the search ranks by the loss alone, because the model writes nothing before the end.
+    """
     best = "no candidate was scored yet"
     with progress_bar("searching") as advance:
 
@@ -86,7 +90,8 @@ def search_progress_bar() -> Iterator[Callable[[SearchProgress], None]]:
             if step.best is not None:
                 low, high = step.best.accuracy_interval
                 name = short_form(step.best.intervention) or "the unchanged model"
-                best = f"{name} {step.best.accuracy:.1%} [{low:.1%}, {high:.1%}], loss {step.best.loss:.3f}, of {step.best.n}"
+                accuracy = "" if by_loss else f" {step.best.accuracy:.1%} [{low:.1%}, {high:.1%}],"
+                best = f"{name}{accuracy} loss {step.best.loss:.3f}, of {step.best.n}"
             alive = f", {step.alive} alive" if step.stage.startswith("rung") else ""
             advance(step.done, step.total, f"{step.stage}{alive}; best {best}", step.scored)
 

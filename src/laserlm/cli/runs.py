@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from laserlm.cli.options import STORE_DEFAULT, Json, Store, TableOptions, print_json, with_options
+from laserlm.reductions import short_form
 
 if TYPE_CHECKING:
     from laserlm.store import RunInfo, TrialInfo
@@ -38,6 +39,7 @@ def list_(listing: TableOptions, store: Store = STORE_DEFAULT) -> None:
                 "trials": r.trials,
                 "best": (r.outcome or {}).get("best", ""),
                 "test_gain": (r.outcome or {}).get("test", {}).get("gain"),
+                "harm": max((harm["ratio"] for harm in (r.outcome or {}).get("harms", ())), default=None),
                 "created": r.created.isoformat(timespec="seconds"),
             }
             for r in results.runs()
@@ -76,13 +78,29 @@ def show(
             print(f"  computed on: {describe(hardware)}")
     if loss_map:
         _print_map(loss_map)
-    is_by_loss = info.settings.get("metric") == "loss"
-    done = sorted(
-        (t for t in trials if t.status == "done"),
+    done = _in_order([t for t in trials if t.status == "done"], info.settings)
+    generates = _generates(info.settings)
+    listing.print([_trial_row(t, generates=generates) for t in (done if listing.csv else done[:top])], "trials")
+
+
+def _generates(settings: dict[str, Any]) -> bool:
+    """Return whether a run's scorer grades text that the model writes. Its candidates are then ranked without writing."""
+    from laserlm.scoring.scorers import GENERATING
+
+    return settings.get("scorer") in GENERATING
+
+
+def _in_order(trials: list[TrialInfo], settings: dict[str, Any]) -> list[TrialInfo]:
+    """Return trials with those first that decided the choice, the best of a split first."""
+    splits = ("finalists", "test", "validation") if _generates(settings) else ("validation", "test")
+
+    def rank(t: TrialInfo) -> tuple[float, ...]:
+        split = splits.index(t.split) if t.split in splits else len(splits)
+        by_loss = settings.get("metric") == "loss" or (split == 2 and len(splits) == 3)
         # A race scores the candidates that it drops on few examples; their scores say little.
-        key=lambda t: (t.split != "validation", -(t.n or 0), (t.loss or 0) if is_by_loss else -(t.accuracy or 0), t.loss or 0),
-    )
-    listing.print([_trial_row(t) for t in (done if listing.csv else done[:top])], "trials")
+        return split, -(t.n or 0), (t.loss or 0) if by_loss else -(t.accuracy or 0), t.loss or 0
+
+    return sorted(trials, key=rank)
 
 
 def _print_run(info: RunInfo) -> None:
@@ -91,17 +109,40 @@ def _print_run(info: RunInfo) -> None:
         if key in info.settings:
             print(f"  {key}: {info.settings[key]}")
     if info.outcome:
-        print(f"  best: {info.outcome['best'] or 'the unchanged model'}")
+        print(f"  best: {short_form(info.outcome.get('best') or 'the unchanged model')}")
     if info.reason:
         print(f"  failed: {info.reason}")
+    if info.kind == "search" and info.outcome:
+        _print_gain_and_harm(info.outcome, info.settings)
 
 
-def _trial_row(t: TrialInfo) -> dict[str, Any]:
+def _print_gain_and_harm(outcome: dict[str, Any], settings: dict[str, Any]) -> None:
+    from laserlm.cli.search import print_pareto
+    from laserlm.searching import SearchResult
+
+    try:
+        result = SearchResult.from_dict(outcome | {"settings": settings})
+    except (KeyError, TypeError):  # of an older version, which kept less
+        return
+    c, is_perplexity = result.test, settings.get("scorer") == "perplexity"
+    if not is_perplexity:
+        print(f"  gain on test: {c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]")
+    low, high = c.loss_interval
+    print(f"  change of loss on test: {c.edited_loss - c.base_loss:+.3f} [{low:+.3f}, {high:+.3f}]")
+    for sentence in result.harm_sentences():
+        print(f"  {sentence}")
+    print_pareto(result, is_perplexity=is_perplexity)
+
+
+def _trial_row(t: TrialInfo, *, generates: bool) -> dict[str, Any]:
+    """Return a trial as a row. The model wrote nothing on ``validation`` if the scorer grades text: no accuracy is known."""
     from laserlm.scoring.statistics import wilson
 
+    row: dict[str, Any] = {"split": t.split, "intervention": t.intervention or "base", "n": t.n}
+    if generates and t.split == "validation":
+        return row | {"accuracy": None, "low": None, "high": None, "loss": t.loss, "seconds": t.seconds}
     low, high = wilson(round((t.accuracy or 0) * (t.n or 1)), t.n or 1)
-    row = {"split": t.split, "intervention": t.intervention or "base", "n": t.n, "accuracy": t.accuracy}
-    return row | {"low": low, "high": high, "loss": t.loss, "seconds": t.seconds}
+    return row | {"accuracy": t.accuracy, "low": low, "high": high, "loss": t.loss, "seconds": t.seconds}
 
 
 SHADES = "░▒▓█"
@@ -155,14 +196,18 @@ def export(
     """
     import json
 
+    from laserlm.paths import atomic_file, check_new_file
     from laserlm.store import Store as Results
 
+    if out is not None:
+        check_new_file(out, kind="an exported run", is_ours=lambda start: start.startswith(b'{\n  "id": "'))
     with Results.open(store) as results:
         content = results.export(results.find(run).id)
     if out is None:
         print_json(content)
-    else:
-        out.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        return
+    with atomic_file(out) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 @app.command()

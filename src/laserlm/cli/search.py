@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Cache, Json, ModelOptions, Store, TaskOptions, print_json, with_options
+from laserlm.cli.options import (
+    STORE_DEFAULT,
+    Cache,
+    DataOptions,
+    Json,
+    ModelOptions,
+    Store,
+    TaskOptions,
+    print_json,
+    with_options,
+)
 from laserlm.cli.progress import print_stderr, search_progress_bar
 from laserlm.provenance import mask_credentials
+from laserlm.reductions import short_form
 
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
@@ -41,7 +53,25 @@ class SearchOptions:
     ] = None
     grid: Annotated[str, typer.Option(help="Grid: paper, mlp, fine, or text such as 27-29.mlp@0.05,0.5.")] = "fine"
     limit: Annotated[int | None, typer.Option(min=1, help="Most questions of each split.", show_default="all")] = None
-    strategy: Annotated[str, typer.Option(help="Strategy: race, exhaustive or compose.", rich_help_panel=SEARCH_PANEL)] = "race"
+    strategy: Annotated[
+        str, typer.Option(help="Strategy: components, race, exhaustive or compose.", rich_help_panel=SEARCH_PANEL)
+    ] = "race"
+    max_harm: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest rise of perplexity on the guards.",
+            show_default="0.05 for components, else no bound",
+            rich_help_panel=SEARCH_PANEL,
+        ),
+    ] = None
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text file or task to keep, or self; repeatable.",
+            show_default="self, the model's own text",
+            rich_help_panel=SEARCH_PANEL,
+        ),
+    ] = None
     mode: Annotated[
         str,
         typer.Option(
@@ -74,11 +104,11 @@ class SearchOptions:
     ] = 0
 
     def config(self, batch_size: int) -> SearchConfig:
-        """Return the settings for the library."""
+        """Return the settings for the library, without the guards, whose data ``load_guards`` reads."""
         from laserlm.reductions import Grid
         from laserlm.searching import SearchConfig
 
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("effort", "limit")}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("effort", "limit", "guard")}
         settings = {name: value for name, value in given.items() if value is not None}
         settings |= {"grid": Grid.parse(self.grid), "memory": self.memory * 2**30, "batch_size": batch_size}
         return SearchConfig.of(self.effort, **settings)  # type: ignore[arg-type]
@@ -150,21 +180,27 @@ def search(
 
     Example: laser search bundled --task worldfacts --limit 300
     """
+    from laserlm.scoring.scorers import GENERATING
     from laserlm.searching import search as search_
 
     begun = time.monotonic()
     cluster = cluster_options.cluster(model_options.device)
     config = options.config(task_options.batch_size)  # wrong settings are reported before the model is loaded
     task = task_options.load()
+    if options.guard:
+        config = replace(config, guards=load_guards(options.guard, task_options.data_folder))
     task = replace(task, validation=task.validation.limit(options.limit), test=task.test.limit(options.limit))
     lm = _on_driver(model_options, cluster, dry_run=dry_run).load()
+    task_options.announce(lm, task.validation)
+    validation, test = (task_options.for_model(lm, split) for split in (task.validation, task.test))
+    task = replace(task, validation=validation, test=test)
     if dry_run:
         from laserlm.cli.dry_run import print_dry_run
 
         print_dry_run(lm, task, config, cluster, start=time.monotonic() - begun, json=json)
         return
     print_stderr(f"results are kept in {mask_credentials(store)}")
-    with search_progress_bar() as on_step:
+    with search_progress_bar(by_loss=task.validation.scorer in GENERATING) as on_step:
         result = search_(lm, task, config, store=store, restart=restart, executor=cluster, on_step=on_step)
     if json:
         print_json(result.as_dict())
@@ -174,6 +210,16 @@ def search(
     print(f"Go on with:\n  laser report {result.run}\n  laser runs show {result.run}")
     if result.best:
         print(f"  laser save {model_options.model} --run {result.run} --out FOLDER")
+    if len(result.pareto) > 1:
+        print(f"  laser save {model_options.model} --run {result.run} --point N --out FOLDER    (another point of the list)")
+
+
+def load_guards(names: Sequence[str], data_folder: Path | None) -> tuple[str | Task, ...]:
+    """Return guards as the library takes them: texts by their names, tasks with their data."""
+    from laserlm.searching.guard import is_text
+
+    options = DataOptions(data_folder=data_folder)
+    return tuple(name if is_text(name) else options.load_task(name) for name in names)
 
 
 def _on_driver(options: ModelOptions, cluster: Ray | None, *, dry_run: bool) -> ModelOptions:
@@ -229,8 +275,12 @@ def demo(
     _print_questions(questions)
     print(f"\nDone in {time.monotonic() - start:.0f} s; run {result.run} in {mask_credentials(store)}.")
     print(f"The report: {report}")
-    reduction = f" --reduce {result.best}" if result.best else ""
-    print(f'Go on with:\n  laser generate bundled "The capital of France is"{reduction}\n  laser runs show {result.run}')
+    print("Go on with:")
+    model, reduction = "bundled", f" --reduce {result.best}" if result.best else ""
+    if short_form(result.best) != str(result.best):
+        model, reduction = "FOLDER", ""
+        print(f"  laser save bundled --run {result.run} --out {model}")
+    print(f'  laser generate {model} "The capital of France is"{reduction}\n  laser runs show {result.run}')
     print("  laser search MODEL --task jsonl:FILE    (your own model and questions)")
 
 
@@ -243,7 +293,11 @@ def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:
     _print_tables(result)
     if not result.complete:
         print("The time was used up: this is the best so far.")
-    print(f"Best of {result.candidates} candidates: {result.best or 'the unchanged model'}")  # uncut, so that it can be copied
+    what = "components" if result.strategy == "components" else "candidates"
+    best = short_form(result.best)
+    print(f"Best of {result.candidates} {what}: {best or 'the unchanged model'}")
+    if best != str(result.best):
+        print(f"(all of it: laser runs show {result.run} --json)")
     table = Table("", "validation (chosen on)", "test (held out)")
     splits = (result.validation, result.test)
     table.add_row("passages" if is_perplexity else "questions", *(c.size for c in splits))
@@ -260,10 +314,34 @@ def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:
         "95 % interval of its change", *(f"{c.loss_interval.low:+.3f} to {c.loss_interval.high:+.3f}" for c in splits)
     )
     Console().print(table)
-    for sentence in result.verdict():
+    for sentence in (*result.verdict(), *result.harm_sentences()):
         print(sentence)
+    print_pareto(result, is_perplexity=is_perplexity)
     if result.failed:
         print(f"{len(result.failed)} candidates could not be scored; see 'laser runs show {result.run} --json'")
+
+
+def print_pareto(result: SearchResult, *, is_perplexity: bool = False) -> None:
+    """Print gain and harm of the points that no other one dominates, with the numbers that ``laser save --point`` takes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    points = result.pareto
+    if not points:
+        return
+    table = Table("", "reduction", title="Gain against harm, on what was chosen on", title_justify="left")
+    columns = [*([] if is_perplexity else ["gain"]), "change of loss", *(f"perplexity, {h.guard}" for h in points[0].harms)]
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for number, point in enumerate(points, 1):
+        c = point.comparison
+        chosen = " (chosen)" if point.intervention == str(result.best) else ""
+        cells = [] if is_perplexity else [f"{c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]"]
+        cells.append(f"{c.edited_loss - c.base_loss:+.3f} [{c.loss_interval.low:+.3f}, {c.loss_interval.high:+.3f}]")
+        cells += [f"x{h.ratio:.3f} [{h.interval.low:.3f}, {h.interval.high:.3f}]" for h in point.harms]
+        table.add_row(str(number), short_form(point.intervention) + chosen, *cells)
+    Console().print(table)
+    print(result.pareto_note())
 
 
 def _print_screen(result: SearchResult) -> None:
@@ -299,7 +377,7 @@ def _print_tables(result: SearchResult) -> None:
         table = Table(*columns, title="Race", title_justify="left")
         for r in result.rungs:
             counts = (r.examples, r.entered, r.eliminated, r.pruned, r.failed, r.added)
-            table.add_row(*map(str, counts), r.leader or "the unchanged model")
+            table.add_row(*map(str, counts), short_form(r.leader) or "the unchanged model")
         Console().print(table)
     if result.strategy == "compose":
         table = Table(title="Accepted steps", title_justify="left")
@@ -318,7 +396,7 @@ def _print_tables(result: SearchResult) -> None:
     if result.finalists:
         table = Table("finalist", "validation accuracy", title="Generated text decides", title_justify="left")
         for text, accuracy in result.finalists.items():
-            table.add_row(text or "the unchanged model", f"{accuracy:.1%}")
+            table.add_row(short_form(text) or "the unchanged model", f"{accuracy:.1%}")
         Console().print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="List all tasks; show examples of one.")
 COLUMNS = ("task", "about", "rows", "source", "licence", "scorer")
+REPLACEMENT = "\ufffd"
+"""What a decoder writes for bytes that are no character."""
 FILE_TASKS = {
-    "jsonl:FILE": ("your own questions", "", "yours", "yours", "answer or choice"),
+    "FILE": ("your own questions: CSV, TSV, JSON, JSON lines or Parquet", "", "yours", "yours", "answer or choice"),
+    "hub:ORG/NAME": ("questions of a data set on the hub", "", "its own", "its own", "answer or choice"),
     "perplexity:FILE": ("your own text", "", "yours", "yours", "perplexity"),
     "lm-eval:NAME": (
         "a task of lm-evaluation-harness, or one defined in --data FOLDER",
@@ -60,11 +64,14 @@ def show(
 ) -> None:
     """Print examples as a model reads them, each token of the answer in square brackets.
 
+    Tokens that are parts of one character stand in one pair of brackets, with their number.
+
     Example: laser tasks show worldfacts
     """
     task = data.load_task(name)
     lm = loading.load_named(model)
     split = task.every.limit(n)
+    data.announce(lm, split)
     rows = [{"id": e.id, "prompt": e.prompt, "answer": e.answer, "text": _marked(lm, e, split.scorer)} for e in split]
     if json:
         print_json({"task": name, "model": lm.name, "scorer": split.scorer, "source": task.source, "examples": rows})
@@ -82,7 +89,7 @@ def _marked(lm: LanguageModel, example: Example, scorer: Scorer) -> str:
     decode = lm.require_tokenizer().decode
     lines: list[str] = []
     for row in encode(lm, [example], scorer):
-        scored = "".join(f"[{decode([t])}]" for t in row.targets)
+        scored = "".join(_pieces(decode, row.targets))
         wrong = ", ".join(f"[{decode([t])}]" for t in row.choice_tokens if t not in row.targets)
         ids = row.decoder or row.ids
         before = decode(ids[: row.positions[0] + (lm.kind != "masked")])
@@ -90,6 +97,17 @@ def _marked(lm: LanguageModel, example: Example, scorer: Scorer) -> str:
         encoded = f"{decode(row.ids)} => " if row.decoder else ""
         lines.append(encoded + before + scored + after + (f"   not {wrong}" if wrong else ""))
     return "\n".join(lines)
+
+
+def _pieces(decode: Callable[[Sequence[int]], str], tokens: Sequence[int]) -> Iterator[str]:
+    """Yield the text of each token in brackets. Tokens that are parts of one character stand together, with their number."""
+    part: list[int] = []
+    for i, token in enumerate(tokens):
+        part.append(token)
+        text = decode(part)
+        if REPLACEMENT not in text or i == len(tokens) - 1:
+            yield f"[{text}]" if len(part) == 1 else f"[{text} ({len(part)} tokens)]"
+            part = []
 
 
 @with_options(data=DataOptions, loading=LoadOptions)

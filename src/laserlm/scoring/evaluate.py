@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
+from laserlm.reductions import short_form
 from laserlm.scoring.forward import Progress, out_of_memory_error, run_rows
 from laserlm.scoring.generation import generate_for
 from laserlm.scoring.records import Evaluation, ExampleScore, TokenScores, TokenSequence
@@ -120,6 +121,7 @@ def evaluate_rows(
         scores=scores,
         seconds=seconds,
         classes=classes_of(split, scorer),
+        skipped=split.skipped,
     )
 
 
@@ -193,10 +195,17 @@ class Comparison:
         loss_interval = list(self.loss_interval) if math.isfinite(self.loss_interval.low) else None  # a single pair
         return {**asdict(self), "interval": list(self.interval), "loss_interval": loss_interval}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
+        """Return what ``as_dict`` was made of, without what only a later version of laserlm knows."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        loss_interval = Interval(*(known["loss_interval"] or (-math.inf, math.inf)))
+        return cls(**known | {"interval": Interval(*known["interval"]), "loss_interval": loss_interval})
+
     def __str__(self) -> str:
         low, high = self.interval
         return (
-            f"{self.split}: {self.base:.1%} -> {self.edited:.1%} under {self.intervention or 'base'}, "
+            f"{self.split}: {self.base:.1%} -> {self.edited:.1%} under {short_form(self.intervention) or 'base'}, "
             f"gain {self.gain:+.1%} [{low:+.1%}, {high:+.1%}], exact p {self.mcnemar_p:.2g}, "
             f"{self.corrected} corrected, {self.broken} broken, n {self.size}; "
             f"loss {self.base_loss:.3f} -> {self.edited_loss:.3f}"

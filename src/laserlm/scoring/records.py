@@ -113,6 +113,7 @@ class Evaluation:
         scores: one score for each example, in the order of the split.
         seconds: wall time of the forward passes, without decompositions.
         classes: the choices if all examples share them, else empty.
+        skipped: number of examples that were left out because they cannot be scored.
     """
 
     model: str
@@ -123,6 +124,7 @@ class Evaluation:
     scores: tuple[ExampleScore, ...] = field(repr=False)
     seconds: float
     classes: tuple[str, ...] = ()
+    skipped: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         if not self.scores:
@@ -206,6 +208,7 @@ class Evaluation:
             "scorer": self.scorer,
             "intervention": self.intervention,
             "n": self.n,
+            **({"skipped": self.skipped} if self.skipped else {}),
             "accuracy": self.accuracy,
             "accuracy_interval": list(self.accuracy_interval),
             "loss": self.loss,

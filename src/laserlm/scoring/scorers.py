@@ -14,7 +14,7 @@ from typing import Literal
 
 from laserlm.errors import ScoringError
 from laserlm.scoring.records import ExampleScore, TokenScores, TokenSequence
-from laserlm.scoring.sandbox import run_programs
+from laserlm.scoring.sandbox import Program, run_programs
 from laserlm.tasks.example import Example, Judge, Scorer, Split
 
 __all__ = [
@@ -37,6 +37,7 @@ Request = tuple[str, str]
 """A context, and the continuation whose tokens are scored."""
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 WORD = re.compile(r"\w+|[^\w\s]")
+FUNCTION = re.compile(r"^def (\w+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -249,14 +250,27 @@ def _grade_numbers(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:
 
 
 def _grade_programs(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:
-    programs = [f"{e.prompt}{text}\n{e.program}" for e, samples in zip(split.examples, texts, strict=True) for text in samples]
-    passes = iter([not failure for failure in run_programs(programs)])
+    programs = [
+        Program(e.prompt + text, _tested_function(e), e.prompt + e.answer, e.program)
+        for e, samples in zip(split.examples, texts, strict=True)
+        for text in samples
+    ]
+    allow_weak = split.decoding.run_programs == "weakly"
+    passes = iter([not failure for failure in run_programs(programs, allow_weak=allow_weak)])
     grades: list[Grade] = []
     for samples in texts:
         passed = [next(passes) for _ in samples]
         n = len(passed)
         grades.append((passed[0], {f"pass@{k}": pass_at_k(n, sum(passed), k) for k in (1, 10, 100) if k <= n}))
     return grades
+
+
+def _tested_function(example: Example) -> str:
+    """Return the name of the function that the program completes: the last one that the prompt begins."""
+    names = FUNCTION.findall(example.prompt)
+    if not names:
+        raise ScoringError(f"the prompt of example {example.id} begins no function ('def NAME(...):'), so none can be tested.")
+    return str(names[-1])
 
 
 def _grade_by_judge(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:

@@ -43,6 +43,7 @@ def compose(
     metric: Metric,
     config: SearchConfig,
     on_try: Callable[[int, Intervention], None] = lambda *_: None,
+    is_allowed: Callable[[Intervention], bool] = lambda _: True,
 ) -> Iterator[ComposeStep]:
     """Try the candidates one after the other on top of what was accepted so far; yield each accepted step.
 
@@ -56,6 +57,7 @@ def compose(
         metric: what has to improve.
         config: first rung, error probability.
         on_try: called before each trial with its place in the order and what is tried.
+        is_allowed: says of a trial that helps whether its harm is within the bound.
     """
     current = Intervention()
     ledger.extend([current], len(ledger.split))
@@ -66,7 +68,7 @@ def compose(
             continue
         tried = Intervention((*current.reductions, *candidate.intervention.reductions))
         on_try(number, tried)
-        if _helps(ledger, current, tried, metric, config.first_rung, level):
+        if _helps(ledger, current, tried, metric, config.first_rung, level) and is_allowed(tried):
             n = len(ledger.split)
             comparison = compare(ledger.first(current, n), ledger.first(tried, n))
             current = tried

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -13,16 +14,18 @@ from laserlm.tasks import Scorer, Task
 __all__ = ["EFFORTS", "Effort", "Metric", "Mode", "SearchConfig", "Strategy"]
 
 Metric = Literal["accuracy", "loss"]
-Strategy = Literal["race", "exhaustive", "compose"]
+Strategy = Literal["components", "race", "exhaustive", "compose"]
 Mode = Literal["joint", "greedy"]
 Effort = Literal["quick", "normal", "thorough"]
 
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
-    "quick": {"candidates": 16, "sizes_per_matrix": 2, "screen_examples": 50, "first_rung": 16, "keep": 0.25},
+    "quick": {"candidates": 16, "sizes_per_matrix": 2, "screen_examples": 50, "first_rung": 16, "keep": 0.25, "steps": 4},
     "normal": {},
-    "thorough": {"candidates": 150, "sizes_per_matrix": 6, "screen_examples": 200, "first_rung": 64, "keep": 0.5},
+    "thorough": {"candidates": 150, "sizes_per_matrix": 6, "screen_examples": 200, "first_rung": 64, "keep": 0.5, "steps": 24},
 }
 """What each effort changes in the default settings of a race."""
+DEFAULT_MAX_HARM = 0.05
+"""Relative rise of perplexity that the choice of components may cause."""
 RACE_SETTINGS = (
     "candidates",
     "sizes_per_matrix",
@@ -39,8 +42,12 @@ class SearchConfig:
     """The settings of a search.
 
     Args:
-        strategy: ``race``, ``exhaustive`` or ``compose``.
-        grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``.
+        strategy: ``components``, ``race``, ``exhaustive`` or ``compose``.
+        grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``. ``components`` takes its matrices alone.
+        max_harm: largest relative rise of the perplexity on the guards that the choice may have, such as 0.05. None takes
+            0.05 for ``components``, and no bound for the other strategies.
+        guards: text files, tasks or their names, or ``self`` for text that the model writes: what must not get worse. None
+            takes ``self`` if the model writes text.
         metric: ``accuracy`` or ``loss``. None takes ``accuracy``, and ``loss`` for a perplexity.
         scorer: None takes the scorer of the task.
         mode: for ``compose``: ``joint`` tries the candidates that the screen ranks best, ``greedy`` goes from the last block
@@ -54,6 +61,7 @@ class SearchConfig:
         delta: largest probability that the test of significance drops the best candidate of the race, over all rungs and
             leaders, for independent facts. What ``keep`` drops has no such bound. For ``compose``: largest probability that
             a step is accepted if no candidate helps.
+        steps: for ``components``: most steps that are tried.
         budget: minutes after which the search measures the best candidate so far and ends. None sets no end.
         seed: of the order of the examples, of the random candidates and of ``:reference`` decompositions.
         batch_size: sequences in one forward pass.
@@ -62,6 +70,8 @@ class SearchConfig:
 
     strategy: Strategy = "race"
     grid: str | Grid = "fine"
+    max_harm: float | None = None
+    guards: tuple[str | Task, ...] | None = None
     metric: Metric | None = None
     scorer: Scorer | None = None
     mode: Mode = "joint"
@@ -72,6 +82,7 @@ class SearchConfig:
     first_rung: int = 32
     keep: float = 0.34
     delta: float = 0.05
+    steps: int = 12
     budget: float | None = None
     seed: int = 0
     batch_size: int = 32
@@ -83,9 +94,13 @@ class SearchConfig:
                 raise ScoringError(f"no {name} {value!r}; there are {', '.join(get_args(allowed))}")
         if self.metric is not None and self.metric not in get_args(Metric):
             raise ScoringError(f"no metric {self.metric!r}; there are {', '.join(get_args(Metric))}")
-        for name in ("candidates", "sizes_per_matrix", "screen_examples", "first_rung"):
+        for name in ("candidates", "sizes_per_matrix", "screen_examples", "first_rung", "steps"):
             if getattr(self, name) < 1:
                 raise ScoringError(f"{name} {getattr(self, name)} leaves a race with nothing to do; write 1 or more")
+        if self.max_harm is not None and not self.max_harm > 0:
+            raise ScoringError(
+                f"max_harm {self.max_harm} allows no change at all; write the largest relative rise of perplexity, such as 0.05"
+            )
         if self.random_candidates < 0 or not (0 <= self.keep <= 1 and 0 <= self.delta <= 1):
             raise ScoringError(
                 "random_candidates must be 0 or more, keep and delta from 0 to 1; "
@@ -105,6 +120,13 @@ class SearchConfig:
         if unknown := [name for name in settings if name not in names]:
             raise ScoringError(f"a search has no setting {unknown[0]!r}; it has {', '.join(names)}")
         return cls(**{**EFFORTS[effort], **settings})
+
+    @property
+    def harm_bound(self) -> float:
+        """Largest rise of the loss on a guard, in nats per token; infinite without a bound."""
+        if self.max_harm is None:
+            return math.log1p(DEFAULT_MAX_HARM) if self.strategy == "components" else math.inf
+        return math.log1p(self.max_harm)
 
     @property
     def screens(self) -> bool:
@@ -130,8 +152,11 @@ class SearchConfig:
             "metric": self.metric,
             "strategy": self.strategy,
             "budget": self.budget,
+            "max_harm": self.max_harm,
         }
-        if self.strategy != "exhaustive":
+        if self.strategy == "components":
+            settings["options"] = {"delta": self.delta, "steps": self.steps}
+        elif self.strategy != "exhaustive":
             settings["options"] = {name: getattr(self, name) for name in RACE_SETTINGS}
         if self.strategy == "compose":
             settings["mode"] = self.mode

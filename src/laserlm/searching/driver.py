@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +21,15 @@ from laserlm.scoring.scorers import GENERATING
 from laserlm.scoring.tokenize import encode
 from laserlm.searching.candidates import expand
 from laserlm.searching.cluster import Ray, on_ray
+from laserlm.searching.components import separate_matrices
 from laserlm.searching.config import Effort, SearchConfig
 from laserlm.searching.executors import Executor, LocalExecutor, OutOfTimeError
+from laserlm.searching.guard import Guard, guards_of
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import shuffled_order
 from laserlm.searching.result import SearchProgress, SearchResult
 from laserlm.searching.scorer import EncodedSplit, PrefixScorer
-from laserlm.searching.session import BASE, SearchSession
+from laserlm.searching.session import BASE, GuardScores, SearchSession
 from laserlm.searching.strategies import STRATEGIES
 from laserlm.store import Run, Store
 from laserlm.tasks import Scorer, Task
@@ -39,6 +41,8 @@ METHOD = 6
 """Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
 VALIDATION, TEST, FINALISTS = "validation", "test", "finalists"
 """Names of the splits of a search. The finalists are the validation split again, scored as the test split is."""
+CHOOSING, MEASURING = "guard {} choosing", "guard {} measuring"
+"""Names of the two parts of a guard."""
 
 
 def search(
@@ -57,7 +61,8 @@ def search(
 
     ``race``: a first-order screen ranks all candidates. The best of them are scored on more and more examples, and the worse
     ones leave after each rung. ``exhaustive``: every candidate is scored on every example. ``compose``: reductions are added
-    one after another, each only if validation improves significantly (``delta``).
+    one after another, each only if validation improves significantly (``delta``). ``components``: single components of all
+    matrices are removed in steps, as long as the questions gain and the guards keep within ``max_harm``.
 
     The unchanged model is always among those to choose from. The choice goes by accuracy, ties by lower loss (or by loss,
     ties by accuracy); of equals the earlier stays. If the scorer grades generated text, candidates are ranked by the loss of
@@ -88,8 +93,14 @@ def search(
     config = (SearchConfig.of(effort, **settings) if config is None else replace(config, **settings)).for_task(task)
     check(lm, task)
     candidates = expand(config.grid, lm.matrices)
-    splits = encode_splits(lm, task, config)
-    run_settings = _run_settings(lm, task, splits, config)
+    guards = guards_of(lm, config.guards, seed=config.seed)
+    if not guards and math.isfinite(config.harm_bound):
+        raise ScoringError(
+            f"a bound on harm needs a guard, and {lm.name} is a {lm.kind} model that writes no text of its own; name a task "
+            "whose questions it must keep answering: --guard TASK (guards=['TASK'])"
+        )
+    splits = encode_splits(lm, task, config) | split_names(guards)
+    run_settings = _run_settings(lm, task, splits, config) | {"guards": [guard.identity for guard in guards]}
     with ExitStack() as stack:
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.db"
@@ -118,6 +129,10 @@ def search(
             on_finalists=ledger(FINALISTS) if config.scorer in GENERATING else on_validation,
             candidates=candidates,
             config=config,
+            guards=[
+                GuardScores(guard, ledger(CHOOSING.format(i), deadline), ledger(MEASURING.format(i)))
+                for i, guard in enumerate(guards)
+            ],
             on_step=on_step or (lambda _: None),
         )
         result = _result(session, run, workers, run_settings, start)
@@ -133,6 +148,10 @@ def encode_splits(lm: LanguageModel, task: Task, config: SearchConfig) -> dict[s
     """
     scorer: Scorer = config.scorer or task.validation.scorer
     order = shuffled_order([e.id for e in task.validation], config.seed)
+    if config.strategy == "components":  # fact by fact, so that no fact is in both halves
+        facts = [e.fact or e.id for e in task.validation]
+        place = {facts[i]: rank for rank, i in enumerate(shuffled_order(facts, config.seed))}
+        order.sort(key=lambda i: place[facts[i]])
     validation = replace(task.validation, examples=tuple(task.validation.examples[i] for i in order))
     sequences = encode(lm, validation.examples, scorer)
     return {
@@ -140,6 +159,15 @@ def encode_splits(lm: LanguageModel, task: Task, config: SearchConfig) -> dict[s
         TEST: EncodedSplit(task.test, encode(lm, task.test.examples, scorer), scorer),
         FINALISTS: EncodedSplit(replace(validation, name=FINALISTS), sequences, scorer),
     }
+
+
+def split_names(guards: Sequence[Guard]) -> dict[str, EncodedSplit]:
+    """Return the parts of guards by the names under which they are scored."""
+    parts: dict[str, EncodedSplit] = {}
+    for i, guard in enumerate(guards):
+        for name, part in ((CHOOSING.format(i), guard.choosing), (MEASURING.format(i), guard.measuring)):
+            parts[name] = replace(part, split=replace(part.split, name=name))
+    return parts
 
 
 def check(lm: LanguageModel, task: Task) -> None:
@@ -209,7 +237,7 @@ def _result(session: SearchSession, run: Run, executor: Executor, settings: dict
         run=run.id,
         strategy=config.strategy,
         best=session.best,
-        candidates=len(session.candidates),
+        candidates=_candidate_count(session),
         scored=len({*ledger.scores, *ledger.failed} - {""}),
         failed=ledger.failed,
         validation=validation,
@@ -223,4 +251,13 @@ def _result(session: SearchSession, run: Run, executor: Executor, settings: dict
         steps=tuple(session.steps),
         finalists=finalists,
         settings=json.loads(json.dumps(settings)),  # as they come back from a store
+        harms=session.measure_harms(),
+        points=session.points,
     )
+
+
+def _candidate_count(session: SearchSession) -> int:
+    """Return the number of things that the choice is made among: candidates, or single components."""
+    if session.config.strategy == "components":
+        return sum(m.max_rank for m in separate_matrices(session.candidates))
+    return len(session.candidates)

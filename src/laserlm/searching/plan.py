@@ -195,6 +195,11 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
         LaserError: if a setting, the grid, the task or the model cannot be used.
     """
     config = config.for_task(task)
+    if config.strategy == "components":
+        raise ScoringError(
+            "the work of the strategy components cannot be planned, for each step decides about the next; bound its time with "
+            "--budget and its memory with --memory"
+        )
     check(lm, task)
     candidates = expand(config.grid, lm.matrices)
     splits = encode_splits(lm, task, config)
@@ -374,7 +379,7 @@ class _PlanBuilder:
     def screen_bytes(self) -> tuple[int, int]:
         """Return the bytes of what the screen holds between blocks, and of a block's pass with its gradient."""
         encoded, lm = self.splits[VALIDATION], self.lm
-        _, sequences = encoded.part(len(encoded.split) - self.screen_size, len(encoded.split))
+        _, sequences = encoded.part(range(len(encoded.split) - self.screen_size, len(encoded.split)))
         tokens = sorted((len(s.ids) + len(s.decoder) for s in sequences), reverse=True)
         of_token = (len(self.blocks) + 1) * lm.width * lm.dtype.itemsize
         boundaries = min(max(self.config.memory / 2, of_token * tokens[0]), of_token * sum(tokens))

@@ -78,6 +78,7 @@ def race(
     metric: Metric,
     config: SearchConfig,
     on_rung: Callable[[int, int, Sequence[Intervention], int], None] = lambda *_: None,
+    is_allowed: Callable[[Intervention], bool] = lambda _: True,
 ) -> Iterator[RungReport]:
     """Score candidates on rungs of examples, drop the worse ones after each, and yield a report of each rung.
 
@@ -91,6 +92,7 @@ def race(
         metric: what decides.
         config: first rung, share kept, error probability.
         on_rung: called before each rung with its number, the number of rungs, what runs in it, and its examples.
+        is_allowed: asked from the second rung on whether the harm of a candidate is within the bound; others leave.
     """
     sizes = rung_sizes(len(ledger.split), config.first_rung)
     alive = list(dict.fromkeys(c.intervention for c in entered))
@@ -108,11 +110,12 @@ def race(
             promising=partial(_likely_next, ledger, alive, metric, stop, most),
         )
         # Nothing below looks at more than ``stop`` examples: after an interruption there are scores of later ones.
-        scored = [i for i in alive if not ledger.fails(i, stop)]
+        finite = [i for i in alive if not ledger.fails(i, stop)]
+        scored = [i for i in finite if is_allowed(i)] if number > 1 or is_last else finite
         order = _best_first(ledger, [BASE, *scored], metric, stop)
         leader, best = order[0], ledger.first(order[0], stop)
         worse = {i for i in scored if i != leader and is_significantly_worse(best, ledger.first(i, stop), metric, delta)}
-        eliminated |= worse
+        eliminated |= worse | ({*finite} - {*scored})
         left = [i for i in order if i in scored and i not in worse]
         staying = left if is_last else _promising(ledger, left, metric, stop, most)
         added = [] if is_last else [i for i in _neighbours(leader, candidates) if i not in seen]
@@ -122,14 +125,16 @@ def race(
             entered=len(alive),
             eliminated=len(worse),
             pruned=len(left) - len(staying),
-            failed=len(alive) - len(scored),
+            failed=len(alive) - len(finite),
             added=len(added),
             leader=str(leader),
+            harmful=len(finite) - len(scored),
         )
         alive = [*staying, *added]
     # The last leader may have neighbours that never ran, or were pruned.
     tried = {*alive, *eliminated}
-    yield from _neighbour_rungs(ledger, leader, tried, candidates, metric, partial(on_rung, len(sizes), len(sizes)))
+    on_last = partial(on_rung, len(sizes), len(sizes))
+    yield from _neighbour_rungs(ledger, leader, tried, candidates, metric, on_last, is_allowed)
 
 
 def _neighbour_rungs(
@@ -139,6 +144,7 @@ def _neighbour_rungs(
     candidates: Sequence[Candidate],
     metric: Metric,
     on_rung: Callable[[Sequence[Intervention], int], None],
+    is_allowed: Callable[[Intervention], bool],
 ) -> Iterator[RungReport]:
     """Score the neighbours of the leader on every example until none of them leads; yield a report each time."""
     stop = len(ledger.split)
@@ -146,16 +152,18 @@ def _neighbour_rungs(
         on_rung(added, stop)
         ledger.extend(added, stop)
         tried |= set(added)
-        scored = [i for i in added if not ledger.fails(i, stop)]
+        finite = [i for i in added if not ledger.fails(i, stop)]
+        scored = list(filter(is_allowed, finite))
         leader = _best_first(ledger, [leader, *scored], metric, stop)[0]
         yield RungReport(
             examples=stop,
             entered=len(added),
             eliminated=0,
             pruned=0,
-            failed=len(added) - len(scored),
+            failed=len(added) - len(finite),
             added=0,
             leader=str(leader),
+            harmful=len(finite) - len(scored),
         )
 
 

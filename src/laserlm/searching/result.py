@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import Comparison
 from laserlm.scoring.records import Evaluation
-from laserlm.scoring.statistics import Interval
-from laserlm.searching.config import Metric, Strategy
+from laserlm.searching.config import Metric, SearchConfig, Strategy
+from laserlm.searching.guard import Harm
 
 __all__ = [
     "ComposeStep",
+    "Point",
     "RungReport",
     "ScreenReport",
     "SearchProgress",
@@ -64,6 +64,7 @@ class RungReport:
         failed: candidates that could not be scored.
         added: neighbours of the leader in rank that enter the next rung.
         leader: canonical text of the best, empty for the unchanged model.
+        harmful: candidates dropped because their harm is beyond the bound.
     """
 
     examples: int
@@ -73,6 +74,7 @@ class RungReport:
     failed: int
     added: int
     leader: str
+    harmful: int = 0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RungReport:
@@ -144,6 +146,46 @@ class ComposeStep:
 
 
 @dataclass(frozen=True)
+class Point:
+    """An intervention with its gain on validation and its harm on the parts of the guards that the search looks at.
+
+    Args:
+        intervention: canonical text.
+        comparison: base against this intervention on validation.
+        harms: one for each guard.
+    """
+
+    intervention: str
+    comparison: Comparison
+    harms: tuple[Harm, ...]
+
+    @property
+    def change(self) -> float:
+        """The largest rise of the loss on a guard, in nats per token."""
+        return max((harm.change for harm in self.harms), default=0.0)
+
+    def dominates(self, other: Point) -> bool:
+        """Whether the point has at least the gain, and at most the loss and the harm of another one, and is not equal."""
+        ours, theirs = (
+            (-p.comparison.gain, p.comparison.edited_loss - p.comparison.base_loss, p.change) for p in (self, other)
+        )
+        return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {
+            "intervention": self.intervention,
+            "comparison": _as_best(self.comparison),
+            "harms": [harm.as_dict() for harm in self.harms],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Point:
+        """Return what ``as_dict`` was made of."""
+        return cls(values["intervention"], _comparison(values["comparison"]), tuple(map(Harm.from_dict, values["harms"])))
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What a search found.
 
@@ -168,6 +210,8 @@ class SearchResult:
         finalists: where the scorer judges what the model writes: accuracy on validation, by canonical text, of those that
             the log-loss of the answers ranked best, and of the unchanged model.
         settings: all that the result depends on, hashes of the model and of both splits among them.
+        harms: what the best costs on the measuring part of each guard; empty for a model without a guard.
+        points: gain and harm of all interventions whose harm was looked at, in their order; the last of equals is the best.
     """
 
     run: str
@@ -187,6 +231,35 @@ class SearchResult:
     steps: tuple[ComposeStep, ...] = ()
     finalists: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    harms: tuple[Harm, ...] = ()
+    points: tuple[Point, ...] = ()
+
+    @property
+    def pareto(self) -> list[Point]:
+        """The points that no other one dominates, by rising harm."""
+        best = [p for p in self.points if not any(other.dominates(p) for other in self.points)]
+        return sorted(best, key=lambda p: p.change)
+
+    @property
+    def harm_bound(self) -> float:
+        """Largest rise of the loss on a guard that the choice could have, in nats per token; infinite without a bound."""
+        return SearchConfig(strategy=self.strategy, max_harm=self.settings.get("max_harm")).harm_bound
+
+    def harm_sentences(self) -> list[str]:
+        """Return in sentences what the best costs on each guard; none for the unchanged model."""
+        if self.best and not self.harms:
+            return ["Harm: not measured. Name a text or a task that must not get worse with --guard."]
+        return [f"Harm: {harm}." for harm in self.harms if self.best]
+
+    def pareto_note(self) -> str:
+        """Return in sentences how far the figures of the Pareto list can be believed."""
+        note = (
+            f"These were chosen by the validation figures of {len(self.points)} points, so the figures are too good (winner's "
+            "curse). Only the chosen one is tested on held-out questions."
+        )
+        if self.best and str(self.best) not in [point.intervention for point in self.pareto]:
+            note += " It is not in the list: another one looks at least as good there for no more harm."
+        return note
 
     def verdict(self) -> list[str]:
         """Return in sentences whether the gain holds on the test examples."""
@@ -236,6 +309,9 @@ class SearchResult:
             "steps": [step.as_dict() for step in self.steps],
             "finalists": self.finalists,
             "settings": self.settings,
+            "harms": [harm.as_dict() for harm in self.harms],
+            "points": [point.as_dict() for point in self.points],
+            "pareto": [self.points.index(point) for point in self.pareto],
         }
 
     @classmethod
@@ -247,6 +323,8 @@ class SearchResult:
                 "best": Intervention.parse(values["best"]),
                 "validation": _comparison(values["validation"]),
                 "test": _comparison(values["test"]),
+                "harms": tuple(map(Harm.from_dict, values.get("harms", ()))),
+                "points": tuple(map(Point.from_dict, values.get("points", ()))),
                 "rungs": tuple(RungReport.from_dict(rung) for rung in values["rungs"]),
                 "screened": ScreenReport(**_known(ScreenReport, values["screened"])) if values["screened"] else None,
                 "steps": tuple(
@@ -268,6 +346,4 @@ def _as_best(comparison: Comparison) -> dict[str, Any]:
 
 
 def _comparison(values: dict[str, Any]) -> Comparison:
-    named = _known(Comparison, {key.replace("best", "edited"): value for key, value in values.items()})
-    loss_interval = Interval(*(named["loss_interval"] or (-math.inf, math.inf)))
-    return Comparison(**named | {"interval": Interval(*named["interval"]), "loss_interval": loss_interval})
+    return Comparison.from_dict({key.replace("best", "edited"): value for key, value in values.items()})

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from laserlm.edit import applied, resolve
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import ScoringError, WeightError
+from laserlm.linalg.decomposition import Decomposition
+from laserlm.linalg.precision import full_precision
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix
+from laserlm.models.matrices import Matrix, read_matrix
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import classes_of, evaluate_rows
 from laserlm.scoring.forward import out_of_memory_error
@@ -22,7 +25,9 @@ from laserlm.scoring.prefix_cache import PrefixCache, PrefixCheck
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.tokenize import TokenSequence
 from laserlm.searching.candidates import Candidate
-from laserlm.searching.screen import Screening, screen
+from laserlm.searching.contributions import contributions_of_examples
+from laserlm.searching.gradients import ComponentGradients
+from laserlm.searching.screen import Screening, gradient_scales, loss_coefficients, screen
 from laserlm.tasks import Scorer, Split
 
 __all__ = ["BlockOrder", "EncodedSplit", "Failure", "PrefixScorer", "first_changed_block"]
@@ -47,10 +52,11 @@ class EncodedSplit:
     sequences: Sequence[TokenSequence]
     scorer: Scorer
 
-    def part(self, start: int, stop: int) -> tuple[Split, list[TokenSequence]]:
-        """Return the examples from ``start`` to ``stop`` and their sequences, whose examples count from 0."""
-        sequences = [replace(s, example=s.example - start) for s in self.sequences if start <= s.example < stop]
-        return replace(self.split, examples=self.split.examples[start:stop]), sequences
+    def part(self, indices: Sequence[int]) -> tuple[Split, list[TokenSequence]]:
+        """Return the examples at some indices, which rise, and their sequences, whose examples count from 0."""
+        place = {index: i for i, index in enumerate(indices)}
+        sequences = [replace(s, example=place[s.example]) for s in self.sequences if s.example in place]
+        return replace(self.split, examples=tuple(self.split.examples[i] for i in indices)), sequences
 
     def count(self, start: int, stop: int) -> int:
         """Return the number of sequences of the examples from ``start`` to ``stop``."""
@@ -153,7 +159,7 @@ class PrefixScorer:
             ScoringError: if a single sequence does not fit into memory.
         """
         encoded = self.splits[split]
-        part, sequences = encoded.part(first, len(encoded.split))
+        part, sequences = encoded.part(range(first, len(encoded.split)))
         self._caches.clear()
         return screen(
             self.lm,
@@ -168,6 +174,61 @@ class PrefixScorer:
             deadline=time.monotonic() + seconds,
         )
 
+    @full_precision()
+    def contributions(
+        self,
+        split: str,
+        examples: Sequence[int],
+        intervention: Intervention,
+        matrices: Sequence[Matrix],
+        *,
+        squared: bool = False,
+        between_choices: bool = False,
+    ) -> dict[str, Tensor]:
+        """Return the derivatives of losses by the strengths of components under an intervention, by the matrix's id.
+
+        Args:
+            split: name of the split.
+            examples: their indices.
+            intervention: what is applied.
+            matrices: their components are those of the unchanged weights.
+            squared: whether to sum the squares of the derivatives of the log-probabilities of single tokens.
+            between_choices: see ``screen``.
+
+        Returns:
+            dict: (E, k) of the loss of each of E examples; or (1, k), the sum of squares over all tokens.
+
+        Raises:
+            ScoringError: if a single sequence does not fit into memory.
+            WeightError: if a gradient is not finite.
+        """
+        encoded = self.splits[split]
+        part, rows = encoded.part(examples)
+        self._caches.clear()
+        edited = {edit.matrix.id for edit in resolve(self.lm.matrices, intervention)}
+        # A copy, for the weights of stacked experts are changed in place.
+        unchanged = {m.id: read_matrix(self.lm.model, m).clone() for m in matrices if m.id in edited}
+
+        def decomposed(m: Matrix) -> Decomposition:
+            return self.decompositions.get(unchanged[m.id] if m.id in edited else read_matrix(self.lm.model, m))
+
+        with applied(self.lm, intervention, cache=self.decompositions, seed=self._seed):
+            gradients = ComponentGradients(
+                self.lm,
+                rows,
+                [(-1.0, []) for _ in rows]
+                if squared
+                else loss_coefficients(self.lm, part.examples, rows, encoded.scorer, self.batch_size, between_choices),
+                matrices,
+                decomposed,
+                batch_size=self.batch_size,
+                memory=self._screen_memory,
+                squared=squared,
+                free=self.decompositions.clear,
+            )
+            of_rows = [0 if squared else row.example for row in rows]
+            return contributions_of_examples(gradients, of_rows, 1 if squared else len(part), gradient_scales(self.lm))
+
     def _check(self, split: str) -> PrefixCheck:
         if split not in self._checks:
             self._checks[split] = PrefixCheck(self.lm, self.splits[split].sequences)
@@ -177,7 +238,7 @@ class PrefixScorer:
         split, start, stop = part
         encoded, check = self.splits[split], self._check(split)
         if part not in self._parts:
-            self._parts[part] = encoded.part(start, stop)
+            self._parts[part] = encoded.part(range(start, stop))
         examples, sequences = self._parts[part]
         if part not in self._caches:
             self._caches[part] = PrefixCache(self.lm, sequences, self.batch_size, check)
@@ -225,4 +286,4 @@ def first_changed_block(intervention: Intervention, matrices: Sequence[Matrix], 
     """Return the index in ``order`` of the first block that an intervention changes, weights that it shares included."""
     paths = {edit.matrix.tied_to or edit.matrix.path for edit in resolve(matrices, intervention)}
     changed = {(m.stack, m.layer) for m in matrices if (m.tied_to or m.path) in paths}
-    return min((order.index(block) for block in changed), default=0) if order else 0
+    return min((order.index(block) for block in changed if block in order), default=0) if order else 0

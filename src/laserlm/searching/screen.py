@@ -19,7 +19,6 @@ from torch import Tensor
 
 from laserlm.edit.apply import Edit
 from laserlm.edit.decomposition_cache import DecompositionCache
-from laserlm.errors import WeightError
 from laserlm.linalg.precision import full_precision
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
@@ -27,10 +26,11 @@ from laserlm.scoring.forward import run_rows
 from laserlm.scoring.scorers import SCORERS
 from laserlm.scoring.tokenize import TokenSequence
 from laserlm.searching.candidates import Candidate
+from laserlm.searching.contributions import contributions_of_examples
 from laserlm.searching.gradients import Coefficients, ComponentGradients, Decomposed
 from laserlm.tasks import Example, Scorer
 
-__all__ = ["Prediction", "Screening", "screen", "sensitivities"]
+__all__ = ["Prediction", "Screening", "gradient_scales", "loss_coefficients", "screen", "sensitivities"]
 
 CURVATURE = 0.5
 """Weight of the variance: half of the Fisher information along the edit, which is how the log-loss bends to second order."""
@@ -128,7 +128,7 @@ def screen(
     gradients = ComponentGradients(
         lm,
         rows,
-        _coefficients(lm, examples, rows, scorer, batch_size, between_choices),
+        loss_coefficients(lm, examples, rows, scorer, batch_size, between_choices),
         list({c.matrix.id: c.matrix for c in candidates}.values()),
         lambda m: cache.get(read_matrix(lm.model, m)),
         batch_size=batch_size,
@@ -137,7 +137,7 @@ def screen(
         free=cache.clear,
     )
     changes = {name: _Changes.of(len(examples), len(some)) for name, some in by_matrix.items()}
-    _take(gradients, rows, by_matrix, changes, _scales(lm))
+    _take(gradients, rows, by_matrix, changes, gradient_scales(lm))
     return _screening(gradients, by_matrix, changes)
 
 
@@ -209,7 +209,8 @@ def _screening(gradients: ComponentGradients, by_matrix: dict[str, list[Candidat
     return found
 
 
-def _scales(lm: LanguageModel) -> Sequence[float]:
+def gradient_scales(lm: LanguageModel) -> Sequence[float]:
+    """Return factors of the loss to take its gradient with, the best first."""
     return HALF_PRECISION_SCALES if lm.dtype == torch.float16 else (1.0, 1.0)
 
 
@@ -255,19 +256,11 @@ def sensitivities(
     """
     coefficients: list[Coefficients] = [(-1 / len(row.targets), []) for row in rows]
     gradients = ComponentGradients(lm, rows, coefficients, matrices, decomposed, batch_size=batch_size, squared=True)
-    found: dict[str, Tensor] = {}
-    for scale in _scales(lm):
-        found = {}
-        for _, reduced in gradients.chunks(range(len(rows)), lambda _, sums: sums.sum(0), scale=scale):
-            for name, total in reduced.items():
-                found[name] = found.get(name, torch.zeros_like(total)) + total / len(rows) / 2
-        if all(bool(of_matrix.isfinite().all()) for of_matrix in found.values()):
-            return found
-    wrong = next(name for name, of_matrix in found.items() if not bool(of_matrix.isfinite().all()))
-    raise WeightError(f"the gradient of {wrong} overflows {lm.dtype}; load the model in bfloat16 or float32")
+    totals = contributions_of_examples(gradients, [0] * len(rows), 1, gradient_scales(lm))
+    return {name: total[0] / len(rows) / 2 for name, total in totals.items()}
 
 
-def _coefficients(
+def loss_coefficients(
     lm: LanguageModel,
     examples: Sequence[Example],
     rows: Sequence[TokenSequence],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from laserlm.errors import ScoringError
 from laserlm.reductions import Intervention
@@ -12,15 +13,45 @@ from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import Metric, SearchConfig
+from laserlm.searching.guard import Guard, Harm
 from laserlm.searching.ledger import ScoreLedger
-from laserlm.searching.result import ComposeStep, RungReport, ScreenReport, SearchProgress, sort_key
+from laserlm.searching.result import ComposeStep, Point, RungReport, ScreenReport, SearchProgress, sort_key
 from laserlm.store import Run
 
-__all__ = ["BASE", "SearchSession"]
+__all__ = ["BASE", "GuardScores", "SearchSession"]
 
 BASE = Intervention()
 MAX_FINALISTS = 4
 """Number of candidates, the best by loss, under which the model generates text."""
+
+
+@dataclass(frozen=True)
+class GuardScores:
+    """The scores on the two parts of a guard."""
+
+    guard: Guard
+    choosing: ScoreLedger
+    measuring: ScoreLedger
+
+    def choosing_harm(self, intervention: Intervention) -> Harm:
+        """Return the harm on the part that a search looks at when it chooses."""
+        return self._harm(self.choosing, intervention)
+
+    def measured_harm(self, intervention: Intervention) -> Harm:
+        """Return the harm on the part that no choice is made on."""
+        return self._harm(self.measuring, intervention)
+
+    def _harm(self, ledger: ScoreLedger, intervention: Intervention) -> Harm:
+        """Return the harm on one part.
+
+        Raises:
+            ScoringError: if the intervention cannot be scored there.
+        """
+        n, text = len(ledger.split), str(intervention)
+        ledger.extend([BASE, intervention], n)
+        if text in ledger.failed:
+            raise ScoringError(f"{text} cannot be scored on the guard {self.guard.name}: {ledger.failed[text]}")
+        return Harm(self.guard.name, self.guard.kind, compare(ledger.first(BASE, n), ledger.first(intervention, n)))
 
 
 @dataclass
@@ -35,6 +66,7 @@ class SearchSession:
             ``on_validation`` unless the scorer grades generated text.
         candidates: what may be chosen.
         config: the settings, complete (``SearchConfig.for_task``).
+        guards: scores on the guards.
         on_step: called after each part of the work.
 
     Attributes:
@@ -42,6 +74,7 @@ class SearchSession:
         rungs: reports of the rungs of a race.
         steps: accepted steps of a composition.
         screen_report: how the screen ranked the candidates of a race.
+        harms: harm on the choosing parts of the guards, by the canonical text of what the search looked at the harm of.
     """
 
     run: Run
@@ -50,11 +83,13 @@ class SearchSession:
     on_finalists: ScoreLedger
     candidates: Sequence[Candidate]
     config: SearchConfig
+    guards: Sequence[GuardScores]
     on_step: Callable[[SearchProgress], None]
     best: Intervention = BASE
     rungs: list[RungReport] = field(default_factory=list)
     steps: list[ComposeStep] = field(default_factory=list)
     screen_report: ScreenReport | None = None
+    harms: dict[str, tuple[Harm, ...]] = field(default_factory=dict)
     _best_shown: Evaluation | None = None
     _stage: str = ""
     _n_interventions: int = 0
@@ -74,6 +109,11 @@ class SearchSession:
         """What candidates are ranked by: for generated text the loss of the right answers, which needs no generation."""
         return "loss" if self.generates else self.config.metric or "accuracy"
 
+    @property
+    def between_choices(self) -> bool:
+        """Whether choices are compared, so that the loss of the right one among all tokens means little."""
+        return self.ranking_metric == "accuracy" and self.on_validation.encoded.scorer == "choice"
+
     def begin(self, stage: str, interventions: Sequence[Intervention], stop: int, ledger: ScoreLedger | None = None) -> None:
         """Note the stage that begins, and the work that it takes."""
         ledger = ledger or self.on_validation
@@ -89,7 +129,10 @@ class SearchSession:
         """Keep the best of those that were scored on ``n`` examples and did not fail later; of equals the earlier."""
         ledger = self.on_validation
         scored = [i for i in interventions if n and ledger.n(i) >= n and str(i) not in ledger.failed]
-        self.best = max(scored, key=lambda i: sort_key(ledger.first(i, n), self.ranking_metric), default=BASE)
+        ranked = sorted(scored, key=lambda i: sort_key(ledger.first(i, n), self.ranking_metric), reverse=True)
+        for guard in self.guards:
+            guard.choosing.deadline = math.inf  # what was chosen has to be within the bound, also where the time is used up
+        self.best = next(filter(self.allows, ranked), BASE)
 
     def confirm(self, *, complete: bool) -> dict[str, float]:
         """Generate text under the best few and under the unchanged model; keep the best of them, return their accuracies.
@@ -101,7 +144,10 @@ class SearchSession:
         # Sorted by name, so that of equals it does not matter which was scored first.
         fully_scored = [Intervention.parse(t) for t, e in sorted(self.on_validation.scores.items()) if e.n == n and t]
         ranked = sorted(fully_scored, key=lambda i: sort_key(self.on_validation.first(i, n), "loss"), reverse=True)
-        few = [self.best] if metric == "loss" or not complete else ranked[:MAX_FINALISTS]
+        allowed = islice(filter(self.allows, ranked), MAX_FINALISTS)
+        # A set of components that was not accepted is no finalist, whatever its loss is.
+        is_chosen = metric == "loss" or not complete or self.config.strategy == "components"
+        few = [self.best] if is_chosen else list(allowed)
         finalists = list(dict.fromkeys([BASE, *few, self.best]))
         self.begin("finalists", finalists, n, ledger)
         ledger.extend(finalists, n)
@@ -109,6 +155,44 @@ class SearchSession:
         if self.best not in scored or metric == "accuracy":
             self.best = max(scored, key=lambda i: sort_key(ledger.first(i, n), metric))
         return {str(i): ledger.first(i, n).accuracy for i in scored}
+
+    def harm_of(self, intervention: Intervention) -> tuple[Harm, ...]:
+        """Return the harm of an intervention on the choosing parts of the guards."""
+        text = str(intervention)
+        if text not in self.harms:
+            self.harms[text] = tuple(guard.choosing_harm(intervention) for guard in self.guards)
+        return self.harms[text]
+
+    def allows(self, intervention: Intervention) -> bool:
+        """Return whether the harm of an intervention, and one standard error more, is within the bound on every guard.
+
+        Without a bound the harm is not looked at.
+        """
+        if not intervention or math.isinf(self.config.harm_bound):
+            return True
+        return all(harm.change + harm.error <= self.config.harm_bound for harm in self.harm_of(intervention))
+
+    @property
+    def harm_left(self) -> float:
+        """What the best so far leaves of the bound, in nats per token."""
+        used = max((harm.change + harm.error for harm in self.harm_of(self.best)), default=0.0) if self.best else 0.0
+        return max(0.0, self.config.harm_bound - used)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Gain and harm of all that were scored on every validation example and whose harm was looked at."""
+        ledger, n = self.on_validation, len(self.on_validation.split)
+        scored = [text for text in self.harms if ledger.scores.n(text) >= n]
+        base = ledger.first(BASE, n) if scored else None
+        return tuple(Point(t, compare(base, ledger.scores.first(t, n)), self.harms[t]) for t in scored if base is not None)
+
+    def measure_harms(self) -> tuple[Harm, ...]:
+        """Return what the best costs on the measuring parts of the guards."""
+        harms = []
+        for guard in self.guards:
+            self.begin("harm", [self.best], len(guard.measuring.split), guard.measuring)
+            harms.append(guard.measured_harm(self.best))
+        return tuple(harms)
 
     def measure(self, intervention: Intervention) -> Evaluation:
         """Score an intervention on all of the test split.
@@ -161,7 +245,8 @@ class SearchSession:
 
     @property
     def _ledgers(self) -> list[ScoreLedger]:
-        return [self.on_validation, self.on_test, *([self.on_finalists] if self.generates else [])]
+        of_guards = [ledger for guard in self.guards for ledger in (guard.choosing, guard.measuring)]
+        return [self.on_validation, self.on_test, *([self.on_finalists] if self.generates else []), *of_guards]
 
     @property
     def _cost(self) -> float:

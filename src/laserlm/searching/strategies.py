@@ -12,6 +12,7 @@ from laserlm.errors import ScoringError
 from laserlm.reductions import Intervention
 from laserlm.scoring.statistics import dense_ranks, spearman
 from laserlm.searching.candidates import Candidate
+from laserlm.searching.components import choose_components
 from laserlm.searching.compose import compose, in_order
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.executors import OutOfTimeError
@@ -52,7 +53,8 @@ def race_candidates(session: SearchSession) -> None:
         session.expect(_cost_of_later_rungs(session, interventions, stop))
 
     try:
-        for rung in race(ledger, [*chosen, *random_ones], session.candidates, session.ranking_metric, config, on_rung):
+        entered = [*chosen, *random_ones]
+        for rung in race(ledger, entered, session.candidates, session.ranking_metric, config, on_rung, session.allows):
             session.rungs.append(rung)
             session.best = Intervention.parse(rung.leader)
             if session.screen_report is None:
@@ -74,12 +76,13 @@ def compose_reductions(session: SearchSession) -> None:
         session.begin(f"trial {number + 1} of {len(ordered)}", [tried], len(ledger.split))
 
     session.begin("compose", [BASE], len(ledger.split))
-    for step in compose(ledger, ordered, session.ranking_metric, config, on_try):
+    for step in compose(ledger, ordered, session.ranking_metric, config, on_try, session.allows):
         session.steps.append(step)
         session.best = Intervention.parse(step.intervention)
 
 
 STRATEGIES: Mapping[Strategy, Callable[[SearchSession], None]] = {
+    "components": choose_components,
     "race": race_candidates,
     "exhaustive": exhaustive,
     "compose": compose_reductions,

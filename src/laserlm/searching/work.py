@@ -7,13 +7,25 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
+from laserlm.models.matrices import Matrix
 from laserlm.reductions import Intervention
 from laserlm.scoring.records import Evaluation
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.scorer import BlockOrder, Failure, PrefixScorer
 from laserlm.searching.screen import Screening
 
-__all__ = ["SCREEN_PASSES", "OrderTask", "ScoreTask", "ScreenTask", "WorkItem", "screen_tasks"]
+__all__ = [
+    "SCREEN_PASSES",
+    "ContributionTask",
+    "OrderTask",
+    "ScoreTask",
+    "ScreenTask",
+    "WorkItem",
+    "contribution_tasks",
+    "screen_tasks",
+]
 
 SCREEN_PASSES = 3
 """Cost of a screen in forward passes: one pass, another one block by block, and the backward pass without weight gradients."""
@@ -146,3 +158,66 @@ def screen_tasks(
     for candidate in candidates:
         shares[matrices[candidate.matrix] % len(shares)].append(candidate)
     return [ScreenTask(split, first, tuple(share), between_choices, cost, seconds) for share in shares]
+
+
+@dataclass(frozen=True, eq=False)
+class ContributionTask:
+    """Take the derivatives of losses by the strengths of the components of some matrices.
+
+    Args:
+        split: name of the split.
+        examples: their indices.
+        intervention: what is applied; components are those of the unchanged matrices.
+        matrices: of the components.
+        squared: whether to sum the squares of the derivatives of single tokens over all examples.
+        between_choices: see ``screen``.
+        cost: passes of one example, about.
+    """
+
+    split: str
+    examples: tuple[int, ...] = field(repr=False)
+    intervention: Intervention
+    matrices: tuple[Matrix, ...] = field(repr=False)
+    squared: bool = False
+    between_choices: bool = False
+    cost: float = 0.0
+
+    @property
+    def affinity(self) -> Hashable:
+        """The examples."""
+        return self.split, self.examples
+
+    @property
+    def batch_key(self) -> Hashable:
+        """The task itself: each is for another process."""
+        return id(self)
+
+    def execute(self, scorer: PrefixScorer) -> dict[str, Tensor]:
+        """Return derivatives (E, k), or the sum of squares (1, k), by the matrix's id."""
+        return scorer.contributions(
+            self.split,
+            self.examples,
+            self.intervention,
+            self.matrices,
+            squared=self.squared,
+            between_choices=self.between_choices,
+        )
+
+
+def contribution_tasks(
+    split: str,
+    examples: Sequence[int],
+    intervention: Intervention,
+    matrices: Sequence[Matrix],
+    workers: int,
+    *,
+    squared: bool = False,
+    between_choices: bool = False,
+) -> list[ContributionTask]:
+    """Return a task for each process: all run the examples, each decomposes its share of the matrices."""
+    n = min(workers, len(matrices))
+    cost = SCREEN_PASSES * len(examples) / n
+    return [
+        ContributionTask(split, tuple(examples), intervention, tuple(matrices[i::n]), squared, between_choices, cost)
+        for i in range(n)
+    ]

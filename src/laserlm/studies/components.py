@@ -203,7 +203,7 @@ def chunk_map(
         raise AnalysisError(f"no runs of {chunk} singular values of {intervention or 'no matrix'}; write 1 or more")
     cuts = [(edit, i, min(i + chunk, edit.max_rank)) for edit in edits for i in range(0, edit.max_rank, chunk)]
     base = scorer("")
-    found = []
+    chunks = []
     for done, (edit, start, end) in enumerate(cuts):
         name = f"{edit.matrix.id}{f':split{edit.reduction.split}' if edit.reduction.split > 1 else ''}"
         text = f"without the singular values {start} to {end - 1} of {name}"
@@ -211,7 +211,7 @@ def chunk_map(
             on_chunk(done, len(cuts), text)
         without = scorer(text, _without(lm, edit, start, end, text), matrices_of=intervention)
         gain, change = paired_estimates(base, without)
-        found.append(
+        chunks.append(
             SpectrumRun(
                 matrix=name,
                 first=start,
@@ -223,7 +223,7 @@ def chunk_map(
                 verdict="noise" if change.interval.high < 0 else "signal" if change.interval.low > 0 else "neither",
             )
         )
-    return found
+    return chunks
 
 
 @contextmanager

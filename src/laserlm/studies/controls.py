@@ -179,13 +179,13 @@ def controls(
     Raises:
         AnalysisError: if the reduction changes nothing.
     """
-    wanted = [(name, draw) for name, (random, _) in CONTROLS.items() for draw in range(draws if random else 1)]
+    models = [(name, draw) for name, (random, _) in CONTROLS.items() for draw in range(draws if random else 1)]
     evaluations: dict[str, list[Evaluation]] = {}
     sizes: dict[str, list[float]] = {}
     base = scorer("")
-    for done, (name, draw) in enumerate(wanted):
+    for done, (name, draw) in enumerate(models):
         if on_model is not None:
-            on_model(done, len(wanted), name)
+            on_model(done, len(models), name)
         with changed(lm, intervention, name, draw, sizes.setdefault(name, []), seed=seed):
             pass  # measures the size, which the store does not keep
         evaluation = (

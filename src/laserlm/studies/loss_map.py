@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from statistics import median_high
@@ -14,6 +14,9 @@ from laserlm.store import RunInfo, Store
 from laserlm.studies.estimates import Estimate, paired_estimates
 
 __all__ = ["LossAtRank", "LossMap", "LossTable", "stacked_name"]
+
+MATRIX_ORDER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_up", "fc_out")
+"""Order of the matrices as a block runs them. Other matrices come after these."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ class LossMap:
 
     @property
     def matrices(self) -> list[tuple[str, str]]:
-        """Stack and name of every matrix, in the order of the cells."""
-        return list(dict.fromkeys((cell.stack, cell.name) for cell in self.cells))
+        """Stack and name of every matrix, stack by stack, in the order in which a block runs them."""
+        return sorted({(cell.stack, cell.name) for cell in self.cells}, key=_matrix_order)
 
     @property
     def colour_limit(self) -> float:
@@ -168,15 +171,10 @@ class LossMap:
                 best[cell.matrix] = cell
         return LossMap(tuple(best.values()))
 
-    def table(self, cells: Iterable[LossAtRank], matrices: Sequence[tuple[str, str]] | None = None) -> LossTable:
-        """Arrange some cells of this map, at most one for each matrix, in all blocks by all matrices.
-
-        Args:
-            cells: cells of this map.
-            matrices: the columns, as stack and name; None takes ``matrices``.
-        """
+    def table(self, cells: Iterable[LossAtRank]) -> LossTable:
+        """Arrange some cells of this map, at most one for each matrix, in all blocks by all matrices."""
         at = {(cell.stack, cell.layer, cell.name): cell for cell in cells}
-        columns = self.matrices if matrices is None else matrices
+        columns = self.matrices
         return LossTable(
             columns=tuple(stacked_name(stack, name) for stack, name in columns),
             rows=tuple(
@@ -192,6 +190,11 @@ class LossMap:
 def stacked_name(stack: str, name: str) -> str:
     """Return a name with its stack of blocks before it, where the model has several stacks."""
     return f"{stack}.{name}" if stack else name
+
+
+def _matrix_order(matrix: tuple[str, str]) -> tuple[str, int, str]:
+    stack, name = matrix
+    return stack, MATRIX_ORDER.index(name) if name in MATRIX_ORDER else len(MATRIX_ORDER), name
 
 
 def _size_order(text: str) -> tuple[bool, Decimal | int, str]:

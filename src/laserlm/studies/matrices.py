@@ -121,13 +121,13 @@ def matrix_metrics(
     """
     if side not in ("left", "right"):
         raise AnalysisError(f"no side {side!r} of a matrix; there are left (outputs) and right (inputs)")
-    wanted = [m for m in source.matrices if (m.type in types or m.name in types if types else not m.parts)]
-    if not wanted:
+    matrices = [m for m in source.matrices if (m.type in types or m.name in types if types else not m.parts)]
+    if not matrices:
         known = ", ".join(dict.fromkeys(m.type for m in source.matrices))
         raise AnalysisError(f"no matrix of the types {', '.join(types)}; this model has {known}")
-    for key in dict.fromkeys((m.stack, m.name) for m in wanted):
+    for key in dict.fromkeys((m.stack, m.name) for m in matrices):
         previous: tuple[int, Tensor] | None = None
-        for m in sorted((m for m in wanted if (m.stack, m.name) == key), key=lambda m: m.layer):
+        for m in sorted((m for m in matrices if (m.stack, m.name) == key), key=lambda m: m.layer):
             try:
                 d = decompose(source.read(m))
             except WeightError as error:

@@ -67,7 +67,7 @@ class Growth:
     def of(cls, base: Sequence[bool], edited: Sequence[bool]) -> Growth:
         """Count pairs."""
         pairs = list(zip(base, edited, strict=True))
-        return cls(*(pairs.count(wanted) for wanted in ((True, True), (False, True), (True, False))))
+        return cls(*(pairs.count(outcome) for outcome in ((True, True), (False, True), (True, False))))
 
     @property
     def share_lost(self) -> Estimate:

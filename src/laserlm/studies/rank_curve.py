@@ -72,14 +72,14 @@ def rank_curve(
     sizes = [Size(rank=r) for r in sorted(set(ranks), reverse=True) if r <= least]
     sizes += sizes_of(rhos)[::-1]
     chosen = str(Intervention.read(intervention))
-    wanted = {chosen: ", ".join(dict.fromkeys(str(r.size) for r in reductions))}
+    size_texts = {chosen: ", ".join(dict.fromkeys(str(r.size) for r in reductions))}
     for size in sizes:
-        wanted.setdefault(str(Intervention(tuple(replace(r, size=size) for r in reductions))), str(size))
+        size_texts.setdefault(str(Intervention(tuple(replace(r, size=size) for r in reductions))), str(size))
     base = scorer("")
     points = []
-    for done, (text, size_text) in enumerate(wanted.items()):
+    for done, (text, size_text) in enumerate(size_texts.items()):
         if on_point is not None:
-            on_point(done, len(wanted), size_text)
+            on_point(done, len(size_texts), size_text)
         edits = resolve(scorer.lm.matrices, text)
         edited = base if all(edit.is_identity for edit in edits) else scorer(text)
         gain, loss_change = paired_estimates(base, edited)

@@ -9,24 +9,27 @@ from typing import Any
 
 import torch
 
-from laserlm.edit import applied, resolve
+from laserlm.edit import applied
 from laserlm.models.language_model import LanguageModel
 from laserlm.provenance import provenance
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import evaluate, evaluate_rows
 from laserlm.scoring.identity import digest, identity
+from laserlm.scoring.memory import retry_with_room
 from laserlm.scoring.prefix_cache import PrefixCache
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.tokenize import TokenSequence, encode
+from laserlm.searching.ledger import cut
+from laserlm.searching.scorer import EncodedSplit, first_changed_block
 from laserlm.store import Run, Store
 from laserlm.tasks import Scorer, Split
 
 __all__ = ["CachedScorer", "cached_scorer"]
 
-METHOD = 2
+METHOD = 3
 """Raise it when a change of the code changes scores; stored scores of another number are not used."""
 PREFIX_CACHE_BYTES = 2**30
-"""Bytes for the activations of the prefix cache. More examples than fit are scored in whole passes."""
+"""Bytes for the activations of the prefix cache. If those of all examples do not fit, every pass is a whole one."""
 
 
 class CachedScorer:
@@ -61,7 +64,9 @@ class CachedScorer:
         self._run = run
         self._rows = rows
         self._known = dict(known)
-        self._frontier: PrefixCache | None = None
+        self._prefix_cache: PrefixCache | None = None
+        encoded = EncodedSplit(split, rows, split.scorer)
+        self._fits = next(cut(lm, encoded, 0, len(split), memory=PREFIX_CACHE_BYTES)) == (0, len(split))
 
     def __call__(self, name: str, change: AbstractContextManager[Any] | None = None, *, matrices_of: str = "") -> Evaluation:
         """Return the scores under an intervention, or under a context that changes the model.
@@ -76,10 +81,9 @@ class CachedScorer:
         known = self._known.get(name) or self._run.evaluation(self.split.name, name)
         if known is not None:
             return known
-        advanced = (change is None or bool(matrices_of)) and self._advance(name if change is None else matrices_of)
+        is_cached = (change is None or bool(matrices_of)) and self._move_below(name if change is None else matrices_of)
         with change if change is not None else applied(self.lm, name, seed=self.seed):
-            scored = self._evaluated(advanced)
-        evaluation = replace(scored, intervention=name)
+            evaluation = replace(self._evaluate(is_cached), intervention=name)
         self._run.record(evaluation, self.split.examples)
         return evaluation
 
@@ -89,35 +93,36 @@ class CachedScorer:
             self._run.note(name, compute())
         return self._run.notes[name]
 
-    def _advance(self, intervention: str) -> bool:
+    def _move_below(self, intervention: str) -> bool:
         """Move the prefix cache just below the first block that an intervention changes; return whether that is possible."""
-        width = self.lm.width * self.lm.dtype.itemsize
-        # While the boundary moves, the old and the new one are there.
-        if 2 * width * sum(len(row.ids) + len(row.decoder) for row in self._rows) > PREFIX_CACHE_BYTES:
+        if not self._fits:
             return False
-        paths = {e.matrix.tied_to or e.matrix.path for e in resolve(self.lm.matrices, intervention)}
-        places = {(m.stack, m.layer) for m in self.lm.matrices if (m.tied_to or m.path) in paths}
         try:
-            self._frontier = self._frontier or PrefixCache(self.lm, self._rows, self.batch_size)
-            order = self._frontier.check.block_order
-            if order and places:
-                self._frontier.move_to(*order[min(map(order.index, places))])
-                self._frontier.free_lowest()
+            self._prefix_cache = self._prefix_cache or PrefixCache(self.lm, self._rows, self.batch_size)
+            order = self._prefix_cache.check.block_order
+            if order and intervention:
+                first = first_changed_block(Intervention.parse(intervention), self.lm.matrices, order)
+                self._prefix_cache.move_to(*order[first])
+                self._prefix_cache.free_lowest()
         except torch.OutOfMemoryError:
-            self._frontier = None
-        return self._frontier is not None
+            self._prefix_cache = None
+        return self._prefix_cache is not None
 
-    def _evaluated(self, advanced: bool) -> Evaluation:
-        if advanced and self._frontier is not None:
-            run = self._frontier.run
-            try:
-                return evaluate_rows(self.lm, self.split, self.split.scorer, self._rows, run, self.batch_size)
-            except torch.OutOfMemoryError:
-                del run
-                self._frontier = None
-        if self.lm.device.type == "cuda":  # outside the handler, whose traceback holds the failed pass's tensors
-            torch.cuda.empty_cache()
-        return evaluate(self.lm, self.split, batch_size=self.batch_size)
+    def _evaluate(self, is_cached: bool) -> Evaluation:
+        """Score the model as it is now, in passes from the prefix cache or, where these do not fit, in whole ones."""
+
+        def run() -> Evaluation:
+            if is_cached and self._prefix_cache is not None:
+                scorer, passes = self.split.scorer, self._prefix_cache.run
+                return evaluate_rows(self.lm, self.split, scorer, self._rows, passes, self.batch_size)
+            return evaluate(self.lm, self.split, batch_size=self.batch_size)
+
+        def free(error: torch.OutOfMemoryError) -> None:
+            if self._prefix_cache is None:
+                raise error
+            self._prefix_cache = None
+
+        return retry_with_room(run, free)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from laserlm.edit import applied
 from laserlm.errors import AnalysisError
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.kernels import fast_cpu_kernels
+from laserlm.scoring.output_layer import float32_output_layer
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import Interval
 from laserlm.scoring.tokenize import decoder_start, max_length
@@ -149,8 +150,12 @@ def divergence(
 
 
 def _predictions(lm: LanguageModel, inputs: Any, intervention: str, seed: int) -> Tensor:
-    """Return log-probabilities (B, T, V) in float32."""
+    """Return log-probabilities (B, T, V). Where the model is in half precision, they are of logits in float32."""
     length = inputs["input_ids"].shape[1]
-    with applied(lm, intervention, seed=seed) if intervention else nullcontext(), fast_cpu_kernels(lm.device, length):
+    with (
+        applied(lm, intervention, seed=seed) if intervention else nullcontext(),
+        fast_cpu_kernels(lm.device, length),
+        float32_output_layer(lm.model, is_module=False),
+    ):
         logits: Tensor = lm.model(**inputs).logits
     return logits.float().log_softmax(-1)

@@ -38,12 +38,12 @@ class Words:
         counts = Counter(word.lower() for word in WORD.findall(text))
         if not counts:
             raise AnalysisError(f"{source} has no words; give a text")
-        wanted, frequent = HALF * counts.total(), set()
+        remaining, frequent = HALF * counts.total(), set()
         for word, count in counts.most_common():
-            if wanted <= 0:
+            if remaining <= 0:
                 break
             frequent.add(word)
-            wanted -= count
+            remaining -= count
         return cls(frozenset(frequent), f"the {len(frequent)} words that make half of {source}")
 
     @classmethod

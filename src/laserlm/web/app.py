@@ -14,8 +14,9 @@ import gradio as gr
 
 from laserlm.errors import LaserError
 from laserlm.models.language_model import LanguageModel
-from laserlm.reductions import Layers, Reduction, Size
-from laserlm.store import Store
+from laserlm.reductions import Layers, Reduction, Size, short_form
+from laserlm.searching.guard import Harm
+from laserlm.store import RunInfo, Store
 from laserlm.studies.flipping import Flips
 from laserlm.studies.loss_map import LossMap
 from laserlm.studies.published import published
@@ -42,6 +43,7 @@ COLUMNS = {
     "after, %": ("number", "90px"),
     "gain": ("number", "80px"),
     "95 % interval": ("str", "140px"),
+    "harm": ("str", "120px"),
     "n": ("number", "80px"),
     "intervention": ("str", "240px"),
 }
@@ -72,11 +74,12 @@ def leaderboard_rows(store: Store) -> list[list[Any]]:
         interval = "{:+.1f} to {:+.1f}".format(*(100 * x for x in test["interval"]))
         if run.settings.get("scorer") == "perplexity":
             shares, interval = [None] * 3, ""
-        rows.append([f"run {run.id}", run.model, run.task, *shares, interval, test["n"], best])
+        harm = ", ".join(f"x{harm['ratio']:.3f}" for harm in run.outcome.get("harms", ())) or "not measured"
+        rows.append([f"run {run.id}", run.model, run.task, *shares, interval, harm, test["n"], short_form(best)])
     for p in published():
         scale = 1 if p.metric.endswith("percent") else 100
         shares = [round(scale * x, 1) for x in (p.base, p.edited, p.edited - p.base)]
-        rows.append([p.source, p.model, p.task, *shares, "", None, p.intervention])
+        rows.append([p.source, p.model, p.task, *shares, "", "not measured", None, p.intervention])
     return rows
 
 
@@ -119,7 +122,7 @@ def _board() -> gr.Dataframe:
         headers=list(COLUMNS),
         datatype=kinds,
         column_widths=[width for _, width in COLUMNS.values()],
-        label="Accuracy on test splits; gain in points",
+        label="Accuracy on test splits; gain in points; harm as perplexity ratio",
         interactive=False,
         show_search="search",
         wrap=True,
@@ -178,7 +181,7 @@ def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:  # noqa: C901
             changes = explorer.changes(store, run, candidate)
         except LaserError as error:
             return _alert(str(error))
-        return _changes_html(candidate, changes)
+        return _changes_html(candidate, changes, _harm_of(store.find(run), candidate))
 
     def picked_value(event: gr.EventData) -> str:
         return str(event.pick)
@@ -299,9 +302,18 @@ def _examples(store: Store, run: gr.Dropdown, form: _PlaygroundForm, tabs: gr.Ta
     corrected.click(fill_with_best, run, [form.prompt, form.text, tabs], **LISTENER_OPTIONS).then(**options)
 
 
-def _changes_html(candidate: str, changes: Flips) -> str:
+def _changes_html(candidate: str, changes: Flips, harm: str) -> str:
     lists = [("Corrected", changes.of("corrected")), ("Broken", changes.of("broken"))]
-    return page("app_changes", candidate=candidate, summary=explorer.summary(changes), lists=lists, shown=MAX_EXAMPLES_SHOWN)
+    summary = {**explorer.summary(changes), "harm": harm}
+    return page("app_changes", candidate=short_form(candidate), summary=summary, lists=lists, shown=MAX_EXAMPLES_SHOWN)
+
+
+def _harm_of(run: RunInfo, candidate: str) -> str:
+    """Return the harm of a candidate as text: of the best as it was measured, of others as the search looked at it."""
+    outcome = run.outcome or {}
+    point: dict[str, Any] = next((p for p in outcome.get("points", ()) if p["intervention"] == candidate), {})
+    harms = (outcome if outcome.get("best") == candidate else point).get("harms", ())
+    return "; ".join(str(Harm.from_dict(harm)) for harm in harms) or "not measured"
 
 
 def _picks(value: str) -> gr.HTML:

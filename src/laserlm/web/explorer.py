@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from laserlm.errors import AnalysisError, ReportError
+from laserlm.reductions import short_form
 from laserlm.store import RunInfo, Store
 from laserlm.studies.flipping import Flip, Flips, flips
 from laserlm.studies.loss_map import LossMap, LossTable
@@ -25,9 +26,6 @@ __all__ = [
     "table_html",
 ]
 
-MATRIX_ORDER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_up", "fc_out")
-"""Order of the matrices as a block runs them. Other matrices come after these."""
-
 
 def searches(store: Store) -> list[RunInfo]:
     """Return the searches of a results database, the newest first."""
@@ -37,7 +35,7 @@ def searches(store: Store) -> list[RunInfo]:
 def name_of(run: RunInfo) -> str:
     """Return the name of a search in a list."""
     best = (run.outcome or {}).get("best")
-    result = run.status if best is None else best or "the unchanged model"
+    result = run.status if best is None else short_form(best) or "the unchanged model"
     return f"{run.id}: {run.model} on {run.task}, {run.created:%Y-%m-%d}, {result}"
 
 
@@ -67,7 +65,7 @@ def table(loss_map: LossMap, size: str = "") -> LossTable:
     shown = loss_map.at(size) if size else loss_map.lowest()
     if not shown:
         raise ReportError(f"the search measured nothing at size {size!r}; it has {', '.join(loss_map.sizes)}")
-    return loss_map.table(shown, sorted(loss_map.matrices, key=_matrix_order))
+    return loss_map.table(shown)
 
 
 def colour(change: float, limit: float) -> str:
@@ -129,8 +127,3 @@ def summary(result: Flips) -> Mapping[str, str]:
         "change of loss": f"{c.edited_loss - c.base_loss:+.4f} nats per token{interval}",
         "corrected and broken": f"{c.corrected} and {c.broken}, exact p {c.mcnemar_p:.2g}",
     }
-
-
-def _matrix_order(matrix: tuple[str, str]) -> tuple[str, int, str]:
-    stack, name = matrix
-    return stack, MATRIX_ORDER.index(name) if name in MATRIX_ORDER else len(MATRIX_ORDER), name

@@ -19,7 +19,8 @@ from laserlm.reductions import Intervention, Reduction
 from laserlm.store import Store
 from laserlm.studies.published import CHECKPOINTS, Published, published
 from laserlm.web.pages import page
-from laserlm.web.submissions import describe_run, is_finished, load_submission
+from laserlm.web.submissions import claim, describe_run, is_finished, load_submission
+from laserlm.web.verification import verified_claims
 
 __all__ = ["MARKER_FILE", "BuildResult", "LeaderboardEntry", "ReportWriter", "Table", "build", "rows"]
 
@@ -60,6 +61,9 @@ class LeaderboardEntry:
         model_hash: sha256 of the model's weights, or empty.
         test_hash: sha256 of the test split, or empty.
         held_out: whether the test split had no part in the choice.
+        harms: perplexity ratios on the guards of the search, as in a submission; empty if the harm was not measured. They are
+            no part of a verification.
+        verified: whether the entry was measured again here with the same figures (``laser leaderboard verify``).
     """
 
     model: str
@@ -82,6 +86,8 @@ class LeaderboardEntry:
     model_hash: str = ""
     test_hash: str = ""
     held_out: bool = False
+    harms: tuple[dict[str, Any], ...] = ()
+    verified: bool = False
 
     def __post_init__(self) -> None:
         if self.report and not LINK.fullmatch(self.report):
@@ -99,7 +105,7 @@ class LeaderboardEntry:
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """The parts that the entry lacks to be verified."""
+        """The parts without which nobody can measure the entry again."""
         needed = {
             "an intervention": self.intervention,
             "a sha256 of the model's weights": self.model_hash,
@@ -109,9 +115,9 @@ class LeaderboardEntry:
         return tuple(name for name, is_present in needed.items() if not is_present)
 
     @property
-    def verified(self) -> bool:
-        """Whether the entry has everything that is needed to repeat and trust the measurement."""
-        return not self.lacks
+    def is_claim(self) -> bool:
+        """Whether the figures are a stranger's word alone: neither published, nor measured here."""
+        return self.origin == "submitted" and not self.verified
 
     @property
     def reductions(self) -> list[str]:
@@ -122,12 +128,13 @@ class LeaderboardEntry:
     def identity(self) -> tuple[object, ...]:
         """The measurement: equal for entries of the same result, whatever their origin."""
         figures = (self.base, self.base_loss, self.edited, self.edited_loss)
-        return (self.model_hash, self.task, self.test_hash, self.intervention, self.n, *figures)
+        what = (self.model, self.method, self.model_hash, self.task, self.test_hash, self.intervention, self.n)
+        return (*what, *figures, repr(self.harms))
 
 
 @dataclass(frozen=True)
 class Table:
-    """The entries of one task and metric, the best gain first."""
+    """The entries of one task and metric, the best gain first; those that are a stranger's word alone stand below."""
 
     task: str
     metric: Metric
@@ -157,17 +164,22 @@ def rows(store: Store | None = None, submissions: Path | None = None) -> list[Le
     Raises:
         ReportError: if a submission is invalid, or the folder does not exist.
     """
-    own: dict[tuple[object, ...], LeaderboardEntry] = {}
+    verified = verified_claims(store)
+    found: dict[tuple[object, ...], LeaderboardEntry] = {}
     for info in store.runs() if store is not None else ():
         if is_finished(info):
-            entry = _entry(describe_run(info), origin="own run", credit=f"run {info.id}", run=_checked_id(info.id))
-            own.setdefault(entry.identity, entry)  # the newest run comes first
-    submitted = []
+            document = describe_run(info)
+            entry = _entry(document, origin="own run", credit=f"run {info.id}", run=_checked_id(info.id))
+            found.setdefault(entry.identity, replace(entry, verified=claim(document) in verified))  # the newest comes first
     for file in _files(submissions):
-        entry = _submitted_entry(load_submission(file))
-        same = own.pop(entry.identity, None)
-        submitted.append(entry if same is None else replace(entry, run=same.run))
-    return [*(_published_entry(p) for p in published()), *submitted, *own.values()]
+        document = load_submission(file)
+        entry = replace(_submitted_entry(document), verified=claim(document) in verified)
+        same = found.get(entry.identity)
+        if same is not None:  # several people may hand in one result; each is named
+            credits = dict.fromkeys((*same.credit.split("; "), entry.credit))
+            entry = replace(same, credit="; ".join(credits), report=same.report or entry.report)
+        found[entry.identity] = entry
+    return [*(_published_entry(p) for p in published()), *found.values()]
 
 
 def build(
@@ -202,7 +214,7 @@ def build(
             (part / MARKER_FILE).write_text(json.dumps(marker) + "\n", encoding="utf-8")
             _check_target(out)
     except OSError as error:
-        raise ReportError(f"cannot write {out}: {error}; free space there, or give another folder") from error
+        raise ReportError(str(error)) from error
     return BuildResult(out, len(entries), sum(row.verified for row in entries), len(tables), reports)
 
 
@@ -307,6 +319,7 @@ def _entry(document: dict[str, Any], *, origin: Origin, credit: str, run: str = 
         model_hash=document["model"].get("sha256", ""),
         test_hash=task.get("test", ""),
         held_out=None not in splits and splits[0] != splits[1],
+        harms=tuple(document.get("harm", ())),
     )
 
 
@@ -326,9 +339,9 @@ def _tables(entries: Iterable[LeaderboardEntry]) -> list[Table]:
     return [Table(*key, tuple(sorted(groups[key], key=_rank))) for key in sorted(groups)]
 
 
-def _rank(row: LeaderboardEntry) -> tuple[float, str, str]:
+def _rank(row: LeaderboardEntry) -> tuple[bool, float, str, str]:
     best = row.change if row.metric == "loss" else None if row.gain is None else -row.gain
-    return (float("inf") if best is None else best, row.model, row.intervention)
+    return (row.is_claim, float("inf") if best is None else best, row.model, row.intervention)
 
 
 def _page(tables: list[Table], entries: list[LeaderboardEntry]) -> str:

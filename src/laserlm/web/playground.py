@@ -18,6 +18,7 @@ from laserlm.errors import ReportError, ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.reductions import Intervention
 from laserlm.scoring.generation import generate, generate_for
+from laserlm.scoring.output_layer import float32_output_layer
 from laserlm.tasks import Decoding, Example
 from laserlm.web.batched_variants import CannotBatchError, run_variants
 
@@ -159,7 +160,8 @@ def _texts(lm: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
 def _first_logits(lm: LanguageModel) -> Iterator[list[Tensor]]:
     """Yield a list that collects the logits (B, V) of the next tokens in each pass; of a masked model, of the first masks.
 
-    A forward hook reads them during generation, because a pass of their own would take as long as another token.
+    A forward hook reads them during generation, because a pass of their own would take as long as another token. They are
+    computed in float32, as scores are, and the continuation is chosen by the same logits.
     """
     logits: list[Tensor] = []
 
@@ -171,7 +173,8 @@ def _first_logits(lm: LanguageModel) -> Iterator[list[Tensor]]:
 
     handle = lm.model.register_forward_hook(read, with_kwargs=True)
     try:
-        yield logits
+        with float32_output_layer(lm.model, is_module=False):
+            yield logits
     finally:
         handle.remove()
 

@@ -1,28 +1,108 @@
-"""Figures of a report: the loss map, and the predictions of the screen."""
+"""Figures of a report: gain against harm, the loss map, and the predictions of the screen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from laserlm.reductions import short_form
+from laserlm.scoring.statistics import Interval
+from laserlm.searching.result import Point, SearchResult
 from laserlm.studies.loss_map import LossAtRank, LossMap, stacked_name
 
-__all__ = ["map_plot", "screen_plot"]
+__all__ = ["harm_plot", "map_plot", "screen_plot"]
 
 COLUMNS = 2
 PANEL = 190
 """Minimum height of a panel, in pixels."""
 ROW = 18
+MAX_TICKS = 8
+"""Labels of blocks below a panel; more of them overlap on a telephone."""
+POINT_COLOURS = {"chosen": "#d55e00", "not dominated": "#0072b2", "dominated": "#8c959f"}
+"""Colours of points that differ in lightness too, on white and on black."""
+
+
+def harm_plot(result: SearchResult, *, of_text: bool = False) -> Any:
+    """Return the gain of every point against its harm: the largest perplexity ratio of the guards.
+
+    Args:
+        result: a search with points.
+        of_text: whether the task has no accuracy, so that the fall of the loss is the gain.
+    """
+    figure = go.Figure()
+    best, pareto = str(result.best), result.pareto
+    groups = {
+        "dominated": [p for p in result.points if p not in pareto and p.intervention != best],
+        "not dominated": [p for p in pareto if p.intervention != best],
+        "chosen": [p for p in result.points if p.intervention == best][-1:],
+    }
+    for (name, points), symbol in zip(groups.items(), ("circle-open", "circle", "diamond"), strict=True):
+        gains = [_gain(p, of_text) for p in points]
+        ratios = [math.exp(p.change) for p in points]
+        figure.add_trace(
+            go.Scatter(
+                x=ratios,
+                y=[value for value, _, _ in gains],
+                error_y=_error_bars(gains),
+                error_x=_error_bars([(ratio, *_largest_harm(p)) for ratio, p in zip(ratios, points, strict=True)]),
+                text=[_point_hover(p, pareto) for p in points],
+                name=name,
+                mode="markers",
+                marker={"color": POINT_COLOURS[name], "size": 14 if name == "chosen" else 10, "symbol": symbol},
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )
+    if math.isfinite(result.harm_bound):
+        figure.add_vline(x=math.exp(result.harm_bound), line_dash="dash", line_color="#8c959f", annotation_text="bound")
+    figure.update_layout(
+        height=420,
+        xaxis_title="perplexity ratio on the guard, the largest of several",
+        yaxis_title="fall of the loss on validation, nats" if of_text else "gain on validation, points",
+    )
+    return figure
+
+
+def _gain(point: Point, of_text: bool) -> tuple[float, float, float]:
+    """Return the gain of a point and its interval: points of accuracy, or the fall of the loss."""
+    c = point.comparison
+    if of_text:
+        return c.base_loss - c.edited_loss, -c.loss_interval.high, -c.loss_interval.low
+    return 100 * c.gain, 100 * c.interval.low, 100 * c.interval.high
+
+
+def _largest_harm(point: Point) -> Interval:
+    return max(point.harms, key=lambda harm: harm.change).interval if point.harms else Interval(1.0, 1.0)
+
+
+def _error_bars(values: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
+    """Return the error bars of values with their intervals; none where an interval is not known."""
+    up = [high - value if math.isfinite(high) else None for value, _, high in values]
+    down = [value - low if math.isfinite(high) else None for value, low, high in values]
+    return {"type": "data", "array": up, "arrayminus": down, "thickness": 1}
+
+
+def _point_hover(point: Point, pareto: Sequence[Point]) -> str:
+    c = point.comparison
+    number = f"{pareto.index(point) + 1}: " if point in pareto else ""
+    lines = [
+        f"<b>{number}{escape(short_form(point.intervention))}</b>",
+        f"gain {c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]",
+        f"change of loss {c.edited_loss - c.base_loss:+.3f} [{c.loss_interval.low:+.3f}, {c.loss_interval.high:+.3f}]",
+        *(escape(str(harm)) for harm in point.harms),
+    ]
+    return "<br>".join(lines)
 
 
 def map_plot(loss_map: LossMap) -> Any:
     """Return the change of loss of every block and kept size, one panel for each matrix. Blue is better, red is worse."""
     panels = loss_map.matrices
-    layers = sorted({m.layer for m in loss_map})
+    blocks = {m.layer for m in loss_map}
+    layers = list(range(min(blocks), max(blocks) + 1))  # plotly would widen cells over a block that is left out
     sizes = loss_map.sizes
     rows = -(-len(panels) // COLUMNS)
     names = [escape(stacked_name(stack, name)) for stack, name in panels]
@@ -55,7 +135,7 @@ def map_plot(loss_map: LossMap) -> Any:
         },
         height=90 + rows * max(PANEL, 90 + ROW * len(sizes)),
     )
-    figure.update_xaxes(title="block", dtick=max(1, len(layers) // 10))
+    figure.update_xaxes(title="block", dtick=-(-len(layers) // MAX_TICKS))
     figure.update_yaxes(title="kept", type="category")
     return figure
 

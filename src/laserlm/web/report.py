@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laserlm.errors import ReportError
-from laserlm.paths import atomic_file
+from laserlm.paths import atomic_file, check_new_file
 from laserlm.searching import SearchResult
 from laserlm.store import RunInfo, Store
 from laserlm.studies.estimates import Estimate
@@ -16,7 +16,7 @@ from laserlm.studies.flipping import Flips, flips
 from laserlm.studies.loss_map import LossMap
 from laserlm.studies.side_effects import OnText, Transfer, on_text, transfer
 from laserlm.web.pages import page, plot, plot_library
-from laserlm.web.plots import map_plot, screen_plot
+from laserlm.web.plots import harm_plot, map_plot, screen_plot
 
 __all__ = ["SideEffects", "side_effects", "write_report"]
 
@@ -85,6 +85,7 @@ def write_report(store: Store, run: str, out: Path) -> Path:
         raise ReportError(
             f"run {info.id} is {info.status}, and a report is of a finished search; finish it with the same command"
         )
+    check_new_file(out, kind="a report", is_ours=lambda start: start.startswith(b"<!doctype html>") and b"laserlm" in start)
     if not out.absolute().parent.is_dir():
         raise ReportError(f"no folder {out.absolute().parent} to write the report in; make it first")
     try:
@@ -104,7 +105,10 @@ def _page(store: Store, info: RunInfo, result: SearchResult) -> str:
     loss_map = LossMap.read_or_empty(store, info)
     flipped = _flipped(store, info, best)
     screened = result.screened
+    of_text = result.validation.n > 0 and info.settings.get("scorer") == "perplexity"
     figures = {}
+    if len(result.points) > 1:
+        figures["harm"] = plot(harm_plot(result, of_text=of_text), "harm")
     if loss_map:
         figures["map"] = plot(map_plot(loss_map), "map")
     if screened is not None and screened.measured:
@@ -114,7 +118,7 @@ def _page(store: Store, info: RunInfo, result: SearchResult) -> str:
         info=info,
         found=result,
         best=best,
-        of_text=result.validation.n > 0 and info.settings.get("scorer") == "perplexity",
+        of_text=of_text,
         verdict=result.verdict(),
         asked=_asked(info),
         library=plot_library() if figures else "",

@@ -28,6 +28,7 @@ __all__ = [
     "FORMAT",
     "AddResult",
     "add",
+    "claim",
     "describe_run",
     "find_problems",
     "is_finished",
@@ -127,12 +128,20 @@ def describe_run(info: RunInfo) -> dict[str, Any]:
         },
         "intervention": outcome["best"],
         "result": result,
+        **({"harm": [_public_harm(harm) for harm in outcome["harms"]]} if outcome.get("harms") else {}),
         "search": _without_none(
             **{name: settings.get(name) for name in ("strategy", "metric", "grid", "seed")},
             **{name: outcome.get(name) for name in ("candidates", "scored", "complete")},
         ),
         "versions": {name: versions[name] for name in _schema()["properties"]["versions"]["properties"] if name in versions},
     }
+
+
+def _public_harm(harm: dict[str, Any]) -> dict[str, Any]:
+    """Return the harm on a guard without the name of a file."""
+    name = harm["guard"] if harm["kind"] == "questions" else "own text" if harm["guard"] == "self" else "a text"
+    figures = {"ratio": harm["ratio"], **_without_none(interval=harm["interval"]), "n": harm["comparison"]["n"]}
+    return {"guard": name, **figures}
 
 
 def public_name(model: str) -> str:
@@ -189,7 +198,7 @@ def _add(file: Path, to: Path) -> AddResult:
     name, digest = _file_name(document)
     copy = next(to.glob(f"*-{digest}.json"), None)
     if copy is not None:
-        return AddResult(file, None, (f"the same result is there already, as {copy}; leave this one out",))
+        return AddResult(file, None, (f"the same submission is there already, as {copy}; leave this one out",))
     target = to / name
     with atomic_file(target) as part:
         part.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -197,19 +206,25 @@ def _add(file: Path, to: Path) -> AddResult:
 
 
 def _file_name(document: dict[str, Any]) -> tuple[str, str]:
-    """Return a descriptive file name, and the digest in it, which is equal for equal measurements."""
+    """Return a descriptive file name, and the digest in it, which is equal for equal documents.
+
+    A copy that names another model or another person is another document, so it cannot keep the true one out.
+    """
     model, task = document["model"], document["task"]
-    measurement = [
-        model.get("sha256", model["name"]),
-        task.get("test", task["name"]),
-        task["scorer"],
-        document["intervention"],
-        document["result"],
-    ]
-    plain = json.loads(json.dumps(measurement), parse_int=float)  # 1 and 1.0 are the same number
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    digest = _digest(document)
     words = re.sub(r"[^a-z0-9]+", "-", f"{task['name']}-{model['name']}".lower()).strip("-")
     return f"{words[:60].strip('-') or 'result'}-{digest}.json", digest
+
+
+def claim(document: dict[str, Any]) -> str:
+    """Return what a submission or a described run claims to have measured: equal for equal measurements, whoever names them."""
+    model, task = document["model"], document["task"]
+    return _digest([model.get("sha256"), task.get("test"), task["scorer"], document["intervention"], document["result"]])
+
+
+def _digest(value: Any) -> str:
+    plain = json.loads(json.dumps(value), parse_int=float)  # 1 and 1.0 are the same number
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _parse(file: Path) -> Any:
@@ -278,7 +293,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         low, high = schema["minLength"], schema["maxLength"]
         text += f" of {high} characters" if low == high else f" of {low} to {high} characters"
     if "maxItems" in schema:
-        text += f" of {schema['maxItems']} numbers"
+        few = "" if schema["minItems"] == schema["maxItems"] else f"{schema['minItems']} to "
+        text += f" of {few}{schema['maxItems']} {'numbers' if 'type' in schema['items'] else 'entries'}"
     return f"{text}: {schema['description']}" if "description" in schema else text
 
 
@@ -304,6 +320,12 @@ def _contradictions(document: dict[str, Any]) -> list[str]:
             problems.append(f"intervention: {_short_repr(text)} is not in canonical form; write {_short_repr(canonical)}")
     except SpecError as error:
         problems.append(f"intervention: {error}")
+    for i, harm in enumerate(document.get("harm", ())):
+        low, high = harm.get("interval", (harm["ratio"], harm["ratio"]))
+        if not low - ROUNDING <= harm["ratio"] <= high + ROUNDING:
+            problems.append(
+                f"harm[{i}].interval: [{low}, {high}] does not hold the ratio, {harm['ratio']:g}; write its 95 % interval"
+            )
     base, edited = result["base"]["accuracy"], result["edited"]["accuracy"]
     is_perplexity = document["task"]["scorer"] == "perplexity"
     if any((value is None) != is_perplexity for value in (base, edited, result["gain"])):

@@ -172,8 +172,8 @@ def test_a_batch_of_episodes_has_the_loss_of_their_moves() -> None:
         for ids in batch["input_ids"].tolist():
             text = TOKENS.decode(ids, skip_special_tokens=True)
             for end in range(LEVEL_TOKENS, len(text)):
-                said = lm.model(torch.tensor([TOKENS(text[:end]).input_ids])).logits[0, -1].log_softmax(-1)
-                losses.append(-said[FIRST + MOVES.index(text[end])].item())
+                logits = lm.model(torch.tensor([TOKENS(text[:end]).input_ids])).logits[0, -1].log_softmax(-1)
+                losses.append(-logits[FIRST + MOVES.index(text[end])].item())
     assert len(losses) == sum(len(moves) for _, moves in MADE)
     assert got == pytest.approx(math.fsum(losses) / len(losses), abs=1e-4)
 
@@ -200,8 +200,8 @@ def test_a_replay_is_as_worked_out_by_hand(level: Level, moves: str, expected: t
 def test_levels_without_a_solution_are_left_out() -> None:
     levels = [board("@$.", name="a"), board("$@.", name="b"), board("@ $ .", name="c")]
     seen: list[tuple[int, int]] = []
-    found = solve_levels(levels, lambda done, total: seen.append((done, total)))
-    assert [(level.name, moves) for level, moves in found] == [("a", "r"), ("c", "rrr")]
+    result = solve_levels(levels, lambda done, total: seen.append((done, total)))
+    assert [(level.name, moves) for level, moves in result] == [("a", "r"), ("c", "rrr")]
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert solve_levels([level for level, _ in MADE]) == MADE
 
@@ -213,12 +213,12 @@ def test_levels_that_ask_for_no_move_or_for_more_than_the_model_makes_are_left_o
 
 
 def test_the_task_is_a_fifth_for_validation_and_judges_by_playing() -> None:
-    made = task(iter(MADE), max_steps=30)
-    assert (len(made.validation), len(made.test), len(made.every)) == (4, 16, 20)
-    assert not {e.id for e in made.validation} & {e.id for e in made.test}
-    assert [(e.prompt, e.answer) for e in made.every] == [(level.text, moves) for level, moves in MADE]
-    assert [e.group for e in made.every] == ["boxes: 1"] * 8 + ["boxes: 2"] * 8 + ["boxes: 3"] * 4
-    for split in (made.validation, made.test):
+    questions = task(iter(MADE), max_steps=30)
+    assert (len(questions.validation), len(questions.test), len(questions.every)) == (4, 16, 20)
+    assert not {e.id for e in questions.validation} & {e.id for e in questions.test}
+    assert [(e.prompt, e.answer) for e in questions.every] == [(level.text, moves) for level, moves in MADE]
+    assert [e.group for e in questions.every] == ["boxes: 1"] * 8 + ["boxes: 2"] * 8 + ["boxes: 3"] * 4
+    for split in (questions.validation, questions.test):
         assert split.scorer == "rollout"
         assert split.decoding.new_tokens == 30
         assert split.judge is not None
@@ -232,37 +232,37 @@ def test_the_task_is_a_fifth_for_validation_and_judges_by_playing() -> None:
 
 
 def test_any_solution_is_right() -> None:
-    made = task([(board("@$ .", "    ", name="a"), "rr"), (board("@ $.", name="b"), "rr")])
-    judge = made.every.judge
+    questions = task([(board("@$ .", "    ", name="a"), "rr"), (board("@ $.", name="b"), "rr")])
+    judge = questions.every.judge
     assert judge is not None
-    assert judge(made.every.examples[0], ["durr"]) == (True, {"return": pytest.approx(10.6), "steps": 4})
+    assert judge(questions.every.examples[0], ["durr"]) == (True, {"return": pytest.approx(10.6), "steps": 4})
 
 
 def test_evaluating_lets_the_model_play() -> None:
     lm, max_steps = player(), 10
     easy = list(generate(15, seed=3, boxes=1, room=3, steps=(1, 4)))
-    made = task(
+    questions = task(
         [*MADE, *((Level(level.rows, f"easy {level.name}"), moves) for level, moves in easy)], max_steps=max_steps
     ).every
-    got = evaluate(lm, made, batch_size=7)
-    for score, e in zip(got.scores, made, strict=True):
+    got = evaluate(lm, questions, batch_size=7)
+    for score, e in zip(got.scores, questions, strict=True):
         env = Sokoban([Level.parse(e.prompt)], max_steps=max_steps)
         env.reset()
         moves, total, ended, right = "", 0.0, False, False
         losses = []
         with torch.no_grad():
             while not ended:
-                said = lm.model(torch.tensor([TOKENS(e.prompt + moves).input_ids])).logits[0, -1]
-                action = said[FIRST : FIRST + 4].argmax()
+                logits = lm.model(torch.tensor([TOKENS(e.prompt + moves).input_ids])).logits[0, -1]
+                action = logits[FIRST : FIRST + 4].argmax()
                 _, reward, right, truncated, _ = env.step(np.int64(action))
                 moves, total, ended = moves + MOVES[action], total + float(reward), right or truncated
             for turn, move in enumerate(e.answer):
-                said = lm.model(torch.tensor([TOKENS(e.prompt + e.answer[:turn]).input_ids])).logits[0, -1]
-                losses.append(-said.log_softmax(-1)[FIRST + MOVES.index(move)].item())
+                logits = lm.model(torch.tensor([TOKENS(e.prompt + e.answer[:turn]).input_ids])).logits[0, -1]
+                losses.append(-logits.log_softmax(-1)[FIRST + MOVES.index(move)].item())
         assert (score.predicted, score.correct) == (moves, right)
         assert score.figures == {"return": pytest.approx(total, abs=1e-5), "steps": len(moves)}
         assert score.logprob == pytest.approx(-sum(losses), abs=1e-3)
-    share = sum(s.correct for s in got.scores) / len(made)
+    share = sum(s.correct for s in got.scores) / len(questions)
     assert got.accuracy == pytest.approx(share)
     assert 0 < share < 1
 
@@ -288,7 +288,7 @@ def test_a_perfect_player_solves_all_that_the_steps_suffice_for(monkeypatch: pyt
 
 
 def test_a_copy_of_a_level_is_never_on_the_other_side_of_the_split() -> None:
-    made = task(generate(300, seed=0, boxes=1, room=3, steps=(1, 12)))
-    sides = [{canonical_board(Level.parse(e.prompt)) for e in split} for split in (made.validation, made.test)]
-    assert len(made.every) > len(sides[0] | sides[1])  # there are copies
+    questions = task(generate(300, seed=0, boxes=1, room=3, steps=(1, 12)))
+    sides = [{canonical_board(Level.parse(e.prompt)) for e in split} for split in (questions.validation, questions.test)]
+    assert len(questions.every) > len(sides[0] | sides[1])  # there are copies
     assert not sides[0] & sides[1]

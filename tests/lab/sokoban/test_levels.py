@@ -47,7 +47,7 @@ def rows(**changed: str) -> tuple[str, ...]:
     return tuple(changed.get(f"r{number}", row) for number, row in enumerate(ROWS))
 
 
-def written(folder: Path, text: str) -> Path:
+def write_levels(folder: Path, text: str) -> Path:
     """Write a file of levels."""
     file = folder / "some_levels_007.txt"
     file.write_text(text, encoding="utf-8")
@@ -115,7 +115,7 @@ def test_a_malformed_level_is_refused_with_what_is_wrong(broken: tuple[str, ...]
 
 
 def test_a_boxoban_file_is_its_levels_in_order(tmp_path: Path) -> None:
-    first, second = read_boxoban(written(tmp_path, BOXOBAN))
+    first, second = read_boxoban(write_levels(tmp_path, BOXOBAN))
     assert (first.name, second.name) == ("some_levels_007/0", "some_levels_007/1")
     assert first.player == 76
     assert first.boxes == {26, 45, 72, 74}
@@ -140,7 +140,7 @@ def test_line_ends_of_other_systems_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_malformed_file_is_refused_with_its_level(tmp_path: Path, text: str, said: str) -> None:
-    file = written(tmp_path, text)
+    file = write_levels(tmp_path, text)
     with pytest.raises(TaskError) as caught:
         read_boxoban(file)
     assert str(file) in str(caught.value)
@@ -180,9 +180,9 @@ def test_fewer_levels_are_the_first_of_more() -> None:
 
 @pytest.mark.parametrize(("boxes", "room", "steps"), [(1, 6, (4, 40)), (2, 6, (4, 40)), (2, 4, (6, 12)), (3, 8, (10, 30))])
 def test_generated_levels_are_what_was_asked_for(boxes: int, room: int, steps: tuple[int, int]) -> None:
-    made = list(generate(30, seed=2, boxes=boxes, room=room, steps=steps))
-    assert len({level for level, _ in made}) == 30
-    for level, moves in made:
+    generated = list(generate(30, seed=2, boxes=boxes, room=room, steps=steps))
+    assert len({level for level, _ in generated}) == 30
+    for level, moves in generated:
         assert steps[0] <= len(moves) <= steps[1]
         assert len(level.boxes) == len(level.goals) == boxes
         assert level.player not in level.boxes | level.walls

@@ -134,9 +134,9 @@ def test_padding_on_the_left_changes_no_logits() -> None:
 def test_what_is_seen_after_each_move_is_what_the_environment_shows() -> None:
     model, rng = tiny(), random.Random(2)
     seen: list[Tensor] = []
-    given: list[Tensor] = []
+    calls: list[Tensor] = []
     model.see.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    model.decide.register_forward_pre_hook(lambda _m, _a, kw: given.append(kw["returns_to_go"]), with_kwargs=True)
+    model.decide.register_forward_pre_hook(lambda _m, _a, kw: calls.append(kw["returns_to_go"]), with_kwargs=True)
     for level, solution in MADE:
         moves = solution[:-1] + walk(rng, 6)
         env = Sokoban([level], max_steps=1000)
@@ -153,16 +153,16 @@ def test_what_is_seen_after_each_move_is_what_the_environment_shows() -> None:
         assert np.array_equal(seen.pop().numpy(), np.stack([walls, goals, boxes, player], 1))
         # A generated level has no box on a goal: each is worth 1, and the end 10; what was earned is no longer to come.
         to_go = 10 + len(level.boxes) - np.cumsum(rewards)
-        assert given.pop()[0, :, 0].numpy() == pytest.approx(to_go / 10, abs=1e-5)
+        assert calls.pop()[0, :, 0].numpy() == pytest.approx(to_go / 10, abs=1e-5)
 
 
 @torch.no_grad()
 def test_the_return_asked_for_is_one_for_each_box_not_on_a_goal_and_ten_for_the_end() -> None:
     model = tiny()
-    given: list[Tensor] = []
-    model.decide.register_forward_pre_hook(lambda _m, _a, kw: given.append(kw["returns_to_go"]), with_kwargs=True)
+    calls: list[Tensor] = []
+    model.decide.register_forward_pre_hook(lambda _m, _a, kw: calls.append(kw["returns_to_go"]), with_kwargs=True)
     model(ids_of(board("* @$.").text, board("$.@$.").text))
-    assert given[0][:, 0, 0].tolist() == pytest.approx([1.1, 1.2])
+    assert calls[0][:, 0, 0].tolist() == pytest.approx([1.1, 1.2])
 
 
 def test_the_loss_is_the_mean_over_the_moves_of_all_rows() -> None:
@@ -177,8 +177,8 @@ def test_the_loss_is_the_mean_over_the_moves_of_all_rows() -> None:
     losses = []
     for level, moves in MADE:
         for turn, move in enumerate(moves):
-            said = model(ids_of(level.text + moves[:turn])).logits[0, -1].tolist()
-            losses.append(math.log(math.fsum(map(math.exp, said))) - said[FIRST + MOVES.index(move)])
+            logits = model(ids_of(level.text + moves[:turn])).logits[0, -1].tolist()
+            losses.append(math.log(math.fsum(map(math.exp, logits))) - logits[FIRST + MOVES.index(move)])
     assert out.loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-4)
     out.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -202,8 +202,8 @@ def test_a_solved_board_is_followed_by_the_end_and_any_other_by_a_move() -> None
 def test_generating_is_playing_in_the_environment_move_by_move() -> None:
     model = tiny()
     levels = [*LEVELS, *EASY]
-    made = model.generate(ids_of(*(level.text for level in levels)), max_new_tokens=STEPS)
-    assert made.shape == (len(levels), LEVEL_TOKENS + STEPS)
+    generated = model.generate(ids_of(*(level.text for level in levels)), max_new_tokens=STEPS)
+    assert generated.shape == (len(levels), LEVEL_TOKENS + STEPS)
     env = Sokoban(levels, max_steps=STEPS)
     ends = []
     for index, level in enumerate(levels):
@@ -214,7 +214,7 @@ def test_generating_is_playing_in_the_environment_move_by_move() -> None:
             _, reward, solved, truncated, _ = env.step(np.int64(action))
             moves, total = moves + MOVES[action], total + float(reward)
         rest = [END, *[PAD] * STEPS] if solved else []
-        assert made[index].tolist() == [*TOKENS(level.text + moves).input_ids, *rest][: LEVEL_TOKENS + STEPS]
+        assert generated[index].tolist() == [*TOKENS(level.text + moves).input_ids, *rest][: LEVEL_TOKENS + STEPS]
         right, total_reward, steps = replay(level, moves)
         assert (right, steps) == (solved, len(moves))
         assert total_reward == pytest.approx(total)
@@ -225,17 +225,17 @@ def test_generating_is_playing_in_the_environment_move_by_move() -> None:
 @torch.no_grad()
 def test_at_each_turn_a_play_decides_on_what_reading_the_text_so_far_gives() -> None:
     model = tiny()
-    given: list[Tensor] = []
-    model.decide.predict_action.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    calls: list[Tensor] = []
+    model.decide.predict_action.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
     for level in [*LEVELS[::2], *EASY[:6]]:
-        given.clear()
+        calls.clear()
         tokens = model.generate(ids_of(level.text), max_new_tokens=STEPS)[0, LEVEL_TOKENS:]
         moves = TOKENS.decode(tokens, skip_special_tokens=True)
-        played = torch.cat(given)  # (turns, H)
-        given.clear()
+        played = torch.cat(calls)  # (turns, H)
+        calls.clear()
         model(ids_of(level.text + moves))
         assert len(played) == len(moves)
-        assert torch.allclose(played, given[0][0, : len(moves)], atol=1e-5)
+        assert torch.allclose(played, calls[0][0, : len(moves)], atol=1e-5)
 
 
 @torch.no_grad()
@@ -250,9 +250,9 @@ def test_levels_that_are_played_on_decide_as_they_do_alone() -> None:
 def test_a_model_that_only_goes_right_solves_what_lies_to_the_right() -> None:
     levels = [board("@$."), board("@ $ ."), board(".$@ "), board("@*"), board("@   $.")]
     texts = [level.text for level in levels]
-    made = always("r").generate(ids_of(*texts), max_new_tokens=4)[:, LEVEL_TOKENS:]
+    generated = always("r").generate(ids_of(*texts), max_new_tokens=4)[:, LEVEL_TOKENS:]
     r = FIRST + MOVES.index("r")
-    assert made.tolist() == [[r, END, PAD, PAD], [r, r, r, END], [r] * 4, [END, PAD, PAD, PAD], [r] * 4]
+    assert generated.tolist() == [[r, END, PAD, PAD], [r, r, r, END], [r] * 4, [END, PAD, PAD, PAD], [r] * 4]
     lm = LanguageModel(model=always("r"), tokenizer=tokenizer(), name="right", kind="causal")
     assert generation.generate(lm, texts, max_new_tokens=4) == ["r", "rrr", "rrrr", "", "rrrr"]
 
@@ -268,19 +268,19 @@ def test_sampling_is_repeated_by_its_seed_and_follows_the_probabilities() -> Non
         shares = torch.bincount(drawn[:, LEVEL_TOKENS] - FIRST, minlength=4) / n
         assert bool(((shares - likely).abs() <= 4 * (likely * (1 - likely) / n).sqrt()).all())
     ids = ids_of(*(level.text for level in LEVELS))
-    given = {"max_new_tokens": STEPS, "do_sample": True}
-    made = []
+    options = {"max_new_tokens": STEPS, "do_sample": True}
+    calls = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        made.append(model.generate(ids, temperature=2.0, **given))
-    assert torch.equal(made[0], made[1])
-    assert not torch.equal(made[0], made[2])
-    assert torch.equal(model.generate(ids, temperature=1e-4, **given), model.generate(ids, max_new_tokens=STEPS))
+        calls.append(model.generate(ids, temperature=2.0, **options))
+    assert torch.equal(calls[0], calls[1])
+    assert not torch.equal(calls[0], calls[2])
+    assert torch.equal(model.generate(ids, temperature=1e-4, **options), model.generate(ids, max_new_tokens=STEPS))
 
 
 def test_as_many_moves_can_be_written_as_the_model_has_steps() -> None:
-    made = always("l").generate(ids_of(LEVELS[0].text), max_new_tokens=120)
-    assert made[0, LEVEL_TOKENS:].tolist() == [FIRST + MOVES.index("l")] * 120
+    generated = always("l").generate(ids_of(LEVELS[0].text), max_new_tokens=120)
+    assert generated[0, LEVEL_TOKENS:].tolist() == [FIRST + MOVES.index("l")] * 120
 
 
 @torch.no_grad()
@@ -309,9 +309,9 @@ def test_it_plays_in_half_precision(folder: Path, dtype: str) -> None:
 
 def test_the_matrices_of_its_blocks_have_their_names(lm: LanguageModel) -> None:
     names = {"qkv", "q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"}
-    found = {(m.layer, m.name): m for m in lm.matrices}
-    assert set(found) == {(layer, name) for layer in (0, 1) for name in names}
-    assert {m.id for m in lm.matrices} == {f"{layer}.{name}" for layer, name in found}
+    by_name = {(m.layer, m.name): m for m in lm.matrices}
+    assert set(by_name) == {(layer, name) for layer in (0, 1) for name in names}
+    assert {m.id for m in lm.matrices} == {f"{layer}.{name}" for layer, name in by_name}
     for layer, block in enumerate(lm.model.decide.encoder.h):
         stored = {
             "q_proj": block.attn.c_attn.weight[:, :16],
@@ -322,19 +322,19 @@ def test_the_matrices_of_its_blocks_have_their_names(lm: LanguageModel) -> None:
             "fc_out": block.mlp.c_proj.weight,
         }
         for name, weight in stored.items():
-            assert torch.equal(read_matrix(lm.model, found[layer, name]), weight.T)
+            assert torch.equal(read_matrix(lm.model, by_name[layer, name]), weight.T)
 
 
 def test_a_reduction_changes_scores_and_is_undone(lm: LanguageModel) -> None:
-    made = task(MADE, max_steps=STEPS).every
-    before = evaluate(lm, made)
+    questions = task(MADE, max_steps=STEPS).every
+    before = evaluate(lm, questions)
     with applied(lm, "1.fc_in@0"):
         block = lm.model.decide.encoder.h[1]
         assert not bool(block.mlp.c_fc.weight.any())
-        within = evaluate(lm, made)
+        within = evaluate(lm, questions)
     assert within.intervention == "1.fc_in@0"
     assert abs(within.loss - before.loss) > 1e-3
-    assert [s.logprob for s in evaluate(lm, made).scores] == [s.logprob for s in before.scores]
+    assert [s.logprob for s in evaluate(lm, questions).scores] == [s.logprob for s in before.scores]
 
 
 def test_the_frontier_moves_through_its_blocks_and_scores_as_whole_passes_do(lm: LanguageModel) -> None:
@@ -356,14 +356,14 @@ def test_the_frontier_moves_through_its_blocks_and_scores_as_whole_passes_do(lm:
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_a_reduced_copy_scores_as_the_model_does_under_the_reduction(folder: Path, tmp_path: Path, form: str) -> None:
-    lm, made = load(folder), task(MADE, max_steps=STEPS).every
-    what = "1.fc_in@0.2+0.v_proj@0.1"
-    laserlm.save(lm, what, tmp_path / "reduced", form=form)
-    with applied(lm, what):
-        expected = evaluate(lm, made)
-    got = evaluate(load(tmp_path / "reduced"), made)
+    lm, questions = load(folder), task(MADE, max_steps=STEPS).every
+    reduction = "1.fc_in@0.2+0.v_proj@0.1"
+    laserlm.save(lm, reduction, tmp_path / "reduced", form=form)
+    with applied(lm, reduction):
+        expected = evaluate(lm, questions)
+    got = evaluate(load(tmp_path / "reduced"), questions)
     assert [s.logprob for s in got.scores] == pytest.approx([s.logprob for s in expected.scores], abs=1e-4)
     assert [(s.predicted, s.correct, s.figures) for s in got.scores] == [
         (s.predicted, s.correct, s.figures) for s in expected.scores
     ]
-    assert abs(expected.loss - evaluate(lm, made).loss) > 1e-4
+    assert abs(expected.loss - evaluate(lm, questions).loss) > 1e-4

@@ -80,9 +80,9 @@ def interrupted(config: TrainingConfig, folder: Path, at: int, save_every: int) 
 def test_lessons_are_solved_levels_without_copies_of_held_out_ones() -> None:
     out = {canonical_board(level) for level, _ in generate(20, seed=2**31, boxes=1, room=3)}
     config = replace(SMALL, room=3, levels=40)
-    made = list(generate(80, seed=config.seed, boxes=1, room=3))
-    kept = [(level, moves) for level, moves in made if canonical_board(level) not in out]
-    assert len(made) - len(kept) > 5
+    generated = list(generate(80, seed=config.seed, boxes=1, room=3))
+    kept = [(level, moves) for level, moves in generated if canonical_board(level) not in out]
+    assert len(generated) - len(kept) > 5
     assert list(training_levels(config)) == kept[:40]
     assert {len(level.boxes) for level, _ in kept} == {1}
     assert all(replay(level, moves)[0] for level, moves in training_levels(config))
@@ -93,10 +93,10 @@ def test_other_seeds_give_other_lessons() -> None:
 
 
 def test_a_fifth_of_the_held_out_levels_is_for_validation() -> None:
-    made = held_out_task(boxes=1, room=4, max_steps=33)
-    assert (len(made.validation), len(made.test)) == (4, 16)
-    assert [e.prompt for e in made.every] == [level.text for level, _ in generate(20, seed=2**31, boxes=1, room=4)]
-    assert made.test.decoding.new_tokens == 33
+    questions = held_out_task(boxes=1, room=4, max_steps=33)
+    assert (len(questions.validation), len(questions.test)) == (4, 16)
+    assert [e.prompt for e in questions.every] == [level.text for level, _ in generate(20, seed=2**31, boxes=1, room=4)]
+    assert questions.test.decoding.new_tokens == 33
     assert held_out_task().every.examples[0].group == "boxes: 2"
 
 
@@ -189,27 +189,27 @@ def test_a_folder_with_another_configuration_is_refused_finished_or_not(trained:
 
 def test_a_search_ranks_by_the_solutions_and_chooses_by_playing(trained: Path, tmp_path: Path) -> None:
     lm = load(trained)
-    made = task(generate(20, seed=77, boxes=1, room=4), max_steps=15)
-    found = laserlm.search(lm, made, grid="all.all@0,0.5", store=tmp_path / "runs.db")
-    assert found.candidates == 2 * 6 * 2  # blocks, matrices of each, shares kept
+    questions = task(generate(20, seed=77, boxes=1, room=4), max_steps=15)
+    result = laserlm.search(lm, questions, grid="all.all@0,0.5", store=tmp_path / "runs.db")
+    assert result.candidates == 2 * 6 * 2  # blocks, matrices of each, shares kept
     played = {}
-    for text, share in found.finalists.items():
+    for text, share in result.finalists.items():
         with applied(lm, text):
-            played[text] = evaluate(lm, made.validation)
+            played[text] = evaluate(lm, questions.validation)
         assert share == pytest.approx(played[text].accuracy)
-    assert "" in found.finalists
-    assert len(found.finalists) > 1
-    assert found.finalists[str(found.best)] == max(found.finalists.values())
-    with applied(lm, found.best):
-        edited = evaluate(lm, made.test)
-    assert found.test.n == 16
-    assert found.test.base == pytest.approx(evaluate(lm, made.test).accuracy)
-    assert found.test.edited == pytest.approx(edited.accuracy)
-    assert found.test.edited_loss == pytest.approx(edited.loss, abs=1e-5)
+    assert "" in result.finalists
+    assert len(result.finalists) > 1
+    assert result.finalists[str(result.best)] == max(result.finalists.values())
+    with applied(lm, result.best):
+        edited = evaluate(lm, questions.test)
+    assert result.test.n == 16
+    assert result.test.base == pytest.approx(evaluate(lm, questions.test).accuracy)
+    assert result.test.edited == pytest.approx(edited.accuracy)
+    assert result.test.edited_loss == pytest.approx(edited.loss, abs=1e-5)
     with Store.open(tmp_path / "runs.db") as store:
-        page = write_report(store, found.run, tmp_path / "report.html").read_text(encoding="utf-8")
+        page = write_report(store, result.run, tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.lower().startswith("<!doctype html>")
-    assert found.run in page
+    assert result.run in page
     assert "sokoban" in page
 
 

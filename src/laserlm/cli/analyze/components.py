@@ -12,6 +12,7 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
+    from laserlm.studies.component_tokens import ComponentTokens
     from laserlm.studies.components import BottomResult, SpectrumRun
     from laserlm.tasks import Example
 
@@ -29,12 +30,15 @@ def components(
     ] = None,
     chunk: Annotated[int, typer.Option(min=0, help="Singular values of a run of the chunk map; 0 leaves it out.")] = 32,
 ) -> None:
-    """Show what the smallest singular values answer alone, and which runs of the spectrum are signal or noise.
+    """Show what the smallest singular values answer alone, which runs are signal or noise, and what is read and written.
 
-    The first part is over the examples that the reduction corrects, the second over all examples.
+    The first part is over the examples that the reduction corrects, the second over all examples. The third names the tokens
+    that the strongest removed components read and write. Reductions that drop single components have the third part alone.
 
     Example: laser analyze components bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
+    from laserlm.reductions import Intervention, short_form
+    from laserlm.studies.component_tokens import component_tokens
     from laserlm.studies.components import FRACTIONS, bottom_components, chunk_map
     from laserlm.studies.estimates import MIN_EXAMPLES
     from laserlm.studies.figures import components_figure
@@ -49,14 +53,16 @@ def components(
     chunks: list[SpectrumRun] = []
     with study.pair() as pair, pair.scorer() as scorer:
         corrected = _corrected(pair)
-        if corrected:
+        is_cut = all(r.size.drop is None for r in Intervention.parse(pair.intervention).reductions)
+        removed = component_tokens(pair.lm, pair.intervention)
+        if corrected and is_cut:
             with progress_bar("keeping the smallest", unit="fractions") as advance:
                 bottom = bottom_components(scorer, corrected, pair.intervention, words, fractions=wanted, on_fraction=advance)
-        if chunk:
+        if chunk and is_cut:
             with progress_bar("taking runs out", unit="runs") as advance:
                 chunks = chunk_map(pair.intervention, scorer, chunk=chunk, on_chunk=advance)
     lines = [
-        f"{pair.intervention} corrects {len(corrected)} of {pair.base.n} examples"
+        f"{short_form(pair.intervention)} corrects {len(corrected)} of {pair.base.n} examples"
         + (": too few to say anything." if len(corrected) < MIN_EXAMPLES else "."),
         f"Generic words are {words.source}, and what holds no letter or digit.",
     ]
@@ -70,11 +76,15 @@ def components(
         lines.append(
             f"Of {len(chunks)} runs {signal} are signal and {noise} noise; by chance alone one in forty would be each."
         )
+    if removed:
+        title = f"{pair.title}: the removed components with the largest singular values, and the tokens nearest to them"
+        tables[title] = [_removed_row(c) for c in removed]
+    values = {"corrected": len(corrected), "words": words.source, "bottom": bottom, "chunks": chunks, "removed": removed}
     output.show(
-        {**pair.description, "corrected": len(corrected), "words": words.source, "bottom": bottom, "chunks": chunks},
+        pair.description | values,
         tables,
         lines=lines,
-        figure=(lambda: components_figure(bottom, chunks, pair.title)) if tables else None,
+        figure=(lambda: components_figure(bottom, chunks, pair.title)) if bottom or chunks else None,
     )
 
 
@@ -103,3 +113,8 @@ def _chunk_row(c: SpectrumRun) -> dict[str, Any]:
         "change of loss": c.loss_change,
         "verdict": c.verdict,
     }
+
+
+def _removed_row(c: ComponentTokens) -> dict[str, Any]:
+    row = {"component": f"{c.matrix} {c.component}", "singular value": c.value}
+    return row | {name: " ".join(map(repr, getattr(c, name))) for name in ("reads", "writes")}

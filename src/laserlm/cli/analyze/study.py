@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelPair", "Output", "StudyOptions"]
 
-OF_ANY_TASK = ("data_folder", "batch_size", "allow_code_execution")
+OF_ANY_TASK = ("data_folder", "batch_size", "allow_code_execution", "allow_weak_sandbox")
 """Options that apply to every task."""
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 """Rows by the title of their table."""

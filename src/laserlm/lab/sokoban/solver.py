@@ -232,16 +232,16 @@ def _pushes(open_cells: int, live: int, boxes: int, player: int) -> Iterator[tup
         (boxes & targets << 1) << 1 & open_cells,
         (boxes & targets >> 1) >> 1 & open_cells,
     )
-    wanted = stands[0] | stands[1] | stands[2] | stands[3]
+    unreached = stands[0] | stands[1] | stands[2] | stands[3]
     seen = front = 1 << player
     moves = 1
-    while front and wanted:
-        if front & wanted:
+    while front and unreached:
+        if front & unreached:
             for delta, places in zip(DELTAS, stands, strict=True):
                 for stand in _cells(places & front):
                     box = stand + delta
                     yield boxes ^ 1 << box ^ 1 << box + delta, box, moves
-            wanted &= ~front
+            unreached &= ~front
         front = (front << 1 | front >> 1 | front << SIDE | front >> SIDE) & open_cells & ~seen
         seen |= front
         moves += 1

@@ -1,0 +1,322 @@
+"""Choose single components to remove: the most gain on the questions for the least harm on the guards.
+
+The derivative c_ei of the loss of question e by the strength of component i says what its removal changes: -c_ei to first
+order. The mean loss of the questions falls by ``mean(x) - var(x) / 2``, where x_e is the sum of c_ei over all components that
+are removed: the log-loss bends upwards by the variance of its slope. On text that the model wrote itself, the divergence
+rises by half the Fisher information of each strength.
+
+Components are removed in steps. A step takes components by their gain for their harm, and puts back earlier ones that have
+become useful. It is then measured. The validation questions are three parts. Two of them choose a step, the third accepts it,
+and they take turns. So no question accepts a step that was chosen on it. Where no step is accepted by any of the parts, the
+search ends: the chance that useless steps alone are accepted is ``delta`` at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from laserlm.errors import ScoringError
+from laserlm.linalg.decomposition import ALGORITHM
+from laserlm.models.matrices import Matrix
+from laserlm.paths import atomic_file
+from laserlm.reductions import Components, Intervention, Layers, Reduction, Size
+from laserlm.scoring.identity import digest
+from laserlm.searching.candidates import Candidate
+from laserlm.searching.config import Metric
+from laserlm.searching.ledger import ScoreLedger
+from laserlm.searching.race import is_significantly_worse
+from laserlm.searching.scorer import Failure
+from laserlm.searching.session import BASE, SearchSession
+from laserlm.searching.work import contribution_tasks
+
+__all__ = ["choose_components", "choose_step", "separate_matrices"]
+
+STEP_COMPONENTS = 150
+"""Components that a step changes at most."""
+MIN_GAIN = 0.001
+"""Least gain that a component is expected to have, in nats per answer token of the mean question."""
+LEAST_HARM = 2e-5
+"""Harm that a component counts with at least, in nats per token; smaller ones cannot be told apart."""
+STEP_SHARE, LEAST_SHARE = 0.5, 0.03
+"""Shares of the harm that is left within the bound: what a step is expected to use at most, and below what none is tried."""
+PARTS = 3
+"""Parts of the validation questions, of which one accepts what the others choose."""
+
+
+def choose_components(session: SearchSession) -> None:
+    """Remove components step by step, as long as the validation questions gain and the guards keep within the bound.
+
+    Raises:
+        ScoringError: if the questions are of too few facts.
+        WeightError: if derivatives are not finite.
+        OutOfTimeError: if the time is used up.
+    """
+    ledger = session.on_validation
+    session.begin("components", [BASE], len(ledger.split))
+    ledger.extend([BASE], len(ledger.split))
+    trials = _Trials(session)
+    while len(trials.done) < session.config.steps and trials.failures < PARTS:
+        trials.next()
+
+
+@dataclass
+class _Trials:
+    """The steps that were tried so far.
+
+    Attributes:
+        removed: the components that are removed by the accepted steps.
+        done: the components that each trial changed. They are noted with the run, so that a search that continues takes no
+            gradient twice.
+        judge: the part of the questions that accepts the next step; the others choose it.
+        failures: parts in a row that accepted no step.
+        share: of the harm that is left, which the next step is expected to use at most.
+    """
+
+    session: SearchSession
+    removed: frozenset[int] = frozenset()
+    done: list[list[int]] = field(default_factory=list)
+    judge: int = 0
+    failures: int = 0
+    share: float = STEP_SHARE
+
+    def __post_init__(self) -> None:
+        self.pool = ComponentPool(separate_matrices(self.session.candidates))
+        self.noted: list[list[int]] = self.session.run.notes.get("component_trials", [])
+        self.facts = [e.fact or e.id for e in self.session.on_validation.split]
+        self.parts = _parts(self.facts)
+        self._harm: Tensor | None = None
+        self._derivatives: Tensor | None = None
+
+    def next(self) -> None:
+        """Choose a step on two parts, and accept it if the third one gains and the guards keep within the bound."""
+        session, number = self.session, len(self.done)
+        changed = self.noted[number] if number < len(self.noted) else self._choose()
+        self.done.append(changed)
+        if number >= len(self.noted):
+            session.run.note("component_trials", self.done)
+        removed = self.removed ^ frozenset(changed)
+        tried = self.pool.intervention(removed)
+        session.begin(f"step {number + 1}", [tried], len(self.facts))
+        if not changed or not self._is_better(tried):
+            self._take_turns(failed=True)
+        elif session.allows(tried):
+            self.removed, session.best = removed, tried
+            self._take_turns(failed=False)
+        else:
+            self.share /= 4
+            if self.share < LEAST_SHARE:
+                self._take_turns(failed=True)
+
+    def _take_turns(self, *, failed: bool) -> None:
+        self.judge = (self.judge + 1) % PARTS
+        self.failures = self.failures + 1 if failed else 0
+        self.share = STEP_SHARE
+        self._derivatives = None
+
+    def _is_better(self, tried: Intervention) -> bool:
+        """Return whether the part that did not choose a step is significantly better after it than before.
+
+        Steps are tested one after the other, and the search ends at the first one that no part accepts. So each step has
+        all of ``delta`` for itself, in shares for the parts.
+        """
+        session, ledger = self.session, self.session.on_validation
+        n = len(ledger.split)
+        ledger.extend([tried], n)
+        if ledger.fails(tried, n):
+            return False
+        part = self.parts[self.judge]
+        before, after = (
+            replace(e, scores=e.scores[part.start : part.stop]) for e in (ledger.first(i, n) for i in (session.best, tried))
+        )
+        metric: Metric = "accuracy" if session.between_choices else "loss"
+        return is_significantly_worse(after, before, metric, session.config.delta / PARTS)
+
+    def _choose(self) -> list[int]:
+        session, ledger = self.session, self.session.on_validation
+        if self._harm is None:
+            self._harm = self.pool.harm(session)
+        chosen_on = [i for part in self.parts if part != self.parts[self.judge] for i in part]
+        if self._derivatives is None:
+            session.begin(f"gradient {len(self.done) + 1}", [session.best], 0)
+            session.report_progress(session.best)
+            self._derivatives = _derivatives(
+                ledger, chosen_on, session.best, self.pool.matrices, between_choices=session.between_choices
+            )
+        return choose_step(
+            self._derivatives,
+            [self.facts[i] for i in chosen_on],
+            self._harm,
+            sorted(self.removed),
+            cap=STEP_COMPONENTS,
+            allowed=self.share * session.harm_left,
+        )
+
+
+@dataclass(frozen=True)
+class ComponentPool:
+    """The components of some matrices, numbered one matrix after the other; K in all.
+
+    Args:
+        matrices: of which no two share weights.
+    """
+
+    matrices: Sequence[Matrix]
+
+    def __len__(self) -> int:
+        return sum(m.max_rank for m in self.matrices)
+
+    def intervention(self, removed: frozenset[int]) -> Intervention:
+        """Return the intervention that removes some components."""
+        reductions, start = [], 0
+        chosen = sorted(removed)
+        for m in self.matrices:
+            if numbers := [i - start for i in chosen if start <= i < start + m.max_rank]:
+                layers = Layers(first=m.layer, last=m.layer)
+                reductions.append(Reduction(layers, m.name, Size(drop=Components.of(numbers)), stack=m.stack))
+            start += m.max_rank
+        return Intervention(tuple(reductions))
+
+    def harm(self, session: SearchSession) -> Tensor:
+        """Return what the removal of each component is expected to cost on the guards, (K,), in nats per token.
+
+        It is half the mean over tokens of the squared derivative; with several guards the largest one.
+        """
+        return torch.stack([self._harm(session, guard.choosing) for guard in session.guards]).amax(0)
+
+    def _harm(self, session: SearchSession, ledger: ScoreLedger) -> Tensor:
+        """Return the harm on one guard. It does not depend on the task, so the cache keeps it for other searches."""
+        lm, sequences = ledger.lm, ledger.encoded.sequences
+        tokens = [(s.ids, s.decoder, s.targets) for s in sequences]
+        key = digest([lm.hash, str(lm.dtype), ALGORITHM, [m.id for m in self.matrices], tokens])
+        file = lm.cache / "texts" / f"{key}.safetensors"
+        with suppress(OSError, SafetensorError):
+            return load_file(file)["harm"]
+        session.begin(f"harm on {ledger.split.task}", [BASE], 0)
+        session.report_progress(BASE)
+        squares = _derivatives(ledger, range(len(ledger.split)), BASE, self.matrices, squared=True)[0]
+        harm = squares / sum(len(s.targets) for s in sequences) / 2
+        with suppress(OSError, SafetensorError), atomic_file(file) as part:
+            save_file({"harm": harm}, part)
+        return harm
+
+
+def choose_step(
+    contributions: Tensor, facts: Sequence[str], harm: Tensor, removed: Sequence[int], *, cap: int, allowed: float
+) -> list[int]:
+    """Return the components that a step removes, or puts back if they are among the removed ones.
+
+    The means over the questions are shrunk by what is known of their errors: by 1 - c / (mean of the squared ratios of mean
+    to error over all components), where c is what chance alone gives. So it is 0 where the questions say nothing.
+
+    Args:
+        contributions: (E, K) derivatives of the loss of each question.
+        facts: of each question.
+        harm: (K,) of each component.
+        removed: those that are removed now.
+        cap: largest number of components.
+        allowed: harm that may be added, in nats per token.
+    """
+    E = len(facts)
+    mean = contributions.mean(0)
+    ratios = mean / _standard_errors(contributions - mean, facts)
+    J = len(set(facts))
+    by_chance = (J - 1) / (J - 3) if J > 3 else math.inf  # the mean square of Student's t with J - 1 degrees of freedom
+    signal = max(0.0, 1 - by_chance / float(ratios[ratios.isfinite()].square().mean()))
+    sign, cost = torch.ones_like(mean), harm.clamp(min=LEAST_HARM)
+    sign[list(removed)], cost[list(removed)] = -1, LEAST_HARM
+    gain = signal * sign * mean - contributions.var(0) / 2
+    pool = (gain > MIN_GAIN).nonzero()[:, 0]
+    slopes = (contributions[:, pool] - mean[pool]) * sign[pool]  # (E, P)
+    gain, cost = gain[pool], cost[pool]
+    chosen: list[int] = []
+    while len(chosen) < cap:
+        score = torch.where((gain > MIN_GAIN) & (cost <= allowed), gain / cost, 0.0)
+        if not len(pool) or not float(score.max()) > 0:
+            break
+        j = int(score.argmax())
+        chosen.append(int(pool[j]))
+        allowed -= float(cost[j])
+        gain = gain - slopes.T @ slopes[:, j] / (E - 1)  # what the others still gain when this one is removed
+        gain[j] = -math.inf
+    return chosen
+
+
+def _standard_errors(deviations: Tensor, facts: Sequence[str]) -> Tensor:
+    """Return the standard error of the mean of values with deviations (E, K) from it; only facts are independent."""
+    number = {fact: i for i, fact in enumerate(dict.fromkeys(facts))}
+    sums = torch.zeros(len(number), deviations.shape[1], dtype=deviations.dtype)
+    sums.index_add_(0, torch.tensor([number[fact] for fact in facts]), deviations)
+    correction = len(number) / max(1, len(number) - 1)
+    return (correction * sums.square().sum(0)).sqrt() / len(facts)
+
+
+def _derivatives(
+    ledger: ScoreLedger,
+    examples: Sequence[int],
+    intervention: Intervention,
+    matrices: Sequence[Matrix],
+    *,
+    squared: bool = False,
+    between_choices: bool = False,
+) -> Tensor:
+    """Return the derivatives of the losses of examples by the strengths of all components, (E, K); or sums of squares (1, K).
+
+    Raises:
+        OutOfTimeError: at the deadline.
+        ScoringError: if workers ended at it.
+    """
+    tasks = contribution_tasks(
+        ledger.name,
+        examples,
+        intervention,
+        matrices,
+        ledger.executor.workers,
+        squared=squared,
+        between_choices=between_choices,
+    )
+    found: dict[str, Tensor] = {}
+    for task, result in ledger.executor.run(tasks, deadline=ledger.deadline, is_cancelled=lambda _: False):
+        if isinstance(result, Failure):
+            raise ScoringError(f"the gradient over {ledger.split.task} could not be taken: {result.reason}")
+        found |= result
+        ledger.cost += task.cost
+    rows = 1 if squared else len(examples)
+    # A matrix that no example uses changes nothing.
+    return torch.cat([found.get(m.id, torch.zeros(rows, m.max_rank)).float() for m in matrices], 1)
+
+
+def separate_matrices(candidates: Sequence[Candidate]) -> list[Matrix]:
+    """Return the matrices of the candidates, without those that share weights with an earlier one."""
+    separate: list[Matrix] = []
+    for m in dict.fromkeys(c.matrix for c in candidates):
+        if not any(m.overlaps(other) for other in separate):
+            separate.append(m)
+    return separate
+
+
+def _parts(facts: Sequence[str]) -> list[range]:
+    """Return parts of about equal size of questions that stand fact by fact, so that no fact is in two parts.
+
+    Raises:
+        ScoringError: if there are fewer facts than parts.
+    """
+    starts = [i for i in range(1, len(facts)) if facts[i] != facts[i - 1]]
+    if len(starts) < PARTS - 1:
+        raise ScoringError(
+            f"the {len(facts)} validation questions are of {len(starts) + 1} facts; the choice of components needs {PARTS} at "
+            "least, and says little below 100: give more facts"
+        )
+    cuts: list[int] = []
+    for k in range(1, PARTS):
+        left = [i for i in starts[: len(starts) - (PARTS - 1 - k)] if i > max(cuts, default=0)]
+        cuts.append(min(left, key=lambda i: abs(PARTS * i - k * len(facts))))
+    return [range(a, b) for a, b in pairwise([0, *cuts, len(facts)])]

@@ -1,0 +1,40 @@
+"""What single components contribute to a loss: the derivatives of the loss by their strengths, over questions or tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from laserlm.errors import WeightError
+from laserlm.searching.gradients import ComponentGradients
+
+__all__ = ["contributions_of_examples"]
+
+
+def contributions_of_examples(
+    gradients: ComponentGradients, examples: Sequence[int], n: int, scales: Sequence[float]
+) -> dict[str, Tensor]:
+    """Return the derivatives (n, k) by the matrix's id; at the deadline not of all matrices.
+
+    Args:
+        gradients: of the losses of rows.
+        examples: for each row the index of its example.
+        n: number of examples.
+        scales: factors of the loss, one after the other until all gradients are finite.
+
+    Raises:
+        WeightError: if a gradient is not finite at any of them.
+    """
+    of_rows, found = torch.tensor(examples), dict[str, Tensor]()
+    for scale in scales:
+        found = {}
+        for chunk, reduced in gradients.chunks(range(len(examples)), lambda _, sums: sums.cpu(), scale=scale):
+            for name, of_chunk in reduced.items():
+                total = found.setdefault(name, torch.zeros(n, of_chunk.shape[1], dtype=of_chunk.dtype))
+                total.index_add_(0, of_rows[chunk], of_chunk)
+        if all(bool(total.isfinite().all()) for total in found.values()):
+            return found
+    wrong = next(name for name, total in found.items() if not bool(total.isfinite().all()))
+    raise WeightError(f"the gradient of {wrong} overflows {gradients.lm.dtype}; load the model in bfloat16 or float32")
