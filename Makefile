@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOKE := scripts/smoke.sh
 PIPX := PIPX_HOME=build/pipx PIPX_BIN_DIR=build/pipx/bin build/pipx-venv/bin/pipx
+RELEASE := build/pipx/venvs/laserlm
 
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
@@ -46,16 +47,17 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What is released answers in an empty environment, made by pipx: the wheel, then the source distribution in its place.
+# What is released answers in an empty environment, made by pipx. The wheel does; the source distribution installs the same files.
 wheel: setup
-	rm -rf dist build/pipx-venv build/pipx
-	$(BIN)/python -m build --quiet
+	rm -rf dist build/pipx-venv build/pipx build/sdist
+	$(BIN)/python -m build --quiet --no-isolation
 	$(PYTHON) -m venv build/pipx-venv
 	build/pipx-venv/bin/python -m pip install --quiet pipx
-	$(PIPX) install --quiet --backend pip --pip-args="-c $(CURDIR)/constraints.txt" dist/*.whl
+	$(PIPX) install --quiet --backend pip --pip-args="--no-compile -c $(CURDIR)/constraints.txt" dist/*.whl
 	$(SMOKE) build/pipx/bin
-	$(PIPX) runpip laserlm install --quiet --no-deps --force-reinstall $(CURDIR)/dist/*.tar.gz
-	$(SMOKE) build/pipx/bin
+	$(RELEASE)/bin/python -m pip install --quiet --no-deps --target build/sdist dist/*.tar.gz
+	diff -r -x __pycache__ build/sdist/laserlm $(RELEASE)/lib/python*/site-packages/laserlm
+	diff -r -x RECORD -x REQUESTED -x direct_url.json build/sdist/laserlm-*.dist-info $(RELEASE)/lib/python*/site-packages/laserlm-*.dist-info
 
 # The documentation as a site, in build/site.
 docs: $(VENV)/installed
