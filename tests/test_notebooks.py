@@ -194,7 +194,7 @@ lowest = [f"{m.matrix}@{m.size}" for m in whole if m.loss_change.value == first.
     values = json.loads(outputs(notebook)[-1].text)
     # 7 matrices at 6 sizes of each block; the map shows all that was scored, and the best of those that met every question.
     assert values["counts"] == [7 * 6 * (2 if named.real else 10), named.few, named.few]
-    assert values["mapped"][0] == values["mapped"][1] >= 48
+    assert values["mapped"][0] == values["mapped"][1] >= 40
     assert values["best"]
     assert values["figures"][0] == pytest.approx(values["figures"][1])
     assert values["questions"][:2] == ["Oslo", "Tokyo"]

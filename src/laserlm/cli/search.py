@@ -88,6 +88,10 @@ class SearchOptions:
         float | None,
         typer.Option(min=0, max=1, help="Share kept after each rung.", show_default="0.34", rich_help_panel=SEARCH_PANEL),
     ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of components at most.", show_default="12", rich_help_panel=SEARCH_PANEL),
+    ] = None
     delta: Annotated[
         float,
         typer.Option(min=0, max=1, help="Error probability of eliminations and composed steps.", rich_help_panel=SEARCH_PANEL),
