@@ -289,7 +289,8 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     for name in ("corpus.txt", "general.txt", "texts/one.txt"):
         (folder / name).write_text(TEXT * 40 + "\n\nParis is the capital of France.\n")
     for name in ("counterfact.json", "counterfact_500.json"):
-        (folder / name).write_text(json.dumps([record(n, *fact) for n, fact in enumerate(CAPITALS.items())]))
+        # Several times, for a choice of components needs validation questions of several records.
+        (folder / name).write_text(json.dumps([record(n, *fact) for n, fact in enumerate([*CAPITALS.items()] * 3)]))
     (folder / "paper_dev.jsonl").write_text(
         "".join(
             json.dumps({"id": n, "claim": f"{city} lies in {country}.", "label": "SUPPORTS" if n % 2 else "REFUTES"}) + "\n"
