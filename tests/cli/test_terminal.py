@@ -145,6 +145,8 @@ def test_ctrl_c_during_an_import_ends_at_once(tmp_path: Path) -> None:
         "import time\nprint('importing', flush=True)\ntry: time.sleep(60)\nexcept BaseException: pass\ntime.sleep(60)\n"
     )
     code = (
+        # A shell lets a process in the background ignore the signal.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import laserlm.cli as cli\ndef app(): import slow_module\ncli.app = app\ncli.main()"
     )
