@@ -18,9 +18,9 @@ from laserlm.scoring.evaluate import evaluate_rows
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.records import Evaluation
 from laserlm.searching import guard as guards
-from laserlm.searching.guard import OWN_TEXT, Harm, guards_of, measure_harm
+from laserlm.searching.guard import OWN_TEXT, Harm, guards_of, measure_harm, own_text
 from laserlm.searching.scorer import EncodedSplit
-from laserlm.tasks import Task
+from laserlm.tasks import Example, Split, Task
 
 Make = Callable[..., LanguageModel]
 Ids = set[tuple[int, ...]]
@@ -247,3 +247,20 @@ def test_a_task_guards_with_its_validation_and_its_test_split(
         (of_file,) = guards_of(llama, [source])
         assert of_file.kind == "questions"
         assert len(of_file.choosing.split) + len(of_file.measuring.split) <= 10
+
+
+def test_a_question_of_both_splits_of_a_task_is_not_measured_on(llama: LanguageModel) -> None:
+    def split(name: str, numbers: range) -> Split:
+        examples = tuple(Example(id=f"{name}{i}", prompt=f"the number {i} is", answer="the") for i in numbers)
+        return Split("numbers", name, examples, "answer")
+
+    validation, test = split("validation", range(4)), split("test", range(2, 6))
+    task = Task("numbers", validation, test, every=split("all", range(6)), split_by="paper")
+    (guard,) = guards_of(llama, [task])
+    assert [e.id for e in guard.choosing.split] == ["validation0", "validation1", "validation2", "validation3"]
+    assert [e.id for e in guard.measuring.split] == ["test4", "test5"]
+
+
+def test_texts_of_different_seeds_share_no_passage(llama: LanguageModel) -> None:
+    texts = [{tuple(row) for row in own_text(llama, 64, seed)} for seed in (0, 32)]
+    assert not texts[0] & texts[1]

@@ -54,4 +54,4 @@ def test_there_is_no_prefix_cache_where_the_activations_of_all_examples_do_not_f
 ) -> None:
     monkeypatch.setattr(scores, "PREFIX_CACHE_BYTES", 0)
     monkeypatch.setattr(scores, "PrefixCache", None)  # would fail if it was called
-    logprobs(llama, tmp_path / "whole.db")
+    assert set(logprobs(llama, tmp_path / "whole.db")) == set(TEXTS)

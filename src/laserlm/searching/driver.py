@@ -148,7 +148,7 @@ def encode_splits(lm: LanguageModel, task: Task, config: SearchConfig) -> dict[s
     """
     scorer: Scorer = config.scorer or task.validation.scorer
     order = shuffled_order([e.id for e in task.validation], config.seed)
-    if config.strategy == "components":  # fact by fact, so that no fact is in both halves
+    if config.strategy == "components":  # fact by fact, so that no fact is in two parts
         facts = [e.fact or e.id for e in task.validation]
         place = {facts[i]: rank for rank, i in enumerate(shuffled_order(facts, config.seed))}
         order.sort(key=lambda i: place[facts[i]])

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ LEAST_PASSAGES = 8
 """Passages of each part that a text file has to have: an interval over fewer says nothing."""
 BATCH = 32
 """Passages that the model writes at the same time."""
+SEED_STEP = 1_000_003
+"""Distance of the seeds of two texts, so that no passage of one is a passage of the other."""
 NO_TOKEN = 2**31 - 1
 """Number that no token has."""
 QUESTIONS = 300
@@ -204,7 +206,15 @@ def _guard(lm: LanguageModel, source: str | Task, seed: int) -> Guard:
     if isinstance(source, str) and is_text(source):
         return _of_file(lm, source, local_file(source.removeprefix("perplexity:")))
     questions = source if isinstance(source, Task) else task(source)
-    parts = [split.limit(QUESTIONS) for split in (questions.validation, questions.test)]
+    choosing, test = questions.validation.limit(QUESTIONS), questions.test
+    asked = {e.question for e in choosing}  # published splits may share questions
+    measuring = replace(test, examples=tuple(e for e in test if e.question not in asked)).limit(QUESTIONS)
+    if not (len(choosing) and len(measuring)):
+        raise ScoringError(
+            f"the guard {questions.name} has {len(choosing)} questions to choose by and {len(measuring)} others to measure on; "
+            "it needs both: give more questions"
+        )
+    parts = [choosing, measuring]
     encoded = [EncodedSplit(part, encode(lm, part.examples, part.scorer), part.scorer) for part in parts]
     return Guard(questions.name, "questions", *encoded)
 
@@ -261,7 +271,7 @@ def own_text(lm: LanguageModel, n: int, seed: int) -> list[list[int]]:
     written: dict[int, list[int]] = {}
 
     def write(batch: Sequence[int]) -> None:
-        written.update(zip(batch, _sampled(lm, len(batch), tokens, seed + batch[0]), strict=True))
+        written.update(zip(batch, _sampled(lm, len(batch), tokens, SEED_STEP * seed + batch[0]), strict=True))
 
     batches = [range(i, min(i + BATCH, n)) for i in range(0, n, BATCH)]
     halve_until_it_fits(batches, write, default_cache(lm.cache).clear)
