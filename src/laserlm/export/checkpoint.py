@@ -358,7 +358,8 @@ def _check_finite(lm: LanguageModel, state: dict[str, Tensor], dtype: torch.dtyp
                 f"{torch.finfo(dtype).max:.3g}; save it in bfloat16 or float32 (--save-dtype)"
             )
         raise ExportError(
-            f"{where} holds values that are not finite in {_name(parameter.dtype)}; load the base model in bfloat16 or float32"
+            f"{where} holds {int((~parameter.isfinite()).sum()):,} values that are not finite; load the base model again, "
+            "or in bfloat16 or float32"
         )
 
 

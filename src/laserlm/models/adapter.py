@@ -14,7 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from laserlm.errors import MissingExtraError, ModelError
+from laserlm.errors import MissingExtraError, ModelError, WeightError
+from laserlm.models.finite import describe, not_finite
 from laserlm.models.language_model import LanguageModel
 
 __all__ = ["base_of", "is_beside_a_model", "model_alone", "with_adapter"]
@@ -64,6 +65,7 @@ def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
     Raises:
         MissingExtraError: if peft is not installed.
         ModelError: if the adapter does not fit the base model.
+        WeightError: if the adapter makes weights that are not finite.
     """
     try:
         from peft import PeftModel
@@ -77,6 +79,11 @@ def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot load the adapter {str(folder)!r} on {lm.name}: {reason}; save the adapter again") from error
+    if counts := not_finite(model):
+        raise WeightError(
+            f"the adapter {str(folder)!r} makes weights of {lm.name} that are not finite: {describe(counts)}. It is damaged or "
+            "overflows the dtype; load it with --dtype float32 (dtype=...), or save the adapter again"
+        )
     log.warning("the adapter in %s is merged into the weights of its base model", folder)
     model.config._name_or_path = str(folder) if is_beside_a_model(folder) else model.config._name_or_path
     loaded = {**(lm.loaded or {}), "name": str(Path(folder).absolute()), "revision": None}

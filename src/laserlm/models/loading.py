@@ -32,12 +32,13 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from transformers.utils.quantization_config import GgufConfig
 
-from laserlm.errors import ModelError
+from laserlm.errors import ModelError, WeightError
 from laserlm.models import adapter, bundled, gguf
+from laserlm.models.finite import describe, is_finite, not_finite
 from laserlm.models.language_model import Kind, LanguageModel
 from laserlm.models.matrices import language_config
 from laserlm.models.plugins import read_config
-from laserlm.models.weight_files import tensor_files
+from laserlm.models.weight_files import parameter_names, read_tensor, tensor_files
 from laserlm.out_of_memory import is_out_of_memory
 from laserlm.paths import atomic_folder, cache_folder
 
@@ -102,6 +103,7 @@ def load(
 
     Raises:
         ModelError: if the model cannot be found or loaded, or lacks the requested kind of head.
+        WeightError: if weights are not finite (NaN or infinite).
     """
     if kind is not None and kind not in CLASSES:
         raise ModelError(f"no kind of model {kind!r}; there are {', '.join(CLASSES)}")
@@ -168,6 +170,7 @@ def _read(
         check_no_adapter(name, Path(source), model)
         _check_complete(name, config, info["missing_keys"], info["unexpected_keys"])
         model = model if device is None else model.to(device)
+        _check_finite(name, model, source)
     _warn_of_unread(name, model, {*info["unexpected_keys"], *_ignored_tensors(model, source)})
     return model, tokenizer, kind
 
@@ -365,17 +368,42 @@ def _check_complete(name: str, config: Any, missing_keys: Iterable[str], unexpec
         )
 
 
+def _check_finite(name: str, model: Any, source: str | Path) -> None:
+    """Raise a WeightError if weights are not finite: because the checkpoint is damaged, or because of the dtype."""
+    counts = not_finite(model)
+    if not counts:
+        return
+    found, dtype = f"{name!r} has weights that are not finite: {describe(counts)}", str(model.dtype).removeprefix("torch.")
+    files = tensor_files(_stored_folder(model, source))
+    stored = [stored for stored, (read_as, _) in parameter_names(model, files).items() if read_as in counts]
+    if stored and all(is_finite(read_tensor(files[tensor], tensor)) for tensor in stored):
+        raise WeightError(f"{found}. The file holds larger values than {dtype} does; load it with --dtype float32 (dtype=...)")
+    if (Path(source) / gguf.RECORD).is_file():
+        step = f"Its converted copy in {source} is damaged; remove it with 'laser clear-cache', and run the command again"
+    elif stored or model.dtype == torch.float32:
+        step = "The checkpoint is damaged; copy or download it again, or give another one"
+    else:
+        step = f"The checkpoint is damaged or overflows {dtype}; load it with --dtype float32, or copy it again"
+    raise WeightError(f"{found}. {step}")
+
+
 def _first_names(names: Iterable[str]) -> str:
     ordered = sorted(names)
     return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
 
 
-def _ignored_tensors(model: Any, source: str | Path) -> list[str]:
-    """Return the stored tensors that the model's class leaves out without a word, such as those of a vision tower."""
+def _stored_folder(model: Any, source: str | Path) -> Path:
+    """Return the folder that a model was read from: for a hub id, the one in the hub's cache."""
     folder = Path(source)
     if not folder.is_dir():
         config = try_to_load_from_cache(str(source), "config.json", revision=getattr(model.config, "_commit_hash", None))
         folder = Path(config).parent if isinstance(config, str) else folder
+    return folder
+
+
+def _ignored_tensors(model: Any, source: str | Path) -> list[str]:
+    """Return the stored tensors that the model's class leaves out without a word, such as those of a vision tower."""
+    folder = _stored_folder(model, source)
     ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ())
     if not ignored:
         return []

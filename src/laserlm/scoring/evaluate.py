@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from laserlm.errors import ScoringError
+from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
 from laserlm.reductions import short_form
 from laserlm.scoring.forward import Progress, out_of_memory_error, run_rows
@@ -139,7 +140,7 @@ def _check_finite(lm: LanguageModel, scores: Sequence[ExampleScore]) -> None:
     if broken is not None:
         raise ScoringError(
             f"{lm.intervention or 'the unchanged model'} gives example {broken.id!r} a log-probability of {broken.logprob}: "
-            "the model overflows its dtype. Load it with dtype float32 or bfloat16."
+            f"{overflow(lm.model, lm.dtype)}"
         )
 
 

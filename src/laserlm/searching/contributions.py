@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from laserlm.errors import WeightError
+from laserlm.models.finite import overflow
 from laserlm.searching.gradients import ComponentGradients
 
 __all__ = ["contributions_of_examples"]
@@ -37,4 +38,5 @@ def contributions_of_examples(
         if all(bool(total.isfinite().all()) for total in found.values()):
             return found
     wrong = next(name for name, total in found.items() if not bool(total.isfinite().all()))
-    raise WeightError(f"the gradient of {wrong} overflows {gradients.lm.dtype}; load the model in bfloat16 or float32")
+    lm = gradients.lm
+    raise WeightError(f"the gradient of {wrong} is not finite: {overflow(lm.model, lm.dtype)}")

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from laserlm.errors import AnalysisError, ScoringError
+from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.forward import Progress, TokenScores, run_rows
 from laserlm.scoring.scorers import SCORERS
@@ -126,8 +127,8 @@ def confidences(lm: LanguageModel, split: Split, batch_size: int = 32, on_progre
         confidence, right = _choice(e, [outcome for _, outcome in pairs]) if choosing else _token(*pairs[0])
         if not math.isfinite(confidence):
             raise ScoringError(
-                f"{lm.intervention or 'the unchanged model'} gives a probability of {confidence} on example {e.id!r}; "
-                "the model overflows its dtype. Load it with dtype float32 or bfloat16."
+                f"{lm.intervention or 'the unchanged model'} gives a probability of {confidence} on example {e.id!r}: "
+                f"{overflow(lm.model, lm.dtype)}"
             )
         results.append((confidence, right))
     return results

@@ -18,6 +18,7 @@ from laserlm.edit import applied
 from laserlm.edit.apply import Edit, default_cache, label_as_edited, replaced_weights, resolve
 from laserlm.errors import AnalysisError, ScoringError
 from laserlm.jsonable import fields_to_json
+from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import read_matrix
 from laserlm.reductions import Intervention
@@ -128,7 +129,7 @@ def _first_tokens(scorer: CachedScorer, rows: Sequence[TokenSequence], intervent
     with applied(lm, intervention, seed=scorer.seed):
         scores = run_rows(lm, rows, scorer.batch_size)
     if not all(math.isfinite(score.logprobs[0]) for score in scores):
-        raise ScoringError(f"{intervention} overflows {lm.dtype}; load the model with dtype float32 or bfloat16")
+        raise ScoringError(f"{intervention} gives probabilities that are not finite: {overflow(lm.model, lm.dtype)}")
     return [(score.argmax[0], score.logprobs[0]) for score in scores]
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import kl_div
 
 from laserlm.edit import applied
 from laserlm.errors import AnalysisError
+from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.output_layer import float32_output_layer
@@ -145,7 +146,7 @@ def divergence(
         if on_batch is not None:
             on_batch(len(divergences), len(texts))
     if not all(map(math.isfinite, divergences)):
-        raise AnalysisError(f"{intervention} overflows {lm.dtype} on these prompts; load the model with dtype float32")
+        raise AnalysisError(f"{intervention} has no finite divergence on these prompts: {overflow(lm.model, lm.dtype)}")
     return divergences
 
 

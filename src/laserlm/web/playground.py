@@ -15,6 +15,7 @@ from torch import Tensor
 from laserlm.edit import applied
 from laserlm.edit.apply import removed_part
 from laserlm.errors import ReportError, ScoringError
+from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
 from laserlm.reductions import Intervention
 from laserlm.scoring.generation import generate, generate_for
@@ -193,8 +194,7 @@ def _variant(lm: LanguageModel, intervention: str, text: str, logits: Tensor) ->
     probabilities = logits.float().softmax(-1)  # (V,)
     if not bool(probabilities.isfinite().all()):
         raise ScoringError(
-            f"{intervention or 'the unchanged model'} gives probabilities that are not finite, because the model overflows "
-            "its dtype; load it with dtype float32 or bfloat16"
+            f"{intervention or 'the unchanged model'} gives probabilities that are not finite: {overflow(lm.model, lm.dtype)}"
         )
     best = probabilities.topk(min(N_TOP_TOKENS, len(probabilities)))
     tokenizer = lm.require_tokenizer()
