@@ -8,14 +8,12 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from stand_in import save_stand_in
 
 import laserlm as laser
 
@@ -25,10 +23,10 @@ LARGEST = 1_000_000
 """Bytes of a stored notebook at most."""
 STORED = {"ten_minutes": 300, "one_reduction": 1000}
 """Questions of a notebook as it is stored."""
-SMALLER = {"(0, 1, 2, 4, 8, 16, 32, 48, 96, 144, 191, 192)": "(0, 1, 2, 4, 8, 12, 15, 16)"}
-"""What a notebook says of the bundled model's 192 singular values, and what it says of the stand-in's 16."""
+FEW = 24
+"""Questions of a notebook that is run here."""
 NARROWER = {"20-29.all@": "28-29.all@"}
-"""The blocks that a notebook searches, and those of them that it searches here if the model is the bundled one."""
+"""The blocks that a notebook searches, and those of them that it searches here."""
 SHORT_GUARD = "from laserlm.searching import guard\nguard.PASSAGES, guard.PASSAGE_TOKENS = 8, 16\n"
 """Makes the text short that the model writes for a search, on which the harm of a reduction is measured."""
 BASE = re.compile(r"worldfacts/test base: accuracy (\S+)% \[\S+%, \S+%\], loss (\S+) nats/token, n (\d+)")
@@ -59,45 +57,17 @@ def texts(notebook: Any) -> str:
     return "\n".join(shown)
 
 
-@dataclass(frozen=True)
-class Named:
-    """What the word ``bundled`` stands for while a notebook is run.
-
-    Args:
-        lm: the model.
-        few: questions of a notebook that is run here.
-        most: questions that any test compares.
-        real: whether it is the bundled model itself.
-    """
-
-    lm: laser.LanguageModel
-    few: int
-    most: int
-    real: bool
-
-    @cached_property
-    def evaluation(self) -> laser.Evaluation:
-        """The unchanged model on the first questions, which serve for all that ask for fewer."""
-        return laser.evaluate(self.lm, laser.task("worldfacts").test.limit(self.most))
-
-    def base(self, n: int) -> laser.Evaluation:
-        """Return the evaluation of the unchanged model on the first ``n`` questions."""
-        assert n <= self.most
-        return replace(self.evaluation, scores=self.evaluation.scores[:n])
+pytestmark = pytest.mark.xdist_group("notebooks")  # the tests compare one evaluation
 
 
-@pytest.fixture(scope="session", params=["stand-in", pytest.param("bundled", marks=[pytest.mark.slow, pytest.mark.bundled])])
-def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Named:
-    """The stand-in, or the bundled model."""
-    if request.param == "bundled":
-        return Named(request.getfixturevalue("bundled"), few=24, most=max(STORED.values()), real=True)
-    cache = tmp_path_factory.mktemp("stand-in") / "laserlm"
-    save_stand_in(cache)
-    return Named(laser.load("bundled", cache=cache), few=24, most=24, real=False)
+@pytest.fixture(scope="session")
+def base(bundled: laser.LanguageModel) -> laser.Evaluation:
+    """The unchanged model on the first questions, which serve for all that ask for fewer."""
+    return laser.evaluate(bundled, laser.task("worldfacts").test.limit(max(STORED.values())))
 
 
 @pytest.fixture
-def execute(named: Named, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Execute:
+def execute(bundled: laser.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Execute:
     """Run a notebook on the running Python in a temporary folder, some cells more at its end, and return it as it is then."""
     from nbclient import NotebookClient
 
@@ -111,9 +81,9 @@ def execute(named: Named, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ex
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    assert named.lm.cache.name == "laserlm"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(named.lm.cache.parent))
-    monkeypatch.setenv("LASER_NOTEBOOK_QUESTIONS", str(named.few))
+    assert bundled.cache.name == "laserlm"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(bundled.cache.parent))
+    monkeypatch.setenv("LASER_NOTEBOOK_QUESTIONS", str(FEW))
     working = tmp_path / "working"
     working.mkdir()
 
@@ -121,7 +91,7 @@ def execute(named: Named, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ex
         notebook = copy.deepcopy(stored(name))
         for cell in code(notebook):
             cell.outputs, cell.execution_count = [], None
-            for wide, narrow in (NARROWER if named.real else SMALLER).items():
+            for wide, narrow in NARROWER.items():
                 cell.source = cell.source.replace(wide, narrow)
         code(notebook)[0].source = SHORT_GUARD + code(notebook)[0].source
         notebook.cells += [nbformat.v4.new_code_cell(source) for source in more]
@@ -133,12 +103,12 @@ def execute(named: Named, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ex
     return execute
 
 
-def check_base(notebook: Any, named: Named) -> int:
+def check_base(notebook: Any, base: laser.Evaluation) -> int:
     """Compare the first evaluation that a notebook shows with one that is made here, and return its number of questions."""
     accuracy, loss, n = BASE.findall(texts(notebook))[0]
-    base = named.base(int(n))
-    assert f"{base.accuracy:.1%}" == f"{accuracy}%"
-    assert base.loss == pytest.approx(float(loss), abs=1.1e-3)
+    here = replace(base, scores=base.scores[: int(n)])
+    assert f"{here.accuracy:.1%}" == f"{accuracy}%"
+    assert here.loss == pytest.approx(float(loss), abs=1.1e-3)
     return int(n)
 
 
@@ -167,14 +137,14 @@ def test_a_stored_notebook_holds_its_outputs_in_order_and_nothing_from_elsewhere
 
 @pytest.mark.bundled
 @pytest.mark.slow
-@pytest.mark.xdist_group("notebooks on the bundled model")  # both compare one evaluation
-@pytest.mark.parametrize("named", ["bundled"], indirect=True)
 @pytest.mark.parametrize(("name", "questions"), STORED.items())
-def test_the_stored_base_is_what_is_measured_here(name: str, questions: int, named: Named) -> None:
-    assert check_base(stored(name), named) == questions
+def test_the_stored_base_is_what_is_measured_here(name: str, questions: int, base: laser.Evaluation) -> None:
+    assert check_base(stored(name), base) == questions
 
 
-def test_ten_minutes_runs_from_top_to_bottom(execute: Execute, named: Named) -> None:
+@pytest.mark.bundled
+@pytest.mark.slow
+def test_ten_minutes_runs_from_top_to_bottom(execute: Execute, bundled: laser.LanguageModel, base: laser.Evaluation) -> None:
     facts = """print(json.dumps({
         "best": str(found.best) in lowest,
         "counts": [found.candidates, found.validation.n, found.test.n],
@@ -190,39 +160,38 @@ first = min(whole, key=lambda m: m.loss_change.value)
 # Nothing is left of two small matrices, and it is the same whichever of them it is.
 lowest = [f"{m.matrix}@{m.size}" for m in whole if m.loss_change.value == first.loss_change.value]"""
     notebook = execute("ten_minutes", lowest, facts)
-    assert check_base(notebook, named) == named.few
+    assert check_base(notebook, base) == FEW
     values = json.loads(outputs(notebook)[-1].text)
     # 7 matrices at 6 sizes of each block; the map shows all that was scored, and the best of those that met every question.
-    assert values["counts"] == [7 * 6 * (2 if named.real else 10), named.few, named.few]
+    assert values["counts"] == [7 * 6 * 2, FEW, FEW]
     assert values["mapped"][0] == values["mapped"][1] >= 40
     assert values["best"]
     assert values["figures"][0] == pytest.approx(values["figures"][1])
     assert values["questions"][:2] == ["Oslo", "Tokyo"]
-    base = sum(p.numel() for p in named.lm.model.parameters())
-    # 76 = floor(0.4 x 192) rows of 192 x 576, and the coefficients of the others; in the stand-in 6 of 16 x 32.
-    rows, columns, rank = (192, 576, 76) if named.real else (16, 32, 6)
-    assert values["saved"] == [base, base, base - rows * columns + rank * (rows + columns - rank)]
+    dense = sum(p.numel() for p in bundled.model.parameters())
+    # 76 = floor(0.4 x 192) rows of 192 x 576, and the coefficients of the others.
+    assert values["saved"] == [dense, dense, dense - 192 * 576 + 76 * (192 + 576 - 76)]
     assert values["gone"]
     assert values["same"]
     printed = texts(notebook)
     assert "loads as dense with transformers alone" in printed
     assert "loads as factored with laserlm imported" in printed
-    assert not named.real or printed.count("The capital of France is Paris") == 2
+    assert printed.count("The capital of France is Paris") == 2
 
 
-def test_one_reduction_runs_from_top_to_bottom_and_its_sliders_move(execute: Execute, named: Named) -> None:
-    kept, whole = (144, 192) if named.real else (12, 16)
+@pytest.mark.bundled
+@pytest.mark.slow
+def test_one_reduction_runs_from_top_to_bottom_and_its_sliders_move(execute: Execute, base: laser.Evaluation) -> None:
     facts = """import json
     print(json.dumps({
         "rank": [edit.rank, edit.max_rank, len(S)],
-        "curve": [points[0].loss_change.value, {p.size: p.loss_change.value for p in points}["rKEPT"]],
-        "base": {p.size: p.loss_change.value for p in points}["rWHOLE"],
+        "curve": [points[0].loss_change.value, {p.size: p.loss_change.value for p in points}["r144"]],
+        "base": {p.size: p.loss_change.value for p in points}["r192"],
         "zero": [{p.size: p.loss_change.value for p in points}["r0"], found[-1].loss_change],
         "energy": sum(c.energy for c in chunks),
         "control": [found[0].control, found[0].loss_change, reduced.loss - base.loss],
         "unchanged": not lm.active,
     }))""".replace("\n    ", "\n")
-    facts = facts.replace("KEPT", str(kept)).replace("WHOLE", str(whole))
     move = """prompt, block, matrix, kept = sliders.children[:4]
     said = [sliders.result.data]
     for slider, value in ((kept, 0.0), (matrix, "fc_up"), (block, 10), (prompt, "Water consists of oxygen and")):
@@ -230,9 +199,9 @@ def test_one_reduction_runs_from_top_to_bottom_and_its_sliders_move(execute: Exe
         said.append(sliders.result.data)
     print(json.dumps(said))""".replace("\n    ", "\n")
     notebook = execute("one_reduction", facts, move)
-    assert check_base(notebook, named) == named.few
+    assert check_base(notebook, base) == FEW
     values, said = (json.loads(output.text) for output in outputs(notebook)[-2:])
-    assert values["rank"] == [kept, whole, whole]
+    assert values["rank"] == [144, 192, 192]
     assert values["curve"][0] == pytest.approx(values["curve"][1], abs=1e-6)
     assert values["base"] == 0
     assert values["zero"][0] == pytest.approx(values["zero"][1], abs=1e-4)
