@@ -64,25 +64,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def short_own_text() -> Iterator[dict[str, int]]:
-    """Let models write short texts for the guard of a search; return the usual sizes."""
-    usual: dict[str, int] = {}
+def short_own_text() -> Iterator[None]:
+    """Let models write short texts for the guard of a search."""
     with pytest.MonkeyPatch.context() as patch:
         if "torch" in sys.modules:  # else no test makes a search in this process
             from laserlm.searching import guard
 
-            for name, short in (("PASSAGES", 4), ("PASSAGE_TOKENS", 8)):
-                usual[name] = getattr(guard, name)
-                patch.setattr(guard, name, short)
-        yield usual
-
-
-@pytest.fixture(autouse=True)
-def long_own_text(request: pytest.FixtureRequest, short_own_text: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the bundled model write texts of the usual sizes."""
-    if request.node.get_closest_marker("bundled") is not None:
-        for name, size in short_own_text.items():
-            monkeypatch.setattr(f"laserlm.searching.guard.{name}", size)
+            patch.setattr(guard, "PASSAGES", 4)
+            patch.setattr(guard, "PASSAGE_TOKENS", 8)
+        yield
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 A page has a working folder of its own with the files that its text takes for granted, and its blocks are run in order, once
 on a small model that stands in for the bundled one and once, in the slow tier, on the bundled model itself. What takes long is
 run on fewer questions (``SHORT``); what cannot be run here is read by the command line's own parser, and stands in
-``ONLY_READ`` with the reason, and what is left to the bundled model stands in ``ONLY_BUNDLED``. Blocks in other languages
-(``text``, ``json``) show what is printed or written.
+``ONLY_READ`` with the reason, and what is left to one of the two models stands in ``ONLY_BUNDLED`` or ``ONLY_STAND_IN``.
+Blocks in other languages (``text``, ``json``) show what is printed or written.
 """
 
 from __future__ import annotations
@@ -98,6 +98,10 @@ ONLY_BUNDLED = {
     "laser setup": "checks the package that the bundled model comes in",
 }
 """Commands and blocks that are run on the bundled model only, and why."""
+ONLY_STAND_IN = {
+    "laser compress bundled": "decomposes all matrices of the model, which takes a minute",
+}
+"""Commands that are only read on the bundled model, and why."""
 SMALLER = {"(11, 288, 570)": "(1, 16, 31)"}
 """What a block says of matrices as wide as the bundled model's, and what it says of the stand-in's."""
 NARROWER = {"--type fc_in --type fc_out": "--type v_proj --type k_proj"}
@@ -419,7 +423,7 @@ def do(command: str, run: Run, where: str, *, real: bool) -> None:
         assert process.returncode == 0, f"{label}\n{process.stderr}"
         for text in Path().glob("*.txt"):
             text.write_text(text.read_text(encoding="utf-8")[:TEXT_LENGTH], encoding="utf-8")
-    elif any(words_of in command for words_of in (ONLY_READ if real else ONLY_READ | ONLY_BUNDLED)):
+    elif any(words_of in command for words_of in ONLY_READ | (ONLY_STAND_IN if real else ONLY_BUNDLED)):
         if words[1] != "lm-eval":
             parse(words[1:])
     elif words[1] == "app":
