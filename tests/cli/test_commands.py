@@ -4,6 +4,8 @@ import csv
 import inspect
 import io
 import json
+import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -126,7 +128,9 @@ def test_evaluate_compares_in_pairs_and_writes_scores(run: Run, folder: Path, qu
     assert "always giving the most frequent answer scores" in text
 
 
-def test_search_finds_keeps_and_returns_at_once_what_it_found(run: Run, folder: Path, questions: Path, store: str) -> None:
+def test_search_finds_keeps_and_returns_at_once_what_it_found(
+    run: Run, folder: Path, questions: Path, store: str, tmp_path: Path
+) -> None:
     command = ("search", folder, "--task", f"jsonl:{questions}", "--grid", "0-1.mlp@0.5,0.1", "--store", store, "--json")
     code, out, err = run(*command)
     values = json.loads(out)
@@ -139,9 +143,32 @@ def test_search_finds_keeps_and_returns_at_once_what_it_found(run: Run, folder: 
     assert (values["validation"]["n"], values["test"]["n"]) == (5, 20)
     again = json.loads(run(*command)[1])
     assert {**again, "seconds": 0} == {**values, "seconds": 0}
+    assert "done earlier, nothing was run" not in err
+    assert "done earlier, nothing was run; --restart runs it again" in run(*command)[2]
     assert json.loads(run(*command, "--restart")[1])["run"] != values["run"]
     _, text, _ = run(*command[:-1])
     assert "Best of 12 candidates" in text
+    run_id = json.loads(run("runs", "list", "--store", store, "--json")[1])[0]["run"]
+    assert f"Run {run_id} in {store}: done earlier, nothing was run; --restart runs it again." in text
+    commands = re.findall(r"^  laser (\S+ .*)$", text.partition("Go on with:")[2], re.MULTILINE)
+    assert [c.split()[0] for c in commands][:3] == ["report", "runs", "save" if values["best"] else "search"]
+    for text in commands[:2]:
+        out_option = ["--out", tmp_path / "page.html"] if text.startswith("report") else []
+        assert run(*shlex.split(text), *out_option)[0] == 0
+
+
+def test_the_help_groups_the_commands(run: Run) -> None:
+    _, text, _ = run("--help")
+    panels = re.split(r"─ (\w+) ─", text)
+    groups = dict(zip(panels[3::2], panels[4::2], strict=True))
+    assert list(groups) == ["Start", "Search", "Look", "Save", "Research"]
+    names = {group: re.findall(r"^│ (\S+) ", lines, re.MULTILINE) for group, lines in groups.items()}
+    assert names["Start"][:3] == ["setup", "doctor", "demo"]
+    assert {"load-check", "reproduce"} <= set(names["Save"])
+    assert {"verify", "analyze", "lab"} <= set(names["Research"])
+    helps = [re.sub(r"\W+", " ", re.split(rf"│ {name} ", text)[1].partition(".")[0]) for name in ("load-check", "verify")]
+    assert "saved folder loads" in helps[0]
+    assert "published table" in helps[1]
 
 
 def test_runs_are_listed_shown_exported_and_deleted(

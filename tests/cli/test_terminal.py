@@ -140,6 +140,44 @@ def test_a_home_in_options_and_variables_is_read(run: Run, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("module", ["laserlm.cli", "laserlm.cli.save", "torch", "torch.nn"])
+def test_ctrl_c_while_the_program_starts_is_one_line(module: str) -> None:
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv = ['laser', 'search', 'no/such/model']\n"
+        "from laserlm.__main__ import main\nmain()"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (process.returncode, process.stdout) == (130, "")
+    assert process.stderr.splitlines()[-1] == "Interrupted."
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_destructor_is_not_forgotten() -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from laserlm import interrupt; interrupt.install()\n"
+        "class A:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
+        "A(); print('it goes on')"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "Interrupted.\n")
+
+
+def test_ctrl_c_in_a_command_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("laserlm.store.Store.open", interrupted)
+    assert run("runs", "list") == (130, "", "Interrupted.\n")
+
+
+@pytest.mark.slow
 def test_ctrl_c_during_an_import_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "slow_module.py").write_text(
         "import time\nprint('importing', flush=True)\ntry: time.sleep(60)\nexcept BaseException: pass\ntime.sleep(60)\n"

@@ -407,10 +407,38 @@ def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
     assert [s.scored for s in steps][:4] == [m, m + n, m + 2 * n, m + 3 * n]
     # Of three blocks, those above the first are run.
     assert [s.done for s in steps][:4] == pytest.approx([m, m + n, m + n * 5 / 3, m + n * 7 / 3])
-    assert steps[1].total == steps[2].total == pytest.approx(m + n * 7 / 3)
+    assert steps[1].total == steps[2].total > m + n * 7 / 3  # the test and the harm of the best follow
+    assert steps[-1].done == pytest.approx(steps[-1].total)
+    assert all(s.done < s.total for s in steps[:-1])
     assert steps[0].best is None
     assert steps[3].best is not None
     assert steps[3].best.intervention == str(result.best)
+
+
+@pytest.mark.parametrize("strategy", ["race", "compose", "exhaustive", "components"])
+def test_every_stage_is_told_when_it_begins_and_the_work_ends_with_the_last(
+    strategy: str, llama: LanguageModel, task: Task
+) -> None:
+    stages: list[SearchProgress] = []
+    steps: list[SearchProgress] = []
+    options = {"strategy": strategy, "grid": "all.mlp@0.5,0.1", "metric": "loss", "first_rung": 2}
+    result = search(llama, task, on_stage=stages.append, on_step=steps.append, **options)
+    names = [s.stage for s in stages]
+    assert names[:2] == ["guards", "test"]
+    assert names[-1] == "harm"
+    assert {s.stage for s in steps} <= set(names)
+    assert ("screen" in names) == (strategy in ("race", "compose"))
+    assert names.count("test") == 1 + bool(result.best)
+    assert steps[-1].done == pytest.approx(steps[-1].total)
+    assert all(s.done < s.total for s in steps[:-1])
+
+
+def test_the_work_of_a_search_that_writes_ends_with_its_last_stage(llama: LanguageModel, task: Task) -> None:
+    steps: list[SearchProgress] = []
+    search(llama, task, scorer="contains", grid="1.fc_in@0.5,0.1", strategy="exhaustive", on_step=steps.append)
+    assert [s.stage for s in steps if s.stage == "finalists"]
+    assert steps[-1].done == pytest.approx(steps[-1].total)
+    assert all(s.done < s.total for s in steps[:-1])
 
 
 def test_a_race_tells_its_rungs(llama: LanguageModel, task: Task) -> None:

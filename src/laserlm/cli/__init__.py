@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, TextIO
 
 import typer
 
-from laserlm import __version__
+from laserlm import __version__, interrupt
 from laserlm.cli import (
     analyze,
     compress,
@@ -41,31 +39,36 @@ from laserlm.provenance import versions
 
 __all__ = ["app", "main"]
 
+START, SEARCH, LOOK, SAVE, RESEARCH = "Start", "Search", "Look", "Save", "Research"
+"""Groups of the commands in the help."""
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-app.command()(models.setup)
-app.command()(doctor.doctor)
-app.command()(search.demo)
-app.command()(models.matrices)
-app.command()(evaluate.evaluate)
-app.command()(search.search)
-app.command()(models.generate)
-app.command()(report.report)
-app.command("app")(serve.serve)
-app.command()(save.save)
-app.command()(compress.compress)
-app.command()(sweep_layers.sweep_layers)
-app.command()(load_check.load_check)
-app.command()(reproduce.reproduce)
-app.command()(tasks.verify)
-app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    harness.lm_eval
-)
-app.add_typer(analyze.app, name="analyze")
-app.add_typer(tasks.app, name="tasks")
-app.add_typer(runs.app, name="runs")
-app.add_typer(leaderboard.app, name="leaderboard")
-app.add_typer(lab.app, name="lab")
-app.command()(doctor.clear_cache)
+app.command(rich_help_panel=START)(models.setup)
+app.command(rich_help_panel=START)(doctor.doctor)
+app.command(rich_help_panel=START)(search.demo)
+app.command(rich_help_panel=SEARCH)(search.search)
+app.command(rich_help_panel=SEARCH)(evaluate.evaluate)
+app.command(rich_help_panel=SEARCH)(models.matrices)
+app.command(rich_help_panel=LOOK)(report.report)
+app.command("app", rich_help_panel=LOOK)(serve.serve)
+app.command(rich_help_panel=LOOK)(models.generate)
+app.command(rich_help_panel=SAVE)(save.save)
+app.command(rich_help_panel=SAVE)(load_check.load_check)
+app.command(rich_help_panel=SAVE)(reproduce.reproduce)
+app.command(rich_help_panel=SAVE)(compress.compress)
+app.command(rich_help_panel=RESEARCH)(tasks.verify)
+app.command(rich_help_panel=RESEARCH)(sweep_layers.sweep_layers)
+app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    rich_help_panel=RESEARCH,
+)(harness.lm_eval)
+app.command(rich_help_panel=START)(doctor.clear_cache)
+app.add_typer(tasks.app, name="tasks", rich_help_panel=SEARCH)
+app.add_typer(runs.app, name="runs", rich_help_panel=LOOK)
+app.add_typer(leaderboard.app, name="leaderboard", rich_help_panel=LOOK)
+app.add_typer(analyze.app, name="analyze", rich_help_panel=RESEARCH)
+app.add_typer(lab.app, name="lab", rich_help_panel=RESEARCH)
 
 
 def print_version(is_requested: bool) -> None:
@@ -104,20 +107,29 @@ def _run() -> None:
     logger.addHandler(handler)
     _expand_home()
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray writes its colours as plain text, which would be escaped
-    is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    is_new = interrupt.install()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            if is_plain:
-                signal.signal(signal.SIGINT, _interrupt)
             app()
+    except SystemExit as error:
+        if error.code == interrupt.INTERRUPTED and (interruption := _interruption(error)):
+            print_stderr(" ".join(["Interrupted.", *getattr(interruption, "__notes__", ())]))
+        raise
     except (LaserError, OSError) as error:
         print_stderr(f"Error: {error}")
         sys.exit(1)
     finally:
-        if is_plain:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if is_new:
+            interrupt.uninstall()
         logger.removeHandler(handler)
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the Ctrl-C that led to an error, if one did."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _expand_home() -> None:
@@ -148,13 +160,3 @@ def _show_warning(
     print_stderr(
         f"Warning of {library}: {message} (the command goes on; check its result, and report this if it is wrong; {where})"
     )
-
-
-def _interrupt(_: int, frame: FrameType | None) -> None:
-    """Handle Ctrl-C: end at once during an import, which could swallow the exception or leave a module half imported."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"Interrupted.\n")
-            os._exit(130)
-        frame = frame.f_back
-    raise KeyboardInterrupt

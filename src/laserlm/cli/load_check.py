@@ -21,7 +21,7 @@ def load_check(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Load a saved model in a fresh process, and compare its files and logits with those recorded when it was saved.
+    """Check that a saved folder loads: in a fresh process, with the files and logits recorded when it was saved.
 
     All that no reduction touches is compared with the base model, if that is here.
 

@@ -33,7 +33,7 @@ def reproduce(
     score: Annotated[bool, typer.Option(help="Score the recorded search's test split again.")] = True,
     json: Json = False,
 ) -> None:
-    """Rebuild a saved model from its base model, and compare the weights and the test scores of a recorded search.
+    """Check that a saved folder can be made again: rebuild it from its base model, and compare weights and test scores.
 
     Example: laser reproduce smollm2-laser
     """

@@ -54,6 +54,9 @@ def show(
     listing: TableOptions,
     store: Store = STORE_DEFAULT,
     top: Annotated[int, typer.Option(min=1, help="Best trials shown.")] = 10,
+    config: Annotated[
+        bool, typer.Option("--config", help="Print the configuration as YAML for 'laser search --config'.")
+    ] = False,
 ) -> None:
     """Show the settings of a run, its result and its best trials.
 
@@ -65,8 +68,12 @@ def show(
 
     with Results.open(store) as results:
         info = results.find(run)
+        notes = results.notes(info.id)
+        if config:
+            _print_configuration(info, notes)
+            return
         trials = results.trials(info.id)
-        computed_on = results.notes(info.id).get("computed_on", [])
+        computed_on = notes.get("computed_on", [])
         loss_map = LossMap() if listing.json or listing.csv else LossMap.read_or_empty(results, info)
     if listing.json:
         dates = {"created": info.created.isoformat(), "updated": info.updated.isoformat()}
@@ -81,6 +88,16 @@ def show(
     done = _in_order([t for t in trials if t.status == "done"], info.settings)
     generates = _generates(info.settings)
     listing.print([_trial_row(t, generates=generates) for t in (done if listing.csv else done[:top])], "trials")
+
+
+def _print_configuration(info: RunInfo, notes: dict[str, Any]) -> None:
+    from laserlm.cli.config_file import configuration_yaml
+    from laserlm.errors import StoreError
+
+    if "options" not in notes:
+        reason = "an earlier version of laserlm made it" if info.kind == "search" else f"it is a run of kind {info.kind}"
+        raise StoreError(f"run {info.id} keeps no configuration: {reason}; 'laser runs show {info.id} --json' has its settings")
+    print(configuration_yaml(notes["options"]), end="")
 
 
 def _generates(settings: dict[str, Any]) -> bool:

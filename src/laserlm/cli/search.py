@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -28,7 +30,7 @@ from laserlm.reductions import short_form
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
     from laserlm.scoring.records import Evaluation
-    from laserlm.searching import Ray, SearchConfig, SearchResult
+    from laserlm.searching import Ray, SearchConfig, SearchProgress, SearchResult
     from laserlm.tasks import Task
 
 DEMO_VALIDATION = 300
@@ -37,6 +39,10 @@ UNRANKED = 0.4
 """Share of pairs with the random candidate ahead from which the screen is said to rank hardly better than chance."""
 SEARCH_PANEL = "Search options"
 CLUSTER_PANEL = "Cluster options"
+
+DONE_EARLIER = "done earlier, nothing was run; --restart runs it again."
+NOT_CONFIGURED = frozenset({"config_file", "save_config", "restart", "dry_run", "json"})
+"""What a configuration does not hold, for it says what one command does, not how a search goes."""
 
 Restart = Annotated[
     bool, typer.Option("--restart", help="Search anew; earlier scores are dropped.", rich_help_panel=SEARCH_PANEL)
@@ -106,6 +112,11 @@ class SearchOptions:
     seed: Annotated[
         int, typer.Option(help="Seed of the order of questions and random candidates.", rich_help_panel=SEARCH_PANEL)
     ] = 0
+    # Settings of the library that are seldom needed; the help does not list them, a configuration may hold them.
+    sizes_per_matrix: Annotated[int | None, typer.Option(min=1, hidden=True)] = None
+    random_candidates: Annotated[int | None, typer.Option(min=0, hidden=True)] = None
+    screen_examples: Annotated[int | None, typer.Option(min=1, hidden=True)] = None
+    first_rung: Annotated[int | None, typer.Option(min=1, hidden=True)] = None
 
     def config(self, batch_size: int) -> SearchConfig:
         """Return the settings for the library, without the guards, whose data ``load_guards`` reads."""
@@ -165,6 +176,15 @@ class ClusterOptions:
         return Ray(self.address, self.workers, self.cpus_per_worker, gpus)
 
 
+def _use_configuration(context: typer.Context, file: Path | None) -> Path | None:
+    """Take the options of a configuration for those that the command line leaves out."""
+    if file is not None and not context.resilient_parsing:  # else the shell completes a word
+        from laserlm.cli.config_file import option_types, read_configuration
+
+        context.default_map = read_configuration(file, option_types(search, NOT_CONFIGURED))
+    return file
+
+
 @with_options(model_options=ModelOptions, task_options=TaskOptions, options=SearchOptions, cluster_options=ClusterOptions)
 def search(
     model_options: ModelOptions,
@@ -172,6 +192,19 @@ def search(
     options: SearchOptions,
     cluster_options: ClusterOptions,
     store: Store = STORE_DEFAULT,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="YAML file of options; the command line wins.", callback=_use_configuration, is_eager=True
+        ),
+    ] = None,
+    save_config: Annotated[Path | None, typer.Option(help="Write the options to this file.")] = None,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            help="Report to trackio, wandb, mlflow or tensorboard.", show_default="none", rich_help_panel=SEARCH_PANEL
+        ),
+    ] = None,
     restart: Restart = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the work, memory and time; search nothing.", rich_help_panel=SEARCH_PANEL)
@@ -184,16 +217,30 @@ def search(
 
     Example: laser search bundled --task worldfacts --limit 300
     """
+    begun = time.monotonic()
+    print_stderr(f"reading the questions of {task_options.task}")  # PyTorch, which the next line imports, takes seconds
+    from laserlm.cli.config_file import as_configuration, write_configuration
+    from laserlm.cli.tracking import tracked_search, tracker
     from laserlm.scoring.scorers import GENERATING
     from laserlm.searching import search as search_
 
-    begun = time.monotonic()
+    reports_to = tracker(track) if track else None
+    configuration = as_configuration(
+        *(options, task_options, model_options, cluster_options),
+        model=model_options.model,
+        task=task_options.task,
+        track=track,
+    )
     cluster = cluster_options.cluster(model_options.device)
     config = options.config(task_options.batch_size)  # wrong settings are reported before the model is loaded
+    if save_config is not None:
+        where = {} if store == STORE_DEFAULT else {"store": store}
+        write_configuration(save_config, configuration | as_configuration(**where))
     task = task_options.load()
     if options.guard:
         config = replace(config, guards=load_guards(options.guard, task_options.data_folder))
     task = replace(task, validation=task.validation.limit(options.limit), test=task.test.limit(options.limit))
+    print_stderr(f"loading {model_options.model}")
     lm = _on_driver(model_options, cluster, dry_run=dry_run).load()
     task_options.announce(lm, task.validation)
     validation, test = (task_options.for_model(lm, split) for split in (task.validation, task.test))
@@ -204,18 +251,46 @@ def search(
         print_dry_run(lm, task, config, cluster, start=time.monotonic() - begun, json=json)
         return
     print_stderr(f"results are kept in {mask_credentials(store)}")
-    with search_progress_bar(by_loss=task.validation.scorer in GENERATING) as on_step:
-        result = search_(lm, task, config, store=store, restart=restart, executor=cluster, on_step=on_step)
+    by_loss = task.validation.scorer in GENERATING
+    with tracked_search(reports_to, configuration, by_loss=by_loss) as tracked, search_progress_bar(by_loss=by_loss) as show:
+
+        def on_step(step: SearchProgress) -> None:
+            show(step)
+            tracked.on_step(step)
+
+        result = search_(
+            lm,
+            task,
+            config,
+            store=store,
+            restart=restart,
+            executor=cluster,
+            on_step=on_step,
+            on_stage=show,
+            options=configuration,
+        )
+        tracked.finish(result)
     if json:
+        if result.done_earlier:
+            print_stderr(DONE_EARLIER)
         print_json(result.as_dict())
         return
     print_result(result, is_perplexity=task.validation.scorer == "perplexity")
-    print(f"\nDone in {time.monotonic() - begun:.0f} s; run {result.run} in {mask_credentials(store)}.")
-    print(f"Go on with:\n  laser report {result.run}\n  laser runs show {result.run}")
-    if result.best:
-        print(f"  laser save {model_options.model} --run {result.run} --out FOLDER")
+    print_end(result, model_options.model, task_options.task, store, time.monotonic() - begun)
+
+
+def print_end(result: SearchResult, model: str, task: str, store: str, seconds: float) -> None:
+    """Print the run of a search, and the commands that go on from it."""
+    print(f"\nRun {result.run} in {mask_credentials(store)}: " + (DONE_EARLIER if result.done_earlier else f"{seconds:.0f} s."))
+    name, is_usual = shlex.quote(model), store in (STORE_DEFAULT, os.environ.get("LASER_STORE"))
+    where = "" if is_usual else f" --store {shlex.quote(mask_credentials(store))}"
+    print(f"Go on with:\n  laser report {result.run}{where}\n  laser runs show {result.run}{where}")
+    if not result.best:
+        print(f"  laser search {name} --task {shlex.quote(task)} --effort thorough{where}")
+        return
+    print(f"  laser save {name} --run {result.run} --out FOLDER{where}")
     if len(result.pareto) > 1:
-        print(f"  laser save {model_options.model} --run {result.run} --point N --out FOLDER    (another point of the list)")
+        print(f"  laser save {name} --run {result.run} --point N --out FOLDER{where}    (another point of the list)")
 
 
 def load_guards(names: Sequence[str], data_folder: Path | None) -> tuple[str | Task, ...]:
@@ -251,6 +326,7 @@ def demo(
     from laserlm.web.report import write_report
 
     start = time.monotonic()
+    print_stderr("loading bundled")
     lm = load("bundled", cache=cache)
     facts = task("worldfacts")
     facts = replace(facts, validation=facts.validation.limit(DEMO_VALIDATION), test=facts.test.limit(DEMO_TEST))
@@ -261,8 +337,8 @@ def demo(
             f"A race among all {sum(not m.parts for m in lm.matrices)} matrices of all blocks at up to 15 ranks each; "
             "the lowest loss wins, since so few questions\ntell losses apart better than hit rates."
         )
-    with search_progress_bar() as on_step:
-        result = search_(lm, facts, metric="loss", store=store, restart=restart, on_step=on_step)
+    with search_progress_bar() as show:
+        result = search_(lm, facts, metric="loss", store=store, restart=restart, on_step=show, on_stage=show)
     with Results.open(store) as results:
         base = results.evaluation(result.run, "test", "")
         edited = results.evaluation(result.run, "test", str(result.best))

@@ -121,7 +121,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the randomised decompositions.")] = 0,
     json: Json = False,
 ) -> None:
-    """Repeat the published measurements of a model on a task, and print both.
+    """Check a published table: measure its model and task again, and print both figures. No saved folder is needed.
 
     Example: laser verify gpt-j-6b counterfact --data counterfact.json
     """

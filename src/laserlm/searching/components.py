@@ -36,9 +36,9 @@ from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.scorer import Failure
 from laserlm.searching.session import BASE, SearchSession
-from laserlm.searching.work import contribution_tasks
+from laserlm.searching.work import SCREEN_PASSES, contribution_tasks
 
-__all__ = ["choose_components", "choose_step", "separate_matrices"]
+__all__ = ["PARTS", "choose_components", "choose_step", "cost_of_step", "separate_matrices"]
 
 STEP_COMPONENTS = 150
 """Components that a step changes at most."""
@@ -61,7 +61,8 @@ def choose_components(session: SearchSession) -> None:
         OutOfTimeError: if the time is used up.
     """
     ledger = session.on_validation
-    session.begin("components", [BASE], len(ledger.split))
+    n = len(ledger.split)
+    session.begin("components", [BASE], n, later=min(session.config.steps, PARTS) * cost_of_step(n))
     ledger.extend([BASE], len(ledger.split))
     trials = _Trials(session)
     while len(trials.done) < session.config.steps and trials.failures < PARTS:
@@ -105,7 +106,7 @@ class _Trials:
             session.run.note("component_trials", self.done)
         removed = self.removed ^ frozenset(changed)
         tried = self.pool.intervention(removed)
-        session.begin(f"step {number + 1}", [tried], len(self.facts))
+        session.begin(f"step {number + 1}", [tried], len(self.facts), later=self._later)
         if not changed or not self._is_better(tried):
             self._take_turns(failed=True)
         elif session.allows(tried):
@@ -115,6 +116,12 @@ class _Trials:
             self.share /= 4
             if self.share < LEAST_SHARE:
                 self._take_turns(failed=True)
+
+    @property
+    def _later(self) -> float:
+        """Expected work after the present step: at least until no part of the questions has accepted one."""
+        steps = min(PARTS - self.failures, self.session.config.steps - len(self.done))
+        return max(0, steps) * cost_of_step(len(self.facts))
 
     def _take_turns(self, *, failed: bool) -> None:
         self.judge = (self.judge + 1) % PARTS
@@ -146,7 +153,8 @@ class _Trials:
             self._harm = self.pool.harm(session)
         chosen_on = [i for part in self.parts if part != self.parts[self.judge] for i in part]
         if self._derivatives is None:
-            session.begin(f"gradient {len(self.done) + 1}", [session.best], 0)
+            later = self._later + SCREEN_PASSES * len(chosen_on)
+            session.begin(f"gradient {len(self.done) + 1}", [session.best], 0, later=later)
             session.report_progress(session.best)
             self._derivatives = _derivatives(
                 ledger, chosen_on, session.best, self.pool.matrices, between_choices=session.between_choices
@@ -200,13 +208,19 @@ class ComponentPool:
         file = lm.cache / "texts" / f"{key}.safetensors"
         with suppress(OSError, SafetensorError):
             return load_file(file)["harm"]
-        session.begin(f"harm on {ledger.split.task}", [BASE], 0)
+        later = SCREEN_PASSES * len(ledger.split) + PARTS * cost_of_step(len(session.on_validation.split))
+        session.begin(f"harm on {ledger.split.task}", [BASE], 0, later=later)
         session.report_progress(BASE)
         squares = _derivatives(ledger, range(len(ledger.split)), BASE, self.matrices, squared=True)[0]
         harm = squares / sum(len(s.targets) for s in sequences) / 2
         with suppress(OSError, SafetensorError), atomic_file(file) as part:
             save_file({"harm": harm}, part)
         return harm
+
+
+def cost_of_step(questions: int) -> float:
+    """Return the work of a step, in passes of one example: the gradient over the questions that choose, and the trial."""
+    return SCREEN_PASSES * questions * (PARTS - 1) / PARTS + questions
 
 
 def choose_step(

@@ -145,6 +145,14 @@ class SearchConfig:
             raise ScoringError("a perplexity has no accuracy; choose by the loss: --metric loss (metric='loss')")
         return replace(self, scorer=scorer, metric=metric)
 
+    def as_options(self) -> dict[str, Any]:
+        """Return the settings as options of ``laser search``, without those that are not set; memory is in GiB."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "guards"}
+        values |= {"grid": str(Grid.parse(self.grid)), "memory": self.memory / 2**30}
+        if self.guards is not None:
+            values["guard"] = [guard if isinstance(guard, str) else guard.name for guard in self.guards]
+        return {name: value for name, value in values.items() if value is not None}
+
     def choice_settings(self) -> dict[str, Any]:
         """Return the settings on which the choice depends, besides the scores, as plain values for the database."""
         settings: dict[str, Any] = {

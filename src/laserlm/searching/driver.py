@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from laserlm.searching.race import shuffled_order
 from laserlm.searching.result import SearchProgress, SearchResult
 from laserlm.searching.scorer import EncodedSplit, PrefixScorer
 from laserlm.searching.session import BASE, GuardScores, SearchSession
-from laserlm.searching.strategies import STRATEGIES
+from laserlm.searching.strategies import STRATEGIES, expected_cost
 from laserlm.store import Run, Store
 from laserlm.tasks import Scorer, Task
 
@@ -55,6 +55,8 @@ def search(
     restart: bool = False,
     executor: Ray | None = None,
     on_step: Callable[[SearchProgress], None] | None = None,
+    on_stage: Callable[[SearchProgress], None] | None = None,
+    options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> SearchResult:
     """Choose the best intervention on the validation split, and score it on the test split.
@@ -81,6 +83,8 @@ def search(
         restart: begin anew even where the store has this search already.
         executor: the Ray cluster to search on, with the same result. None takes this process alone.
         on_step: called after each part of the work.
+        on_stage: called when a stage of the work begins.
+        options: plain values that are kept with the run, for ``laser runs show RUN --config``. None keeps all settings.
         **settings: fields of ``SearchConfig``, such as ``metric="loss"``.
 
     Raises:
@@ -93,6 +97,8 @@ def search(
     config = (SearchConfig.of(effort, **settings) if config is None else replace(config, **settings)).for_task(task)
     check(lm, task)
     candidates = expand(config.grid, lm.matrices)
+    on_stage = on_stage or (lambda _: None)
+    on_stage(SearchProgress(stage="guards", alive=0, done=0.0, total=0.0, scored=0, best=None, last=""))
     guards = guards_of(lm, config.guards, seed=config.seed)
     if not guards and math.isfinite(config.harm_bound):
         raise ScoringError(
@@ -113,7 +119,10 @@ def search(
             results.run(kind="search", key=key, settings=run_settings, provenance=origin, restart=restart)
         )
         if run.outcome is not None:
-            return SearchResult.from_dict(run.outcome)
+            return replace(SearchResult.from_dict(run.outcome), done_earlier=True)
+        kept = dict(options or {"model": lm.name, "task": task.name} | config.as_options())
+        if run.notes.get("options") != kept:
+            run.note("options", kept)
         config = replace(config, batch_size=int(run.notes.get("batch_size", config.batch_size)))
         workers = stack.enter_context(_executor(lm, splits, config, executor))
         deadline = math.inf if config.budget is None else start + 60 * config.budget
@@ -134,6 +143,7 @@ def search(
                 for i, guard in enumerate(guards)
             ],
             on_step=on_step or (lambda _: None),
+            on_stage=on_stage,
         )
         result = _result(session, run, workers, run_settings, start)
         run.finish(result.as_dict())
@@ -222,13 +232,16 @@ def _executor(
 def _result(session: SearchSession, run: Run, executor: Executor, settings: dict[str, Any], start: float) -> SearchResult:
     """Search, confirm the choice, and measure it on the test split."""
     config = session.config
+    if config.strategy is None:
+        raise AssertionError("SearchConfig.for_task sets the strategy")
     # The unchanged model is scored on the test split first, so that examples that cannot be scored are reported at once.
-    session.measure(BASE)
+    session.measure(BASE, later=expected_cost(session))
     try:
         STRATEGIES[config.strategy](session)
         complete = True
     except OutOfTimeError:
         complete = False
+    session.is_chosen = True
     session.on_validation.free()
     finalists = session.confirm(complete=complete) if session.generates else {}
     validation, test = session.compare(session.best)

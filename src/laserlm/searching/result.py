@@ -212,6 +212,7 @@ class SearchResult:
         settings: all that the result depends on, hashes of the model and of both splits among them.
         harms: what the best costs on the measuring part of each guard; empty for a model without a guard.
         points: gain and harm of all interventions whose harm was looked at, in their order; the last of equals is the best.
+        done_earlier: whether an earlier call made the search, and this one ran nothing.
     """
 
     run: str
@@ -233,6 +234,7 @@ class SearchResult:
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
     harms: tuple[Harm, ...] = ()
     points: tuple[Point, ...] = ()
+    done_earlier: bool = field(default=False, compare=False)
 
     @property
     def pareto(self) -> list[Point]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -11,6 +11,7 @@ from laserlm.errors import ScoringError
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.scoring.records import Evaluation
+from laserlm.scoring.scorers import GENERATING
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import Metric, SearchConfig
 from laserlm.searching.guard import Guard, Harm
@@ -23,6 +24,10 @@ __all__ = ["BASE", "GuardScores", "SearchSession"]
 BASE = Intervention()
 MAX_FINALISTS = 4
 """Number of candidates, the best by loss, under which the model generates text."""
+MEAN_SHARE = 0.5
+"""Part of the blocks that a pass runs, where it is not known what is scored."""
+GENERATED_PASSES = 8.0
+"""Passes of one example that the writing of an answer counts as, about. Progress is told by it, nothing else."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,14 @@ class SearchSession:
         config: the settings, complete (``SearchConfig.for_task``).
         guards: scores on the guards.
         on_step: called after each part of the work.
+        on_stage: called when a stage begins.
 
     Attributes:
         best: the best intervention so far.
         rungs: reports of the rungs of a race.
         steps: accepted steps of a composition.
         screen_report: how the screen ranked the candidates of a race.
+        is_chosen: whether the strategy has come to its choice.
         harms: harm on the choosing parts of the guards, by the canonical text of what the search looked at the harm of.
     """
 
@@ -85,14 +92,17 @@ class SearchSession:
     config: SearchConfig
     guards: Sequence[GuardScores]
     on_step: Callable[[SearchProgress], None]
+    on_stage: Callable[[SearchProgress], None] = lambda _: None
     best: Intervention = BASE
     rungs: list[RungReport] = field(default_factory=list)
     steps: list[ComposeStep] = field(default_factory=list)
     screen_report: ScreenReport | None = None
+    is_chosen: bool = False
     harms: dict[str, tuple[Harm, ...]] = field(default_factory=dict)
     _best_shown: Evaluation | None = None
     _stage: str = ""
     _n_interventions: int = 0
+    _other_cost: float = 0.0
     _expected_cost: float = 0.0
 
     def __post_init__(self) -> None:
@@ -114,16 +124,47 @@ class SearchSession:
         """Whether choices are compared, so that the loss of the right one among all tokens means little."""
         return self.ranking_metric == "accuracy" and self.on_validation.encoded.scorer == "choice"
 
-    def begin(self, stage: str, interventions: Sequence[Intervention], stop: int, ledger: ScoreLedger | None = None) -> None:
-        """Note the stage that begins, and the work that it takes."""
+    def begin(
+        self,
+        stage: str,
+        interventions: Sequence[Intervention],
+        stop: int,
+        ledger: ScoreLedger | None = None,
+        *,
+        later: float = 0.0,
+    ) -> None:
+        """Note and report the stage that begins, and the work that is left.
+
+        Args:
+            stage: its name.
+            interventions: what is scored.
+            stop: number of examples that they are scored on.
+            ledger: where; None takes the validation split.
+            later: expected work up to the choice that this stage does not count, in passes of one example.
+        """
         ledger = ledger or self.on_validation
         self._stage, self._n_interventions = stage, len(interventions)
-        left = sum(ledger.share(i) * max(0, stop - ledger.n(i)) for i in interventions if str(i) not in ledger.failed)
-        self._expected_cost = self._cost + left
+        left = _cost_left(ledger, interventions, stop, ledger)
+        self._expected_cost = self._cost + left + later + self._cost_after_choice(ledger, interventions)
+        self.on_stage(self._progress(BASE))
 
-    def expect(self, cost: float) -> None:
-        """Add to the work that is expected after this stage."""
-        self._expected_cost += cost
+    def count(self, cost: float) -> None:
+        """Count work that no ledger counts, in passes of one example."""
+        self._other_cost += cost
+
+    def _cost_after_choice(self, current: ScoreLedger, interventions: Sequence[Intervention]) -> float:
+        """Return the expected work on finalists, on the test split and on harm, without that of the current stage."""
+        cost = 0.0
+        if self.generates and current is not self.on_finalists and not self.is_chosen:
+            n_finalists = 1 + MEAN_SHARE * MAX_FINALISTS
+            cost += _passes(self.on_finalists) * n_finalists * len(self.on_finalists.split)
+        for ledger in (self.on_test, *(guard.measuring for guard in self.guards)):
+            n = len(ledger.split)
+            wanted = dict.fromkeys([BASE, self.best] if self.is_chosen else [BASE])
+            others = [i for i in wanted if ledger is not current or i not in interventions]
+            cost += _cost_left(ledger, others, n, self.on_validation)
+            cost += 0.0 if self.is_chosen else _passes(ledger) * MEAN_SHARE * n
+        return cost
 
     def choose(self, interventions: Sequence[Intervention], n: int) -> None:
         """Keep the best of those that were scored on ``n`` examples and did not fail later; of equals the earlier."""
@@ -149,11 +190,13 @@ class SearchSession:
         is_chosen = metric == "loss" or not complete or self.config.strategy == "components"
         few = [self.best] if is_chosen else list(allowed)
         finalists = list(dict.fromkeys([BASE, *few, self.best]))
+        self.is_chosen = False  # the finalists decide
         self.begin("finalists", finalists, n, ledger)
         ledger.extend(finalists, n)
         scored = [i for i in finalists if str(i) not in ledger.failed]
         if self.best not in scored or metric == "accuracy":
             self.best = max(scored, key=lambda i: sort_key(ledger.first(i, n), metric))
+        self.is_chosen = True
         return {str(i): ledger.first(i, n).accuracy for i in scored}
 
     def harm_of(self, intervention: Intervention) -> tuple[Harm, ...]:
@@ -190,20 +233,25 @@ class SearchSession:
         """Return what the best costs on the measuring parts of the guards."""
         harms = []
         for guard in self.guards:
-            self.begin("harm", [self.best], len(guard.measuring.split), guard.measuring)
+            self.begin("harm", list(dict.fromkeys([BASE, self.best])), len(guard.measuring.split), guard.measuring)
             harms.append(guard.measured_harm(self.best))
         return tuple(harms)
 
-    def measure(self, intervention: Intervention) -> Evaluation:
+    def measure(self, intervention: Intervention, *, later: float = 0.0) -> Evaluation:
         """Score an intervention on all of the test split.
+
+        Args:
+            intervention: what is scored.
+            later: see ``begin``.
 
         Raises:
             ScoringError: if it cannot be scored there.
         """
         stage, ledger = self._stage, self.on_test
-        self.begin("test", [intervention], len(ledger.split), ledger)
-        ledger.extend([intervention], len(ledger.split))
-        self._stage = stage
+        if ledger.n(intervention) != len(ledger.split):
+            self.begin("test", [intervention], len(ledger.split), ledger, later=later)
+            ledger.extend([intervention], len(ledger.split))
+            self._stage = stage
         if str(intervention) in ledger.failed:
             raise ScoringError(
                 f"{intervention or 'the unchanged model'} cannot be scored on the test split: "
@@ -224,20 +272,21 @@ class SearchSession:
         return replace(on_validation, split=self.on_validation.split.name), on_test
 
     def report_progress(self, last: Intervention) -> None:
-        """Report where the search stands after an intervention was scored."""
+        """Report what is done after an intervention was scored."""
         scores = self.on_validation.scores.get(str(last)) if self._stage not in ("test", "finalists") else None
         if scores is not None and (self._best_shown is None or self._rank(scores) > self._rank(self._best_shown)):
             self._best_shown = scores
-        self.on_step(
-            SearchProgress(
-                stage=self._stage,
-                alive=self._n_interventions,
-                done=self._cost,
-                total=self._expected_cost,
-                scored=sum(ledger.scored for ledger in self._ledgers),
-                best=self._best_shown,
-                last=str(last),
-            )
+        self.on_step(self._progress(last))
+
+    def _progress(self, last: Intervention) -> SearchProgress:
+        return SearchProgress(
+            stage=self._stage,
+            alive=self._n_interventions,
+            done=self._cost,
+            total=max(self._cost, self._expected_cost),
+            scored=sum(ledger.scored for ledger in self._ledgers),
+            best=self._best_shown,
+            last=str(last),
         )
 
     def _rank(self, scores: Evaluation) -> tuple[float, ...]:
@@ -250,4 +299,15 @@ class SearchSession:
 
     @property
     def _cost(self) -> float:
-        return sum(ledger.cost for ledger in self._ledgers)
+        return self._other_cost + sum(_passes(ledger) * ledger.cost for ledger in self._ledgers)
+
+
+def _passes(ledger: ScoreLedger) -> float:
+    """Return the passes of an example that a ledger counts as one: of several tokens where the model writes."""
+    return GENERATED_PASSES if ledger.encoded.scorer in GENERATING else 1.0
+
+
+def _cost_left(ledger: ScoreLedger, interventions: Iterable[Intervention], stop: int, shares: ScoreLedger) -> float:
+    """Return the work that is left on the first ``stop`` examples; ``shares`` says what part of the blocks is run."""
+    left = {i: max(0, stop - ledger.n(i)) for i in interventions if str(i) not in ledger.failed}
+    return _passes(ledger) * sum((shares.share(i) if i else 1.0) * n for i, n in left.items() if n)

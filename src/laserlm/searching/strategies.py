@@ -12,7 +12,7 @@ from laserlm.errors import ScoringError
 from laserlm.reductions import Intervention
 from laserlm.scoring.statistics import dense_ranks, spearman
 from laserlm.searching.candidates import Candidate
-from laserlm.searching.components import choose_components
+from laserlm.searching.components import PARTS, choose_components, cost_of_step
 from laserlm.searching.compose import compose, in_order
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.executors import OutOfTimeError
@@ -20,10 +20,10 @@ from laserlm.searching.race import choose, race, rung_sizes
 from laserlm.searching.result import ScreenReport
 from laserlm.searching.scorer import Failure
 from laserlm.searching.screen import OUT_OF_TIME, Prediction, Screening
-from laserlm.searching.session import BASE, SearchSession
+from laserlm.searching.session import BASE, MEAN_SHARE, SearchSession
 from laserlm.searching.work import SCREEN_PASSES, screen_tasks
 
-__all__ = ["STRATEGIES", "screen_size"]
+__all__ = ["STRATEGIES", "expected_cost", "screen_size"]
 
 log = logging.getLogger(__name__)
 SCREEN_SHARE = 0.75
@@ -49,8 +49,9 @@ def race_candidates(session: SearchSession) -> None:
     chosen, random_ones = choose(session.candidates, screening.predictions, config)
 
     def on_rung(number: int, rungs: int, interventions: Sequence[Intervention], stop: int) -> None:
-        session.begin(f"rung {number} of {rungs}", interventions, stop)
-        session.expect(_cost_of_later_rungs(session, interventions, stop))
+        session.begin(
+            f"rung {number} of {rungs}", interventions, stop, later=_cost_of_later_rungs(session, interventions, stop)
+        )
 
     try:
         entered = [*chosen, *random_ones]
@@ -73,9 +74,10 @@ def compose_reductions(session: SearchSession) -> None:
     ordered = in_order(session.candidates, screening.predictions, config)
 
     def on_try(number: int, tried: Intervention) -> None:
-        session.begin(f"trial {number + 1} of {len(ordered)}", [tried], len(ledger.split))
+        later = MEAN_SHARE * len(ledger.split) * (len(ordered) - number - 1)
+        session.begin(f"trial {number + 1} of {len(ordered)}", [tried], len(ledger.split), later=later)
 
-    session.begin("compose", [BASE], len(ledger.split))
+    session.begin("compose", [BASE], len(ledger.split), later=MEAN_SHARE * len(ledger.split) * len(ordered))
     for step in compose(ledger, ordered, session.ranking_metric, config, on_try, session.allows):
         session.steps.append(step)
         session.best = Intervention.parse(step.intervention)
@@ -87,6 +89,20 @@ STRATEGIES: Mapping[Strategy, Callable[[SearchSession], None]] = {
     "exhaustive": exhaustive,
     "compose": compose_reductions,
 }
+
+
+def expected_cost(session: SearchSession) -> float:
+    """Return the work up to the choice as far as it can be foreseen, in passes of one example."""
+    config, n = session.config, len(session.on_validation.split)
+    if config.strategy == "components":
+        return cost_of_step(n) * min(config.steps, PARTS)
+    if config.strategy == "exhaustive":
+        return n * (1 + MEAN_SHARE * len(session.candidates))
+    cost = float(SCREEN_PASSES * screen_size(n, config)) if config.screens else 0.0
+    if config.strategy == "compose":
+        tried = min(config.candidates, len(session.candidates)) if config.mode == "joint" else len(session.candidates)
+        return cost + n * (1 + MEAN_SHARE * tried)
+    return cost + _cost_of_rungs(session, min(config.candidates + config.random_candidates, len(session.candidates)))
 
 
 def screen_size(examples: int, config: SearchConfig) -> int:
@@ -106,10 +122,11 @@ def screen_candidates(session: SearchSession) -> tuple[Screening, float]:
         noted = run.notes["screen"]
         predictions = {text: Prediction(*values) for text, values in noted["predictions"].items()}
         return Screening(predictions, noted.get("unranked", {})), noted["seconds"]
-    session.begin("screen", [], 0)
+    session.begin("screen", [], 0, later=expected_cost(session))
     session.report_progress(BASE)
     start = time.perf_counter()
     screening = _made_screening(session)
+    session.count(SCREEN_PASSES * screen_size(len(session.on_validation.split), session.config))
     if not screening.predictions:
         if OUT_OF_TIME in screening.unranked.values():
             raise OutOfTimeError
@@ -147,15 +164,19 @@ def _made_screening(session: SearchSession) -> Screening:
 
 
 def _cost_of_later_rungs(session: SearchSession, interventions: Sequence[Intervention], stop: int) -> float:
-    """Return the work of the rungs after this one, if as many candidates leave as may stay."""
-    config, ledger = session.config, session.on_validation
-    alive, cost = float(len(interventions)), 0.0
-    share = sum(map(ledger.share, interventions)) / len(interventions)
-    for size in rung_sizes(len(ledger.split), config.first_rung):
-        if size > stop:
-            alive = max(1.0, config.keep * alive)
-            cost += (size - stop) * (1 + alive * share)
-            stop = size
+    """Return the work of the rungs after this one."""
+    share = sum(map(session.on_validation.share, interventions)) / len(interventions)
+    return _cost_of_rungs(session, session.config.keep * len(interventions), stop, share)
+
+
+def _cost_of_rungs(session: SearchSession, alive: float, done: int = 0, share: float = MEAN_SHARE) -> float:
+    """Return the work of the rungs beyond the first ``done`` examples, if as many candidates leave as may stay."""
+    config, cost = session.config, 0.0
+    for size in rung_sizes(len(session.on_validation.split), config.first_rung):
+        if size > done:
+            alive = max(1.0, alive)
+            cost += (size - done) * (1 + alive * share)
+            alive, done = config.keep * alive, size
     return cost
 
 
