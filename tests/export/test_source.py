@@ -156,6 +156,22 @@ def test_a_model_with_a_tower_keeps_it_and_its_class(family: str, tmp_path: Path
         assert torch.equal(opened.eval()(input_ids=ids).logits, lm.model(input_ids=ids).logits)
 
 
+def test_a_table_of_complex_numbers_is_no_packed_weight(tmp_path: Path) -> None:
+    text = TEXT | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    vision = VISION | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    config = T.Llama4Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    source = write_folder(tmp_path / "source", T.Llama4ForConditionalGeneration(config))
+    lm = load(source)
+    assert any(buffer.is_complex() for buffer in lm.model.buffers())
+    assert [m.path for m in list_matrices(source)] == [m.path for m in lm.matrices]
+    assert {m.role for m in lm.matrices if not m.stack} == {"attn", "mlp", "other"}
+    out = save(lm, "0.feed_forward.shared_expert.up_proj@r4", tmp_path / "out").folder
+    (changed,) = other_tensors(source, out)
+    assert changed.endswith("language_model.model.layers.0.feed_forward.shared_expert.up_proj.weight")
+    assert load_check(out).agrees
+
+
 def test_the_matrices_of_a_tower_are_reached_by_path_alone(tmp_path: Path) -> None:
     lm = load(write_folder(tmp_path / "source", TOWERS["gemma3"]()))
     (tower,) = {m.stack for m in lm.matrices} - {""}
@@ -413,12 +429,25 @@ def test_an_adapter_in_the_folder_is_merged_and_the_user_is_told(tmp_path: Path,
     assert torch.equal(saved["model.layers.1.self_attn.q_proj.weight"], merged.model.layers[1].self_attn.q_proj.weight)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("place", ["source", "adapter"])
+def test_no_adapter_is_saved_for_a_base_that_no_folder_holds(place: str, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", llama())
+    with_adapter(tmp_path / place, source)
+    lm = load(tmp_path / place)
+    with pytest.raises(ExportError, match=r"merged adapter.*--form dense"):
+        save(lm, "0.fc_up@r4", tmp_path / "out", form="adapter")
+    assert not (tmp_path / "out").exists()
+    assert load_check(save(lm, "0.fc_up@r4", tmp_path / "out").folder).agrees
+
+
 def test_names_of_peft_in_a_checkpoint_are_explained(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", llama())
     tensors = {name.replace("q_proj.", "q_proj.base_layer."): tensor for name, tensor in weights(source).items()}
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="merge_and_unload"):
-        load(source)
+    for read_model in (load, list_matrices):
+        with pytest.raises(ModelError, match="merge_and_unload"):
+            read_model(source)
 
 
 def test_matrices_of_a_tower_model_are_read_from_disk(tmp_path: Path) -> None:

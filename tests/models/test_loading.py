@@ -12,10 +12,14 @@ import torch
 from families import CAUSAL, MASKED, OTHER, SCORED, SEQ2SEQ, build
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from laserlm.errors import ModelError
 from laserlm.models import LanguageModel, bundled, load
 from laserlm.models.checkpoint_reader import list_matrices
+from laserlm.scoring.evaluate import evaluate
+from laserlm.tasks import Example, Split
 
 Make = Callable[..., LanguageModel]
 
@@ -273,3 +277,34 @@ def test_a_cache_folder_may_be_given_as_text(make: Make, tmp_path: Path) -> None
     lm.model.save_pretrained(tmp_path / "model")
     lm.require_tokenizer().save_pretrained(tmp_path / "model")
     assert load(tmp_path / "model", cache=str(tmp_path / "cache")).cache == tmp_path / "cache"
+
+
+def test_a_warning_of_the_tokenizer_reaches_the_user_once(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = saved(make("mistral"), tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_version": "4.50.0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100_001)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "isolated")])  # not that of Mistral's models
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    load(folder)
+    (warning,) = [r.getMessage() for r in caplog.records if "tokenizer" in r.getMessage()]
+    assert "incorrect regex pattern" in warning
+    assert '"fix_mistral_regex": true' in warning
+    caplog.clear()
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"fix_mistral_regex": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert r"\p{L}" in str(load(folder).require_tokenizer().backend_tokenizer.pre_tokenizer)
+    assert "tokenizer" not in caplog.text
+
+
+def test_a_padding_token_without_an_embedding_is_replaced(llama: LanguageModel, tmp_path: Path) -> None:
+    folder = saved(llama, tmp_path)
+    tokenizer = llama.require_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(llama.known_tokens - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    assert tokenizer.pad_token_id == llama.known_tokens
+    tokenizer.save_pretrained(folder)
+    lm = load(folder)
+    assert lm.require_tokenizer().pad_token_id == 0
+    examples = tuple(Example(str(i), prompt, "Paris") for i, prompt in enumerate(("The capital of France is", "It is")))
+    assert evaluate(lm, Split("added", "all", examples, "answer")).n == 2

@@ -19,10 +19,10 @@ from laserlm.errors import ModelError, ScoringError, TokenizationError
 from laserlm.models import LanguageModel, load
 from laserlm.scoring import forward, tokenize
 from laserlm.scoring.evaluate import compare, evaluate, text_perplexity
-from laserlm.scoring.generation import generate_for
+from laserlm.scoring.generation import generate, generate_for
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import clustering_of, paired_difference, paired_mean, sign_flip_test, wilson
-from laserlm.scoring.tokenize import encode
+from laserlm.scoring.tokenize import encode, scorable
 from laserlm.tasks import Decoding, Example, Scorer, Split, task
 
 Make = Callable[..., LanguageModel]
@@ -244,6 +244,18 @@ def test_word_marks_of_sentencepiece_belong_to_the_answer(make: Make) -> None:
 def test_an_example_that_cannot_be_scored_is_named(example: Example, error: type[Exception], message: str, make: Make) -> None:
     with pytest.raises(error, match=message):
         evaluate(make("gpt2"), replace(split(), examples=(example,)))
+
+
+def test_a_token_that_was_added_to_the_tokenizer_alone_is_named(llama: LanguageModel) -> None:
+    tokenizer = llama.require_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(llama.known_tokens - len(tokenizer) + 1)])
+    last = tokenizer.convert_ids_to_tokens(llama.known_tokens)
+    examples = tuple(Example(str(i), prompt, "Paris") for i, prompt in enumerate(("It is", f"It {last} is")))
+    with pytest.raises(TokenizationError, match=f"example '1' has the token '{last}' \\(512\\).*resize_token_embeddings"):
+        evaluate(llama, replace(split(), examples=examples))
+    assert scorable(llama, replace(split(), examples=examples)).examples == examples[:1]
+    with pytest.raises(TokenizationError, match=f"a prompt has the token '{last}'"):
+        generate(llama, [examples[1].prompt])
 
 
 def test_inputs_that_cannot_be_scored_are_errors(make: Make, llama: LanguageModel) -> None:

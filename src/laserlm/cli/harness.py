@@ -10,6 +10,8 @@ import typer
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with its own options and the model type 'laser', which takes reduce=.
 
+    --allow-remote-code is the harness's --trust_remote_code.
+
     Example: laser lm-eval --model laser --model_args pretrained=bundled,reduce=28.fc_up@0.05 --tasks arc_easy
     """
     from laserlm.errors import MissingExtraError
@@ -22,5 +24,5 @@ def lm_eval(context: typer.Context) -> None:
         raise MissingExtraError("lm-evaluation-harness is not installed; run: pip install 'laserlm[eval]'") from error
     if "laser" not in model_registry:  # the registry refuses a second registration in one process
         model_registry.register("laser", target="laserlm.scoring.harness_model:LaserLM")
-    sys.argv = ["lm_eval", *context.args]
+    sys.argv = ["lm_eval", *("--trust_remote_code" if a == "--allow-remote-code" else a for a in context.args)]
     cli_evaluate()

@@ -28,6 +28,7 @@ from laserlm.edit.factors import StoredMatrix, difference_factors
 from laserlm.errors import ExportError
 from laserlm.export.load_in_subprocess import compute_in_float32, fingerprint
 from laserlm.linalg.precision import full_precision
+from laserlm.models.adapter import has_adapter
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import silence_transformers
 from laserlm.models.matrices import Matrix, view
@@ -135,9 +136,11 @@ class Adapter:
             dtype: dtype of the factors; None uses float32, or float64 for a float64 model, which keeps W' exact.
 
         Raises:
-            ExportError: if nothing changes, weights that several layers share would, or the dtype cannot hold the factors.
+            ExportError: if nothing changes, weights that several layers share would, the dtype cannot hold the factors, or the
+                model has an adapter merged.
             LaserError: as ``applied``.
         """
+        _refuse_merged(lm)
         edits = [edit for edit in resolve(lm.matrices, intervention) if not edit.is_identity]
         if not edits:
             raise ExportError(f"{str(intervention) or 'an empty reduction'} changes nothing, so there is no adapter to save")
@@ -215,6 +218,16 @@ def _stored(lm: LanguageModel, edit: Edit, rank: int) -> StoredMatrix:
         rank = edit.reduction.split * (len(edit.dropped) if edit.reduction.method == "exact" else edit.max_rank)
     matrix = edit.matrix
     return StoredMatrix(matrix.id, matrix.path, matrix.shape, edit.rank, rank * (m + n), f"an adapter of rank {rank}")
+
+
+def _refuse_merged(lm: LanguageModel) -> None:
+    """Raise an ExportError for a model with a merged adapter: no folder holds the weights that a new adapter would change."""
+    if lm.loaded is not None and has_adapter(lm.loaded["name"]):
+        raise ExportError(
+            f"{lm.name} is a base model with a merged adapter, and no folder holds the merged weights that a new adapter would "
+            "name as its base; save the dense form (--form dense), or merge the adapter with peft's merge_and_unload, save the "
+            "result, and reduce that folder"
+        )
 
 
 def _refuse_shared(lm: LanguageModel, edits: Sequence[Edit]) -> None:

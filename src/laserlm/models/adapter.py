@@ -18,7 +18,7 @@ from laserlm.errors import MissingExtraError, ModelError, WeightError
 from laserlm.models.finite import describe, not_finite
 from laserlm.models.language_model import LanguageModel
 
-__all__ = ["base_of", "is_beside_a_model", "model_alone", "with_adapter"]
+__all__ = ["base_of", "has_adapter", "is_beside_a_model", "model_alone", "with_adapter"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,11 @@ def base_of(folder: str | Path) -> tuple[str, str | None] | None:
 def is_beside_a_model(folder: str | Path) -> bool:
     """Return whether a folder holds a model and an adapter for it."""
     return (Path(folder) / CONFIG).is_file() and (Path(folder) / "config.json").is_file()
+
+
+def has_adapter(folder: str | Path) -> bool:
+    """Return whether a folder holds an adapter, which ``load`` merges."""
+    return (Path(folder) / CONFIG).is_file()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 from laserlm.errors import ModelError, WeightError
 from laserlm.models import adapter, bundled, gguf
 from laserlm.models.language_model import Kind
-from laserlm.models.loading import CLASSES, as_model_error, check_head, head_kinds, locate, model_class
+from laserlm.models.loading import CLASSES, as_model_error, check_head, check_no_wrappers, head_kinds, locate, model_class
 from laserlm.models.matrices import FLOATS, Matrix, find_matrices, view
 from laserlm.models.plugins import read_config
 from laserlm.models.weight_files import parameter_names, tensor_files
@@ -141,7 +141,7 @@ def list_matrices(
         if quantizer is not None:  # it puts packed or low-rank layers in place of dense ones
             quantizer.preprocess_model(model=model)
     if Path(source).is_dir():
-        tensor_files(Path(source))  # raises for a damaged file
+        check_no_wrappers(str(name), tensor_files(Path(source)))  # raises for a damaged file too
     return find_matrices(model)
 
 

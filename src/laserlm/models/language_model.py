@@ -75,6 +75,12 @@ class LanguageModel:
         return max(embedded, int(getattr(self.model.config, "hidden_size", 0) or 0))
 
     @property
+    def known_tokens(self) -> int:
+        """Number of tokens that the model has an embedding for; 0 if its inputs are no tokens."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.num_embeddings if isinstance(embeddings, torch.nn.Embedding) else 0
+
+    @property
     def family(self) -> str:
         """The architecture's name in transformers, such as ``llama``."""
         return str(self.model.config.model_type)

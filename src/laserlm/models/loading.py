@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,6 +48,7 @@ __all__ = [
     "as_model_error",
     "check_head",
     "check_no_adapter",
+    "check_no_wrappers",
     "dequantise",
     "dtype_named",
     "head_kinds",
@@ -73,6 +75,7 @@ HEADS: dict[Kind, dict[str, Any]] = {
 
 COMPUTED = re.compile(r"(inv_freq|position_ids|\battn(ention)?\.(masked_)?bias)$")
 """Names of tensors that old checkpoints store and that transformers computes."""
+FIX_REGEX = ' Here, write "fix_mistral_regex": true in its tokenizer_config.json, and load it again.'
 
 
 def load(
@@ -109,6 +112,7 @@ def load(
         raise ModelError(f"no kind of model {kind!r}; there are {', '.join(CLASSES)}")
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them")
+    name = os.path.expanduser(name)  # a shell leaves a ~ in quotes as it is
     options: dict[str, Any] = {"device": device, "device_map": device_map, "cache": cache}
     options |= {"kind": kind, "dtype": dtype, "allow_pickle": allow_pickle, "allow_remote_code": allow_remote_code}
     if (base := adapter.base_of(name)) is not None:
@@ -118,7 +122,7 @@ def load(
             return adapter.with_adapter(load(folder, **options), name)
     target = _device(device)
     dtype = None if dtype is None else dtype_named(dtype)
-    user_cache = None if cache is None else Path(cache).absolute()
+    user_cache = None if cache is None else Path(cache).expanduser().absolute()
     cache = user_cache or cache_folder()
     source, commit = locate(name, revision, cache)
     common = {"revision": commit or revision or "main", "trust_remote_code": allow_remote_code}
@@ -167,6 +171,7 @@ def _read(
         options = weights | common | ({"config": config} if dequantise(config) else {})
         model, info = loader.from_pretrained(source, output_loading_info=True, **options)
         tokenizer = _load_tokenizer(source, common, kind)
+        _pad_with_a_known_token(tokenizer, model)
         check_no_adapter(name, Path(source), model)
         _check_complete(name, config, info["missing_keys"], info["unexpected_keys"])
         model = model if device is None else model.to(device)
@@ -353,14 +358,23 @@ def check_no_adapter(name: str, folder: Path, model: Any = None) -> None:
         )
 
 
-def _check_complete(name: str, config: Any, missing_keys: Iterable[str], unexpected_keys: Iterable[str]) -> None:
-    peft_names = [key for key in unexpected_keys if ".base_layer." in key]
-    if missing_keys and peft_names:
+def check_no_wrappers(name: str, tensors: Iterable[str]) -> None:
+    """Do nothing unless a checkpoint was saved with peft's wrappers around its layers.
+
+    Raises:
+        ModelError: if it was, so that its layers have other names than those of the model.
+    """
+    wrapped = [tensor for tensor in tensors if ".base_layer." in tensor]
+    if wrapped:
         raise ModelError(
-            f"{name!r} stores {_first_names(peft_names)}: peft names the layers so that it wraps, and the checkpoint was saved "
+            f"{name!r} stores {_first_names(wrapped)}: peft names the layers so that it wraps, and the checkpoint was saved "
             "with the wrappers; save it again after peft's merge_and_unload(), or unload() to leave the adapter out"
         )
+
+
+def _check_complete(name: str, config: Any, missing_keys: Iterable[str], unexpected_keys: Iterable[str]) -> None:
     if missing_keys:
+        check_no_wrappers(name, unexpected_keys)
         others = f"; it has {_first_names(unexpected_keys)} instead" if unexpected_keys else ""
         raise ModelError(
             f"the checkpoint {name!r} has no weights for {_first_names(missing_keys)}, which would be random{others}; "
@@ -428,7 +442,8 @@ def _warn_of_unread(name: str, model: Any, tensors: Iterable[str]) -> None:
 
 def _load_tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        with _warnings_of_tokenizers():
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
     except (OSError, ValueError):
         if kind == "headless":
             return None  # a model of other inputs than text has no tokenizer
@@ -439,6 +454,43 @@ def _load_tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> A
         # Padding is always masked, so any token can be the padding token.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _pad_with_a_known_token(tokenizer: Any, model: Any) -> None:
+    """Replace a padding token that was added to the tokenizer alone: the model has no embedding for it."""
+    embeddings = None if tokenizer is None else model.get_input_embeddings()
+    if isinstance(embeddings, torch.nn.Embedding) and tokenizer.pad_token_id >= embeddings.num_embeddings:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+
+
+@contextmanager
+def _warnings_of_tokenizers() -> Iterator[None]:
+    """Log what transformers says of a tokenizer, such as that it splits text in a wrong way, once for each text."""
+    library = logging.getLogger("transformers")
+    collected = _Collector()
+    handlers, propagates, level = library.handlers, library.propagate, library.level
+    library.handlers, library.propagate = [collected], False
+    library.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        library.handlers, library.propagate = handlers, propagates
+        library.setLevel(level)
+    for text in dict.fromkeys(collected.texts):
+        fix = FIX_REGEX if "fix_mistral_regex" in text else ""
+        log.warning("transformers says of the tokenizer: %s%s", text, fix)
+
+
+class _Collector(logging.Handler):
+    """A handler that keeps the texts of warnings on tokenizers."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tokeniz" in record.name:
+            self.texts.append(record.getMessage())
 
 
 @contextmanager

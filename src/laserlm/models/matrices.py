@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from laserlm.errors import MatrixError, WeightError
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.architectures import ARCHITECTURES, SHARED, Architecture
+from laserlm.models.groups import Role, role_of, unclear
 from laserlm.reductions import GROUPS, Layers
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values are the weights. Eight-bit floats are excluded because they need separate scales."""
+MAX_NAMED = 4
+"""Number of matrices that an error names."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Matrix:
         part_of: name of the fused matrix that contains it, or None.
         parts: names of its parts if it is fused, else empty.
         tied_to: path of the same tensor in an earlier block, or None.
+        role: what it is part of, such as ``attn``, if it is named by its module path; None if its family names it.
     """
 
     stack: str
@@ -78,6 +82,7 @@ class Matrix:
     part_of: str | None = None
     parts: tuple[str, ...] = ()
     tied_to: str | None = None
+    role: Role | None = None
 
     @property
     def id(self) -> str:
@@ -207,6 +212,7 @@ def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
         )
     matrices: list[Matrix] = []
     stacks = find_stacks(model, towers=True)
+    has_experts = any("expert" in name for _, _, blocks in stacks for name, _ in blocks.named_modules())
     part, text = _language_part(model)
     inside = [blocks for _, path, blocks in stacks if path.startswith(part)]
     row = ARCHITECTURES.get(text.config.model_type) or _recognise([b for blocks in inside for b in blocks])
@@ -214,7 +220,9 @@ def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
         of_stack = row if path.startswith(part) else None
         for layer, block in enumerate(blocks):
             for name, tensor_path, parameter in _named_weights(block, of_stack):
-                matrices += _expand(model, of_stack, stack, layer, name, f"{path}.{layer}.{tensor_path}", parameter)
+                role = role_of(name, has_experts=has_experts) if of_stack is None else None
+                of_parameter = _expand(model, of_stack, stack, layer, name, f"{path}.{layer}.{tensor_path}", parameter)
+                matrices += [replace(m, role=role) for m in of_parameter]
     first: dict[int, str] = {}
     for i, m in enumerate(matrices):
         earlier = first.setdefault(id(model.get_parameter(m.path)), m.path)
@@ -232,6 +240,8 @@ def _is_packed(name: str, tensor: Tensor) -> bool:
     """Return whether a tensor holds quantised weights: in a dtype of their own, in a class of their own, or in a buffer."""
     if isinstance(tensor, nn.Parameter):
         return tensor.dtype not in FLOATS or is_traceable_wrapper_subclass(tensor)
+    if tensor.is_complex():  # the table of a rotary position, as in Llama 4's vision tower
+        return False
     in_few_bits = tensor.dtype not in (*FLOATS, torch.bool, torch.int64)
     return in_few_bits and ("weight" in name or tensor.ndim > 1)
 
@@ -253,10 +263,11 @@ def select(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack: str =
             beside towers.
 
     Raises:
-        MatrixError: if the selector names no matrix.
+        MatrixError: if the selector names no matrix, or a group that might leave out matrices of these blocks.
     """
     _check_stack(matrices, layers, matrix, stack)
     in_stacks = [m for m in matrices if _is_in(m, stack)] if stack else list(default_matrices(matrices))
+    _check_group(in_stacks, matrix)
     heights = {m.stack: m.layer + 1 for m in sorted(in_stacks, key=lambda m: m.layer)}
     indices = {name: layers.indices(n_blocks) for name, n_blocks in heights.items()}
     selected = tuple(m for m in in_stacks if m.layer in indices[m.stack] and _matches(m, matrix))
@@ -277,6 +288,18 @@ def _check_stack(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack:
         raise MatrixError(f"{layers}.{matrix}: this model has several stacks; write {choices}")
 
 
+def _check_group(matrices: Sequence[Matrix], group: str) -> None:
+    """Raise a MatrixError for a group that would leave out matrices which may belong to it."""
+    left_out = unclear(group, ((m.name, m.role) for m in matrices if m.role)) if group in GROUPS else []
+    if left_out:
+        more = f" and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
+        raise MatrixError(
+            f"the group {group!r} is not defined for this model, because it may or may not mean "
+            f"{', '.join(left_out[:MAX_NAMED])}{more}; name the matrices, or write 'all' for every matrix; see 'laser matrices "
+            "MODEL'"
+        )
+
+
 def _is_in(m: Matrix, stack: str) -> bool:
     """Return whether the matrix is in the stack with a name or path."""
     return m.stack == stack or m.path.startswith(f"{stack}.{m.layer}.")
@@ -288,7 +311,9 @@ def _matches(m: Matrix, name: str) -> bool:
         return True
     if name == "all":
         return not m.parts
-    return m.type in GROUPS[name] if name in GROUPS else m.type == name and m.expert is not None
+    if name in GROUPS:
+        return m.type in GROUPS[name] if m.role is None else m.role == name
+    return m.type == name and m.expert is not None
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:

@@ -17,7 +17,7 @@ from laserlm.scoring.chat import ChatTemplate, without_thoughts
 from laserlm.scoring.forward import Progress
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
-from laserlm.scoring.tokenize import masked_text, max_length, prefix_tokens, with_prefix
+from laserlm.scoring.tokenize import check_known, masked_text, max_length, prefix_tokens, with_prefix
 from laserlm.tasks.example import Decoding, Example
 
 __all__ = ["continuation", "generate", "generate_for"]
@@ -48,6 +48,7 @@ def generate(
 
     Raises:
         ScoringError: if the model is a masked one, which does not generate, or a text grows longer than the model allows.
+        TokenizationError: if the model has no embedding for a token.
         ModelError: if the model has no head or no tokenizer.
     """
     tokenizer = lm.require_tokenizer()
@@ -63,6 +64,7 @@ def generate(
         inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
     else:
         inputs = tokenizer.pad({"input_ids": _tokens(lm, prompts)}, return_tensors="pt", padding_side="left")
+    check_known(lm, inputs["input_ids"].flatten().tolist(), "a prompt")
     tokens = inputs["input_ids"].shape[1] + (max_new_tokens if lm.kind == "causal" else 0)
     if tokens > max_length(lm):
         raise ScoringError(

@@ -26,6 +26,7 @@ class LaserLM(HFLM):  # type: ignore[misc]
         revision: revision of a hub id.
         seed: seed of ``:reference`` decompositions.
         trust_remote_code: run modelling code that comes with the checkpoint.
+        allow_remote_code: the same, by its name in ``laserlm.load``.
         harness_options: further options of the harness's Hugging Face model.
     """
 
@@ -38,6 +39,7 @@ class LaserLM(HFLM):  # type: ignore[misc]
         revision: str | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
+        allow_remote_code: bool = False,
         **harness_options: Any,
     ) -> None:
         import torch
@@ -48,7 +50,7 @@ class LaserLM(HFLM):  # type: ignore[misc]
             dtype=None if dtype == "auto" else dtype,
             device=None if is_absent else device,
             revision=revision,
-            allow_remote_code=trust_remote_code,
+            allow_remote_code=trust_remote_code or allow_remote_code,
         )
         self.interventions = ExitStack()
         self.interventions.enter_context(applied(lm, str(reduce), seed=int(seed)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -16,6 +16,7 @@ from laserlm.tasks.example import Example, Scorer, Split
 
 __all__ = [
     "TokenSequence",
+    "check_known",
     "decoder_start",
     "encode",
     "masked_text",
@@ -46,7 +47,7 @@ def encode(lm: LanguageModel, examples: Sequence[Example], scorer: Scorer) -> li
 
     Raises:
         TokenizationError: if a token spans the end of the prompt and the start of the answer, if an answer has no tokens,
-            or if the tokenizer has no mask token and needs one.
+            if the model has no embedding for a token, or if the tokenizer has no mask token and needs one.
         ScoringError: if a sequence is longer than the model allows, or an example lacks something that the scorer needs.
     """
     rows, problems = _encode(lm, examples, scorer)
@@ -97,6 +98,8 @@ def _encode(
                     f"example {examples[i].id!r} has {len(too_long.ids)} tokens, and {lm.name} takes {limit}. Shorten the "
                     "prompt."
                 )
+            for row in found:
+                check_known(lm, (*row.ids, *row.decoder, *row.targets, *row.choice_tokens), f"example {examples[i].id!r}")
             rows += found
         except (TokenizationError, ScoringError) as error:
             problems[i] = error
@@ -312,6 +315,18 @@ def prefix_tokens(tokenizer: Any) -> list[int]:
 def with_prefix(prefix: Sequence[int], ids: Sequence[int]) -> list[int]:
     """Return tokens with the special ones that start a text before them, unless they begin with these already."""
     return list(ids) if list(ids[: len(prefix)]) == list(prefix) else [*prefix, *ids]
+
+
+def check_known(lm: LanguageModel, ids: Collection[int], what: str) -> None:
+    """Raise a TokenizationError if the model has no embedding for a token of a text, which was added to the tokenizer alone."""
+    last = max(ids, default=0)
+    if 0 < lm.known_tokens <= last:
+        token = lm.require_tokenizer().convert_ids_to_tokens(last)
+        raise TokenizationError(
+            f"{what} has the token {token!r} ({last}), and {lm.name} has embeddings for the tokens 0 to {lm.known_tokens - 1}. "
+            f"Take it out, or resize the model's embeddings to its tokenizer "
+            "(resize_token_embeddings) and train them."
+        )
 
 
 def decoder_start(lm: LanguageModel) -> Tokens:
