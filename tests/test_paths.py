@@ -22,6 +22,7 @@ from laserlm.paths import (
     check_new_file,
     check_new_folder,
     default_store,
+    similar_paths,
 )
 
 
@@ -342,10 +343,20 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
     file = tmp_path / "a.html"
     check_new_file(file, kind="a report", is_ours=lambda start: start == b"mine")
     file.write_text("mine")
-    check_new_file(file, kind="a report", is_ours=lambda start: start == b"mine")
+    check_new_file(file, kind="a report", is_ours=lambda start: start == b"mine", overwrite=True)
+    with pytest.raises(WriteError, match=f"{file} exists already; give another file, or --overwrite"):
+        check_new_file(file, kind="a report", is_ours=lambda start: start == b"mine")
     file.write_text("notes")
     with pytest.raises(WriteError, match=f"{file} exists and is not a report of laserlm; move it away"):
-        check_new_file(file, kind="a report", is_ours=lambda start: start == b"mine")
+        check_new_file(file, kind="a report", is_ours=lambda start: start == b"mine", overwrite=True)
+
+
+def test_similar_paths_are_next_to_the_first_part_that_does_not_exist(tmp_path: Path) -> None:
+    for name in ("runs", "models/base", "models/edited"):
+        (tmp_path / name).mkdir(parents=True)
+    assert similar_paths(tmp_path / "rums" / "a" / "b.db") == [tmp_path / "runs"]
+    assert similar_paths(tmp_path / "models" / "bass") == [tmp_path / "models" / "base"]
+    assert similar_paths(tmp_path / "zzz") == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", "..", "../..", "../here/../here"])

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ __all__ = [
     "disk_limit",
     "lab_folder",
     "remove_leftovers",
+    "similar_paths",
 ]
 
 DISK_VARIABLE = "LASER_CACHE_GIB"
@@ -111,22 +113,37 @@ def lab_folder(name: str) -> Path:
     return platformdirs.user_data_path("laserlm", appauthor=False) / "lab" / name
 
 
-def check_new_file(target: Path, *, kind: str, is_ours: Callable[[bytes], bool]) -> None:
-    """Raise an error if a file cannot be written there, or would replace what laserlm did not write.
+def similar_paths(path: Path) -> list[Path]:
+    """Return up to three paths next to the first part of a path that does not exist, with similar names.
+
+    For ``/data/rums/a.db`` this is ``/data/runs``, if ``/data`` has no ``rums``.
+    """
+    path = Path(path).expanduser().absolute()
+    while not path.parent.exists():
+        path = path.parent
+    names = [other.name for other in path.parent.iterdir()] if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
+    return [path.parent / name for name in get_close_matches(path.name, names, n=3, cutoff=0.5)]
+
+
+def check_new_file(target: Path, *, kind: str, is_ours: Callable[[bytes], bool], overwrite: bool = False) -> None:
+    """Raise an error if a file cannot be written there, or would replace another one.
 
     Args:
         target: path of the file.
         kind: what is written, such as ``a report``.
         is_ours: tells from the first kilobyte of an existing file whether it is of this kind.
+        overwrite: whether an existing file of this kind may be replaced.
 
     Raises:
-        WriteError: if the path is empty or a folder, or a file of another kind is there.
+        WriteError: if the path is empty or a folder, or a file is there that may not be replaced.
     """
     _check_is_file(target)
     if target.exists():
         with target.open("rb") as stream:
             if not is_ours(stream.read(1024)):
                 raise WriteError(f"{target} exists and is not {kind} of laserlm; move it away, or give another file")
+        if not overwrite:
+            raise WriteError(f"{target} exists already; give another file, or --overwrite (overwrite=True)")
 
 
 def _check_is_file(target: Path) -> None:

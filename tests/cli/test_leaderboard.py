@@ -126,6 +126,8 @@ def test_reports_are_asked_for_by_run(
 
 def test_what_cannot_be_done_ends_in_an_error(run: Run, tmp_path: Path) -> None:
     store = tmp_path / "runs.db"
+    with Store.open(store):
+        pass
     code, out, err = run("leaderboard", "submit", "nothing", "--store", store)
     assert (code, out) == (1, "")
     assert "no run 'nothing'" in err

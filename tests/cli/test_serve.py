@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from laserlm.store import Store
+
 Run = Callable[..., tuple[int, str, str]]
 CODE = "from laserlm.cli import main\nmain()"
 
 
 @pytest.mark.slow
 def test_the_app_is_served_until_it_is_interrupted(folder: Path, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "runs.db"):
+        pass
     arguments = [str(folder), "--port", "0", "--store", str(tmp_path / "runs.db"), "--cache", str(tmp_path / "cache")]
     with subprocess.Popen(
         [sys.executable, "-c", CODE, "app", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -301,3 +301,28 @@ def test_a_home_in_a_path_is_read(monkeypatch, tmp_path):
     with Store.open("~/runs.db"):
         pass
     assert (tmp_path / "runs.db").is_file()
+
+
+def test_a_database_that_is_only_read_is_not_created_and_similar_paths_are_named(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    with Store.open(tmp_path / "results" / "runs.db"):
+        pass
+    for mistyped, near in (
+        ("results/rums.db", "results/runs.db"),
+        ("result/runs.db", "results"),
+        ("results/x", "results/runs.db"),
+    ):
+        for where in (tmp_path / mistyped, f"sqlite:///{tmp_path / mistyped}"):
+            with pytest.raises(StoreError) as caught:
+                Store.open(where, create=False)
+            text = str(caught.value)
+            assert f"there is no results database {tmp_path / mistyped}; near it: {tmp_path / near};" in text
+            assert "--store (LASER_STORE)" in text
+    with pytest.raises(StoreError, match=r"results is a folder, not a results database; give a file"):
+        Store.open(tmp_path / "results", create=False)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.suffix not in (".db-wal", ".db-shm")) == [
+        "results",
+        "runs.db",
+    ]
+    with Store.open(tmp_path / "results" / "runs.db", create=False) as store:
+        assert store.runs() == []

@@ -92,12 +92,12 @@ def test_a_race_with_its_screen_a_composition_and_no_gain(llama: LanguageModel, 
     for strategy, said in (("race", "The screen against what was measured"), ("compose", "What was asked")):
         result = searched(llama, tmp_path / "runs.db", task(), strategy=strategy)
         with Store.open(tmp_path / "runs.db") as store:
-            write_report(store, result.run, tmp_path / "r.html")
+            write_report(store, result.run, tmp_path / "r.html", overwrite=True)
         assert said in parse_page(tmp_path / "r.html").text
     none = searched(llama, tmp_path / "runs.db", task("other"), grid="0.fc_in@0", metric="accuracy")
     if not none.best:
         with Store.open(tmp_path / "runs.db") as store:
-            write_report(store, none.run, tmp_path / "r.html")
+            write_report(store, none.run, tmp_path / "r.html", overwrite=True)
         assert "No candidate beat the unchanged model" in parse_page(tmp_path / "r.html").text
 
 

@@ -30,7 +30,7 @@ def compress(
     """
     from laserlm.export.compression import compress
 
-    folder.check()
+    folder.check(model_options.model)
     with progress_bar("calibrating and writing", unit="matrices"):
         result = compress(
             model_options.load(),

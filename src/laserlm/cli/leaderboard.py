@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, DataOptions, Json, LoadOptions, Store, print_json, with_options
+from laserlm.cli.options import STORE_DEFAULT, DataOptions, Json, LoadOptions, Overwrite, Store, print_json, with_options
 from laserlm.cli.progress import print_stderr
 from laserlm.errors import ReportError
 
@@ -37,7 +37,7 @@ def build(
     from laserlm.store import Store as Results
     from laserlm.web.leaderboard import build as build_site
 
-    with Results.open(store) as results:
+    with Results.open(store, create=store == STORE_DEFAULT) as results:
         result = build_site(out, results, submissions=submissions, report=_write_report if reports else None)
     if json:
         print_json(asdict(result) | {"folder": str(result.folder)})
@@ -64,6 +64,7 @@ def submit(
     credit: Annotated[str | None, typer.Option(help="Name to show with the result.")] = None,
     report: Annotated[str | None, typer.Option(help="Address of a report, https:// only.")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="stdout")] = None,
+    overwrite: Overwrite = False,
     store: Store = STORE_DEFAULT,
 ) -> None:
     """Write the result of a search as a submission; apart from the credit it names no person, folder or machine.
@@ -77,8 +78,9 @@ def submit(
     from laserlm.web.submissions import submission
 
     if out is not None:
-        check_new_file(out, kind="a submission", is_ours=lambda start: start.startswith(b'{\n  "format": '))
-    with Results.open(store) as results:
+        start = b'{\n  "format": '
+        check_new_file(out, kind="a submission", is_ours=lambda found: found.startswith(start), overwrite=overwrite)
+    with Results.open(store, create=False) as results:
         document = submission(results.find(run, kind="search"), credit=credit, report=report)
     if out is None:
         print_json(document)

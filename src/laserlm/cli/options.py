@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from laserlm.cli.progress import print_stderr
-from laserlm.paths import default_store
+from laserlm.paths import default_store, similar_paths
 
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
@@ -29,6 +29,7 @@ __all__ = [
     "Json",
     "LoadOptions",
     "ModelOptions",
+    "Overwrite",
     "Store",
     "TableOptions",
     "TaskOptions",
@@ -38,6 +39,8 @@ __all__ = [
 
 MODEL_PANEL = "Model options"
 TASK_PANEL = "Task options"
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that laserlm wrote before.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Output as JSON.")]
 Store = Annotated[
@@ -244,6 +247,7 @@ class DataOptions:
 
     def load_task(self, name: str) -> Task:
         """Load a task's data and split it."""
+        from laserlm.errors import TaskError
         from laserlm.tasks import files_in, task
         from laserlm.tasks.definitions import DEFINITIONS
 
@@ -254,7 +258,14 @@ class DataOptions:
             tokenizer = AutoTokenizer.from_pretrained(self.answer_tokenizer)
         data: str | Path | None = self.data
         if data is None and self.data_folder is not None and name in DEFINITIONS:
-            data = self.data_folder if files_in(self.data_folder, name, allow_top_level=False) else None
+            folder = self.data_folder.expanduser()
+            if DEFINITIONS[name].files and not folder.is_dir():
+                near = ", ".join(map(str, similar_paths(folder)))
+                raise TaskError(
+                    f"there is no folder {folder} with data sets{f'; near it: {near}' if near else ''}; correct LASER_DATA or "
+                    f"--data-folder, or leave it out to read {name} from the hub"
+                )
+            data = folder if files_in(folder, name, allow_top_level=False) else None
         decoding = {"new_tokens": self.new_tokens, "samples": self.samples, "temperature": self.temperature}
         columns = {kind: getattr(self, f"{kind}_column") for kind in ("prompt", "answer", "choices", "group")}
         hub = {"split": self.hub_split, "config": self.hub_config, "revision": self.hub_revision}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Json, Store, TableOptions, print_json, with_options
+from laserlm.cli.options import STORE_DEFAULT, Json, Overwrite, Store, TableOptions, print_json, with_options
 from laserlm.reductions import short_form
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def list_(listing: TableOptions, store: Store = STORE_DEFAULT) -> None:
     """
     from laserlm.store import Store as Results
 
-    with Results.open(store) as results:
+    with Results.open(store, create=False) as results:
         rows = [
             {
                 "run": r.id,
@@ -66,7 +66,7 @@ def show(
     from laserlm.store import Store as Results
     from laserlm.studies.loss_map import LossMap
 
-    with Results.open(store) as results:
+    with Results.open(store, create=False) as results:
         info = results.find(run)
         notes = results.notes(info.id)
         if config:
@@ -205,6 +205,7 @@ def _shade(m: LossAtRank | None, most: float) -> tuple[str, str]:
 def export(
     run: RunId,
     out: Annotated[Path | None, typer.Option(help="Write to this file instead of stdout.")] = None,
+    overwrite: Overwrite = False,
     store: Store = STORE_DEFAULT,
 ) -> None:
     """Write everything of a run as JSON, per-example scores included.
@@ -217,8 +218,9 @@ def export(
     from laserlm.store import Store as Results
 
     if out is not None:
-        check_new_file(out, kind="an exported run", is_ours=lambda start: start.startswith(b'{\n  "id": "'))
-    with Results.open(store) as results:
+        start = b'{\n  "id": "'
+        check_new_file(out, kind="an exported run", is_ours=lambda found: found.startswith(start), overwrite=overwrite)
+    with Results.open(store, create=False) as results:
         content = results.export(results.find(run).id)
     if out is None:
         print_json(content)
@@ -240,7 +242,7 @@ def delete(
     """
     from laserlm.store import Store as Results
 
-    with Results.open(store) as results:
+    with Results.open(store, create=False) as results:
         info = results.find(run)
         if not yes:
             typer.confirm(f"Delete run {info.id} of {info.model} on {info.task} with its {info.trials} trials?", abort=True)

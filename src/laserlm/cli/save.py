@@ -40,11 +40,11 @@ class FolderOptions:
     push: Annotated[str | None, typer.Option(help="Hub repository to upload the folder to, OWNER/NAME.")] = None
     private: Annotated[bool, typer.Option("--private", help="Make a new hub repository private.")] = False
 
-    def check(self) -> None:
-        """Raise an error unless the folder may be written; call it before the model is loaded."""
+    def check(self, model: str) -> None:
+        """Raise an error unless the folder may be written; call it before the model with this name is loaded."""
         from laserlm.export.checkpoint import check_target
 
-        check_target(self.out, self.overwrite)
+        check_target(self.out.expanduser(), self.overwrite, model)
 
     def finish(self, saved: SavedModel, json: bool, values: dict[str, Any] | None = None) -> None:
         """Upload the saved model if asked to, and print it."""
@@ -96,7 +96,7 @@ def save(
     if point is not None and run is None:
         raise typer.BadParameter("--point is a number in the Pareto list of a search; add --run ID")
     intervention = Intervention.read(reduce) if reduce else _search_result(str(run), store)
-    folder.check()
+    folder.check(model_options.model)
     with progress_bar("reducing and writing", unit="matrices"):
         saved = save(
             model_options.load(),
@@ -118,7 +118,7 @@ def _search_result(run: str, store: str) -> SearchResult:
     from laserlm.searching import SearchResult
     from laserlm.store.store import Store as Results
 
-    with Results.open(store) as results:
+    with Results.open(store, create=False) as results:
         info = results.find(run, kind="search")
     if info.outcome is None:
         raise StoreError(f"run {info.id} is {info.status}, not finished; finish it with the same 'laser search' first")

@@ -343,7 +343,7 @@ def demo(
         base = results.evaluation(result.run, "test", "")
         edited = results.evaluation(result.run, "test", str(result.best))
         folder = Path() if "://" in store else Path(store).expanduser().parent
-        report = write_report(results, result.run, folder / f"report-{result.run}.html")
+        report = write_report(results, result.run, folder / f"report-{result.run}.html", overwrite=True)
     if base is None or edited is None:
         raise AssertionError("a finished search has scored both on test")
     questions = _questions(lm, facts, base, edited)

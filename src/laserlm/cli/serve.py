@@ -31,7 +31,7 @@ def serve(
     from laserlm.web.app import build, stylesheet
     from laserlm.web.server import HOST, listen, server
 
-    with listen(port) as sock, Results.open(store) as results:  # before the model is loaded
+    with listen(port) as sock, Results.open(store, create=store == STORE_DEFAULT) as results:  # before the model is loaded
         print_stderr(f"loading {model}")
         lm = load_options.load_named(model)
         app = server(lambda: build(results, lm), stylesheet())

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from laserlm.edit.factors import StoredMatrix
-from laserlm.errors import ExportError
+from laserlm.errors import ExportError, LaserError
 from laserlm.export.adapter import Adapter
 from laserlm.export.card import card
 from laserlm.export.load_in_subprocess import REPORTS, compute_in_float32, fingerprint
@@ -26,10 +26,11 @@ from laserlm.export.source import Source
 from laserlm.export.source_check import differences, tokenizer_config_for_transformers_4
 from laserlm.linalg.precision import full_precision
 from laserlm.low_rank import LowRankConfig, LowRankLinear
+from laserlm.models.adapter import base_of
 from laserlm.models.bundled import HUB_ID
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import CLASSES, dequantise, dtype_named, model_class, silence_transformers
-from laserlm.paths import atomic_folder
+from laserlm.paths import atomic_folder, check_new_folder
 from laserlm.provenance import provenance
 
 __all__ = [
@@ -121,8 +122,20 @@ class SavedModel:
         )
 
 
-def check_target(out: Path, overwrite: bool) -> None:
-    """Raise an ExportError unless the folder may be written."""
+def check_target(out: Path, overwrite: bool, model: str | Path | None = None) -> None:
+    """Raise an error unless the folder may be written.
+
+    Args:
+        out: the folder.
+        overwrite: whether a folder that laserlm wrote before may be replaced.
+        model: the name that the model is loaded by; its folder is not replaced.
+
+    Raises:
+        WriteError: if it is the current folder, or one above it.
+        ExportError: if it holds other files, or the model.
+    """
+    check_new_folder(out)
+    _check_holds_no_source(out, model)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not overwrite:
             raise ExportError(f"{out} exists already; give another folder, or --overwrite (overwrite=True)")
@@ -132,11 +145,22 @@ def check_target(out: Path, overwrite: bool) -> None:
             )
 
 
+def _check_holds_no_source(out: Path, model: str | Path | None) -> None:
+    """Raise an ExportError if a folder is that of a model, of its base model, or one above them."""
+    while model is not None:
+        source = Path(model).expanduser()
+        if source.exists() and str(model) != "bundled" and out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ExportError(f"{out} holds the model that is loaded, {source}, and is not replaced; give another folder")
+        base = base_of(source)
+        model = None if base is None else base[0]
+
+
 def check_request(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
     """Raise an error unless the model can be written with these options. Call it before the computation starts.
 
     Raises:
-        ExportError: if the form or size is unknown, the folder exists, or the model was loaded from factors.
+        ExportError: if the form or size is unknown, the folder exists or holds the model, or the model was loaded from factors.
+        WriteError: if the folder is the current one, or one above it.
         ModelError: if the dtype is unknown, or an intervention is applied now.
     """
     if options.form not in get_args(Form):
@@ -145,7 +169,7 @@ def check_request(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
         raise ExportError(f"cannot read the shard size {options.shard_size!r}; write a number and KB, MB or GB, such as 5GB")
     if options.dtype is not None:
         dtype_named(options.dtype)
-    check_target(out, options.overwrite)
+    check_target(out, options.overwrite, lm.loaded["name"] if lm.loaded else lm.name)
     low_rank = [path for path, module in lm.model.named_modules() if isinstance(module, LowRankLinear)]
     if low_rank:
         raise ExportError(
@@ -222,6 +246,8 @@ def write(
                 (part / HIDDEN_CONFIG).rename(part / "config.json")
             record["files"] = file_hashes(part)
             (part / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except LaserError:
+        raise
     except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write {out}: {error}; free space there, or give another folder") from error
     parameters, weight_bytes = record["parameters"]["saved"], record["weight_bytes"]

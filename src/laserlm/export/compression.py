@@ -281,7 +281,7 @@ def compress(
     Raises:
         ExportError: if an argument is invalid, the ratio cannot be reached, or the folder cannot be written.
     """
-    out = Path(out).absolute()
+    out = Path(out).expanduser().absolute()
     if form == "adapter":
         raise ExportError("compress changes nearly all weights, which no small adapter can; use the form factored or dense")
     options = SaveOptions(form, dtype, overwrite, shard_size)

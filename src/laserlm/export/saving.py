@@ -58,12 +58,12 @@ def save(
         cache: decomposition cache; None uses the one in ``lm.cache``.
 
     Raises:
-        ExportError: if the folder exists or cannot be written, the model was loaded from factors, the search found
-            nothing better than the unchanged model or has no such point, or an adapter would change nothing or weights that
-            layers share.
+        ExportError: if the folder exists, holds the model or cannot be written, the model was loaded from factors, the search
+            found nothing better than the unchanged model or has no such point, or an adapter would change nothing or weights
+            that layers share.
         LaserError: as ``applied``.
     """
-    out = Path(out).absolute()
+    out = Path(out).expanduser().absolute()
     options = SaveOptions(form, dtype, overwrite, shard_size)
     check_request(lm, out, options)
     result = None

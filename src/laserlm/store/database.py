@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from laserlm.errors import LaserError, MissingExtraError, StoreError
+from laserlm.paths import similar_paths
 
 __all__ = ["Database", "lock"]
 
@@ -77,14 +78,15 @@ class Database:
 
     Args:
         where: path of an SQLite file, or a SQLAlchemy URL of SQLite or PostgreSQL if it contains ``://``.
+        create: whether an SQLite file that does not exist is created, with its folder.
 
     Raises:
-        StoreError: if it cannot be opened or was written by a newer laserlm.
+        StoreError: if it does not exist, cannot be opened or was written by a newer laserlm.
         MissingExtraError: if it is a PostgreSQL database and the driver is not installed.
     """
 
-    def __init__(self, where: str | Path) -> None:
-        url = _parse(where)
+    def __init__(self, where: str | Path, *, create: bool = True) -> None:
+        url = _parse(where, create=create)
         self.name = url.database or "" if url.drivername == "sqlite" else _without_password(url)
         try:
             with self._store_errors("open"):
@@ -165,7 +167,7 @@ def _revisions(connection: Connection) -> set[str]:
     return set(MigrationContext.configure(connection).get_current_heads())
 
 
-def _parse(where: str | Path) -> URL:
+def _parse(where: str | Path, *, create: bool) -> URL:
     if isinstance(where, str) and "://" in where:
         try:
             url = make_url(where)
@@ -187,6 +189,9 @@ def _parse(where: str | Path) -> URL:
         raise StoreError(f"no file for the results database in {str(where)!r}; write a file path, such as runs.db")
     # Later connections may be opened from another working folder.
     path = Path(url.database).expanduser().absolute()
+    if not create:
+        _require_file(path)
+        return url.set(database=str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -194,6 +199,18 @@ def _parse(where: str | Path) -> URL:
             f"no folder for the results database {path}: {error.strerror}; give another file with --store"
         ) from error
     return url.set(database=str(path))
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder, not a results database; give a file with --store (LASER_STORE)")
+    if not path.exists():
+        near = similar_paths(path) or (sorted(path.parent.glob("*.db"))[:3] if path.parent.is_dir() else [])
+        hint = f"; near it: {', '.join(map(str, near))}" if near else ""
+        raise StoreError(
+            f"there is no results database {path}{hint}; give another file with --store (LASER_STORE), or let 'laser search' "
+            "create one"
+        )
 
 
 def _without_password(url: URL) -> str:

@@ -95,16 +95,17 @@ class Store:
         self.database = database
 
     @classmethod
-    def open(cls, where: str | Path) -> Store:
+    def open(cls, where: str | Path, *, create: bool = True) -> Store:
         """Open a results database; create or migrate it if needed.
 
         Args:
             where: path of an SQLite file, or a SQLAlchemy URL of SQLite or PostgreSQL if it contains ``://``.
+            create: whether an SQLite file that does not exist is created. Without it, a mistyped path is an error.
 
         Raises:
-            StoreError: if the database cannot be opened or was written by a newer laserlm.
+            StoreError: if the database does not exist, cannot be opened or was written by a newer laserlm.
         """
-        return cls(Database(where))
+        return cls(Database(where, create=create))
 
     def __enter__(self) -> Store:
         return self

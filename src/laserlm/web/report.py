@@ -68,16 +68,18 @@ def side_effects(store: Store, run: RunInfo, intervention: str) -> SideEffects:
     return SideEffects(tuple(divergences), tuple(texts), tuple(transfers))
 
 
-def write_report(store: Store, run: str, out: Path) -> Path:
+def write_report(store: Store, run: str, out: Path, *, overwrite: bool = False) -> Path:
     """Write the report of a finished search to a file, which needs nothing else, and return its path.
 
     Args:
         store: the results database.
         run: the search's id, the start of one, or ``last``.
         out: the file.
+        overwrite: whether to replace a report that is there.
 
     Raises:
         ReportError: if the search is not finished, or the file's folder is not there.
+        WriteError: if the file exists and may not be replaced, or cannot be written.
         StoreError: if there is no such run.
     """
     info = store.find(run, kind="search")
@@ -85,7 +87,12 @@ def write_report(store: Store, run: str, out: Path) -> Path:
         raise ReportError(
             f"run {info.id} is {info.status}, and a report is of a finished search; finish it with the same command"
         )
-    check_new_file(out, kind="a report", is_ours=lambda start: start.startswith(b"<!doctype html>") and b"laserlm" in start)
+    check_new_file(
+        out,
+        kind="a report",
+        is_ours=lambda start: start.startswith(b"<!doctype html>") and b"laserlm" in start,
+        overwrite=overwrite,
+    )
     if not out.absolute().parent.is_dir():
         raise ReportError(f"no folder {out.absolute().parent} to write the report in; make it first")
     try:

@@ -70,7 +70,7 @@ def _show_map(study: StudyOptions, output: Output) -> None:
     from laserlm.studies.figures import map_figure
     from laserlm.studies.loss_map import LossMap
 
-    with Results.open(study.store) as results:
+    with Results.open(study.store, create=False) as results:
         info = study.find_run(results)
         loss_map = LossMap.read(results, info.id)
     title = f"change of loss on {info.task}, validation, by run {info.id}"

@@ -94,7 +94,7 @@ def _measured(run: str, model: str, store: str) -> _Measured:
     from laserlm.store import Store as Results
     from laserlm.studies import best_of_each, gains
 
-    with Results.open(store) as results:
+    with Results.open(store, create=False) as results:
         info = results.find(run, kind="search")
         if info.model != model:
             raise AnalysisError(f"run {info.id} searched {info.model}, not {model}; study that model")

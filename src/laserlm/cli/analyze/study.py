@@ -195,10 +195,9 @@ class StudyOptions(LoadOptions, TaskOptions):
         """Yield the test scores of a search, or the scores of a model. Scores that are missing are made."""
         from laserlm.errors import AnalysisError
         from laserlm.reductions import Intervention
-        from laserlm.store import Store as Results
         from laserlm.studies.scores import cached_scorer
 
-        with Results.open(self.store) as results:
+        with self._open() as results:
             if not self.reduce:
                 yield self._of_run(results, self.find_run(results))
                 return
@@ -211,6 +210,18 @@ class StudyOptions(LoadOptions, TaskOptions):
                 base, edited = scorer(""), scorer(text)
             of = (base, edited, examples.examples, results, self.batch_size, lm.hash)
             yield ModelPair(lm.name, text, *of, lambda: lm, lambda: examples)
+
+    def _open(self) -> Results:
+        """Open the store. It is created only to keep the scores of a reduction."""
+        from laserlm.errors import AnalysisError, StoreError
+        from laserlm.store import Store as Results
+
+        try:
+            return Results.open(self.store, create=bool(self.reduce))
+        except StoreError as error:
+            if self.reduce:
+                raise
+            raise AnalysisError(f"{error}; or give --reduce SPEC, if {self.run_or_model!r} is a model") from None
 
     def find_run(self, results: Results) -> RunInfo:
         """Return the run to study.
