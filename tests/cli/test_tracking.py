@@ -47,7 +47,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         monkeypatch.setitem(sys.modules, module, Recorder(module, calls))
     for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "TRACKIO_PROJECT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tracking, "LOG_SECONDS", 0.0)
     return calls
 
 

@@ -148,24 +148,26 @@ class TrackedSearch:
         self._by_loss = by_loss
         self._reported: tuple[Any, str] = (None, "")
         self._time = -math.inf
+        self._unreported: dict[str, float] = {}
         self._step = 0
 
     def on_step(self, progress: SearchProgress) -> None:
         """Report the best candidate so far and the work: where one of them or the stage is new, and once a second."""
         self._step = max(self._step, progress.scored)
-        now = time.monotonic()
-        if self._reported == (progress.best, progress.stage) and now < self._time + LOG_SECONDS:
-            return
-        self._reported, self._time = (progress.best, progress.stage), now
         figures = {"work/done": progress.done, "work/total": progress.total, "candidates": float(progress.alive)}
         if progress.best is not None:
             figures |= {"best/loss": progress.best.loss, "best/questions": float(progress.best.n)}
             figures |= {} if self._by_loss else {"best/accuracy": progress.best.accuracy}
+        now = time.monotonic()
+        if self._reported == (progress.best, progress.stage) and now < self._time + LOG_SECONDS:
+            self._unreported = figures
+            return
+        self._reported, self._time, self._unreported = (progress.best, progress.stage), now, {}
         self._log(figures)
 
     def finish(self, result: SearchResult) -> None:
         """Report what was found."""
-        figures: dict[str, float] = {}
+        figures = dict(self._unreported)
         for name, c in (("validation", result.validation), ("test", result.test)):
             figures |= {f"{name}/base_loss": c.base_loss, f"{name}/edited_loss": c.edited_loss}
             if result.settings.get("scorer") != "perplexity":
@@ -174,7 +176,13 @@ class TrackedSearch:
         figures |= {NOT_ALLOWED.sub("_", f"harm/{harm.guard}"): harm.ratio for harm in result.harms}
         self._log(figures)
         best = str(result.best) or "the unchanged model"
-        self._end({"run": result.run, "best": best, "verdict": " ".join((*result.verdict(), *result.harm_sentences()))})
+        self._end(
+            {
+                "laser_run": result.run,
+                "laser_best": best,
+                "laser_verdict": " ".join((*result.verdict(), *result.harm_sentences())),
+            }
+        )
 
     def fail(self) -> None:
         """Report that the search ended before its time."""
