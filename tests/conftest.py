@@ -64,15 +64,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def short_own_text() -> Iterator[None]:
-    """Let models write short texts for the guard of a search."""
+def short_own_text() -> Iterator[dict[str, int]]:
+    """Let models write short texts for the guard of a search; return the usual sizes."""
+    usual: dict[str, int] = {}
     with pytest.MonkeyPatch.context() as patch:
         if "torch" in sys.modules:  # else no test makes a search in this process
             from laserlm.searching import guard
 
-            patch.setattr(guard, "PASSAGES", 4)
-            patch.setattr(guard, "PASSAGE_TOKENS", 8)
-        yield
+            for name, short in (("PASSAGES", 4), ("PASSAGE_TOKENS", 8)):
+                usual[name] = getattr(guard, name)
+                patch.setattr(guard, name, short)
+        yield usual
 
 
 @pytest.fixture

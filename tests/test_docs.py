@@ -317,7 +317,8 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     search = laserlm.search
 
     def narrow(*arguments: Any, **named: Any) -> laserlm.SearchResult:
-        return search(*arguments, **{"candidates": WIDTH, "grid": GRID} | named)
+        usual = {} if "grid" in named else {"strategy": "components"}
+        return search(*arguments, **{"candidates": WIDTH, "grid": GRID, "steps": 2} | usual | named)
 
     monkeypatch.setattr(laserlm, "search", narrow)
     monkeypatch.setattr("laserlm.searching.search", narrow)
@@ -457,7 +458,9 @@ def short(words: list[str], *, whole: bool) -> list[str]:
         return ["--limit", "2", *(["--grid", "29.v_proj@0.75"] if words[0] == "search" else [])]
     is_wide = not re.search(r"--grid 2[89]\.", joined)
     grid = ["--grid", GRID] if joined.startswith("search bundled") and is_wide and not whole else []
-    return [*next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), []), *grid]
+    takes_default = words[0] == "search" and "--strategy" not in joined and "--grid" not in joined
+    steps = ["--strategy", "components", "--steps", "2"] if takes_default else []  # a grid alone would ask for a race
+    return [*next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), []), *grid, *steps]
 
 
 def served(words: list[str], said: str) -> None:

@@ -19,7 +19,7 @@ from laserlm.searching import SearchConfig, SearchProgress, search
 from laserlm.searching.driver import VALIDATION, encode_splits
 from laserlm.searching.plan import Plan, decomposition_flop, measure_cost, plan
 from laserlm.searching.simulation import CostModel, simulate
-from laserlm.searching.work import ScoreTask
+from laserlm.searching.work import SCREEN_PASSES, ScoreTask
 from laserlm.tasks import Task
 
 Make = Callable[..., LanguageModel]
@@ -105,6 +105,32 @@ def test_a_composition_is_planned_trial_by_trial(llama: LanguageModel, task: Tas
         estimate = plan(llama, task, SearchConfig(strategy="compose", mode=mode, grid=GRID, candidates=8))  # type: ignore[arg-type]
         assert [stage.name for stage in estimate.stages].count("trial") == trials + (mode == "greedy")
         assert ("screen" in [stage.name for stage in estimate.stages]) == (mode == "joint")
+
+
+def test_a_choice_of_components_is_planned_step_by_step(llama: LanguageModel, task: Task) -> None:
+    config = SearchConfig(strategy="components", grid=GRID, steps=2)
+    estimate = plan(llama, task, config)
+    n = len(task.validation)
+    assert [stage.name for stage in estimate.stages[1:-1]] == ["trial", "gradient", "trial", "gradient", "trial"]
+    assert of(estimate, "trial") == 3 * n
+    assert of(estimate, "gradient") == 2 * SCREEN_PASSES * (2 * n // 3)
+    assert estimate.simulate(1, CostModel(work=1.0)).seconds == pytest.approx(estimate.passes, rel=0.2)
+    assert 0 < estimate.screen_flop < estimate.flop
+
+
+@pytest.mark.parametrize(
+    ("family", "grid", "guards", "strategy"),
+    [
+        ("llama", "fine", None, "components"),
+        ("llama", GRID, None, "race"),
+        ("llama", "fine", (), "race"),
+        ("bert", "fine", None, "race"),
+    ],
+)
+def test_components_are_chosen_where_harm_is_measured_and_no_sizes_are_named(
+    family: str, grid: str, guards: tuple[str, ...] | None, strategy: str, make: Make, task: Task
+) -> None:
+    assert plan(make(family), task, SearchConfig(grid=grid, guards=guards)).strategy == strategy
 
 
 @pytest.mark.parametrize("family", EVERY)

@@ -66,12 +66,15 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
     from rich.console import Console
     from rich.table import Table
 
-    ways = {"race": "A race among", "exhaustive": "An exhaustive search of", "compose": "A composition of"}
+    candidates = f"{planned.candidates:,} candidates in {len(planned.matrices):,} matrices"
+    ways = {
+        "components": f"A choice of single components of {len(planned.matrices):,} matrices",
+        "race": f"A race among {candidates}",
+        "exhaustive": f"An exhaustive search of {candidates}",
+        "compose": f"A composition of {candidates}",
+    }
     about = "about " if planned.is_estimate else ""
-    print(
-        f"{ways[planned.strategy]} {planned.candidates:,} candidates in {len(planned.matrices):,} matrices: "
-        f"{about}{planned.n_items:,} work items, {planned.passes:,.0f} passes of one example."
-    )
+    print(f"{ways[planned.strategy]}: {about}{planned.n_items:,} work items, {planned.passes:,.0f} passes of one example.")
     print(
         f"Floating-point operations: {planned.flop:.2g}, of which passes {planned.passes * planned.pass_flop:.2g}, "
         f"decompositions {planned.decomposition_flop:.2g}"
@@ -94,6 +97,9 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
         f"The pass of an example takes {1000 * (costs.work + costs.example):.1f} ms here, its recording "
         f"{1000 * costs.answer:.2f} ms; nothing is decomposed yet, by assumption."
     )
+    if planned.strategy == "components":
+        print("As many steps as --steps allows are counted; the search ends earlier where no step gains.")
+    print("Passes on the guards are not counted.")
     if planned.generates:
         print("Text that the model generates under the finalists is not counted.")
     print("On a Ray cluster, with workers as fast as this process, and one cache of decompositions for all:")

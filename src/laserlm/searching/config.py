@@ -24,6 +24,7 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "thorough": {"candidates": 150, "sizes_per_matrix": 6, "screen_examples": 200, "first_rung": 64, "keep": 0.5, "steps": 24},
 }
 """What each effort changes in the default settings of a race."""
+DEFAULT_GRID = "fine"
 DEFAULT_MAX_HARM = 0.05
 """Relative rise of perplexity that the choice of components may cause."""
 RACE_SETTINGS = (
@@ -42,7 +43,8 @@ class SearchConfig:
     """The settings of a search.
 
     Args:
-        strategy: ``components``, ``race``, ``exhaustive`` or ``compose``.
+        strategy: ``components``, ``race``, ``exhaustive`` or ``compose``. None takes ``components``, and ``race`` where
+            another grid than ``fine`` is asked for, or where no guard measures harm.
         grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``. ``components`` takes its matrices alone.
         max_harm: largest relative rise of the perplexity on the guards that the choice may have, such as 0.05. None takes
             0.05 for ``components``, and no bound for the other strategies.
@@ -68,8 +70,8 @@ class SearchConfig:
         memory: bytes for cached activations and decompositions together.
     """
 
-    strategy: Strategy = "race"
-    grid: str | Grid = "fine"
+    strategy: Strategy | None = None
+    grid: str | Grid = DEFAULT_GRID
     max_harm: float | None = None
     guards: tuple[str | Task, ...] | None = None
     metric: Metric | None = None
@@ -90,7 +92,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("strategy", self.strategy, Strategy), ("mode", self.mode, Mode)):
-            if value not in get_args(allowed):
+            if value is not None and value not in get_args(allowed):
                 raise ScoringError(f"no {name} {value!r}; there are {', '.join(get_args(allowed))}")
         if self.metric is not None and self.metric not in get_args(Metric):
             raise ScoringError(f"no metric {self.metric!r}; there are {', '.join(get_args(Metric))}")
@@ -131,10 +133,10 @@ class SearchConfig:
     @property
     def screens(self) -> bool:
         """Whether a gradient ranks the candidates first."""
-        return self.strategy == "race" or (self.strategy == "compose" and self.mode == "joint")
+        return self.strategy in (None, "race") or (self.strategy == "compose" and self.mode == "joint")
 
-    def for_task(self, task: Task) -> SearchConfig:
-        """Return the settings with the scorer and the metric that they have on a task.
+    def for_task(self, task: Task, *, has_guard: bool = True) -> SearchConfig:
+        """Return the settings with the strategy, the scorer and the metric that they have on a task.
 
         Raises:
             ScoringError: if a perplexity is to be chosen by accuracy.
@@ -143,7 +145,9 @@ class SearchConfig:
         metric = self.metric or ("loss" if scorer == "perplexity" else "accuracy")
         if scorer == "perplexity" and metric == "accuracy":
             raise ScoringError("a perplexity has no accuracy; choose by the loss: --metric loss (metric='loss')")
-        return replace(self, scorer=scorer, metric=metric)
+        chooses_components = has_guard and Grid.parse(self.grid) == Grid.parse(DEFAULT_GRID)
+        strategy = self.strategy or ("components" if chooses_components else "race")
+        return replace(self, strategy=strategy, scorer=scorer, metric=metric)
 
     def as_options(self) -> dict[str, Any]:
         """Return the settings as options of ``laser search``, without those that are not set; memory is in GiB."""

@@ -24,7 +24,7 @@ from laserlm.searching.cluster import Ray, on_ray
 from laserlm.searching.components import separate_matrices
 from laserlm.searching.config import Effort, SearchConfig
 from laserlm.searching.executors import Executor, LocalExecutor, OutOfTimeError
-from laserlm.searching.guard import Guard, guards_of
+from laserlm.searching.guard import Guard, guards_of, has_guard
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import shuffled_order
 from laserlm.searching.result import SearchProgress, SearchResult
@@ -94,7 +94,8 @@ def search(
     start = time.monotonic()
     if config is not None and effort != "normal":
         raise ScoringError(f"effort {effort!r} and a config exclude each other; write SearchConfig.of({effort!r}, ...)")
-    config = (SearchConfig.of(effort, **settings) if config is None else replace(config, **settings)).for_task(task)
+    config = SearchConfig.of(effort, **settings) if config is None else replace(config, **settings)
+    config = config.for_task(task, has_guard=has_guard(lm, config.guards))
     check(lm, task)
     candidates = expand(config.grid, lm.matrices)
     on_stage = on_stage or (lambda _: None)

@@ -157,6 +157,11 @@ def guards_of(lm: LanguageModel, sources: Sequence[str | Task] | None, *, seed: 
     return [_guard(lm, source, seed) for source in sources]
 
 
+def has_guard(lm: LanguageModel, sources: Sequence[str | Task] | None) -> bool:
+    """Return whether ``guards_of`` returns any."""
+    return can_write(lm) if sources is None else bool(sources)
+
+
 def measure_harm(lm: LanguageModel, guard: Guard, intervention: InterventionLike, batch_size: int = 32) -> Harm:
     """Return what an intervention costs on the measuring part of a guard.
 

@@ -24,14 +24,24 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.forward import MAX_SCORED_POSITIONS
 from laserlm.scoring.scorers import GENERATING
 from laserlm.searching.candidates import Candidate, expand
+from laserlm.searching.components import PARTS
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
+from laserlm.searching.guard import has_guard
 from laserlm.searching.ledger import cut, max_sequences
 from laserlm.searching.race import rung_sizes
 from laserlm.searching.scorer import EncodedSplit, Failure, PrefixScorer, first_changed_block
 from laserlm.searching.simulation import CostModel, Simulation, simulate
 from laserlm.searching.strategies import screen_size
-from laserlm.searching.work import SCREEN_PASSES, ScoreTask, ScreenTask, WorkItem, screen_tasks
+from laserlm.searching.work import (
+    SCREEN_PASSES,
+    ContributionTask,
+    ScoreTask,
+    ScreenTask,
+    WorkItem,
+    contribution_tasks,
+    screen_tasks,
+)
 from laserlm.store import Store
 from laserlm.tasks import Task
 
@@ -42,7 +52,8 @@ BASE = Intervention()
 EIGENSOLVER_CUBES = 9
 """Floating-point operations of all eigenvectors of a symmetric matrix, in cubes of its size (Golub and Van Loan,
 Matrix Computations, 4th edition, section 8.3.3)."""
-RUNG = "rung to example"
+RUNG, SCREEN, GRADIENT = "rung to example", "screen", "gradient"
+GRADIENTS = (SCREEN, GRADIENT)
 MAX_TIMED_FLOP = 1e12
 """Floating-point operations of a decomposition that is not worth timing four times."""
 NEIGHBOURS = 2
@@ -76,7 +87,8 @@ class Plan:
         candidates: number of candidates.
         matrices: those that have to be decomposed.
         stages_for: returns what is done, one after the other, for a number of workers.
-        is_estimate: whether more or less may be needed: what loses early leaves early, and neighbours of the leader are added.
+        is_estimate: whether more or less may be needed: what loses early leaves early, neighbours of the leader are added,
+            and a choice of components ends when a step gains nothing.
         generates: whether the model also generates text for each finalist, which is not counted.
         pass_flop: floating-point operations of a pass of one example, on average.
         screen_flop: those of the sums of the screen, without its passes.
@@ -145,6 +157,8 @@ class Plan:
         def needs(item: WorkItem) -> Mapping[str, float]:
             if isinstance(item, ScreenTask):
                 return {c.matrix.id: self.of_matrix[c.matrix.id] for c in item.candidates}
+            if isinstance(item, ContributionTask):
+                return {m.id: self.of_matrix[m.id] for m in item.matrices}
             if not isinstance(item, ScoreTask) or not item.intervention:
                 return {}
             if item.intervention not in known:
@@ -194,12 +208,9 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
     Raises:
         LaserError: if a setting, the grid, the task or the model cannot be used.
     """
-    config = config.for_task(task)
-    if config.strategy == "components":
-        raise ScoringError(
-            "the work of the strategy components cannot be planned, for each step decides about the next; bound its time with "
-            "--budget and its memory with --memory"
-        )
+    config = config.for_task(task, has_guard=has_guard(lm, config.guards))
+    if config.strategy is None:
+        raise AssertionError("for_task sets the strategy")
     check(lm, task)
     candidates = expand(config.grid, lm.matrices)
     splits = encode_splits(lm, task, config)
@@ -207,12 +218,13 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
     matrices = tuple(dict.fromkeys(c.matrix for c in candidates))
     sequences = splits[VALIDATION].sequences
     tokens = sum(len(s.ids) + len(s.decoder) for s in sequences) / len(task.validation)
-    examples = builder.screen_size if config.screens else 0
+    takes_gradients = config.screens or config.strategy == "components"
+    gradients = sum(stage.name in GRADIENTS for stage in builder.stages(1))
     held = [4 * min(m.shape) * sum(m.shape) for m in matrices]
     of_block: dict[tuple[str, int], int] = {}
     for m, size in zip(matrices, held, strict=True):
         of_block[m.stack, m.layer] = of_block.get((m.stack, m.layer), 0) + size
-    boundaries, backward = builder.screen_bytes() if config.screens else (0, 0)
+    boundaries, backward = builder.screen_bytes() if takes_gradients else (0, 0)
     disk = sum((8 if lm.dtype == torch.float64 else 4) * min(m.shape) ** 2 for m in matrices)
     _warn_of_full_disk(lm.cache, disk)
     return Plan(
@@ -223,11 +235,11 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
         is_estimate=config.strategy != "exhaustive",
         generates=config.scorer in GENERATING,
         pass_flop=_pass_flop(lm, splits[VALIDATION]),
-        screen_flop=sum(2 * examples * tokens * min(m.shape) * sum(m.shape) for m in matrices),
+        screen_flop=sum(2 * gradients * builder.screen_size * tokens * min(m.shape) * sum(m.shape) for m in matrices),
         weights=sum({p.data_ptr() or id(p): p.numel() * p.element_size() for p in lm.model.parameters()}.values()),
         activations=max(boundaries, *(builder.activation_bytes(name) for name in (VALIDATION, TEST))),
         # The screen holds all of a block, whatever the bound.
-        decompositions=int(max(min(config.memory / 2, sum(held)), max(of_block.values()) if config.screens else max(held))),
+        decompositions=int(max(min(config.memory / 2, sum(held)), max(of_block.values()) if takes_gradients else max(held))),
         peak=max(
             _pass_bytes(lm, splits, config.batch_size),
             # In float64: the matrix, its Gram matrix and what the eigensolver takes.
@@ -325,6 +337,9 @@ class _PlanBuilder:
 
     @property
     def screen_size(self) -> int:
+        """Number of questions over which a gradient is taken."""
+        if self.config.strategy == "components":
+            return len(self.splits[VALIDATION].split) * (PARTS - 1) // PARTS
         return screen_size(len(self.splits[VALIDATION].split), self.config)
 
     def stages(self, workers: int) -> tuple[Stage, ...]:
@@ -335,8 +350,10 @@ class _PlanBuilder:
         if config.screens:
             cost = SCREEN_PASSES * self.screen_size
             tasks = screen_tasks(self.candidates, VALIDATION, n - self.screen_size, cost, workers)
-            stages.append(Stage("screen", tuple(tasks)))
-        if config.strategy == "exhaustive":
+            stages.append(Stage(SCREEN, tuple(tasks)))
+        if config.strategy == "components":
+            stages += self._steps(workers)
+        elif config.strategy == "exhaustive":
             stages.append(self._scores("exhaustive", VALIDATION, [BASE, *interventions], 0, n, workers))
         elif config.strategy == "race":
             alive, start = config.candidates + config.random_candidates, 0
@@ -356,6 +373,13 @@ class _PlanBuilder:
             stages += [self._scores("trial", VALIDATION, [trial], 0, n, workers) for trial in tried]
         stages.append(self._scores("best on test", TEST, _sample_evenly(interventions, 1), 0, on_test, workers))
         return tuple(stages)
+
+    def _steps(self, workers: int) -> list[Stage]:
+        """Return the steps of a choice of components, as many as may be tried, without their passes of the guards."""
+        n, matrices = len(self.splits[VALIDATION].split), list(dict.fromkeys(c.matrix for c in self.candidates))
+        scores = self._scores("trial", VALIDATION, [BASE], 0, n, workers)
+        gradient = Stage(GRADIENT, tuple(contribution_tasks(VALIDATION, range(self.screen_size), BASE, matrices, workers)))
+        return [scores, *[gradient, scores] * self.config.steps]
 
     def _scores(
         self, name: str, split: str, interventions: Sequence[Intervention], start: int, stop: int, workers: int
