@@ -149,7 +149,7 @@ def test_what_cannot_be_answered_is_told_and_leaves_the_model_as_it_was(make: Ma
     assert not any(module._forward_hooks for module in lm.model.modules())
     with torch.no_grad():
         lm.model.get_input_embeddings().weight.fill_(float("nan"))  # type: ignore[operator]
-    with pytest.raises(ScoringError, match="the weights are not finite: model.embed_tokens.weight"):
+    with pytest.raises(ScoringError, match=r"the weights are not finite: model\.embed_tokens\.weight"):
         shared_playground.answer(PROMPT, "1.fc_in@0.5", 4)
 
 
