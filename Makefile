@@ -51,6 +51,7 @@ lint: $(VENV)/installed
 wheel: setup
 	rm -rf dist build/pipx-venv build/pipx build/sdist
 	$(BIN)/python -m build --quiet --no-isolation
+	cd dist && sha256sum *.whl *.tar.gz > SHA256SUMS && sha256sum --check --quiet SHA256SUMS
 	$(PYTHON) -m venv build/pipx-venv
 	build/pipx-venv/bin/python -m pip install --quiet pipx
 	$(PIPX) install --quiet --backend pip --pip-args="--no-compile -c $(CURDIR)/constraints.txt" dist/*.whl

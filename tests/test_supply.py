@@ -72,3 +72,20 @@ def test_weights_are_read_from_safetensors_unless_told_otherwise() -> None:
 def test_nothing_is_downloaded_without_encryption() -> None:
     addresses = [a for file in FILES for a in re.findall(r"http://[\w.-]+", file.read_text(encoding="utf-8"))]
     assert set(addresses) <= {"http://127.0.0.1", "http://localhost", "http://www.w3.org"}
+
+
+WEIGHTS_READERS = {"models/loading.py": ["options"]}
+"""Files that read weights with options that hold ``use_safetensors`` unless a flag allows pickles."""
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_every_reader_of_weights_asks_for_safetensors(file: Path) -> None:
+    name = file.relative_to(SOURCE).as_posix()
+    for call in (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+        called, given = dotted(call.func), options(call)
+        if not called.endswith(".from_pretrained") or called.startswith(("AutoConfig.", "AutoTokenizer.", "PeftModel.")):
+            continue
+        is_from_memory = bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value is None
+        bags = [k.value.id for k in call.keywords if k.arg is None and isinstance(k.value, ast.Name)]
+        is_allowed = bags == WEIGHTS_READERS.get(name)
+        assert is_from_memory or is_allowed or given.get("use_safetensors") is True, f"{name}:{call.lineno}"

@@ -199,8 +199,8 @@ def test_the_config_and_the_card_say_how_peft_loads_it(on_disk: LanguageModel, t
     assert "model.layers.1.mlp.up_proj" in config["target_modules"]
     card = (saved.folder / "README.md").read_text()
     assert "library_name: peft" in card
-    assert f'base = AutoModelForCausalLM.from_pretrained("{tmp_path / "model"}", dtype="float32")' in card
-    assert 'model = PeftModel.from_pretrained(base, "DIR")' in card
+    assert 'base = AutoModelForCausalLM.from_pretrained("model", dtype="float32")' in card
+    assert f'model = PeftModel.from_pretrained(base, "{saved.folder.name}")' in card
     assert "| reductions | `70 components of 21 matrices` |" in card
     assert f"--reduce {Intervention.parse(components(on_disk))} --form adapter" in card
 

@@ -139,7 +139,7 @@ def test_what_a_search_found_is_saved_with_its_gain(llama: LanguageModel, tmp_pa
     assert saved.record["decomposition"]["seed"] == 3  # the weights that were measured
     with applied(llama, "1.fc_in@0.1:reference", seed=3):
         assert close(fingerprint(llama.model), saved.record["fingerprint"], 0)
-    assert "## Gain on capitals" in card
+    assert "## Measured on capitals, and harm\n\n**No gain is claimed.**" in card  # the interval includes zero
     assert "| test (held out) | 16 |" in card
     assert "best of 2 candidates" in card
     other = replace(result, settings=result.settings | {"model_hash": "0"})

@@ -42,6 +42,9 @@ def reproduce(
     from laserlm.export.checkpoint import read_record
 
     record = read_record(folder)
+    name = base or str(record["base"]["name"])
+    if base is None and record["base"].get("hub", name) is None and not Path(name).exists():
+        raise ExportError(f"{folder} was made from the local model {name!r}, which is not where it was; give --base PATH")
     load_options = replace(
         load_options,
         revision=load_options.revision or record["base"]["revision"],
@@ -49,7 +52,7 @@ def reproduce(
         kind=load_options.kind or record["base"]["kind"],
     )
     with progress_bar("rebuilding", unit="matrices"):
-        lm = load_options.load_named(base or record["base"]["name"])
+        lm = load_options.load_named(name)
         reproduction = reproduce(folder, lm, calibration=calibration)
     is_tested = record.get("found") and record["found"]["best"] == record["intervention"]  # another point was not
     test = _test_again(lm, record, task, data_options) if score and is_tested else None

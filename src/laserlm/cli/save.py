@@ -38,7 +38,7 @@ class FolderOptions:
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that laserlm wrote before.")] = False
     shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "5GB"
     push: Annotated[str | None, typer.Option(help="Hub repository to upload the folder to, OWNER/NAME.")] = None
-    private: Annotated[bool, typer.Option("--private", help="Make a new hub repository private.")] = False
+    public: Annotated[bool, typer.Option("--public/--private", help="With --push: whether a new repository is public.")] = False
 
     def check(self, model: str) -> None:
         """Raise an error unless the folder may be written; call it before the model with this name is loaded."""
@@ -50,7 +50,7 @@ class FolderOptions:
         """Upload the saved model if asked to, and print it."""
         from laserlm.export import push
 
-        address = None if self.push is None else push(saved.folder, self.push, private=self.private)
+        address = None if self.push is None else push(saved.folder, self.push, private=not self.public)
         if json:
             print_json((values or saved.as_dict()) | {"pushed": address})
             return
@@ -108,6 +108,7 @@ def save(
             shard_size=folder.shard_size,
             seed=seed,
             point=point,
+            hub_id=folder.push,
         )
     folder.finish(saved, json)
 

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from laserlm.reductions import short_form
 from laserlm.searching.guard import Harm
 
-__all__ = ["card"]
+__all__ = ["card", "unclear_gain"]
 
 TAGS = {"AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask"}
 MAX_MATRICES = 40
 """Number of matrices that a card lists; the record lists all."""
 
 
-def card(record: dict[str, Any]) -> str:
-    """Return the text of ``README.md`` for a record (the content of ``laser.json``)."""
+def card(record: dict[str, Any], folder: str) -> str:
+    """Return the text of ``README.md`` for a record (the content of ``laser.json``).
+
+    Args:
+        record: the record.
+        folder: hub id or name of the folder, for the examples of the card.
+    """
     base = record["base"]
     hub = base["hub"] or base["name"]
     name = hub if base["revision"] is None else f"{hub} at {base['revision']}"
     loader = record["loader"]
     head = ["---", *([f"base_model: {base['hub']}"] if base["hub"] else [])]
+    head += [f"{key}: {json.dumps(value)}" for key, value in base.get("licence", {}).items()]
     if record["form"] == "adapter":
         head += ["base_model_relation: adapter", "library_name: peft", "tags: [laserlm, low-rank, lora]"]
         what = f"An adapter that takes singular components out of some weight matrices of {name}, without training"
@@ -39,7 +47,7 @@ def card(record: dict[str, Any]) -> str:
         "",
         f"{what} ([LASER](https://arxiv.org/abs/2312.13558)). Made with laserlm.",
         "",
-        *_loading(record, loader),
+        *_loading(record, loader, folder),
         "",
         "| | |",
         "|---|---|",
@@ -59,7 +67,8 @@ def card(record: dict[str, Any]) -> str:
         record["command"],
         "```",
         "",
-        "`laser reproduce DIR` rebuilds it and compares the weights. `laser load-check DIR` loads it in a fresh process and "
+        f"`laser reproduce {folder}` rebuilds it and compares the weights. `laser load-check {folder}` loads it in a fresh "
+        "process and "
         "compares its logits with the recorded logits. Versions: "
         + ", ".join(f"{package} {version}" for package, version in record["provenance"]["versions"].items())
         + ".",
@@ -78,11 +87,11 @@ def card(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _loading(record: dict[str, Any], loader: str) -> list[str]:
+def _loading(record: dict[str, Any], loader: str, folder: str) -> list[str]:
     if record["form"] == "adapter":
-        return _loading_with_peft(record["base"], record["dtype"]["base"], loader)
+        return _loading_with_peft(record["base"], record["dtype"]["base"], loader, folder)
     if record["imports"] is None:
-        return [f'Load it with `transformers.{loader}.from_pretrained("DIR")`. It needs no other package.']
+        return [f'Load it with `transformers.{loader}.from_pretrained("{folder}")`. It needs no other package.']
     return [
         "Its reduced matrices are stored as two factors each. **Import laserlm first.** Without laserlm, loading fails."
         if record["form"] == "factored"
@@ -92,12 +101,12 @@ def _loading(record: dict[str, Any], loader: str) -> list[str]:
         f"import {record['imports']}",
         f"from transformers import {loader}",
         "",
-        f'model = {loader}.from_pretrained("DIR")',
+        f'model = {loader}.from_pretrained("{folder}")',
         "```",
     ]
 
 
-def _loading_with_peft(base: dict[str, Any], dtype: str, loader: str) -> list[str]:
+def _loading_with_peft(base: dict[str, Any], dtype: str, loader: str, folder: str) -> list[str]:
     name, commit = base["name"], base["revision"]
     revision = f', revision="{commit}"' if commit else ""
     is_plain = name != "bundled" and not name.endswith(".gguf")
@@ -112,10 +121,10 @@ def _loading_with_peft(base: dict[str, Any], dtype: str, loader: str) -> list[st
         *([f"from transformers import {loader}"] if is_plain else []),
         "",
         f"base = {model}",
-        'model = PeftModel.from_pretrained(base, "DIR")',
+        f'model = PeftModel.from_pretrained(base, "{folder}")',
         "```",
         "",
-        '`laserlm.load("DIR")` loads base and adapter together, merged.',
+        f'`laserlm.load("{folder}")` loads base and adapter together, merged.',
     ]
 
 
@@ -159,9 +168,12 @@ def _evidence(result: dict[str, Any] | None, point: dict[str, Any] | None, harms
             f"**Not tested on held-out questions.** It is a point of the Pareto list of run `{result['run']}`, which chose "
             "another one. All figures are of the questions and the text that it was chosen on, so they are too good."
         )
+    unclear = unclear_gain(result)
+    is_gain = point is None and not unclear
     return [
-        f"## Gain on {settings.get('task', 'the task')}, and harm",
+        f"## {'Gain' if is_gain else 'Measured'} on {settings.get('task', 'the task')}, and harm",
         "",
+        *([f"**No gain is claimed.** {unclear}", ""] if unclear and point is None else []),
         origin,
         "",
         "| split | examples | base | reduced | gain, 95 % interval | exact p | loss, nats per token [change] |",
@@ -171,6 +183,24 @@ def _evidence(result: dict[str, Any] | None, point: dict[str, Any] | None, harms
         *([f"Harm: {harm}." for harm in harms] or ["What it costs on other text was not measured."]),
         "",
     ]
+
+
+def unclear_gain(result: dict[str, Any]) -> str:
+    """Return why the test of a search shows no gain, or an empty text if it does: of accuracy, for a text of the loss."""
+    test = result["test"]
+    if result["settings"].get("scorer") == "perplexity":
+        low, high = test["loss_interval"] or (-math.inf, math.inf)
+        if high < 0:
+            return ""
+        found = (
+            "rises" if low > 0 else f"may be unchanged: the interval of its change, {low:+.3f} to {high:+.3f}, includes zero"
+        )
+        return f"The loss on held-out text {found}."
+    low, high = test["interval"]
+    if low > 0:
+        return ""
+    interval = f"{low:+.1%} to {high:+.1%}, {'lies below' if high < 0 else 'includes'} zero"
+    return f"The interval of the gain on held-out questions, {interval}."
 
 
 def _point(record: dict[str, Any]) -> dict[str, Any] | None:

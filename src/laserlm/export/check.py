@@ -150,9 +150,14 @@ def load_check(folder: str | Path, *, allow_remote_code: bool = False) -> LoadCh
     )
 
 
+def _is_gone(base: dict[str, Any]) -> bool:
+    """Return whether a base model was a local folder that is not where it was. On the hub its name may be another's."""
+    return base.get("hub", "") is None and not Path(base["name"]).exists()
+
+
 def _lost(folder: Path, record: dict[str, Any]) -> tuple[str, ...] | None:
     """Return what the folder has otherwise than its base model; None if they cannot be compared here."""
-    if "source" not in record:
+    if "source" not in record or _is_gone(record["base"]):
         return None
     try:
         source = source_folder(record["base"]["name"], record["base"]["revision"])

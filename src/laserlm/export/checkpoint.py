@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub import metadata_load
 from rich.filesize import decimal
 from safetensors import SafetensorError
 from torch import Tensor
+from yaml import YAMLError
 
 from laserlm.edit.factors import StoredMatrix
 from laserlm.errors import ExportError, LaserError
@@ -26,10 +28,11 @@ from laserlm.export.source import Source
 from laserlm.export.source_check import differences, tokenizer_config_for_transformers_4
 from laserlm.linalg.precision import full_precision
 from laserlm.low_rank import LowRankConfig, LowRankLinear
-from laserlm.models.adapter import base_of
+from laserlm.models.adapter import LOCAL, base_of, local_paths
 from laserlm.models.bundled import HUB_ID
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import CLASSES, dequantise, dtype_named, model_class, silence_transformers
+from laserlm.models.source import source_folder
 from laserlm.paths import atomic_folder, check_new_folder
 from laserlm.provenance import provenance
 
@@ -49,11 +52,16 @@ __all__ = [
 Form = Literal["dense", "factored", "adapter"]
 RECORD = "laser.json"
 CARD = "README.md"
+LICENCE_KEYS = ("license", "license_name", "license_link")
 HIDDEN_CONFIG = "config.json.part"
 """Name of the config until the folder is complete. Without a config.json, the folder of a killed save does not load."""
 FORMAT = 1
+EXPERTS_RENAMED_IN_5 = {"qwen3_moe", "qwen3_omni_moe_text", "qwen3_vl_moe_text"}
+"""Types whose config names the number of experts ``num_experts`` in transformers 4, and ``num_local_experts`` in 5."""
 ROPE_TYPES_IN_4 = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
 """Kinds of rotary positions of transformers 4.57; an image tower has others."""
+MAX_PATH = 1024
+"""Characters of the longest text that is looked up as a path."""
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
 
@@ -66,12 +74,14 @@ class SaveOptions:
         dtype: dtype of the saved weights, such as ``float16``; None keeps the model's dtypes.
         overwrite: whether to replace a folder that laserlm wrote before.
         shard_size: maximum size of a weight file, such as ``5GB``.
+        hub_id: repository that the folder will be uploaded to, for its card; None for none.
     """
 
     form: Form = "dense"
     dtype: str | torch.dtype | None = None
     overwrite: bool = False
     shard_size: str = "5GB"
+    hub_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +218,10 @@ def write(
     source = Source.of(lm) if adapter is None else None
     keeps_dtypes = source is not None and not _is_cast(lm, options)
     saved_dtype = source.dtype if source is not None and keeps_dtypes else dtype
-    base = {"base": _describe_base(lm, lm.hash), "dtype": {"base": _name(lm.dtype), "saved": _name(saved_dtype)}}
+    base = {
+        "base": _describe_base(lm, lm.hash) | {"licence": _licence_of(lm)},
+        "dtype": {"base": _name(lm.dtype), "saved": _name(saved_dtype)},
+    }
     base_parameters = _count(lm)
     try:
         with atomic_folder(out, existing="replace" if options.overwrite else "refuse") as part, edit as matrices:
@@ -241,10 +254,17 @@ def write(
                 "fingerprint_dtype": "float32",
                 "provenance": provenance(device=str(lm.device), dtype=_name(lm.dtype)),
             }
-            (part / CARD).write_text(card(record), encoding="utf-8")
+            paths = {"base": str(Path(lm.name).absolute())} if _is_local(lm.name) else {}
+            if text := record.get("compression", {}).get("text"):
+                paths["calibration"] = str(Path(text["name"]).absolute())
+            record["provenance"].pop("command")  # it may name files and folders of this machine
+            record = _without_paths(record)
+            (part / CARD).write_text(card(record, options.hub_id or out.name), encoding="utf-8")
             if adapter is None:
                 (part / HIDDEN_CONFIG).rename(part / "config.json")
             record["files"] = file_hashes(part)
+            if paths:
+                (part / LOCAL).write_text(json.dumps(paths, indent=2) + "\n", encoding="utf-8")
             (part / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except LaserError:
         raise
@@ -263,7 +283,7 @@ def command_of(lm: LanguageModel, command: str, arguments: Sequence[str], out: P
     load += ["--kind", lm.kind] if lm.kind != "causal" else []
     save = ["--form", options.form, "--shard-size", options.shard_size]
     save += ["--save-dtype", str(options.dtype).removeprefix("torch.")] if options.dtype is not None else []
-    return shlex.join(["laser", command, lm.name, *load, *arguments, *save, "--out", out.name])
+    return shlex.join(map(_without_paths, ["laser", command, lm.name, *load, *arguments, *save, "--out", out.name]))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -283,13 +303,19 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{file} is no record of a saved model (it has no format number); save the model again")
     if record["format"] > FORMAT:
         raise ExportError(f"{file} is of format {record['format']}; this laserlm reads up to {FORMAT}: upgrade laserlm")
+    paths = local_paths(folder)
+    if "base" in paths and isinstance(record.get("base"), dict):
+        record["base"]["name"] = paths["base"]
+    text = (record.get("compression") or {}).get("text") if isinstance(record.get("compression"), dict) else None
+    if "calibration" in paths and isinstance(text, dict):
+        text["name"] = paths["calibration"]
     return record
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a saved model except its record, by name."""
+    """Return the sha256 of every file of a saved model except its record and local paths, by name."""
     hashes = {}
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != RECORD):
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in (RECORD, LOCAL)):
         with file.open("rb") as stream:
             hashes[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
@@ -351,7 +377,9 @@ def _write_from_source(
     with silence_transformers():
         loaded_config = type(model.config).from_json_file(file)
         dequantise(loaded_config)
-        loaded, info = loader.from_pretrained(folder, config=loaded_config, dtype="auto", output_loading_info=True)
+        loaded, info = loader.from_pretrained(
+            folder, config=loaded_config, dtype="auto", output_loading_info=True, use_safetensors=True
+        )
         compute_in_float32(loaded)
         with full_precision():
             outputs = fingerprint(loaded.eval())
@@ -406,13 +434,15 @@ def _adapt_tokenizer(folder: Path) -> None:
 
 
 def _for_transformers_4(config: Any) -> Any:
-    """Return a config, and its nested configs, with the rotary settings also under their names in transformers 4.
+    """Return a config, and its nested configs, with some settings also under their names in transformers 4.
 
     transformers 4 ignores ``rope_parameters``. Without the old names it would use the defaults and raise no error.
     """
     if not isinstance(config, dict):
         return config
     config = {name: _for_transformers_4(value) for name, value in config.items()}
+    if config.get("model_type") in EXPERTS_RENAMED_IN_5 and "num_local_experts" in config:
+        config = {"num_experts": config["num_local_experts"]} | config
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return config
@@ -481,6 +511,34 @@ def _loader_name(lm: LanguageModel) -> str:
     own = type(lm.model).__name__
     is_own = lm.loaded is not None and model_class(lm.model.config, lm.kind) is not CLASSES[lm.kind]
     return own if is_own else CLASSES[lm.kind].__name__
+
+
+def _is_local(name: str) -> bool:
+    return name != "bundled" and Path(name).expanduser().exists()
+
+
+def _without_paths(value: Any) -> Any:
+    """Return plain JSON values with the last part alone of each text that is the path of a file or folder here."""
+    if isinstance(value, dict):
+        return {key: _without_paths(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(v) for v in value]
+    if not isinstance(value, str) or "/" not in value or len(value) > MAX_PATH:
+        return value
+    is_path = value.startswith(("/", "~/", "./", "../")) or Path(value).exists()
+    return Path(value).name if is_path else value
+
+
+def _licence_of(lm: LanguageModel) -> dict[str, str]:
+    """Return what the card of the base model says of its licence, with the hub's keys; empty if it says nothing."""
+    if lm.name == "bundled":
+        return {"license": "apache-2.0"}
+    folder = None if lm.loaded is None else source_folder(lm.loaded["name"], lm.loaded["revision"])
+    try:
+        found = metadata_load(folder / CARD) if folder is not None and (folder / CARD).is_file() else None
+    except (OSError, ValueError, YAMLError):
+        found = None
+    return {key: str(found[key]) for key in LICENCE_KEYS if key in found} if isinstance(found, dict) else {}
 
 
 def _describe_base(lm: LanguageModel, base_hash: str) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def main() -> None:
         source = {"pretrained_model_name_or_path": sys.argv[2], "dtype": record["dtype"]["base"]}
         source["revision"] = record["base"]["revision"] or "main"
     model, info = loader.from_pretrained(
-        **source, output_loading_info=True, trust_remote_code="--allow-remote-code" in sys.argv
+        **source, output_loading_info=True, use_safetensors=True, trust_remote_code="--allow-remote-code" in sys.argv
     )
     if record["form"] == "adapter":
         from peft import PeftModel

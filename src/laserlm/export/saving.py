@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,14 +16,18 @@ from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.edit.factors import StoredMatrix, factored
 from laserlm.errors import ExportError
 from laserlm.export.adapter import Adapter
+from laserlm.export.card import unclear_gain
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.linalg.decomposition import ALGORITHM
+from laserlm.models.adapter import LOCAL
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
 from laserlm.reductions import Intervention
 from laserlm.searching.result import SearchResult
 
 __all__ = ["push", "save"]
+
+log = logging.getLogger(__name__)
 
 
 def save(
@@ -37,6 +42,7 @@ def save(
     seed: int | None = None,
     point: int | None = None,
     cache: DecompositionCache | None = None,
+    hub_id: str | None = None,
 ) -> SavedModel:
     """Save a model under an intervention as a folder that ``from_pretrained`` loads.
 
@@ -56,6 +62,7 @@ def save(
         seed: seed of ``:reference`` decompositions; None uses the search's seed, or 0 without a search.
         point: of the result of a search: number in its list ``pareto``, from 1. None takes the best.
         cache: decomposition cache; None uses the one in ``lm.cache``.
+        hub_id: repository that the folder will be uploaded to, which its card then names.
 
     Raises:
         ExportError: if the folder exists, holds the model or cannot be written, the model was loaded from factors, the search
@@ -64,13 +71,15 @@ def save(
         LaserError: as ``applied``.
     """
     out = Path(out).expanduser().absolute()
-    options = SaveOptions(form, dtype, overwrite, shard_size)
+    options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
     check_request(lm, out, options)
     result = None
     if isinstance(intervention, SearchResult):
         result = intervention
         intervention = _chosen(lm, result, point)
         seed = int(result.settings.get("seed", 0)) if seed is None else seed
+        if point is None and (unclear := unclear_gain(result.as_dict())):
+            log.warning("run %s shows no gain: %s The card says so", result.run, unclear)
     elif point is not None:
         raise ExportError(f"point {point} is of the result of a search; give the result instead of a reduction")
     intervention, seed = Intervention.read(intervention), seed or 0
@@ -104,8 +113,13 @@ def _chosen(lm: LanguageModel, result: SearchResult, point: int | None) -> Inter
     return result.best
 
 
-def push(folder: Path, hub_id: str, *, private: bool = False) -> str:
+def push(folder: Path, hub_id: str, *, private: bool = True) -> str:
     """Upload a saved model to the hub and return its address. Older weight files in the repository are deleted.
+
+    Args:
+        folder: the folder. Paths of this machine (``laser.local.json``) are not uploaded.
+        hub_id: OWNER/NAME of the repository.
+        private: whether a repository that does not exist yet is private. An existing one stays as it is.
 
     Raises:
         ExportError: if the hub cannot be reached or refuses the upload.
@@ -118,13 +132,14 @@ def push(folder: Path, hub_id: str, *, private: bool = False) -> str:
                 repo_id=hub_id,
                 folder_path=folder,
                 commit_message="Add the reduced model",
+                ignore_patterns=[LOCAL],
                 delete_patterns=["*.safetensors", "*.safetensors.index.json"],
             )
         )
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ExportError(
             f"{folder} was saved, but not uploaded to {hub_id}: {error}; check the network and 'hf auth login', then run "
-            f"'hf upload {hub_id} {folder}'"
+            f"'hf upload {hub_id} {folder} --exclude {LOCAL}'"
         ) from error
 
 

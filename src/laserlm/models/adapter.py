@@ -18,11 +18,14 @@ from laserlm.errors import MissingExtraError, ModelError, WeightError
 from laserlm.models.finite import describe, not_finite
 from laserlm.models.language_model import LanguageModel
 
-__all__ = ["base_of", "has_adapter", "is_beside_a_model", "model_alone", "with_adapter"]
+__all__ = ["LOCAL", "base_of", "has_adapter", "is_beside_a_model", "local_paths", "model_alone", "with_adapter"]
 
 log = logging.getLogger(__name__)
 
 CONFIG, RECORD = "adapter_config.json", "laser.json"
+WEIGHTS = "adapter_model.safetensors"
+LOCAL = "laser.local.json"
+"""Paths on this machine of what a folder was made from. They are not in the record, which is published with the folder."""
 
 
 def base_of(folder: str | Path) -> tuple[str, str | None] | None:
@@ -37,11 +40,26 @@ def base_of(folder: str | Path) -> tuple[str, str | None] | None:
     try:
         if (folder / RECORD).is_file():  # laserlm names some models in its own way
             base = json.loads((folder / RECORD).read_text(encoding="utf-8"))["base"]
-            return str(base["name"]), base["revision"]
+            name = local_paths(folder).get("base", str(base["name"]))
+            if base.get("hub", name) is None and not Path(name).exists():
+                raise ModelError(
+                    f"the adapter {str(folder)!r} belongs to the local model {name!r}, which is not where it was; write "
+                    f'where it is now into {folder / LOCAL}, as {{"base": "PATH"}}'
+                )
+            return name, base["revision"]
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return str(config["base_model_name_or_path"]), config.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the adapter {str(folder)!r} names no base model ({error!r}); save the adapter again") from None
+
+
+def local_paths(folder: Path) -> dict[str, str]:
+    """Return where the base model and the calibration text of a saved folder lie on this machine, as far as they still do."""
+    try:
+        paths = json.loads((folder / LOCAL).read_text(encoding="utf-8"))
+        return {name: path for name, path in paths.items() if isinstance(path, str) and Path(path).exists()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def is_beside_a_model(folder: str | Path) -> bool:
@@ -76,6 +94,11 @@ def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtraError("an adapter is loaded by peft: pip install peft") from error
+    if not (Path(folder) / WEIGHTS).is_file() and not (lm.loaded or {}).get("allow_pickle"):
+        raise ModelError(
+            f"the adapter {str(folder)!r} has no {WEIGHTS}, and pickled weights can run code; --allow-pickle "
+            "(allow_pickle=True) reads them, if you trust the folder"
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would go on with a part of it

@@ -14,7 +14,7 @@ __all__ = ["side_files", "source_folder"]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz")
 """Suffixes of weights, and of the state of a training."""
-REPLACED = {"config.json", "README.md", "laser.json", "model.safetensors.index.json"}
+REPLACED = {"config.json", "README.md", "laser.json", adapter.LOCAL, "model.safetensors.index.json"}
 """Files that a saved model has of its own."""
 
 

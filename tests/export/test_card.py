@@ -1,0 +1,144 @@
+"""What a saved folder says to others: no more gain than was shown, and nothing about this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from in_process import check_here
+from safetensors.torch import load_file
+
+from laserlm.errors import ModelError
+from laserlm.export import load_check, push, save
+from laserlm.export.card import unclear_gain
+from laserlm.models import LanguageModel, load
+from laserlm.scoring.statistics import Interval
+from laserlm.searching import SearchResult, search
+from laserlm.tasks import Example, Task
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def base(llama: LanguageModel, tmp_path: Path) -> Path:
+    folder = tmp_path / "private" / "my-model"
+    llama.model.save_pretrained(folder)
+    llama.require_tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: research-only\n---\n# A model\n")
+    return folder
+
+
+@pytest.fixture
+def found(llama: LanguageModel) -> SearchResult:
+    task = Task.of("capitals", [Example(str(i), f"The capital of {i} is", ("Paris", "Rome")[i % 2]) for i in range(20)])
+    result = search(llama, task, grid="1.fc_in@0.1", strategy="exhaustive", metric="loss", guards=())
+    return replace(result, best=result.best or type(result.best).parse("1.fc_in@0.1"))
+
+
+@pytest.mark.parametrize(
+    ("interval", "heading", "says"),
+    [
+        (Interval(0.01, 0.2), "Gain on capitals", ""),
+        (
+            Interval(-0.01, 0.2),
+            "Measured on capitals",
+            "on held-out questions, -1.0% to +20.0%, includes zero.",
+        ),
+        (Interval(0.0, 0.2), "Measured on capitals", "includes zero."),
+        (Interval(-0.2, -0.1), "Measured on capitals", "-20.0% to -10.0%, lies below zero."),
+    ],
+)
+def test_a_card_claims_a_gain_only_where_its_interval_is_above_zero(
+    interval: Interval,
+    heading: str,
+    says: str,
+    llama: LanguageModel,
+    found: SearchResult,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = replace(found, test=replace(found.test, interval=interval))
+    card = (save(llama, found, tmp_path / "out").folder / "README.md").read_text()
+    assert f"## {heading}, and harm" in card
+    assert ("**No gain is claimed.**" in card) is bool(says)
+    assert says in card
+    assert ("shows no gain" in caplog.text) is bool(says)
+    assert says in caplog.text
+
+
+def test_the_gain_on_a_text_is_that_of_the_loss(found: SearchResult) -> None:
+    values = found.as_dict()
+    values["settings"] = values["settings"] | {"scorer": "perplexity"}
+    for interval, says in (([-0.2, -0.1], ""), ([-0.1, 0.1], "includes zero"), ([0.1, 0.2], "rises"), (None, "includes zero")):
+        values["test"] = values["test"] | {"loss_interval": interval}
+        assert says in unclear_gain(values)
+        assert bool(says) is bool(unclear_gain(values))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("form", ["dense", "adapter"])
+def test_card_and_record_name_no_place_of_this_machine_and_the_folder_is_still_checked(
+    form: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_here(monkeypatch)
+    saved = save(load(base), "1.mlp@0.3", tmp_path / "reduced", form=form)
+    card, record = ((saved.folder / name).read_text() for name in ("README.md", "laser.json"))
+    for text in (card, record):
+        assert str(tmp_path) not in text
+        assert "private" not in text
+    assert 'license: "other"\nlicense_name: "research-only"\n' in card
+    assert "| base model | my-model |" in card
+    assert "DIR" not in card
+    assert "`laser load-check reduced`" in card
+    assert json.loads(record)["command"].startswith("laser save my-model ")
+    assert json.loads((saved.folder / "laser.local.json").read_text()) == {"base": str(base)}
+    assert load_check(saved.folder).agrees
+    base.rename(base.with_name("moved"))
+    if form == "adapter":
+        with pytest.raises(ModelError, match="belongs to the local model 'my-model', which is not where it was"):
+            load(saved.folder)
+        (saved.folder / "laser.local.json").write_text(json.dumps({"base": str(base.with_name("moved"))}))
+        assert load(saved.folder).matrices
+    else:
+        assert load_check(saved.folder).agrees
+
+
+def test_a_push_is_private_unless_it_is_asked_for_and_leaves_local_paths_out(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, hub_id: str, **options: Any) -> None:
+            calls.append({"id": hub_id} | options)
+
+        def upload_folder(self, **options: Any) -> str:
+            calls[-1] |= options
+            return "https://example.com"
+
+    monkeypatch.setattr("laserlm.export.saving.HfApi", Hub)
+    for number, flags in enumerate(([], ["--public"], ["--private"])):
+        out = tmp_path / f"out{number}"
+        code, _, err = run("save", base, "--reduce", "1.mlp@0.3", "--out", out, "--push", "me/mine", *flags)
+        assert code == 0, err
+        assert (calls[-1]["id"], calls[-1]["private"]) == ("me/mine", flags != ["--public"])
+        assert calls[-1]["ignore_patterns"] == ["laser.local.json"]
+    assert 'from_pretrained("me/mine")' in (out / "README.md").read_text()
+    push(out, "me/other")
+    assert calls[-1]["private"] is True
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_pickled_adapter_needs_the_flag(base: Path, tmp_path: Path) -> None:
+    folder = save(load(base), "1.mlp@0.3", tmp_path / "adapter", form="adapter").folder
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), folder / "adapter_model.bin")
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors, and pickled weights can run code; --allow"):
+        load(folder)
+    assert load(folder, allow_pickle=True).matrices
