@@ -247,6 +247,17 @@ def test_no_fact_accepts_a_step_that_it_had_a_part_in_choosing(
     assert len(set(judged)) > 1  # the parts take turns
 
 
+def test_a_step_is_chosen_on_as_many_questions_as_memory_has_room_for(
+    llama: LanguageModel, events: list[Gradient | Trial], caplog: pytest.LogCaptureFixture
+) -> None:
+    K = sum(m.max_rank for m in separate_matrices(expand(SETTINGS["grid"], llama.matrices)))
+    search(llama, questions(), **SETTINGS | {"steps": 1, "memory": 22 * 8 * K})
+    (gradient,) = [e for e in events if isinstance(e, Gradient) and not e.squared]
+    (trial,) = [e for e in events if isinstance(e, Trial)]
+    assert (len(gradient.ids), len(trial.ids)) == (22, 15)
+    assert "a step is chosen on 22 of 30 questions" in caplog.text
+
+
 def test_the_harm_of_components_is_of_the_choosing_part_of_the_guard(
     llama: LanguageModel, events: list[Gradient | Trial]
 ) -> None:

@@ -13,6 +13,7 @@ search ends: the chance that useless steps alone are accepted is ``delta`` at mo
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -38,8 +39,9 @@ from laserlm.searching.scorer import Failure
 from laserlm.searching.session import BASE, SearchSession
 from laserlm.searching.work import SCREEN_PASSES, contribution_tasks
 
-__all__ = ["PARTS", "choose_components", "choose_step", "cost_of_step", "separate_matrices"]
+__all__ = ["MOST_QUESTIONS", "PARTS", "choose_components", "choose_step", "cost_of_step", "separate_matrices"]
 
+log = logging.getLogger(__name__)
 STEP_COMPONENTS = 150
 """Components that a step changes at most."""
 MIN_GAIN = 0.001
@@ -48,6 +50,14 @@ LEAST_HARM = 2e-5
 """Harm that a component counts with at least, in nats per token; smaller ones cannot be told apart."""
 STEP_SHARE, LEAST_SHARE = 0.5, 0.03
 """Shares of the harm that is left within the bound: what a step is expected to use at most, and below what none is tried."""
+MOST_QUESTIONS = 1000
+"""Questions that choose a step at most. All questions of the third part accept it."""
+LEAST_QUESTIONS = 8
+"""Questions of each part that choose a step in any case."""
+DERIVATIVE_BYTES = 8
+"""Bytes that the derivative of a question by a component takes, while those of all matrices are put together."""
+COLUMNS = 8192
+"""Components whose errors are computed together, which bounds the memory."""
 PARTS = 3
 """Parts of the validation questions, of which one accepts what the others choose."""
 
@@ -147,11 +157,26 @@ class _Trials:
         metric: Metric = "accuracy" if session.between_choices else "loss"
         return is_significantly_worse(after, before, metric, session.config.delta / PARTS)
 
+    def _questions(self) -> list[int]:
+        """Return the questions that choose the next step: as many as their derivatives have room for."""
+        memory = self.session.config.memory
+        room = min(MOST_QUESTIONS, int(memory / (DERIVATIVE_BYTES * len(self.pool))))
+        others = [part for number, part in enumerate(self.parts) if number != self.judge]
+        most = max(LEAST_QUESTIONS, room // len(others))
+        if room < MOST_QUESTIONS and any(len(part) > most for part in others):
+            log.warning(
+                "a step is chosen on %d of %d questions, for whose derivatives %.1f GiB have room; give more with --memory",
+                sum(min(len(part), most) for part in others),
+                sum(map(len, others)),
+                memory / 2**30,
+            )
+        return [i for part in others for i in part[:most]]
+
     def _choose(self) -> list[int]:
         session, ledger = self.session, self.session.on_validation
         if self._harm is None:
             self._harm = self.pool.harm(session)
-        chosen_on = [i for part in self.parts if part != self.parts[self.judge] for i in part]
+        chosen_on = self._questions()
         if self._derivatives is None:
             later = self._later + SCREEN_PASSES * len(chosen_on)
             session.begin(f"gradient {len(self.done) + 1}", [session.best], 0, later=later)
@@ -220,7 +245,7 @@ class ComponentPool:
 
 def cost_of_step(questions: int) -> float:
     """Return the work of a step, in passes of one example: the gradient over the questions that choose, and the trial."""
-    return SCREEN_PASSES * questions * (PARTS - 1) / PARTS + questions
+    return SCREEN_PASSES * min(MOST_QUESTIONS, questions * (PARTS - 1) / PARTS) + questions
 
 
 def choose_step(
@@ -241,7 +266,7 @@ def choose_step(
     """
     E = len(facts)
     mean = contributions.mean(0)
-    ratios = mean / _standard_errors(contributions - mean, facts)
+    ratios = mean / torch.cat([_standard_errors(part - part.mean(0), facts) for part in contributions.split(COLUMNS, 1)])
     J = len(set(facts))
     by_chance = (J - 1) / (J - 3) if J > 3 else math.inf  # the mean square of Student's t with J - 1 degrees of freedom
     signal = max(0.0, 1 - by_chance / float(ratios[ratios.isfinite()].square().mean()))

@@ -24,7 +24,7 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.forward import MAX_SCORED_POSITIONS
 from laserlm.scoring.scorers import GENERATING
 from laserlm.searching.candidates import Candidate, expand
-from laserlm.searching.components import PARTS
+from laserlm.searching.components import MOST_QUESTIONS, PARTS
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
 from laserlm.searching.guard import has_guard
@@ -339,7 +339,7 @@ class _PlanBuilder:
     def screen_size(self) -> int:
         """Number of questions over which a gradient is taken."""
         if self.config.strategy == "components":
-            return len(self.splits[VALIDATION].split) * (PARTS - 1) // PARTS
+            return min(MOST_QUESTIONS, len(self.splits[VALIDATION].split) * (PARTS - 1) // PARTS)
         return screen_size(len(self.splits[VALIDATION].split), self.config)
 
     def stages(self, workers: int) -> tuple[Stage, ...]:
