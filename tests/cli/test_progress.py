@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from laserlm.cli import progress
+from laserlm.cli.terminal import escaped_output
 from laserlm.searching import SearchProgress
 
 
@@ -56,6 +57,20 @@ def test_without_a_terminal_a_line_comes_every_minute(monkeypatch: pytest.Monkey
             seen.clear()
             assert seen.wait(10)
     assert "left, best 1.fc_in@0.5; 3/12, " in lines[-1]
+
+
+def test_a_bar_keeps_its_colours_and_messages_stand_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stderr", out)
+    monkeypatch.setattr(progress, "stderr", Console(stderr=True, force_terminal=True, width=80, highlight=False))
+    monkeypatch.setattr("threading.Timer", ImmediateTimer)
+    with escaped_output(), progress.progress_bar("scoring") as advance:
+        advance(3, 12, "a \x1b[31mred\x1b[0m note")
+        progress.print_stderr("WARNING: \x1b[31mred\x1b[0m")
+    text = out.getvalue()
+    assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).count("\\u001b[31mred") >= 2
+    assert "\\u001b[2K" not in text
+    assert "\x1b[2K" in text
 
 
 class ImmediateTimer:

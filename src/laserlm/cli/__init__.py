@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    handler = logging.StreamHandler()
+    handler = _Handler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("laserlm")
     logger.addHandler(handler)
@@ -123,6 +123,13 @@ def _run() -> None:
         if is_new:
             interrupt.uninstall()
         logger.removeHandler(handler)
+
+
+class _Handler(logging.Handler):
+    """Prints messages on stderr, above a bar that is there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_stderr(self.format(record))
 
 
 def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:

@@ -94,7 +94,8 @@ class _Bar(Progress):
         label = TextColumn("{task.description}", markup=False, table_column=Column(max_width=LABEL_WIDTH, no_wrap=True))
         columns = (label, BarColumn(BAR_WIDTH), TaskProgressColumn(), _TimeLeft(work))
         self._work = work
-        super().__init__(*columns, console=stderr, transient=True)
+        # Else rich puts a stream of its own before stderr, and what escapes control characters escapes the bar's own.
+        super().__init__(*columns, console=stderr, transient=True, redirect_stdout=False, redirect_stderr=False)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Return the two lines."""
