@@ -152,6 +152,12 @@ def build(family: str, seed: int = 0) -> LanguageModel:
 def _template(family: str, kind: str, seed: int) -> Any:
     """The model that each test gets a copy of."""
     model_type, settings = UNUSUAL[family] if family in UNUSUAL else FAMILIES[family][:2]
+    return random_model(kind, model_type, settings, seed)
+
+
+def random_model(kind: str, model_type: str, settings: dict[str, Any], seed: int = 0) -> Any:
+    """Make a model of a type with random weights."""
+    torch.manual_seed(seed)
     auto = {
         "causal": AutoModelForCausalLM,
         "masked": AutoModelForMaskedLM,

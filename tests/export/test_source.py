@@ -230,6 +230,33 @@ def test_experts_are_stored_as_the_source_stores_them(tmp_path: Path) -> None:
     assert other_tensors(source, out) == {"model.layers.0.block_sparse_moe.experts.1.w2.weight"}
 
 
+def test_the_number_of_experts_has_the_name_of_transformers_4_too(tmp_path: Path) -> None:
+    settings = TEXT | {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    torch.manual_seed(0)
+    source = write_folder(tmp_path / "source", T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**settings)))
+    out = save(load(source), "0.experts.1.fc_out@r3", tmp_path / "out").folder
+    names = ("num_experts", "num_local_experts")
+    assert [read(source / "config.json").get(name) for name in names] == [None, 3]
+    assert [read(out / "config.json").get(name) for name in names] == [3, 3]
+    assert load_check(out).agrees
+
+
+def test_a_forward_pass_changes_no_weights_of_rwkv(tmp_path: Path) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48}
+    torch.manual_seed(0)
+    source = write_folder(tmp_path / "source", T.RwkvForCausalLM(T.RwkvConfig(**sizes, num_hidden_layers=4, rescale_every=2)))
+    lm = load(source)
+    before, ids = lm.hash, torch.arange(9)[None]
+    reference = T.RwkvForCausalLM.from_pretrained(source).eval()
+    with torch.no_grad():
+        assert torch.allclose(lm.model(ids).logits, reference(ids).logits, atol=1e-3)  # the epsilon of the norms weighs less
+    assert lm.hash == before
+    out = save(lm, "0.attention.key@r2", tmp_path / "out").folder
+    assert other_tensors(source, out) == {"rwkv.blocks.0.attention.key.weight"}
+    assert read(out / "config.json")["rescale_every"] == 2
+    assert load_check(out).agrees
+
+
 def test_side_files_go_with_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_folder(tmp_path / "source", llama())
     texts = {

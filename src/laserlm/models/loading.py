@@ -172,6 +172,7 @@ def _read(
         model, info = loader.from_pretrained(source, output_loading_info=True, **options)
         tokenizer = _load_tokenizer(source, common, kind)
         _pad_with_a_known_token(tokenizer, model)
+        _keep_stored_weights(model)
         check_no_adapter(name, Path(source), model)
         _check_complete(name, config, info["missing_keys"], info["unexpected_keys"])
         model = model if device is None else model.to(device)
@@ -454,6 +455,16 @@ def _load_tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> A
         # Padding is always masked, so any token can be the padding token.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _keep_stored_weights(model: Any) -> None:
+    """Let RWKV score with its weights as they are stored.
+
+    In its first forward pass it would divide some by powers of two, which keeps activations within float16: what is saved after
+    a pass would be divided twice. Without that, outputs differ by the epsilon of the norms, and overflows are errors.
+    """
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0
 
 
 def _pad_with_a_known_token(tokenizer: Any, model: Any) -> None:
