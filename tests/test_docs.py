@@ -317,7 +317,11 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     search = laserlm.search
 
     def narrow(*arguments: Any, **named: Any) -> laserlm.SearchResult:
+        if len(arguments) > 2:  # the settings of a command
+            return search(*arguments, **named)
         usual = {} if "grid" in named else {"strategy": "components"}
+        if named.get("effort") == "quick":  # the demo's; components need more questions to change anything
+            named |= {"strategy": "race", "max_harm": None}
         return search(*arguments, **{"candidates": WIDTH, "grid": GRID, "steps": 2} | usual | named)
 
     monkeypatch.setattr(laserlm, "search", narrow)
@@ -459,7 +463,7 @@ def short(words: list[str], *, whole: bool) -> list[str]:
     is_wide = not re.search(r"--grid 2[89]\.", joined)
     grid = ["--grid", GRID] if joined.startswith("search bundled") and is_wide and not whole else []
     takes_default = words[0] == "search" and "--strategy" not in joined and "--grid" not in joined
-    steps = ["--strategy", "components", "--steps", "2"] if takes_default else []  # a grid alone would ask for a race
+    steps = ["--steps", "2", *(["--strategy", "components"] if grid else [])] if takes_default else []  # else a race
     return [*next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), []), *grid, *steps]
 
 

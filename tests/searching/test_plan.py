@@ -131,6 +131,8 @@ def test_components_are_chosen_where_harm_is_measured_and_no_sizes_are_named(
     family: str, grid: str, guards: tuple[str, ...] | None, strategy: str, make: Make, task: Task
 ) -> None:
     assert plan(make(family), task, SearchConfig(grid=grid, guards=guards)).strategy == strategy
+    few = replace(task, validation=task.validation.limit(2))
+    assert plan(make(family), few, SearchConfig(grid=grid, guards=guards)).strategy == "race"
 
 
 @pytest.mark.parametrize("family", EVERY)

@@ -32,7 +32,7 @@ from laserlm.paths import atomic_file
 from laserlm.reductions import Components, Intervention, Layers, Reduction, Size
 from laserlm.scoring.identity import digest
 from laserlm.searching.candidates import Candidate
-from laserlm.searching.config import Metric
+from laserlm.searching.config import LEAST_FACTS, Metric
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.scorer import Failure
@@ -58,7 +58,7 @@ DERIVATIVE_BYTES = 8
 """Bytes that the derivative of a question by a component takes, while those of all matrices are put together."""
 COLUMNS = 8192
 """Components whose errors are computed together, which bounds the memory."""
-PARTS = 3
+PARTS = LEAST_FACTS
 """Parts of the validation questions, of which one accepts what the others choose."""
 
 

@@ -25,6 +25,8 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What each effort changes in the default settings of a race."""
 DEFAULT_GRID = "fine"
+LEAST_FACTS = 3
+"""Facts that the validation questions of a choice of components need: one for each part of them."""
 DEFAULT_MAX_HARM = 0.05
 """Relative rise of perplexity that the choice of components may cause."""
 RACE_SETTINGS = (
@@ -44,7 +46,7 @@ class SearchConfig:
 
     Args:
         strategy: ``components``, ``race``, ``exhaustive`` or ``compose``. None takes ``components``, and ``race`` where
-            another grid than ``fine`` is asked for, or where no guard measures harm.
+            another grid than ``fine`` is asked for, no guard measures harm, or the validation questions are of two facts.
         grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``. ``components`` takes its matrices alone.
         max_harm: largest relative rise of the perplexity on the guards that the choice may have, such as 0.05. None takes
             0.05 for ``components``, and no bound for the other strategies.
@@ -145,7 +147,8 @@ class SearchConfig:
         metric = self.metric or ("loss" if scorer == "perplexity" else "accuracy")
         if scorer == "perplexity" and metric == "accuracy":
             raise ScoringError("a perplexity has no accuracy; choose by the loss: --metric loss (metric='loss')")
-        chooses_components = has_guard and Grid.parse(self.grid) == Grid.parse(DEFAULT_GRID)
+        n_facts = len({e.fact or e.id for e in task.validation})
+        chooses_components = has_guard and n_facts >= LEAST_FACTS and Grid.parse(self.grid) == Grid.parse(DEFAULT_GRID)
         strategy = self.strategy or ("components" if chooses_components else "race")
         return replace(self, strategy=strategy, scorer=scorer, metric=metric)
 
