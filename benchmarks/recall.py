@@ -50,7 +50,7 @@ def main() -> None:
         print(f"  exhaustive: {best.intervention} {best.accuracy:.1%}, loss {best.loss:.3f}; top ten {', '.join(ranked[:10])}")
         for seed in range(given.seeds):
             task_ = replace(short, test=task.test.limit(given.test))
-            found = search(lm, task_, grid=grid, metric=metric, seed=seed)
+            found = search(lm, task_, strategy="race", grid=grid, metric=metric, seed=seed)
             chosen = scores[str(found.best)]
             if metric == "accuracy":
                 pairs = [(a.correct, b.correct) for a, b in by_id(best, chosen)]

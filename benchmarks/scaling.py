@@ -198,20 +198,20 @@ class Watched(Schedule):
 def race() -> None:
     made = task(300, 300)
     times: dict[str, list[float]] = defaultdict(list)
-    searched(2, made)
+    searched(2, made, strategy="race")
     for _ in range(TURNS):
         for name, ahead in (("as it is", True), ("without beginning early", False)):
             Watched.idle_seconds = 0.0
             nothing = partial(lambda *_: [])
             with mock.patch("laserlm.searching.cluster.Schedule", Watched):
                 if ahead:
-                    seconds, _, found = searched(2, made)
+                    seconds, _, found = searched(2, made, strategy="race")
                 else:
                     with mock.patch("laserlm.searching.race._likely_next", nothing):
-                        seconds, _, found = searched(2, made)
+                        seconds, _, found = searched(2, made, strategy="race")
             times[name].append(seconds)
             times[f"{name}, share of time without work"].append(Watched.idle_seconds / 2 / seconds)
-        times["one worker"].append(searched(1, made)[0])
+        times["one worker"].append(searched(1, made, strategy="race")[0])
         print(found.best, flush=True)
     for name, values in times.items():
         print(f"{name}: median {statistics.median(values):.3f} of {', '.join(f'{v:.3f}' for v in values)}")

@@ -25,7 +25,7 @@ HEAD = "task, scorer|examples|majority|base|best|LASER|gain, points|loss|seconds
 def row(lm: laser.LanguageModel, task: Task) -> str:
     """Return what a race finds, its figures those of the test split."""
     start = time.perf_counter()
-    found = search(lm, task)
+    found = search(lm, task, strategy="race")
     seconds = time.perf_counter() - start
     t = found.test
     size = f"{found.validation.n} / {t.n}"

@@ -356,7 +356,7 @@ def race_of(lm: LanguageModel, store: Path) -> SearchResult:
     """Return the race of ``laser demo``, made where the store does not have it."""
     task = laser.task("worldfacts")
     short = replace(task, validation=task.validation.limit(CHOSEN_ON), test=task.test.limit(MEASURED_ON))
-    return laser.search(lm, short, metric="loss", store=store)
+    return laser.search(lm, short, strategy="race", metric="loss", store=store)
 
 
 def pool_of(lm: LanguageModel, store: Path, name: str, data: str | None) -> Pool:

@@ -174,7 +174,7 @@ def compare_on_worldfacts(
         return replace(lm)  # the copy computes the hash of the new weights
 
     plain = tune("plain")
-    best = search(plain, limited, metric="loss").best
+    best = search(plain, limited, strategy="race", metric="loss").best
     baseline = _PlainBaseline(plain, {"test": limited.test}, seed, best)
     yield baseline.result("not tuned", load("bundled", dtype="float32", cache=cache))
     yield baseline.result("plain", plain)
