@@ -5,10 +5,9 @@
 A line of questions.jsonl is {"prompt": "The capital of Norway is", "answer": "Oslo"}; ten will run, hundreds will tell.
 Lines that phrase one fact may share a "fact", which keeps them on one side. Nothing is needed but torch and transformers.
 
-`laser search MODEL --task jsonl:questions.jsonl --strategy race` goes by the same rules, and does more: it runs batches, and
-only the blocks from the reduced one on; it sends random controls along, which tell what the screen misses, and drops at once
-what is beaten beyond doubt; it takes fused matrices apart and knows experts; it gives intervals, keeps records, and goes on
-when killed. Without `--strategy race` it removes single components of all matrices, under a bound on harm.
+`laser search --strategy race` goes by the same rules, and does more: it runs batches, and only the blocks from the reduced one
+on; it sends random controls along, drops at once what is beaten beyond doubt, takes fused matrices apart, knows experts, gives
+intervals, keeps records, and goes on when killed. By default it removes components of all matrices, under a bound on harm.
 """
 
 import hashlib
