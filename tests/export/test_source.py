@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from laserlm.edit import applied
+from laserlm.edit.apply import resolve
 from laserlm.errors import ExportError, ModelError, WeightError
 from laserlm.export import load_check, reproduce, save
 from laserlm.models import load
 from laserlm.models.checkpoint_reader import list_matrices, open_checkpoint
+from laserlm.models.matrices import default_matrices
 
 VOCAB = 96
 TEXT: dict[str, Any] = {
@@ -154,6 +156,15 @@ def test_a_model_with_a_tower_keeps_it_and_its_class(family: str, tmp_path: Path
     with applied(lm, "0.mlp.gate_proj@r4"), torch.no_grad():
         ids = torch.arange(9)[None]
         assert torch.equal(opened.eval()(input_ids=ids).logits, lm.model(input_ids=ids).logits)
+
+
+def test_an_image_encoder_is_outside_the_default_grid_where_all_stacks_have_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lm = load(write_folder(tmp_path / "source", T.GitForCausalLM(T.GitConfig(**TEXT, vision_config=VISION))))
+    tower = {m.stack for m in lm.matrices if m.in_tower}
+    assert {m.stack for m in lm.matrices} - tower == {"git.encoder.layer"}
+    assert {m.stack for m in default_matrices(lm.matrices)} == {"git.encoder.layer"}
+    assert len(resolve(lm.matrices, f"{tower.pop()}.all.mlp@r2")) == 4
 
 
 def test_a_table_of_complex_numbers_is_no_packed_weight(tmp_path: Path) -> None:

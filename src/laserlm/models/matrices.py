@@ -69,6 +69,7 @@ class Matrix:
         parts: names of its parts if it is fused, else empty.
         tied_to: path of the same tensor in an earlier block, or None.
         role: what it is part of, such as ``attn``, if it is named by its module path; None if its family names it.
+        in_tower: whether it belongs to a part of a language model that reads images or sound.
     """
 
     stack: str
@@ -83,6 +84,7 @@ class Matrix:
     parts: tuple[str, ...] = ()
     tied_to: str | None = None
     role: Role | None = None
+    in_tower: bool = False
 
     @property
     def id(self) -> str:
@@ -216,19 +218,29 @@ def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
     part, text = _language_part(model)
     inside = [blocks for _, path, blocks in stacks if path.startswith(part)]
     row = ARCHITECTURES.get(text.config.model_type) or _recognise([b for blocks in inside for b in blocks])
+    towers = _towers(model)
     for stack, path, blocks in stacks:
         of_stack = row if path.startswith(part) else None
+        in_tower = path.startswith(towers)
         for layer, block in enumerate(blocks):
             for name, tensor_path, parameter in _named_weights(block, of_stack):
                 role = role_of(name, has_experts=has_experts) if of_stack is None else None
                 of_parameter = _expand(model, of_stack, stack, layer, name, f"{path}.{layer}.{tensor_path}", parameter)
-                matrices += [replace(m, role=role) for m in of_parameter]
+                matrices += [replace(m, role=role, in_tower=in_tower) for m in of_parameter]
     first: dict[int, str] = {}
     for i, m in enumerate(matrices):
         earlier = first.setdefault(id(model.get_parameter(m.path)), m.path)
         if earlier != m.path:
             matrices[i] = replace(m, tied_to=earlier)
     return tuple(matrices)
+
+
+def _towers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the paths, with a dot, of the parts of a language model that read no tokens, such as a vision tower."""
+    if model.main_input_name != "input_ids" or model.get_output_embeddings() is None:
+        return ()
+    parts = ((path, part) for path, part in model.named_modules() if path and isinstance(part, PreTrainedModel))
+    return tuple(f"{path}." for path, part in parts if part.main_input_name != "input_ids")
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -249,7 +261,7 @@ def _is_packed(name: str, tensor: Tensor) -> bool:
 def default_matrices(matrices: Sequence[Matrix]) -> tuple[Matrix, ...]:
     """Return the matrices that a selector without a stack means: all but those of towers beside a language model."""
     unnamed = tuple(m for m in matrices if not m.stack)
-    return unnamed or tuple(matrices)
+    return unnamed or tuple(m for m in matrices if not m.in_tower) or tuple(matrices)
 
 
 def select(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack: str = "") -> tuple[Matrix, ...]:
