@@ -438,15 +438,3 @@ def test_one_example_gives_json_that_any_reader_takes(run: Run, folder: Path, qu
     )
     values = json.loads(run(*command)[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert values["comparison"]["loss_interval"] is None
-
-
-@pytest.mark.bundled
-@pytest.mark.realdata
-@pytest.mark.slow
-def test_the_bundled_model_gains_on_real_counterfact(run: Run, bundled: LanguageModel, real_data: Path) -> None:
-    data = real_data / "counterfact" / "counterfact_500.json"
-    command = ("evaluate", "bundled", "--task", "counterfact", "--data", data, "--split", "all", "--phrasings", "rewrite")
-    command = (*command, "--limit", 400, "--cache", bundled.cache)
-    values = json.loads(run(*command, "--reduce", "28.fc_up@0.05", "--compare", "--json")[1])
-    assert (values["n"], values["accuracy"], values["base"]["accuracy"]) == (400, 0.0875, 0.0275)
-    assert values["scorer"] == "next_token"
