@@ -320,7 +320,7 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
         if len(arguments) > 2:  # the settings of a command
             return search(*arguments, **named)
         usual = {} if "grid" in named else {"strategy": "components"}
-        if named.get("effort") == "quick":  # the demo's; components need more questions to change anything
+        if "max_harm" in named:  # the demo's; components need more questions to change anything
             named |= {"strategy": "race", "max_harm": None}
         return search(*arguments, **{"candidates": WIDTH, "grid": GRID, "steps": 2} | usual | named)
 

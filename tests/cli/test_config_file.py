@@ -63,14 +63,6 @@ def test_an_option_of_the_command_line_wins_over_the_file(run: Run, command: lis
     assert (values["model"], values["first_rung"]) == (str(command[1]), 4)
 
 
-def test_the_run_of_a_python_search_keeps_its_settings_under_the_names_of_the_options() -> None:
-    from laserlm.searching import SearchConfig
-
-    options = SearchConfig.of("quick", grid="1.mlp@0.5", memory=2**31, guards=("self",)).as_options()
-    assert options.keys() <= OPTIONS.keys()
-    assert (options["memory"], options["guard"], options["first_rung"]) == (2.0, ["self"], 16)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

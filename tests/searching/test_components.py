@@ -251,7 +251,7 @@ def test_a_step_is_chosen_on_as_many_questions_as_memory_has_room_for(
     llama: LanguageModel, events: list[Gradient | Trial], caplog: pytest.LogCaptureFixture
 ) -> None:
     K = sum(m.max_rank for m in separate_matrices(expand(SETTINGS["grid"], llama.matrices)))
-    search(llama, questions(), **SETTINGS | {"steps": 1, "memory": 22 * 8 * K})
+    search(llama, questions(), **SETTINGS | {"steps": 1, "memory": 22 * 16 * K})
     (gradient,) = [e for e in events if isinstance(e, Gradient) and not e.squared]
     (trial,) = [e for e in events if isinstance(e, Trial)]
     assert (len(gradient.ids), len(trial.ids)) == (22, 15)
@@ -340,6 +340,20 @@ def test_a_tighter_bound_is_kept(llama: LanguageModel) -> None:
         if point.intervention == str(tight.best):
             assert all(harm.change + harm.error <= math.log1p(0.01) for harm in point.harms)
     assert tight.best != loose.best
+
+
+@pytest.mark.parametrize(("max_harm", "delta"), [(1e-9, 1.0), (1.0, 0.0)])
+def test_a_search_that_keeps_the_model_says_why(max_harm: float, delta: float, llama: LanguageModel) -> None:
+    result = search(llama, questions(), **SETTINGS | {"steps": 2, "max_harm": max_harm, "delta": delta})
+    assert not result.best
+    (reason,) = result.verdict()
+    assert f"No step within the bound on harm (--max-harm {max_harm:.2g}) helped" in reason
+
+
+def test_a_setting_of_a_race_asks_for_a_race() -> None:
+    assert SearchConfig.of(candidates=8).strategy == "race"
+    assert SearchConfig.of(candidates=8, strategy="components").strategy == "components"
+    assert SearchConfig.of("quick").strategy is None
 
 
 def test_too_few_facts_are_told(llama: LanguageModel) -> None:

@@ -94,8 +94,10 @@ def test_what_the_model_writes_is_a_sample_of_it_whatever_its_own_settings_say(m
     settings = lm.model.generation_config
     settings.do_sample, settings.temperature, settings.top_k, settings.top_p = False, 0.1, 1, 0.1
     settings.min_p, settings.typical_p, settings.epsilon_cutoff, settings.eta_cutoff = 0.9, 0.1, 0.1, 0.1
+    settings.suppress_tokens, settings.bad_words_ids, settings.num_beams = list(range(300)), [[301]], 3
     settings.eos_token_id, settings.repetition_penalty, settings.max_length = list(range(200)), 3.0, 3
     assert guards_of(lm, None) == [expected]
+    assert lm.model.generation_config is settings
 
 
 def test_the_harm_on_own_text_is_the_divergence_of_the_reduced_model(

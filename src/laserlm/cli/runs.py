@@ -95,7 +95,7 @@ def _print_configuration(info: RunInfo, notes: dict[str, Any]) -> None:
     from laserlm.errors import StoreError
 
     if "options" not in notes:
-        reason = "an earlier version of laserlm made it" if info.kind == "search" else f"it is a run of kind {info.kind}"
+        reason = "'laser search' did not start it" if info.kind == "search" else f"it is a run of kind {info.kind}"
         raise StoreError(f"run {info.id} keeps no configuration: {reason}; 'laser runs show {info.id} --json' has its settings")
     print(configuration_yaml(notes["options"]), end="")
 

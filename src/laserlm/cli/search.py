@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 DEMO_VALIDATION = 300
 DEMO_TEST = 1000
 DEMO_MAX_HARM = 0.02
+DEMO_STEPS = 2
 UNRANKED = 0.4
 """Share of pairs with the random candidate ahead from which the screen is said to rank hardly better than chance."""
 SEARCH_PANEL = "Search options"
@@ -282,17 +283,18 @@ def search(
         print_json(result.as_dict())
         return
     print_result(result, is_perplexity=task.validation.scorer == "perplexity")
-    print_end(result, model_options.model, task_options.task, store, time.monotonic() - begun)
+    print_end(result, model_options.model, store, time.monotonic() - begun)
 
 
-def print_end(result: SearchResult, model: str, task: str, store: str, seconds: float) -> None:
+def print_end(result: SearchResult, model: str, store: str, seconds: float) -> None:
     """Print the run of a search, and the commands that go on from it."""
     print(f"\nRun {result.run} in {mask_credentials(store)}: " + (DONE_EARLIER if result.done_earlier else f"{seconds:.0f} s."))
     name, is_usual = shlex.quote(model), store in (STORE_DEFAULT, os.environ.get("LASER_STORE"))
     where = "" if is_usual else f" --store {shlex.quote(mask_credentials(store))}"
     print(f"Go on with:\n  laser report {result.run}{where}\n  laser runs show {result.run}{where}")
     if not result.best:
-        print(f"  laser search {name} --task {shlex.quote(task)} --effort thorough{where}")
+        wider = "--strategy race" if result.strategy == "components" else "--effort thorough"
+        print(f"  the same search with {wider}")
         return
     print(f"  laser save {name} --run {result.run} --out FOLDER{where}")
     if len(result.pareto) > 1:
@@ -340,14 +342,14 @@ def demo(
         print(
             f"SmolLM2-135M-Instruct on worldfacts: {DEMO_VALIDATION} questions to choose on, "
             f"{DEMO_TEST} others to measure on.\n"
-            f"Components of all {sum(not m.parts for m in lm.matrices)} matrices of all blocks are removed in a few steps. "
+            f"Components of all {sum(not m.parts for m in lm.matrices)} matrices of all blocks are removed in two steps. "
             f"The perplexity of other text may rise by {DEMO_MAX_HARM:.0%}."
         )
     with search_progress_bar() as show:
         result = search_(
             *(lm, facts),
-            effort="quick",
             strategy="components",
+            steps=DEMO_STEPS,
             metric="loss",
             max_harm=DEMO_MAX_HARM,
             store=store,

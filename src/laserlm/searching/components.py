@@ -54,8 +54,8 @@ MOST_QUESTIONS = 1000
 """Questions that choose a step at most. All questions of the third part accept it."""
 LEAST_QUESTIONS = 8
 """Questions of each part that choose a step in any case."""
-DERIVATIVE_BYTES = 8
-"""Bytes that the derivative of a question by a component takes, while those of all matrices are put together."""
+DERIVATIVE_BYTES = 16
+"""Bytes of ``--memory`` for each derivative of a question by a component: a quarter of it is for derivatives."""
 COLUMNS = 8192
 """Components whose errors are computed together, which bounds the memory."""
 PARTS = LEAST_FACTS
@@ -90,6 +90,7 @@ class _Trials:
         judge: the part of the questions that accepts the next step; the others choose it.
         failures: parts in a row that accepted no step.
         share: of the harm that is left, which the next step is expected to use at most.
+        warned: whether a warning names the questions for which there is no room.
     """
 
     session: SearchSession
@@ -98,6 +99,7 @@ class _Trials:
     judge: int = 0
     failures: int = 0
     share: float = STEP_SHARE
+    warned: bool = False
 
     def __post_init__(self) -> None:
         self.pool = ComponentPool(separate_matrices(self.session.candidates))
@@ -163,7 +165,8 @@ class _Trials:
         room = min(MOST_QUESTIONS, int(memory / (DERIVATIVE_BYTES * len(self.pool))))
         others = [part for number, part in enumerate(self.parts) if number != self.judge]
         most = max(LEAST_QUESTIONS, room // len(others))
-        if room < MOST_QUESTIONS and any(len(part) > most for part in others):
+        if room < MOST_QUESTIONS and not self.warned and any(len(part) > most for part in others):
+            self.warned = True
             log.warning(
                 "a step is chosen on %d of %d questions, for whose derivatives %.1f GiB have room; give more with --memory",
                 sum(min(len(part), most) for part in others),
@@ -329,8 +332,14 @@ def _derivatives(
         found |= result
         ledger.cost += task.cost
     rows = 1 if squared else len(examples)
-    # A matrix that no example uses changes nothing.
-    return torch.cat([found.get(m.id, torch.zeros(rows, m.max_rank)).float() for m in matrices], 1)
+    derivatives = torch.empty(rows, sum(m.max_rank for m in matrices))
+    for m, columns in zip(matrices, derivatives.split([m.max_rank for m in matrices], 1), strict=True):
+        of_matrix = found.pop(m.id, None)  # which frees it
+        if of_matrix is None:  # no example uses it
+            columns.zero_()
+        else:
+            columns.copy_(of_matrix)
+    return derivatives
 
 
 def separate_matrices(candidates: Sequence[Candidate]) -> list[Matrix]:

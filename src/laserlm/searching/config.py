@@ -46,7 +46,8 @@ class SearchConfig:
 
     Args:
         strategy: ``components``, ``race``, ``exhaustive`` or ``compose``. None takes ``components``, and ``race`` where
-            another grid than ``fine`` is asked for, no guard measures harm, or the validation questions are of two facts.
+            another grid than ``fine`` or a setting of a race is asked for, where no guard measures harm, and where the
+            validation questions are of fewer than three facts.
         grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``. ``components`` takes its matrices alone.
         max_harm: largest relative rise of the perplexity on the guards that the choice may have, such as 0.05. None takes
             0.05 for ``components``, and no bound for the other strategies.
@@ -123,6 +124,8 @@ class SearchConfig:
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in names]:
             raise ScoringError(f"a search has no setting {unknown[0]!r}; it has {', '.join(names)}")
+        if "strategy" not in settings and any(name in settings for name in RACE_SETTINGS if name != "delta"):
+            settings["strategy"] = "race"
         return cls(**{**EFFORTS[effort], **settings})
 
     @property
@@ -152,14 +155,6 @@ class SearchConfig:
         strategy = self.strategy or ("components" if chooses_components else "race")
         return replace(self, strategy=strategy, scorer=scorer, metric=metric)
 
-    def as_options(self) -> dict[str, Any]:
-        """Return the settings as options of ``laser search``, without those that are not set; memory is in GiB."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "guards"}
-        values |= {"grid": str(Grid.parse(self.grid)), "memory": self.memory / 2**30}
-        if self.guards is not None:
-            values["guard"] = [guard if isinstance(guard, str) else guard.name for guard in self.guards]
-        return {name: value for name, value in values.items() if value is not None}
-
     def choice_settings(self) -> dict[str, Any]:
         """Return the settings on which the choice depends, besides the scores, as plain values for the database."""
         settings: dict[str, Any] = {
@@ -170,7 +165,8 @@ class SearchConfig:
             "max_harm": self.max_harm,
         }
         if self.strategy == "components":
-            settings["options"] = {"delta": self.delta, "steps": self.steps}
+            # How many questions choose a step depends on the memory.
+            settings["options"] = {"delta": self.delta, "steps": self.steps, "memory": self.memory}
         elif self.strategy != "exhaustive":
             settings["options"] = {name: getattr(self, name) for name in RACE_SETTINGS}
         if self.strategy == "compose":

@@ -37,7 +37,7 @@ from laserlm.tasks import Scorer, Task
 __all__ = ["FINALISTS", "TEST", "VALIDATION", "check", "encode_splits", "search"]
 
 log = logging.getLogger(__name__)
-METHOD = 6
+METHOD = 7
 """Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
 VALIDATION, TEST, FINALISTS = "validation", "test", "finalists"
 """Names of the splits of a search. The finalists are the validation split again, scored as the test split is."""
@@ -84,7 +84,7 @@ def search(
         executor: the Ray cluster to search on, with the same result. None takes this process alone.
         on_step: called after each part of the work.
         on_stage: called when a stage of the work begins.
-        options: plain values that are kept with the run, for ``laser runs show RUN --config``. None keeps all settings.
+        options: plain values that are kept with the run, for ``laser runs show RUN --config``. None keeps none.
         **settings: fields of ``SearchConfig``, such as ``metric="loss"``.
 
     Raises:
@@ -121,9 +121,8 @@ def search(
         )
         if run.outcome is not None:
             return replace(SearchResult.from_dict(run.outcome), done_earlier=True)
-        kept = dict(options or {"model": lm.name, "task": task.name} | config.as_options())
-        if run.notes.get("options") != kept:
-            run.note("options", kept)
+        if options is not None and run.notes.get("options") != dict(options):
+            run.note("options", dict(options))
         config = replace(config, batch_size=int(run.notes.get("batch_size", config.batch_size)))
         workers = stack.enter_context(_executor(lm, splits, config, executor))
         deadline = math.inf if config.budget is None else start + 60 * config.budget

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.generation.configuration_utils import GenerationConfig
 
 from laserlm.edit.apply import InterventionLike, applied, default_cache
 from laserlm.errors import ScoringError
@@ -49,6 +50,8 @@ SEED_STEP = 1_000_003
 """Distance of the seeds of two texts, so that no passage of one is a passage of the other."""
 NO_TOKEN = 2**31 - 1
 """Number that no token has."""
+TEXT_METHOD = 1
+"""Goes up when the way of writing own text changes, so that no text of the old way is taken from the cache."""
 QUESTIONS = 300
 """Most questions of each part of a task."""
 TEXT_SUFFIXES = {".txt", ".md", ".text"}
@@ -269,7 +272,7 @@ def own_text(lm: LanguageModel, n: int, seed: int) -> list[list[int]]:
     They are kept in the cache, so that a search that continues elsewhere with the same cache has the same texts.
     """
     tokens = min(PASSAGE_TOKENS, max_length(lm) - 1)
-    file = lm.cache / "texts" / f"{digest([lm.hash, str(lm.dtype), n, tokens, seed])}.json"
+    file = lm.cache / "texts" / f"{digest([lm.hash, str(lm.dtype), n, tokens, seed, TEXT_METHOD])}.json"
     with suppress(OSError, ValueError):
         rows: list[list[int]] = json.loads(file.read_text(encoding="utf-8"))
         return rows
@@ -286,11 +289,23 @@ def own_text(lm: LanguageModel, n: int, seed: int) -> list[list[int]]:
     return rows
 
 
+@contextmanager
+def _without_settings(model: Any) -> Iterator[None]:
+    """Let a model write without its own settings, such as tokens that it suppresses."""
+    settings = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        yield
+    finally:
+        model.generation_config = settings
+
+
 @torch.no_grad()
 def _sampled(lm: LanguageModel, n: int, tokens: int, seed: int) -> list[list[int]]:
     start = torch.tensor([start_token(lm.tokenizer)] * n, device=lm.device)
     model: Any = lm.model
     with (
+        _without_settings(model),
         torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []),
         fast_cpu_kernels(lm.device, tokens),
     ):
@@ -299,16 +314,7 @@ def _sampled(lm: LanguageModel, n: int, tokens: int, seed: int) -> list[list[int
             input_ids=start,
             attention_mask=torch.ones_like(start),
             do_sample=True,
-            temperature=1.0,
             top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            typical_p=1.0,
-            epsilon_cutoff=0.0,
-            eta_cutoff=0.0,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
             max_new_tokens=tokens,
             # No token ends a text: what the model writes after one is a sample too.
             eos_token_id=NO_TOKEN,

@@ -237,7 +237,9 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
         pass_flop=_pass_flop(lm, splits[VALIDATION]),
         screen_flop=sum(2 * gradients * builder.screen_size * tokens * min(m.shape) * sum(m.shape) for m in matrices),
         weights=sum({p.data_ptr() or id(p): p.numel() * p.element_size() for p in lm.model.parameters()}.values()),
-        activations=max(boundaries, *(builder.activation_bytes(name) for name in (VALIDATION, TEST))),
+        activations=max(
+            boundaries + builder.derivative_bytes(), *(builder.activation_bytes(name) for name in (VALIDATION, TEST))
+        ),
         # The screen holds all of a block, whatever the bound.
         decompositions=int(max(min(config.memory / 2, sum(held)), max(of_block.values()) if takes_gradients else max(held))),
         peak=max(
@@ -262,7 +264,8 @@ def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchCon
     Raises:
         ScoringError: if the items cannot be scored.
     """
-    encoded = encode_splits(lm, task, config.for_task(task))[VALIDATION]
+    config = config.for_task(task, has_guard=has_guard(lm, config.guards))
+    encoded = encode_splits(lm, task, config)[VALIDATION]
     scorer = PrefixScorer(lm, {VALIDATION: encoded}, batch_size=config.batch_size, memory=config.memory)
     by_size = sorted(planned.matrices, key=decomposition_flop)
     middle = next((m for m in by_size[len(by_size) // 2 :] if decomposition_flop(m) < MAX_TIMED_FLOP), by_size[0])
@@ -399,6 +402,13 @@ class _PlanBuilder:
             sequences = [s for s in encoded.sequences if start <= s.example < stop]
             tokens += len(sequences) * (max(len(s.ids) for s in sequences) + max(len(s.decoder) for s in sequences))
         return int(min(memory, max(2, len(self.blocks)) * tokens * self.lm.width * self.lm.dtype.itemsize))
+
+    def derivative_bytes(self) -> int:
+        """Return the bytes of the derivatives by all components, of which a quarter of the memory has room."""
+        if self.config.strategy != "components":
+            return 0
+        K = sum(m.max_rank for m in dict.fromkeys(c.matrix for c in self.candidates))
+        return int(min(self.config.memory / 4, 4 * self.screen_size * K))
 
     def screen_bytes(self) -> tuple[int, int]:
         """Return the bytes of what the screen holds between blocks, and of a block's pass with its gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -283,12 +284,22 @@ class SearchResult:
         return found
 
     def _why_unchanged(self) -> str:
-        if not self.scored:
+        if not self.scored and not self.complete:
             by_screen = " by the screen" if self.strategy == "race" else ""
             return f"No candidate was tried: the time was used up{by_screen}. Give the search more time (--budget)."
         if self.scored == len(self.failed.keys() - {""}):
             reason = next(iter(self.failed.values()))
             return f"No candidate could be compared: all {self.scored} that were tried failed, such as with {reason}"
+        if self.strategy == "components":
+            if any(point.intervention for point in self.points):
+                return (
+                    f"Every step that gained cost more than the bound on harm, {math.expm1(self.harm_bound):.2g} (--max-harm)."
+                )
+            bound = f"{math.expm1(self.harm_bound):.2g}"
+            return (
+                f"No step within the bound on harm (--max-harm {bound}) helped the validation questions that it was not chosen "
+                "on. More questions may show one."
+            )
         return "No candidate beat the unchanged model on validation."
 
     def as_dict(self) -> dict[str, Any]:

@@ -222,7 +222,7 @@ class PrefixScorer:
                 matrices,
                 decomposed,
                 batch_size=self.batch_size,
-                memory=self._screen_memory,
+                memory=self._screen_memory / 2,  # the other half is for what is returned
                 squared=squared,
                 free=self.decompositions.clear,
             )
