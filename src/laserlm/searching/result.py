@@ -287,7 +287,7 @@ class SearchResult:
         if not self.scored and not self.complete:
             by_screen = " by the screen" if self.strategy == "race" else ""
             return f"No candidate was tried: the time was used up{by_screen}. Give the search more time (--budget)."
-        if self.scored == len(self.failed.keys() - {""}):
+        if self.scored and self.scored == len(self.failed.keys() - {""}):
             reason = next(iter(self.failed.values()))
             return f"No candidate could be compared: all {self.scored} that were tried failed, such as with {reason}"
         if self.strategy == "components":
