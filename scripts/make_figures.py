@@ -44,7 +44,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#999999"
 QUESTIONS, REPEATS, BATCH = 32, 5, 32
 """Of the frontier: those of a race's first rung, how often a block is timed, and rows in a pass."""
 CHOSEN_ON, MEASURED_ON = 300, 1000
-"""Questions of the race, as in ``laser demo``."""
+"""Questions of the race on worldfacts."""
 SIZES = "0.9,0.8,0.6,0.4,0.2,0.1,0.05,0.01,0.005"
 BLOCKS = {"worldfacts": "top5", "counterfact": "top2"}
 POOL, DRAWN, TIMES = 400, 100, 2000
@@ -353,7 +353,7 @@ def laid_out(figure: Any, x: str, y: str, **axis: Any) -> Any:
 
 
 def race_of(lm: LanguageModel, store: Path) -> SearchResult:
-    """Return the race of ``laser demo``, made where the store does not have it."""
+    """Return the race on worldfacts, and run it where the store does not have it."""
     task = laser.task("worldfacts")
     short = replace(task, validation=task.validation.limit(CHOSEN_ON), test=task.test.limit(MEASURED_ON))
     return laser.search(lm, short, strategy="race", metric="loss", store=store)

@@ -2,7 +2,8 @@
 
     .venv/bin/python scripts/make_screenshots.py [RESULTS_DATABASE]
 
-Without a database it runs ``laser demo`` first. Needs Chromium, and the extras ``app`` and ``test``.
+Without a database it runs a race on worldfacts first. The last search of a database has to be a race or an exhaustive search,
+for a choice of components has no loss map. Needs Chromium, and the extras ``app`` and ``test``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 LASER = [sys.executable, "-c", "from laserlm.cli import main; main()"]
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 PROMPT = "The capital of Portugal is"
+RACE = ["search", "bundled", "--task", "worldfacts", "--limit", "300", "--metric", "loss", "--strategy", "race"]
 
 
 def laser(*arguments: object) -> None:
@@ -35,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "runs.db"
         if len(sys.argv) == 1:
-            laser("demo", "--store", store)
+            laser(*RACE, "--store", store)
         laser("report", "last", "--store", store, "--out", Path(folder) / "report.html")
         laser("leaderboard", "build", "--store", store, "--out", Path(folder) / "site")
         with sync_playwright() as playwright:

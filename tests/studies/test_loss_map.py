@@ -32,5 +32,5 @@ def test_the_map_is_of_single_matrices_each_on_its_own_examples(llama: LanguageM
     three = [a.loss - b.loss for b, a in zip(base.scores, trials["2.k_proj@0.5"].scores, strict=False)]
     assert result[2].loss_change.value == pytest.approx(sum(three) / 3)
     assert result[2].loss_change.is_small
-    with pytest.raises(AnalysisError, match="single matrix"):
+    with pytest.raises(AnalysisError, match=r"single matrix.*--strategy race or exhaustive"):
         LossMap.of(base, {"1-2.fc_up@0.5": trials["1-2.fc_up@0.5"]})

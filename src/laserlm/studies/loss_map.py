@@ -105,7 +105,10 @@ class LossMap:
             matrix = stacked_name(r.stack, f"{layer}.{r.matrix}")
             cells.append(LossAtRank(matrix, r.stack, layer, r.matrix, str(r).partition("@")[2], *changes))
         if not cells:
-            raise AnalysisError("the search scored no reduction of a single matrix; there is nothing to map")
+            raise AnalysisError(
+                "the search scored no reduction of a single matrix, so there is nothing to map; search with --strategy race or "
+                "exhaustive"
+            )
         return cls(tuple(sorted(cells, key=lambda cell: (cell.stack, cell.layer, cell.name, cell.size))))
 
     @classmethod
