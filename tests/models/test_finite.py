@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from laserlm.errors import ScoringError, WeightError
 from laserlm.models import LanguageModel, load
-from laserlm.models.finite import is_finite, not_finite
+from laserlm.models.finite import is_finite, not_finite, overflow
 from laserlm.scoring.evaluate import evaluate
 from laserlm.tasks import Example, Split
 
@@ -109,3 +109,15 @@ def test_outputs_that_are_not_finite_are_explained_by_weights_or_dtype(llama: La
         norm.fill_(3e38)
     with pytest.raises(ScoringError, match=r"overflows float32, which ends at 3\.4e\+38\. Check its weights"):
         evaluate(llama, split)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        (torch.float16, "overflows float16, which ends at 6.55e+04. Load it with dtype float32 or bfloat16 (--dtype float32)."),
+        (torch.bfloat16, "overflows bfloat16, which ends at 3.39e+38. Load it with dtype float32 (--dtype float32)."),
+        (torch.int8, "the model in int8 is not. Load it with dtype float32 (--dtype float32)."),
+    ],
+)
+def test_an_overflow_names_a_dtype_that_is_not_the_models_own(dtype: torch.dtype, says: str) -> None:
+    assert overflow(torch.nn.Linear(2, 2), dtype).endswith(says)

@@ -55,7 +55,11 @@ def overflow(model: nn.Module, dtype: torch.dtype) -> str:
     """
     if counts := not_finite(model):
         return f"the weights are not finite: {describe(counts)}. Load the model again, or another copy of it."
-    name, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    name = str(dtype).removeprefix("torch.")
+    if not dtype.is_floating_point:
+        return f"the weights are finite, but the model in {name} is not. Load it with dtype float32 (--dtype float32)."
+    most = torch.finfo(dtype).max
     if dtype in (torch.float32, torch.float64):
         return f"the model overflows {name}, which ends at {most:.3g}. Check its weights, which are finite but too large."
-    return f"the model overflows {name}, which ends at {most:.3g}. Load it with dtype float32 or bfloat16 (--dtype float32)."
+    wider = "float32 or bfloat16" if dtype == torch.float16 else "float32"
+    return f"the model overflows {name}, which ends at {most:.3g}. Load it with dtype {wider} (--dtype float32)."
