@@ -125,7 +125,32 @@ def test_a_tracker_that_fails_later_does_not_end_the_search(
     code, out, err = run(*command, "--track", "trackio")
     assert (code, json.loads(out)["strategy"]) == (0, "exhaustive")
     assert err.count("the tracker failed, and nothing more is reported to it: OSError: no network") == 1
-    assert [call for call, _, _ in calls] == ["init", "log"]
+    assert [call for call, _, _ in calls] == ["init", "log", "log", "finish"]
+
+
+def test_a_tracker_that_fails_once_ends_its_run_as_failed(
+    run: Run, command: list[Any], calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(sys.modules["mlflow"], "log_metrics", failing, raising=False)
+    code, _, err = run(*command, "--track", "mlflow")
+    assert code == 0, err
+    assert [call for call in calls if call[0] == "end_run"] == [("end_run", ("FAILED",), {})]
+
+
+def test_a_guard_that_is_a_file_is_reported_by_the_name_of_the_file(
+    run: Run, command: list[Any], calls: Calls, tmp_path: Path
+) -> None:
+    texts = [tmp_path / name / "harm less.txt" for name in ("a", "b")]
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text("the capital of France is Paris and Rome is a city in Italy " * 200)
+    code, _, err = run(*command, "--track", "mlflow", "--guard", texts[0], "--guard", texts[1])
+    assert code == 0, err
+    figures = {name: value for some, _ in logged("mlflow", calls) for name, value in some.items()}
+    assert [name for name in figures if name.startswith("harm/")] == ["harm/harm less.txt", "harm/harm less.txt 2"]
 
 
 def test_a_tracker_that_does_not_begin_ends_the_command(

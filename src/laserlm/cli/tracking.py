@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
@@ -19,6 +20,7 @@ from laserlm.errors import LaserError, MissingExtraError
 
 if TYPE_CHECKING:
     from laserlm.searching import SearchProgress, SearchResult
+    from laserlm.searching.guard import Harm
 
 __all__ = ["TRACKERS", "TrackedSearch", "Tracker", "tracked_search", "tracker"]
 
@@ -61,8 +63,10 @@ class _Wandb:
             self._run.summary.update(dict(texts))
             self._library.finish(exit_code=int(failed))
         else:
-            self._library.log({"failed": int(failed), **texts})
-            self._library.finish()
+            try:
+                self._library.log({"failed": int(failed), **texts})
+            finally:
+                self._library.finish()
 
 
 class _Mlflow:
@@ -79,8 +83,10 @@ class _Mlflow:
         self._library.log_metrics(dict(figures), step=step)
 
     def end(self, texts: Mapping[str, str], *, failed: bool) -> None:
-        self._library.set_tags(dict(texts))
-        self._library.end_run("FAILED" if failed else "FINISHED")
+        try:
+            self._library.set_tags(dict(texts))
+        finally:
+            self._library.end_run("FAILED" if failed else "FINISHED")
 
 
 class _TensorBoard:
@@ -136,7 +142,7 @@ class TrackedSearch:
     """Reports one search to a tracker.
 
     A search takes hours, so it does not end because a tracker does: what fails after the beginning is warned of once, and the
-    rest is not reported.
+    rest is not reported. The tracker's run is ended as failed, if that still works.
 
     Args:
         to: the tracker; None reports nothing.
@@ -173,7 +179,7 @@ class TrackedSearch:
             if result.settings.get("scorer") != "perplexity":
                 figures |= {f"{name}/base_accuracy": c.base, f"{name}/edited_accuracy": c.edited, f"{name}/gain": c.gain}
                 figures |= {f"{name}/gain_low": c.interval.low, f"{name}/gain_high": c.interval.high}
-        figures |= {NOT_ALLOWED.sub("_", f"harm/{harm.guard}"): harm.ratio for harm in result.harms}
+        figures |= _harm_figures(result.harms)
         self._log(figures)
         best = str(result.best) or "the unchanged model"
         self._end(
@@ -197,14 +203,27 @@ class TrackedSearch:
         self._tracker = None
 
     def _report(self, call: Callable[[Tracker], None]) -> None:
-        if self._tracker is None:
+        to = self._tracker
+        if to is None:
             return
         try:
             with redirect_stdout(sys.stderr):  # stdout is for the result
-                call(self._tracker)
+                call(to)
         except Exception as error:  # noqa: BLE001  a tracker may raise anything
             self._tracker = None
             log.warning("the tracker failed, and nothing more is reported to it: %s: %s", type(error).__name__, error)
+            with suppress(Exception), redirect_stdout(sys.stderr):  # the warning covers a second failure
+                to.end({}, failed=True)
+
+
+def _harm_figures(harms: Sequence[Harm]) -> dict[str, float]:
+    """Return the ratio of each harm by the name of its metric: of a text file, the file's name without its folder."""
+    figures: dict[str, float] = {}
+    for number, harm in enumerate(harms, 1):
+        guard = Path(harm.guard.removeprefix("perplexity:")).name if harm.kind == "text" else harm.guard
+        name = NOT_ALLOWED.sub("_", f"harm/{guard}")
+        figures[f"{name} {number}" if name in figures else name] = harm.ratio
+    return figures
 
 
 @contextmanager
