@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from in_process import check_here
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from laserlm.errors import ModelError
+from laserlm.errors import ExportError, ModelError
 from laserlm.export import load_check, push, save
 from laserlm.export.card import unclear_gain
+from laserlm.export.checkpoint import file_hashes
 from laserlm.models import LanguageModel, load
 from laserlm.scoring.statistics import Interval
 from laserlm.searching import SearchResult, search
+from laserlm.searching.guard import Harm
 from laserlm.tasks import Example, Task
 
 Run = Callable[..., tuple[int, str, str]]
@@ -100,12 +103,58 @@ def test_card_and_record_name_no_place_of_this_machine_and_the_folder_is_still_c
     assert load_check(saved.folder).agrees
     base.rename(base.with_name("moved"))
     if form == "adapter":
-        with pytest.raises(ModelError, match="belongs to the local model 'my-model', which is not where it was"):
+        shutil.copytree(base.with_name("moved"), tmp_path / "here" / "my-model")  # of the same name, but not the base model
+        monkeypatch.chdir(tmp_path / "here")
+        gone = "belongs to the local model 'my-model', which is not where it was"
+        with pytest.raises(ModelError, match=gone):
             load(saved.folder)
-        (saved.folder / "laser.local.json").write_text(json.dumps({"base": str(base.with_name("moved"))}))
+        with pytest.raises(ExportError, match=gone):
+            load_check(saved.folder)
+        (saved.folder / "laser.local.json").write_text(json.dumps({"base": "my-model"}))
         assert load(saved.folder).matrices
+        assert load_check(saved.folder).agrees
+        weights = tmp_path / "here" / "my-model" / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["model.norm.weight"] += 1
+        save_file(tensors, weights, {"format": "pt"})
+        with pytest.raises(ModelError, match=r"was saved for my-model with weights \w{12}, and .*my-model has \w{12}; write"):
+            load(saved.folder)
+        assert load(saved.folder, dtype="bfloat16").matrices  # its hash is not comparable
     else:
         assert load_check(saved.folder).agrees
+
+
+def test_only_fields_that_hold_paths_lose_their_folders(llama: LanguageModel, found: SearchResult, tmp_path: Path) -> None:
+    text = tmp_path / "private" / "guard.txt"
+    harm = Harm(f"perplexity:{text}", "text", found.test)
+    settings = found.settings | {
+        "guards": [{"name": harm.guard, "hash": "0"}, {"name": f"{'a' * 300}/b", "hash": "0"}],
+        "chat": {"system": "/no_think"},
+    }
+    saved = save(llama, replace(found, settings=settings, harms=(harm,)), tmp_path / "out")
+    card, record = ((saved.folder / name).read_text() for name in ("README.md", "laser.json"))
+    assert str(tmp_path) not in card + record
+    assert "on perplexity:guard.txt (" in card
+    kept = json.loads(record)["found"]
+    assert kept["harms"][0]["guard"] == "perplexity:guard.txt"
+    assert [guard["name"] for guard in kept["settings"]["guards"]] == ["perplexity:guard.txt", f"{'a' * 300}/b"]
+    assert kept["settings"]["chat"] == {"system": "/no_think"}
+
+
+@pytest.mark.parametrize("form", ["dense", "factored", "adapter"])
+def test_a_card_for_the_hub_names_the_id_where_it_loads_and_a_folder_elsewhere(
+    form: Any, llama: LanguageModel, tmp_path: Path
+) -> None:
+    saved = save(llama, "1.mlp@0.1", tmp_path / "out", form=form, hub_id="me/mine")
+    card = (saved.folder / "README.md").read_text()
+    assert ('PeftModel.from_pretrained(base, "me/mine")' if form == "adapter" else 'from_pretrained("me/mine")') in card
+    assert "`hf download me/mine --local-dir mine`" in card
+    assert "`laser reproduce mine`" in card
+    assert "`laser load-check mine`" in card
+    assert ('`laserlm.load("mine")`' in card) is (form == "adapter")
+    (saved.folder / ".cache").mkdir()
+    (saved.folder / ".cache" / "mine.metadata").write_text("a file that a download adds")
+    assert file_hashes(saved.folder) == saved.record["files"]
 
 
 def test_a_push_is_private_unless_it_is_asked_for_and_leaves_local_paths_out(
@@ -131,6 +180,11 @@ def test_a_push_is_private_unless_it_is_asked_for_and_leaves_local_paths_out(
     assert 'from_pretrained("me/mine")' in (out / "README.md").read_text()
     push(out, "me/other")
     assert calls[-1]["private"] is True
+    out, plain = tmp_path / "compressed", ("--method", "plain", "--allocation", "uniform")
+    code, _, err = run("compress", base, "--ratio", 0.5, *plain, "--out", out, "--push", "me/small")
+    assert code == 0, err
+    assert calls[-1]["id"] == "me/small"
+    assert 'from_pretrained("me/small")' in (out / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

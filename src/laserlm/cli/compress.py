@@ -44,6 +44,7 @@ def compress(
             dtype=folder.save_dtype,
             overwrite=folder.overwrite,
             shard_size=folder.shard_size,
+            hub_id=folder.push,
         )
     folder.finish(result.saved, json, result.as_dict())
     if result.perplexity is not None and not json:

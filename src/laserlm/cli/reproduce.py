@@ -40,10 +40,11 @@ def reproduce(
     from laserlm.errors import ExportError
     from laserlm.export.check import reproduce
     from laserlm.export.checkpoint import read_record
+    from laserlm.models.adapter import is_gone
 
     record = read_record(folder)
     name = base or str(record["base"]["name"])
-    if base is None and record["base"].get("hub", name) is None and not Path(name).exists():
+    if base is None and is_gone(record["base"]):
         raise ExportError(f"{folder} was made from the local model {name!r}, which is not where it was; give --base PATH")
     load_options = replace(
         load_options,

@@ -17,13 +17,17 @@ MAX_MATRICES = 40
 """Number of matrices that a card lists; the record lists all."""
 
 
-def card(record: dict[str, Any], folder: str) -> str:
+def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
     """Return the text of ``README.md`` for a record (the content of ``laser.json``).
 
     Args:
         record: the record.
-        folder: hub id or name of the folder, for the examples of the card.
+        folder: name of the folder, for the examples of the card.
+        hub_id: repository that the folder will be uploaded to. transformers and peft load it by this id, and laserlm from a
+            folder that it is downloaded to.
     """
+    remote = hub_id or folder
+    folder = folder if hub_id is None else hub_id.rpartition("/")[2]
     base = record["base"]
     hub = base["hub"] or base["name"]
     name = hub if base["revision"] is None else f"{hub} at {base['revision']}"
@@ -47,7 +51,7 @@ def card(record: dict[str, Any], folder: str) -> str:
         "",
         f"{what} ([LASER](https://arxiv.org/abs/2312.13558)). Made with laserlm.",
         "",
-        *_loading(record, loader, folder),
+        *_loading(record, loader, folder, remote),
         "",
         "| | |",
         "|---|---|",
@@ -67,6 +71,7 @@ def card(record: dict[str, Any], folder: str) -> str:
         record["command"],
         "```",
         "",
+        *([f"Download it first: `{_download(hub_id)}`.", ""] if hub_id is not None else []),
         f"`laser reproduce {folder}` rebuilds it and compares the weights. `laser load-check {folder}` loads it in a fresh "
         "process and "
         "compares its logits with the recorded logits. Versions: "
@@ -87,11 +92,15 @@ def card(record: dict[str, Any], folder: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _loading(record: dict[str, Any], loader: str, folder: str) -> list[str]:
+def _download(hub_id: str) -> str:
+    return f"hf download {hub_id} --local-dir {hub_id.rpartition('/')[2]}"
+
+
+def _loading(record: dict[str, Any], loader: str, folder: str, remote: str) -> list[str]:
     if record["form"] == "adapter":
-        return _loading_with_peft(record["base"], record["dtype"]["base"], loader, folder)
+        return _loading_with_peft(record["base"], record["dtype"]["base"], loader, folder, remote)
     if record["imports"] is None:
-        return [f'Load it with `transformers.{loader}.from_pretrained("{folder}")`. It needs no other package.']
+        return [f'Load it with `transformers.{loader}.from_pretrained("{remote}")`. It needs no other package.']
     return [
         "Its reduced matrices are stored as two factors each. **Import laserlm first.** Without laserlm, loading fails."
         if record["form"] == "factored"
@@ -101,12 +110,12 @@ def _loading(record: dict[str, Any], loader: str, folder: str) -> list[str]:
         f"import {record['imports']}",
         f"from transformers import {loader}",
         "",
-        f'model = {loader}.from_pretrained("{folder}")',
+        f'model = {loader}.from_pretrained("{remote}")',
         "```",
     ]
 
 
-def _loading_with_peft(base: dict[str, Any], dtype: str, loader: str, folder: str) -> list[str]:
+def _loading_with_peft(base: dict[str, Any], dtype: str, loader: str, folder: str, remote: str) -> list[str]:
     name, commit = base["name"], base["revision"]
     revision = f', revision="{commit}"' if commit else ""
     is_plain = name != "bundled" and not name.endswith(".gguf")
@@ -121,10 +130,11 @@ def _loading_with_peft(base: dict[str, Any], dtype: str, loader: str, folder: st
         *([f"from transformers import {loader}"] if is_plain else []),
         "",
         f"base = {model}",
-        f'model = PeftModel.from_pretrained(base, "{folder}")',
+        f'model = PeftModel.from_pretrained(base, "{remote}")',
         "```",
         "",
-        f'`laserlm.load("{folder}")` loads base and adapter together, merged.',
+        f'`laserlm.load("{folder}")` loads base and adapter together, merged'
+        + ("." if remote == folder else f", after `{_download(remote)}`."),
     ]
 
 

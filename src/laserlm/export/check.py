@@ -28,6 +28,7 @@ from laserlm.export.load_in_subprocess import REPORTS
 from laserlm.export.saving import save
 from laserlm.export.source_check import differences
 from laserlm.low_rank import LowRankLinear, Part
+from laserlm.models.adapter import LOCAL, is_gone
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named, locate
 from laserlm.models.source import source_folder
@@ -107,7 +108,7 @@ def load_check(folder: str | Path, *, allow_remote_code: bool = False) -> LoadCh
         allow_remote_code: run modelling code that the folder brings.
 
     Raises:
-        ExportError: if it does not load or lacks weights.
+        ExportError: if it does not load or lacks weights, or the base model of an adapter is gone.
     """
     folder = Path(folder).absolute()
     record = read_record(folder)
@@ -117,6 +118,11 @@ def load_check(folder: str | Path, *, allow_remote_code: bool = False) -> LoadCh
         )
     arguments = [str(folder), *(["--allow-remote-code"] if allow_remote_code else [])]
     if record["form"] == "adapter":
+        if is_gone(record["base"]):
+            raise ExportError(
+                f"{folder} belongs to the local model {record['base']['name']!r}, which is not where it was; write where it is "
+                f'now into {folder / LOCAL}, as {{"base": "PATH"}}'
+            )
         arguments.insert(1, str(locate(record["base"]["name"], record["base"]["revision"], cache_folder())[0]))
     process = subprocess.run(
         [sys.executable, "-P", str(Path(load_in_subprocess.__file__)), *arguments],
@@ -150,14 +156,9 @@ def load_check(folder: str | Path, *, allow_remote_code: bool = False) -> LoadCh
     )
 
 
-def _is_gone(base: dict[str, Any]) -> bool:
-    """Return whether a base model was a local folder that is not where it was. On the hub its name may be another's."""
-    return base.get("hub", "") is None and not Path(base["name"]).exists()
-
-
 def _lost(folder: Path, record: dict[str, Any]) -> tuple[str, ...] | None:
     """Return what the folder has otherwise than its base model; None if they cannot be compared here."""
-    if "source" not in record or _is_gone(record["base"]):
+    if "source" not in record or is_gone(record["base"]):
         return None
     try:
         source = source_folder(record["base"]["name"], record["base"]["revision"])

@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -60,8 +60,10 @@ EXPERTS_RENAMED_IN_5 = {"qwen3_moe", "qwen3_omni_moe_text", "qwen3_vl_moe_text"}
 """Types whose config names the number of experts ``num_experts`` in transformers 4, and ``num_local_experts`` in 5."""
 ROPE_TYPES_IN_4 = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
 """Kinds of rotary positions of transformers 4.57; an image tower has others."""
-MAX_PATH = 1024
-"""Characters of the longest text that is looked up as a path."""
+PATH_FIELDS = {"name", "task", "guard"}
+"""Fields of the record that may be paths: of the base model, the calibration text, the task and the guards."""
+PATH_PREFIX = re.compile(r"(?:perplexity|jsonl|hub|lm-eval):")
+"""What may precede a path in the name of a task or guard."""
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
 
@@ -259,7 +261,7 @@ def write(
                 paths["calibration"] = str(Path(text["name"]).absolute())
             record["provenance"].pop("command")  # it may name files and folders of this machine
             record = _without_paths(record)
-            (part / CARD).write_text(card(record, options.hub_id or out.name), encoding="utf-8")
+            (part / CARD).write_text(card(record, out.name, options.hub_id), encoding="utf-8")
             if adapter is None:
                 (part / HIDDEN_CONFIG).rename(part / "config.json")
             record["files"] = file_hashes(part)
@@ -283,7 +285,7 @@ def command_of(lm: LanguageModel, command: str, arguments: Sequence[str], out: P
     load += ["--kind", lm.kind] if lm.kind != "causal" else []
     save = ["--form", options.form, "--shard-size", options.shard_size]
     save += ["--save-dtype", str(options.dtype).removeprefix("torch.")] if options.dtype is not None else []
-    return shlex.join(map(_without_paths, ["laser", command, lm.name, *load, *arguments, *save, "--out", out.name]))
+    return shlex.join(map(_without_folders, ["laser", command, lm.name, *load, *arguments, *save, "--out", out.name]))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -313,11 +315,14 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a saved model except its record and local paths, by name."""
+    """Return the sha256 of every file of a saved model except its record, local paths and hidden files, by name."""
     hashes = {}
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in (RECORD, LOCAL)):
+        name = file.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):  # such as those that a download from the hub adds
+            continue
         with file.open("rb") as stream:
-            hashes[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+            hashes[name.as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
 
 
@@ -517,16 +522,24 @@ def _is_local(name: str) -> bool:
     return name != "bundled" and Path(name).expanduser().exists()
 
 
-def _without_paths(value: Any) -> Any:
-    """Return plain JSON values with the last part alone of each text that is the path of a file or folder here."""
+def _without_paths(value: Any, field: str = "") -> Any:
+    """Return plain JSON values with the last part alone of each path in a field that may hold one."""
     if isinstance(value, dict):
-        return {key: _without_paths(v) for key, v in value.items()}
+        return {key: _without_paths(v, key) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(v) for v in value]
-    if not isinstance(value, str) or "/" not in value or len(value) > MAX_PATH:
-        return value
-    is_path = value.startswith(("/", "~/", "./", "../")) or Path(value).exists()
-    return Path(value).name if is_path else value
+    return _without_folders(value) if field in PATH_FIELDS and isinstance(value, str) else value
+
+
+def _without_folders(text: str) -> str:
+    """Return a text with the last part alone of the path of a file or folder here; a prefix of a task stays."""
+    match = PATH_PREFIX.match(text)
+    prefix = match[0] if match else ""
+    path = text.removeprefix(prefix)
+    is_path = path.startswith(("/", "~/", "./", "../"))
+    with suppress(OSError, ValueError):  # such as a part that is too long for a file name
+        is_path = is_path or ("/" in path and Path(path).exists())
+    return prefix + Path(path).name if is_path else text
 
 
 def _licence_of(lm: LanguageModel) -> dict[str, str]:

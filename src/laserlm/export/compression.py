@@ -262,6 +262,7 @@ def compress(
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
     shard_size: str = "5GB",
+    hub_id: str | None = None,
 ) -> CompressionResult:
     """Compress a model to a share of the parameters of its blocks' matrices, save it, and measure its perplexity.
 
@@ -277,6 +278,7 @@ def compress(
         dtype: dtype of the saved weights; None keeps the model's dtypes.
         overwrite: whether to replace a folder that laserlm wrote before.
         shard_size: maximum size of a weight file, such as ``5GB``.
+        hub_id: repository that the folder will be uploaded to, which its card then names.
 
     Raises:
         ExportError: if an argument is invalid, the ratio cannot be reached, or the folder cannot be written.
@@ -284,7 +286,7 @@ def compress(
     out = Path(out).expanduser().absolute()
     if form == "adapter":
         raise ExportError("compress changes nearly all weights, which no small adapter can; use the form factored or dense")
-    options = SaveOptions(form, dtype, overwrite, shard_size)
+    options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
     check_request(lm, out, options)
     text = _read_text(lm, calibration, tokens, method, allocation)
     compression = fit_ranks(lm, () if text is None else text.calibration, method=method, allocation=allocation)

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from laserlm.errors import MissingExtraError, ModelError, WeightError
 from laserlm.models.finite import describe, not_finite
 from laserlm.models.language_model import LanguageModel
 
-__all__ = ["LOCAL", "base_of", "has_adapter", "is_beside_a_model", "local_paths", "model_alone", "with_adapter"]
+__all__ = ["LOCAL", "base_of", "has_adapter", "is_beside_a_model", "is_gone", "local_paths", "model_alone", "with_adapter"]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def base_of(folder: str | Path) -> tuple[str, str | None] | None:
         if (folder / RECORD).is_file():  # laserlm names some models in its own way
             base = json.loads((folder / RECORD).read_text(encoding="utf-8"))["base"]
             name = local_paths(folder).get("base", str(base["name"]))
-            if base.get("hub", name) is None and not Path(name).exists():
+            if is_gone({**base, "name": name}):
                 raise ModelError(
                     f"the adapter {str(folder)!r} belongs to the local model {name!r}, which is not where it was; write "
                     f'where it is now into {folder / LOCAL}, as {{"base": "PATH"}}'
@@ -53,12 +53,21 @@ def base_of(folder: str | Path) -> tuple[str, str | None] | None:
         raise ModelError(f"the adapter {str(folder)!r} names no base model ({error!r}); save the adapter again") from None
 
 
+def is_gone(base: Mapping[str, Any]) -> bool:
+    """Return whether a recorded base model was a local folder that is not where it was.
+
+    A record holds the last part of a path alone. A folder, or a model of the hub, of that name may be another model.
+    """
+    return base.get("hub", "") is None and not (Path(base["name"]).is_absolute() and Path(base["name"]).exists())
+
+
 def local_paths(folder: Path) -> dict[str, str]:
-    """Return where the base model and the calibration text of a saved folder lie on this machine, as far as they still do."""
+    """Return the absolute paths of the base model and the calibration text of a saved folder, as far as they still exist."""
     try:
         paths = json.loads((folder / LOCAL).read_text(encoding="utf-8"))
-        return {name: path for name, path in paths.items() if isinstance(path, str) and Path(path).exists()}
-    except (OSError, ValueError, AttributeError):
+        found = {name: Path(path).expanduser().absolute() for name, path in paths.items() if isinstance(path, str)}
+        return {name: str(path) for name, path in found.items() if path.exists()}
+    except (OSError, ValueError, AttributeError, RuntimeError):  # RuntimeError: there is no home folder for a ~
         return {}
 
 
@@ -87,13 +96,14 @@ def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
 
     Raises:
         MissingExtraError: if peft is not installed.
-        ModelError: if the adapter does not fit the base model.
+        ModelError: if the adapter does not fit the base model, or was saved for other weights.
         WeightError: if the adapter makes weights that are not finite.
     """
     try:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtraError("an adapter is loaded by peft: pip install peft") from error
+    _check_base(lm, Path(folder))
     if not (Path(folder) / WEIGHTS).is_file() and not (lm.loaded or {}).get("allow_pickle"):
         raise ModelError(
             f"the adapter {str(folder)!r} has no {WEIGHTS}, and pickled weights can run code; --allow-pickle "
@@ -116,3 +126,21 @@ def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
     model.config._name_or_path = str(folder) if is_beside_a_model(folder) else model.config._name_or_path
     loaded = {**(lm.loaded or {}), "name": str(Path(folder).absolute()), "revision": None}
     return replace(lm, model=model, name=str(folder), revision=None, loaded=loaded)
+
+
+def _check_base(lm: LanguageModel, folder: Path) -> None:
+    """Raise a ModelError if the record of an adapter names other weights than those of the base model that was loaded."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        base, dtype = record["base"], record["dtype"]["base"]
+        recorded, kind = str(base["hash"]), base["kind"]
+    except (OSError, ValueError, KeyError, TypeError):  # an adapter that laserlm did not save
+        return
+    floats = [t for t in lm.model.state_dict().values() if t.is_floating_point()]
+    # The hash is of the weights as they were loaded: another dtype or head, or offloaded weights, cannot be compared.
+    is_comparable = kind == lm.kind and all(str(t.dtype) == f"torch.{dtype}" and t.device.type != "meta" for t in floats)
+    if is_comparable and lm.hash != recorded:
+        raise ModelError(
+            f"the adapter {str(folder)!r} was saved for {base['name']} with weights {recorded[:12]}, and {lm.name} has "
+            f"{lm.hash[:12]}; write where that model is into {folder / LOCAL}, or save the adapter again"
+        )
