@@ -101,6 +101,19 @@ def test_a_race_with_its_screen_a_composition_and_no_gain(llama: LanguageModel, 
         assert "No candidate beat the unchanged model" in parse_page(tmp_path / "r.html").text
 
 
+def test_one_point_is_a_table_without_a_picture(llama: LanguageModel, tmp_path: Path) -> None:
+    result = searched(llama, tmp_path / "runs.db", task(), max_harm=0.5)
+    point = Point(str(result.best), result.validation, result.harms)
+    with Store.open(tmp_path / "runs.db") as store:
+        with store.run(kind="search", key="point", settings=store.find(result.run).settings, provenance={}) as run:
+            run.finish(replace(result, points=(point,)).as_dict())
+        write_report(store, run.id, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Gain against harm" in page
+    assert "the validation figures of 1 point, so" in re.sub(r"\s+", " ", page)
+    assert '"harm",' not in page
+
+
 def test_harm_stands_beside_the_gain_as_figures_and_as_a_picture(llama: LanguageModel, tmp_path: Path) -> None:
     result = searched(llama, tmp_path / "runs.db", task(), max_harm=0.5)
     (harm,) = result.harms

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 DEMO_VALIDATION = 300
 DEMO_TEST = 1000
 DEMO_MAX_HARM = 0.02
-DEMO_STEPS = 2
 UNRANKED = 0.4
 """Share of pairs with the random candidate ahead from which the screen is said to rank hardly better than chance."""
 SEARCH_PANEL = "Search options"
@@ -342,14 +341,14 @@ def demo(
         print(
             f"SmolLM2-135M-Instruct on worldfacts: {DEMO_VALIDATION} questions to choose on, "
             f"{DEMO_TEST} others to measure on.\n"
-            f"Components of all {sum(not m.parts for m in lm.matrices)} matrices of all blocks are removed in two steps. "
+            f"Components of all {sum(not m.parts for m in lm.matrices)} matrices of all blocks are removed in a few steps. "
             f"The perplexity of other text may rise by {DEMO_MAX_HARM:.0%}."
         )
     with search_progress_bar() as show:
         result = search_(
             *(lm, facts),
+            effort="quick",
             strategy="components",
-            steps=DEMO_STEPS,
             metric="loss",
             max_harm=DEMO_MAX_HARM,
             store=store,

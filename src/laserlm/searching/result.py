@@ -256,9 +256,10 @@ class SearchResult:
 
     def pareto_note(self) -> str:
         """Return in sentences how far the figures of the Pareto list can be believed."""
+        n = len(self.points)
         note = (
-            f"These were chosen by the validation figures of {len(self.points)} points, so the figures are too good (winner's "
-            "curse). Only the chosen one is tested on held-out questions."
+            f"The list is chosen by the validation figures of {n} point{'s' if n > 1 else ''}, so the figures are too good "
+            "(winner's curse). Only the chosen one is tested on held-out questions."
         )
         if self.best and str(self.best) not in [point.intervention for point in self.pareto]:
             note += " It is not in the list: another one looks at least as good there for no more harm."
