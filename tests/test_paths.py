@@ -22,6 +22,7 @@ from laserlm.paths import (
     check_new_file,
     check_new_folder,
     default_store,
+    network_disk,
     similar_paths,
 )
 
@@ -376,3 +377,18 @@ def test_the_current_folder_and_those_above_are_not_replaced(
         write()
     assert os.getcwd() == str(tmp_path / "here")
     assert [p.name for p in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_path_is_on_the_disk_that_was_mounted_deepest_and_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, local = tmp_path / "a shared disk", tmp_path / "a shared disk" / "local"
+    local.mkdir(parents=True)
+    name = str(shared).replace(" ", "\\040")
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        f"/dev/vda / ext4 rw 0 0\n/dev/vdb {name} xfs rw 0 0\nh:/x {name} nfs rw 0 0\ntmpfs {name}/local tmpfs rw 0 0\n"
+    )
+    monkeypatch.setattr("laserlm.paths.MOUNTS", mounts)
+    assert network_disk(shared / "runs.db") == "nfs"
+    assert network_disk(local / "runs.db") == network_disk(tmp_path / "runs.db") == ""
+    monkeypatch.setattr("laserlm.paths.MOUNTS", tmp_path / "none")
+    assert network_disk(shared) == ""

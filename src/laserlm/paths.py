@@ -30,12 +30,19 @@ __all__ = [
     "default_store",
     "disk_limit",
     "lab_folder",
+    "network_disk",
     "remove_leftovers",
     "similar_paths",
 ]
 
 DISK_VARIABLE = "LASER_CACHE_GIB"
 """Environment variable with the most GiB of decompositions on disk."""
+MOUNTS = Path("/proc/mounts")
+"""Where Linux lists its disks; other systems have no such file."""
+NETWORK_DISKS = frozenset(
+    "9p afs beegfs ceph cifs fuse.glusterfs fuse.sshfs glusterfs gpfs lustre ncpfs nfs nfs4 smb2 smb3 smbfs".split()
+)
+"""Types of file systems that several machines share."""
 DISK_GIB = 20.0
 """The most GiB of decompositions on disk if the variable is not set: all of a model with 7 billion parameters."""
 HEX = "[0-9a-f]"
@@ -111,6 +118,20 @@ def default_store() -> Path:
 def lab_folder(name: str) -> Path:
     """Return the default folder for the models of a study of the lab, which may not exist yet."""
     return platformdirs.user_data_path("laserlm", appauthor=False) / "lab" / name
+
+
+def network_disk(path: Path) -> str:
+    """Return the type of the network disk that a path is on, such as nfs4; empty if it is on none."""
+    try:
+        lines = [line.split(" ") for line in MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except OSError:
+        return ""
+    # The list writes a space as \040. Of several disks the path is on the one that was mounted deepest, and last there.
+    mounts = [(Path(fields[1].replace("\\040", " ")), fields[2]) for fields in lines if len(fields) > 2]
+    path = path.resolve()
+    around = [(len(place.parts), i, kind) for i, (place, kind) in enumerate(mounts) if path.is_relative_to(place)]
+    kind = max(around)[2] if around else ""
+    return kind if kind in NETWORK_DISKS else ""
 
 
 def similar_paths(path: Path) -> list[Path]:

@@ -92,6 +92,17 @@ def test_sqlite_keeps_a_write_ahead_log_and_foreign_keys(path):
             assert connection.exec_driver_sql(f"PRAGMA {name}").scalar() == value
 
 
+def test_on_a_network_disk_sqlite_keeps_no_write_ahead_log(path, monkeypatch, caplog):
+    with Store.open(path):
+        pass
+    mounts = path.parent / "mounts"
+    mounts.write_text(f"/dev/vda / ext4 rw 0 0\nhost:/home {path.parent} nfs4 rw 0 0\n")
+    monkeypatch.setattr("laserlm.paths.MOUNTS", mounts)
+    with Store.open(path) as store, store.database.read() as session:
+        assert session.connection().exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
+    assert f"{path} is on a network disk (nfs4), whose locks SQLite cannot rely on" in caplog.text
+
+
 def test_a_path_is_fixed_when_opened(path, sample, monkeypatch):
     monkeypatch.chdir(path.parent)
     with Store.open("new/folder/runs.db") as store:

@@ -23,6 +23,7 @@ PURPOSES = {
     "eval": "lm-eval:NAME, laser lm-eval, humaneval",
     "notebook": "the notebooks of examples/",
     "rl": "laser lab sokoban",
+    **{name: f"laser search --track {name}" for name in ("mlflow", "tensorboard", "trackio", "wandb")},
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from laserlm.errors import LaserError, MissingExtraError, StoreError
-from laserlm.paths import similar_paths
+from laserlm.paths import network_disk, similar_paths
 
 __all__ = ["Database", "lock"]
 
+log = logging.getLogger(__name__)
 LOCK_TIMEOUT_SECONDS = 30
 DRIVERS = {
     "sqlite": "sqlite",
@@ -220,7 +223,16 @@ def _without_password(url: URL) -> str:
 def _engine(url: URL) -> Engine:
     if url.drivername == "sqlite":
         engine = create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_SECONDS})
-        event.listen(engine, "connect", _prepare_sqlite)
+        kind = network_disk(Path(url.database or ""))
+        if kind:
+            log.warning(
+                "%s is on a network disk (%s), whose locks SQLite cannot rely on; write to it from one machine at a time, or "
+                "give a PostgreSQL database with --store",
+                url.database,
+                kind,
+            )
+        # The write-ahead log needs memory that all processes share, which machines of a network disk have not.
+        event.listen(engine, "connect", partial(_prepare_sqlite, journal="DELETE" if kind else "WAL"))
     else:
         # psycopg returns bytes if neither the client nor the database sets an encoding.
         engine = create_engine(url, pool_pre_ping=True, connect_args={"client_encoding": "utf8"})
@@ -233,21 +245,21 @@ def _engine(url: URL) -> Engine:
     return engine
 
 
-def _prepare_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+def _prepare_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry, *, journal: str) -> None:
     # The driver starts no transaction before CREATE TABLE. Its own transactions are disabled; BEGIN is sent explicitly.
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys = ON")
-    _enable_write_ahead_log(cursor)
+    _set_journal(cursor, journal)
     cursor.close()
 
 
-def _enable_write_ahead_log(cursor: DBAPICursor) -> None:
+def _set_journal(cursor: DBAPICursor, journal: str) -> None:
     # SQLite does not wait for the lock here if two processes switch a new file at the same time.
     deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
     while True:
         try:
-            cursor.execute("PRAGMA journal_mode = WAL")
+            cursor.execute(f"PRAGMA journal_mode = {journal}")
             return
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
