@@ -59,129 +59,6 @@ def connected(cluster: Any, **options: Any) -> Iterator[Any]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scored]:
-    """What the searches find in one process, by their names."""
-    place = tmp_path_factory.mktemp("alone")
-    lm = load(folder, cache=place / "cache", device="cpu")
-    return {name: search(lm, made_task(), place / f"{name}.db", **options) for name, options in GIVEN.items()}
-
-
-@pytest.fixture
-def local(alone: dict[str, Scored]) -> Scored:
-    """What the exhaustive search finds in one process."""
-    return alone["exhaustive"]
-
-
-def test_the_winner_and_every_score_are_those_of_one_process(
-    cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path, alone: dict[str, Scored]
-) -> None:
-    with connected(cluster):
-        for name, options in GIVEN.items():
-            expected, scored = alone[name]
-            result, ours = search(lm, task, tmp_path / f"{name}.db", executor=Ray(workers=2), **options)
-            assert (result.best, result.failed, result.complete) == (expected.best, {}, True)
-            assert result.rungs == expected.rungs
-            assert [p.intervention for p in result.points] == [p.intervention for p in expected.points]
-            assert result.points or name != "components"
-            for harm, of_one in zip(result.harms, expected.harms, strict=True):
-                assert harm.change == pytest.approx(of_one.change, abs=1e-5)
-            same(ours, scored)
-        cities = ("Paris", "Rome", "Oslo", "Lisbon", "Madrid")
-        rows = [replace(e, choices=cities) for e in task.every]
-        questions = Task.of("written", rows, scorer="contains", decoding=Decoding(new_tokens=3))
-        options = {"grid": "0-2.mlp@0.5", "candidates": 4, "first_rung": 3}
-        expected, scored = search(lm, questions, tmp_path / "local.db", **options)
-        result, ours = search(lm, questions, tmp_path / "written.db", executor=Ray(workers=2), **options)
-    assert (result.best, result.finalists) == (expected.best, expected.finalists)
-    same(ours, scored)
-    assert {k: v.scores[0].predicted for k, v in ours.items()} == {k: v.scores[0].predicted for k, v in scored.items()}
-
-
-def test_a_killed_worker_loses_nothing(cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path, local: Scored) -> None:
-    killed = tmp_path / "killed"
-
-    def hook() -> None:
-        """In a worker: end it where it runs the model under an intervention, unless another one ended there before."""
-        import laserlm.models
-
-        load = laserlm.models.load
-
-        def loaded(*arguments: Any, **options: Any) -> LanguageModel:
-            lm = load(*arguments, **options)
-
-            def kill(*_: Any) -> None:
-                if lm.intervention == "1.fc_up@0.3" and not killed.exists():
-                    killed.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            lm.model.register_forward_pre_hook(kill)
-            return lm
-
-        laserlm.models.load = loaded
-
-    with connected(cluster, runtime_env={"worker_process_setup_hook": hook}):
-        result, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
-    assert killed.exists()
-    assert (result.best, result.failed) == (local[0].best, {})
-    same(ours, local[1])
-
-
-DRIVER = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from searching.support import GIVEN, made_task
-from laserlm.models import load
-from laserlm.searching import Ray, search
-
-lm = load({folder!r}, cache={cache!r}, device="cpu")
-found = search(
-    lm, made_task(), metric="loss", store={store!r}, executor=Ray({address!r}, workers=2), **GIVEN["exhaustive"],
-    on_step=lambda step: print(step.last, flush=True),
-)
-print(json.dumps(found.as_dict()))
-"""
-
-
-def test_a_killed_driver_goes_on_where_it_was(cluster: Any, folder: Path, tmp_path: Path, local: Scored) -> None:
-    store = tmp_path / "ray.db"
-    names = {"folder": str(folder), "cache": str(tmp_path / "cache"), "store": str(store)}
-    script = tmp_path / "driver.py"
-    script.write_text(DRIVER.format(tests=str(Path(__file__).parents[1]), address=cluster.address, **names))
-    first = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    for _ in range(6):
-        assert first.stdout.readline()
-    first.kill()
-    first.communicate()
-    with Store.open(store) as results:
-        (run,) = results.runs()
-        before = results.evaluations(run.id, "validation")
-        assert run.status == "interrupted"
-    second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
-    *steps, said = second.stdout.splitlines()
-    values = SearchResult.from_dict(json.loads(said))
-    assert values.run == run.id
-    ours = scores(store, values)
-    assert {text: ours["validation", text] for text in before} == before
-    assert not set(steps) & (set(before) - {"", str(values.best)})
-    same(ours, local[1])
-
-
-def test_without_an_address_a_cluster_is_started_and_ended(
-    lm: LanguageModel, task: Task, tmp_path: Path, local: Scored
-) -> None:
-    import ray
-
-    assert not ray.is_initialized()
-    result, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
-    assert not ray.is_initialized()
-    same(ours, local[1])
-    with Store.open(tmp_path / "ray.db") as store:
-        assert store.find(result.run).provenance["ray"] == {"address": None, "workers": 2, "cpus": 1.0, "gpus": None}
-
-
 def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C901 - one script that Ray and its stand-in both run
     """Return what Ray, or its stand-in, does in the calls that a search makes; four CPUs have to be free."""
 
@@ -304,6 +181,7 @@ def behaviour_of(cluster: Any, die: Callable[[], None]) -> dict[str, Any]:
 
 
 def test_the_stand_in_behaves_as_ray_does(cluster: Any) -> None:
+    # The first test: where other clusters started and ended on the machine, Ray may cancel an actor before it has started.
     def killed() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -322,3 +200,126 @@ def test_the_stand_in_behaves_as_ray_does(cluster: Any) -> None:
         fake.close()
     assert not fake.is_initialized()
     assert real["a stream that ends with its worker"] == [[0], [1], ("ended", "", "")]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scored]:
+    """What the searches find in one process, by their names."""
+    place = tmp_path_factory.mktemp("alone")
+    lm = load(folder, cache=place / "cache", device="cpu")
+    return {name: search(lm, made_task(), place / f"{name}.db", **options) for name, options in GIVEN.items()}
+
+
+@pytest.fixture
+def local(alone: dict[str, Scored]) -> Scored:
+    """What the exhaustive search finds in one process."""
+    return alone["exhaustive"]
+
+
+def test_the_winner_and_every_score_are_those_of_one_process(
+    cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path, alone: dict[str, Scored]
+) -> None:
+    with connected(cluster):
+        for name, options in GIVEN.items():
+            expected, scored = alone[name]
+            result, ours = search(lm, task, tmp_path / f"{name}.db", executor=Ray(workers=2), **options)
+            assert (result.best, result.failed, result.complete) == (expected.best, {}, True)
+            assert result.rungs == expected.rungs
+            assert [p.intervention for p in result.points] == [p.intervention for p in expected.points]
+            assert result.points or name != "components"
+            for harm, of_one in zip(result.harms, expected.harms, strict=True):
+                assert harm.change == pytest.approx(of_one.change, abs=1e-5)
+            same(ours, scored)
+        cities = ("Paris", "Rome", "Oslo", "Lisbon", "Madrid")
+        rows = [replace(e, choices=cities) for e in task.every]
+        questions = Task.of("written", rows, scorer="contains", decoding=Decoding(new_tokens=3))
+        options = {"grid": "0-2.mlp@0.5", "candidates": 4, "first_rung": 3}
+        expected, scored = search(lm, questions, tmp_path / "local.db", **options)
+        result, ours = search(lm, questions, tmp_path / "written.db", executor=Ray(workers=2), **options)
+    assert (result.best, result.finalists) == (expected.best, expected.finalists)
+    same(ours, scored)
+    assert {k: v.scores[0].predicted for k, v in ours.items()} == {k: v.scores[0].predicted for k, v in scored.items()}
+
+
+def test_a_killed_worker_loses_nothing(cluster: Any, lm: LanguageModel, task: Task, tmp_path: Path, local: Scored) -> None:
+    killed = tmp_path / "killed"
+
+    def hook() -> None:
+        """In a worker: end it where it runs the model under an intervention, unless another one ended there before."""
+        import laserlm.models
+
+        load = laserlm.models.load
+
+        def loaded(*arguments: Any, **options: Any) -> LanguageModel:
+            lm = load(*arguments, **options)
+
+            def kill(*_: Any) -> None:
+                if lm.intervention == "1.fc_up@0.3" and not killed.exists():
+                    killed.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            lm.model.register_forward_pre_hook(kill)
+            return lm
+
+        laserlm.models.load = loaded
+
+    with connected(cluster, runtime_env={"worker_process_setup_hook": hook}):
+        result, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
+    assert killed.exists()
+    assert (result.best, result.failed) == (local[0].best, {})
+    same(ours, local[1])
+
+
+DRIVER = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from searching.support import GIVEN, made_task
+from laserlm.models import load
+from laserlm.searching import Ray, search
+
+lm = load({folder!r}, cache={cache!r}, device="cpu")
+found = search(
+    lm, made_task(), metric="loss", store={store!r}, executor=Ray({address!r}, workers=2), **GIVEN["exhaustive"],
+    on_step=lambda step: print(step.last, flush=True),
+)
+print(json.dumps(found.as_dict()))
+"""
+
+
+def test_a_killed_driver_goes_on_where_it_was(cluster: Any, folder: Path, tmp_path: Path, local: Scored) -> None:
+    store = tmp_path / "ray.db"
+    names = {"folder": str(folder), "cache": str(tmp_path / "cache"), "store": str(store)}
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.format(tests=str(Path(__file__).parents[1]), address=cluster.address, **names))
+    first = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    for _ in range(6):
+        assert first.stdout.readline()
+    first.kill()
+    first.communicate()
+    with Store.open(store) as results:
+        (run,) = results.runs()
+        before = results.evaluations(run.id, "validation")
+        assert run.status == "interrupted"
+    second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    *steps, said = second.stdout.splitlines()
+    values = SearchResult.from_dict(json.loads(said))
+    assert values.run == run.id
+    ours = scores(store, values)
+    assert {text: ours["validation", text] for text in before} == before
+    assert not set(steps) & (set(before) - {"", str(values.best)})
+    same(ours, local[1])
+
+
+def test_without_an_address_a_cluster_is_started_and_ended(
+    lm: LanguageModel, task: Task, tmp_path: Path, local: Scored
+) -> None:
+    import ray
+
+    assert not ray.is_initialized()
+    result, ours = search(lm, task, tmp_path / "ray.db", executor=Ray(workers=2), **GIVEN["exhaustive"])
+    assert not ray.is_initialized()
+    same(ours, local[1])
+    with Store.open(tmp_path / "ray.db") as store:
+        assert store.find(result.run).provenance["ray"] == {"address": None, "workers": 2, "cpus": 1.0, "gpus": None}
