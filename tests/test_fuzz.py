@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from safetensors.torch import save
 
+from laserlm.cli.config_file import option_types, read_configuration
+from laserlm.cli.search import NOT_CONFIGURED, search
 from laserlm.errors import LaserError
 from laserlm.export.checkpoint import read_record
 from laserlm.models.weight_files import read_tensor, stored_tensors
@@ -39,6 +41,11 @@ QUESTIONS = (
     b'{"prompt": "2 + 2 =", "answer": "4", "choices": ["4", "5"], "group": "sums"}\n' * 3,
 )
 TABLES = (b"prompt,answer\n" + b"The capital of France is,Paris\n" * 3, b'id;prompt;answer\n1;"a\nb";c\n2;d;e\n')
+CONFIGURATIONS = (
+    b"grid: 1.mlp@0.5\ntask: worldfacts\nlimit: 3\nguard: [self, a.txt]\nmax_harm: 0.05\n",
+    b"{chat: true, keep: 0.5}",
+)
+OPTIONS = option_types(search, NOT_CONFIGURED)
 RECORD = {
     "format": 1,
     "base": {"name": "gpt2", "revision": None, "kind": "causal"},
@@ -199,6 +206,7 @@ PARSERS: dict[str, tuple[st.SearchStrategy[list[Any]], Callable[[Path, Any], obj
     "questions": (contents(QUESTIONS), lambda folder, c: task(f"jsonl:{written(folder, 'q.jsonl', c)}")),
     "tables of questions": (contents(TABLES), lambda folder, c: task(f"jsonl:{written(folder, 'q.csv', c)}")),
     "configs": (CONFIGS, configure),
+    "configuration files": (contents(CONFIGURATIONS), lambda f, c: read_configuration(written(f, "run.yaml", c), OPTIONS)),
     "submissions": (documents(SUBMISSION), read_submission),
     "laser.json": (documents(RECORD), lambda folder, c: read_record(written(folder, "laser.json", c).parent)),
     "safetensors": (contents([TENSORS]), read_weights),
@@ -245,6 +253,7 @@ EXTREMES = {
     "a list": b"[1, 2]",
     "a header of all memory": b"\xff" * 8 + b"{}",
     "zeros": bytes(10_000),
+    "aliases": b"limit: [&a [x, x]%s]" % b"".join(b", &%c [*%c, *%c, *%c, *%c]" % (i + 1, i, i, i, i) for i in range(97, 121)),
 }
 
 

@@ -82,7 +82,7 @@ def test_an_option_of_the_command_line_wins_over_the_file(run: Run, command: lis
         ("guard: [self, 3]", "guard is ['self', 3], but must be a list of texts"),
         ("guard: []", "guard is [], but must be a list of texts"),
         ("grid: [1, 2]", "grid is [1, 2], but must be a text"),
-        ("seed: 1\nseed: 2", "seed stands there 2 times"),
+        ("seed: 1\nseed: 2", "seed occurs 2 times"),
         ("- a\n- b", "holds no options"),
         ("", "holds no options"),
         ("seed: 1\ngrid: 'a", "line 2 is no YAML"),

@@ -187,6 +187,13 @@ def test_a_push_is_private_unless_it_is_asked_for_and_leaves_local_paths_out(
     assert 'from_pretrained("me/small")' in (out / "README.md").read_text()
 
 
+def test_an_adapter_of_a_local_base_model_is_not_pushed(run: Run, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    code, _, err = run("save", base, "--reduce", "1.mlp@0.3", "--form", "adapter", "--out", out, "--push", "me/mine")
+    assert (code, out.is_dir()) == (1, True)
+    assert f"its base model is the folder {base}, which nobody else has" in err
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_pickled_adapter_needs_the_flag(base: Path, tmp_path: Path) -> None:
     folder = save(load(base), "1.mlp@0.3", tmp_path / "adapter", form="adapter").folder

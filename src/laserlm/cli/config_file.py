@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -46,7 +47,7 @@ def read_configuration(file: Path, options: Mapping[str, inspect.Parameter]) -> 
         options: what it may set, with annotations as for Typer.
 
     Raises:
-        LaserError: if the file cannot be read, a key is unknown or stands there twice, or a value is of a wrong type.
+        LaserError: if the file cannot be read, a key is unknown or occurs twice, or a value is of a wrong type.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -64,9 +65,9 @@ def read_configuration(file: Path, options: Mapping[str, inspect.Parameter]) -> 
     keys = [key.value for key, _ in node.value]
     for key in values:
         if key not in options:
-            raise LaserError(f"{file}: no option {key!r}; {_nearest(str(key), options)}")
+            raise LaserError(f"{file}: no option {reprlib.repr(key)}; {_nearest(str(key), options)}")
         if keys.count(key) > 1:
-            raise LaserError(f"{file}: {key} stands there {keys.count(key)} times; leave one of them")
+            raise LaserError(f"{file}: {key} occurs {keys.count(key)} times; delete all but one")
     return {key: _checked(file, key, value, options[key]) for key, value in values.items() if value is not None}
 
 
@@ -102,7 +103,8 @@ def _checked(file: Path, key: str, value: Any, option: inspect.Parameter) -> Any
         if kind in (int, float) and (low, high) != (None, None):
             allowed += f" from {low:g}" + ("" if high is None else f" to {high:g}")
         quotes = "; write it in quotes" if kind in (str, Path) and not isinstance(value, list | dict) else ""
-        raise LaserError(f"{file}: {key} is {value!r}, but must be {allowed}{quotes}")
+        # Of aliases a short file makes a value whose text fills the memory.
+        raise LaserError(f"{file}: {key} is {reprlib.repr(value)}, but must be {allowed}{quotes}")
     return result
 
 

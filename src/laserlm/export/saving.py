@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -122,8 +123,15 @@ def push(folder: Path, hub_id: str, *, private: bool = True) -> str:
         private: whether a repository that does not exist yet is private. An existing one stays as it is.
 
     Raises:
-        ExportError: if the hub cannot be reached or refuses the upload.
+        ExportError: if the hub cannot be reached or refuses the upload, or if an adapter's base model is a local folder.
     """
+    config = folder / "adapter_config.json"
+    base = Path(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]) if config.is_file() else Path()
+    if base.is_absolute():
+        raise ExportError(
+            f"{folder} was saved, but not uploaded to {hub_id}: its base model is the folder {base}, which nobody else has; "
+            "load the base model by its hub id, or save with --form dense"
+        )
     api = HfApi()
     try:
         api.create_repo(hub_id, private=private, exist_ok=True)
