@@ -84,6 +84,7 @@ def test_a_tracker_is_told_the_options_the_progress_and_the_result(
     assert figures["test/edited_accuracy"] == result["test"]["best"]
     assert figures["test/gain"] == result["test"]["gain"]
     assert figures["harm/self"] == result["harms"][0]["ratio"]
+    assert figures["harm_low/self"] < figures["harm/self"] < figures["harm_high/self"]
     assert {"best/loss", "best/accuracy", "best/questions", "validation/base_loss"} <= set(figures)
     names = [call for call, _, _ in calls]
     told = str(calls)

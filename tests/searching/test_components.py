@@ -29,6 +29,7 @@ from laserlm.searching import SearchConfig, SearchProgress, SearchResult, compon
 from laserlm.searching.components import choose_components, choose_step, separate_matrices
 from laserlm.searching.guard import guards_of
 from laserlm.searching.race import is_significantly_worse
+from laserlm.searching.result import Point
 from laserlm.searching.scorer import PrefixScorer
 from laserlm.searching.session import SearchSession
 from laserlm.tasks import Example, Split, Task
@@ -348,6 +349,8 @@ def test_a_search_that_keeps_the_model_says_why(max_harm: float, delta: float, l
     assert not result.best
     (reason,) = result.verdict()
     assert f"No step within the bound on harm (--max-harm {max_harm:.2g}) helped" in reason
+    refused = replace(result, scored=1, points=(Point("1.fc_in@drop0", result.validation, ()),))
+    assert refused.verdict() == [f"Every step that gained cost more than the bound on harm (--max-harm {max_harm:.2g}) allows."]
 
 
 def test_a_setting_of_a_race_asks_for_a_race() -> None:

@@ -217,12 +217,14 @@ class TrackedSearch:
 
 
 def _harm_figures(harms: Sequence[Harm]) -> dict[str, float]:
-    """Return the ratio of each harm by the name of its metric: of a text file, the file's name without its folder."""
+    """Return each harm and its interval by the names of metrics; a text file is named without its folder."""
     figures: dict[str, float] = {}
     for number, harm in enumerate(harms, 1):
         guard = Path(harm.guard.removeprefix("perplexity:")).name if harm.kind == "text" else harm.guard
-        name = NOT_ALLOWED.sub("_", f"harm/{guard}")
-        figures[f"{name} {number}" if name in figures else name] = harm.ratio
+        name = NOT_ALLOWED.sub("_", guard)
+        name = f"{name} {number}" if f"harm/{name}" in figures else name
+        low, high = harm.interval
+        figures |= {f"harm/{name}": harm.ratio, f"harm_low/{name}": low, f"harm_high/{name}": high}
     return figures
 
 

@@ -126,7 +126,11 @@ def push(folder: Path, hub_id: str, *, private: bool = True) -> str:
         ExportError: if the hub cannot be reached or refuses the upload, or if an adapter's base model is a local folder.
     """
     config = folder / "adapter_config.json"
-    base = Path(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]) if config.is_file() else Path()
+    base = (
+        Path(json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+        if config.is_file()
+        else Path()
+    )
     if base.is_absolute():
         raise ExportError(
             f"{folder} was saved, but not uploaded to {hub_id}: its base model is the folder {base}, which nobody else has; "

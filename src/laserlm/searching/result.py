@@ -292,11 +292,9 @@ class SearchResult:
             reason = next(iter(self.failed.values()))
             return f"No candidate could be compared: all {self.scored} that were tried failed, such as with {reason}"
         if self.strategy == "components":
-            if any(point.intervention for point in self.points):
-                return (
-                    f"Every step that gained cost more than the bound on harm, {math.expm1(self.harm_bound):.2g} (--max-harm)."
-                )
             bound = f"{math.expm1(self.harm_bound):.2g}"
+            if any(point.intervention for point in self.points):
+                return f"Every step that gained cost more than the bound on harm (--max-harm {bound}) allows."
             return (
                 f"No step within the bound on harm (--max-harm {bound}) helped the validation questions that it was not chosen "
                 "on. More questions may show one."

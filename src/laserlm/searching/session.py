@@ -27,7 +27,7 @@ MAX_FINALISTS = 4
 MEAN_SHARE = 0.5
 """Part of the blocks that a pass runs, where it is not known what is scored."""
 GENERATED_PASSES = 8.0
-"""Passes of one example that the writing of an answer counts as, about. Progress is told by it, nothing else."""
+"""Passes of one example that the writing of an answer counts as, about. Only the progress display uses it."""
 
 
 @dataclass(frozen=True)
