@@ -1,0 +1,189 @@
+"""The parts of a reduction's text: its layers, and what it keeps of a matrix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+from laserlm.errors import MatrixError, SpecError
+
+__all__ = ["DROP", "Components", "Layers", "Size"]
+
+RANGE_PATTERN = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
+LAST_LAYERS_PATTERN = re.compile(r"top(\d{1,9})", re.ASCII)
+RANK_PATTERN = re.compile(r"r(\d{1,9})", re.ASCII)
+MAX_DECIMALS = 18
+"""Decimal places of the smallest fraction. Printing a much smaller one would take gigabytes."""
+DROP = "drop"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A selection of blocks in one stack: a range, all blocks, or the last ``top`` blocks.
+
+    Args:
+        first: lowest 0-based block; None for ``all`` and ``topN``.
+        last: highest block, included.
+        top: number of last blocks, or None.
+    """
+
+    first: int | None = None
+    last: int | None = None
+    top: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Layers:
+        """Parse ``27``, ``20-27``, ``all`` or ``top4``."""
+        if text == "all":
+            return cls()
+        if (top := LAST_LAYERS_PATTERN.fullmatch(text)) is not None:
+            if int(top[1]) == 0:
+                raise SpecError(f"{text!r} chooses no block; write top1 or more")
+            return cls(top=int(top[1]))
+        match = RANGE_PATTERN.fullmatch(text)
+        if match is None:
+            raise SpecError(f"cannot read the layers {text!r}; write 27, 20-27, all or top4")
+        first = int(match[1])
+        last = int(match[2]) if match[2] else first
+        if last < first:
+            raise SpecError(f"the layers {text!r} run backwards; write {last}-{first}")
+        return cls(first=first, last=last)
+
+    def indices(self, n_blocks: int) -> range:
+        """Return the selected 0-based layers of a stack with ``n_blocks`` blocks.
+
+        Raises:
+            MatrixError: if the stack lacks a selected layer.
+        """
+        if self.top is not None:
+            if self.top > n_blocks:
+                raise MatrixError(f"{self} selects more blocks than the {n_blocks} of this model; write top{n_blocks} or 'all'")
+            return range(n_blocks - self.top, n_blocks)
+        if self.first is None or self.last is None:
+            return range(n_blocks)
+        if self.last >= n_blocks:
+            raise MatrixError(f"no layer {self.last}: this model's layers are 0 to {n_blocks - 1}; see 'laser matrices MODEL'")
+        return range(self.first, self.last + 1)
+
+    def __str__(self) -> str:
+        if self.top is not None:
+            return f"top{self.top}"
+        if self.first is None:
+            return "all"
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class Components:
+    """Numbers of components of a matrix: 0 is the component with the largest singular value.
+
+    Args:
+        ranges: first and last number of each range, both included. They are stored sorted, and adjacent ranges as one.
+
+    Raises:
+        SpecError: if there is no range, one runs backwards, or two have a number in common.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        merged: list[tuple[int, int]] = []
+        for first, last in sorted(self.ranges):
+            if first < 0 or last < first:
+                raise SpecError(f"no components {first}-{last}; they are numbered from 0: write the smaller number first")
+            if merged and first <= merged[-1][1]:
+                raise SpecError(f"component {first} is listed twice; list each component once, such as {DROP}0,3,17-20")
+            if merged and first == merged[-1][1] + 1:
+                merged[-1] = (merged[-1][0], last)
+            else:
+                merged.append((first, last))
+        if not merged:
+            raise SpecError(f"no component is listed; write their numbers, such as {DROP}0,3,17-20")
+        object.__setattr__(self, "ranges", tuple(merged))
+
+    @classmethod
+    def of(cls, numbers: Iterable[int]) -> Components:
+        """Return the components with these numbers, in any order."""
+        return cls(tuple((i, i) for i in numbers))
+
+    @classmethod
+    def parse(cls, text: str) -> Components:
+        """Parse ``0,3,17-20``."""
+        ranges = []
+        for part in text.split(","):
+            match = RANGE_PATTERN.fullmatch(part)
+            if match is None:
+                raise SpecError(f"cannot read the component {part!r}; write numbers and ranges such as {DROP}0,3,17-20")
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise SpecError(f"the components {part!r} run backwards; write {last}-{first}")
+            ranges.append((first, last))
+        return cls(tuple(ranges))
+
+    @property
+    def numbers(self) -> list[int]:
+        """All numbers, rising."""
+        return [i for first, last in self.ranges for i in range(first, last + 1)]
+
+    @property
+    def last(self) -> int:
+        """The highest number."""
+        return self.ranges[-1][1]
+
+    def __len__(self) -> int:
+        return sum(last - first + 1 for first, last in self.ranges)
+
+    def __str__(self) -> str:
+        return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in self.ranges)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is kept of a matrix: a fraction ``rho`` in [0, 1], a ``rank``, or all but the components to ``drop``.
+
+    ``rho`` is a decimal fraction, so that rank = floor(rho * max_rank) is exact.
+    """
+
+    rho: Decimal | None = None
+    rank: int | None = None
+    drop: Components | None = None
+
+    def __post_init__(self) -> None:
+        if [self.rho, self.rank, self.drop].count(None) != 2:
+            raise SpecError(
+                f"a size is either a fraction or a rank or the components to drop; got rho={self.rho}, rank={self.rank}, "
+                f"drop={self.drop}"
+            )
+        if self.rho is not None and not (self.rho.is_finite() and 0 <= self.rho <= 1):
+            raise SpecError(f"rho {self.rho} is out of range; it is the kept fraction, from 0 to 1")
+        if self.rho is not None and self.rho != 0 and self.rho.adjusted() < -MAX_DECIMALS:
+            raise SpecError(f"the size {self.rho!s:.20} is too small for a fraction; write 0, or 1e-{MAX_DECIMALS} or more")
+        if self.rho == 0:
+            object.__setattr__(self, "rho", Decimal(0))  # Decimal has a minus zero
+        if self.rank is not None and self.rank < 0:
+            raise SpecError(f"rank {self.rank} is negative; write r0 or more")
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Parse ``0.01``, ``r40`` or ``drop0,3,17-20``."""
+        if text.startswith(DROP):
+            return cls(drop=Components.parse(text.removeprefix(DROP)))
+        if (rank := RANK_PATTERN.fullmatch(text)) is not None:
+            return cls(rank=int(rank[1]))
+        try:
+            return cls(rho=Decimal(text))
+        except InvalidOperation:
+            raise SpecError(
+                f"cannot read the size {text!r}; write a kept fraction such as 0.01 or a rank such as r40, or name the "
+                f"components to drop, such as {DROP}0,3,17-20"
+            ) from None
+
+    def __str__(self) -> str:
+        if self.drop is not None:
+            return f"{DROP}{self.drop}"
+        if self.rho is None:
+            return f"r{self.rank}"
+        text = format(self.rho, "f")
+        return (text.rstrip("0").rstrip(".") if "." in text else text) or "0"
