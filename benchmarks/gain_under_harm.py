@@ -10,6 +10,7 @@ on other questions, the harm on other own text and on the passages of ``--text``
 - components: single components of all matrices;
 - random: for each removed component another one of the same matrix with nearly the same singular value;
 - lora: a LoRA of rank 8 on all linear layers, trained on the same questions; the last epoch within the bound;
+- both: the same LoRA, trained on the model without the components;
 - examples: four of the questions with their answers before each prompt, and no change of the model.
 """
 
@@ -35,7 +36,7 @@ from laserlm.scoring.forward import batches, forward_logits, run_rows
 from laserlm.scoring.tokenize import encode
 from laserlm.searching.guard import Guard, Harm, guards_of
 
-ROWS = ("race", "compose", "components", "random", "lora", "examples")
+ROWS = ("race", "compose", "components", "random", "lora", "both", "examples")
 EPOCHS, RATE, BATCH, RANK = 5, 2e-4, 16, 8
 """Of the LoRA: epochs at most, step size, questions in a step, rank."""
 SHOTS = 4
@@ -64,8 +65,10 @@ class Table:
         part = guard.measuring
         return evaluate_rows(lm, part.split, part.scorer, part.sequences, lambda: run_rows(lm, part.sequences, 32))
 
-    def add(self, row: str, lm: laser.LanguageModel, seconds: float, test: laser.Split | None = None) -> None:
-        """Measure a row."""
+    def add(
+        self, row: str, lm: laser.LanguageModel, seconds: float, test: laser.Split | None = None, best: str | None = None
+    ) -> None:
+        """Measure a row; ``best`` is the text of its intervention."""
         edited = laser.evaluate(lm, test or self.test)
         c = laser.compare(self.base, edited if test is None else replace(edited, task=self.base.task))
         harms = {
@@ -85,6 +88,7 @@ class Table:
                 "comparison": c.as_dict(),
                 "harms": {name: h.as_dict() for name, h in harms.items()},
                 "seconds": seconds,
+                "intervention": best,
             }
         )
 
@@ -129,6 +133,17 @@ def lora_epochs(lm: laser.LanguageModel, split: laser.Split, seed: int) -> Itera
         yield tuned
 
 
+def add_lora(table: Table, lm: laser.LanguageModel, split: laser.Split, options: argparse.Namespace, name: str) -> None:
+    """Train a LoRA, and add a row for each epoch up to the first one beyond the bound."""
+    bound, start = math.log1p(options.max_harm), time.monotonic()
+    for epoch, tuned in enumerate(lora_epochs(lm, split, options.seed), 1):
+        change = table._score(tuned, table.guards["own text"]).loss - table.on_text["own text"].loss
+        beyond = " (beyond the bound)" if change > bound else ""
+        table.add(f"{name}, {epoch} epochs{beyond}", tuned, time.monotonic() - start)
+        if beyond:
+            break
+
+
 def with_examples(split: laser.Split, from_: laser.Split) -> laser.Split:
     """Return questions with others and their answers before each of them."""
     shots = "".join(f"{e.prompt}{e.joint}{e.answer}\n" for e in from_.examples[:SHOTS])
@@ -141,6 +156,8 @@ def main() -> None:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--task", default="worldfacts")
     parser.add_argument("--data")
+    parser.add_argument("--scorer", help="none takes the scorer of the task")
+    parser.add_argument("--metric", default="loss", help="accuracy or loss: what the choice goes by")
     parser.add_argument("--questions", type=int, default=300, help="questions to choose on")
     parser.add_argument("--test", type=int, default=1200, help="held-out questions")
     parser.add_argument("--max-harm", type=float, default=0.05)
@@ -151,7 +168,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = options.only.split(",")
     lm = laser.load(options.model)
-    task = laser.task(options.task, data=options.data, seed=options.seed)
+    task = laser.task(options.task, data=options.data, seed=options.seed, scorer=options.scorer)
     task = replace(task, validation=task.validation.limit(options.questions), test=task.test.limit(options.test))
     (own,) = guards_of(lm, ["self"], seed=options.seed)
     guards = {"own text": own} | (
@@ -162,26 +179,21 @@ def main() -> None:
     for strategy in [row for row in chosen if row in ("race", "compose", "components")]:
         start = time.monotonic()
         result = laser.search(
-            lm, task, strategy=strategy, metric="loss", max_harm=options.max_harm, guards=("self",), seed=options.seed
+            lm, task, strategy=strategy, metric=options.metric, max_harm=options.max_harm, guards=("self",), seed=options.seed
         )
         seconds = time.monotonic() - start
         with laser.applied(lm, result.best):
-            table.add(strategy, lm, seconds)
+            table.add(strategy if result.best else f"{strategy}: keeps the model", lm, seconds, best=str(result.best))
         if strategy == "components":
             components = result.best
     if "random" in chosen and components:
         with laser.applied(lm, random_components(lm, components, options.seed)):
             table.add("random", lm, 0.0)
     if "lora" in chosen:
-        bound, start = math.log1p(options.max_harm), time.monotonic()
-        before = table.on_text["own text"]
-        for epoch, tuned in enumerate(lora_epochs(lm, task.validation, options.seed), 1):
-            change = table._score(tuned, own).loss - before.loss
-            table.add(
-                f"lora, {epoch} epochs{'' if change <= bound else ' (beyond the bound)'}", tuned, time.monotonic() - start
-            )
-            if change > bound:
-                break
+        add_lora(table, lm, task.validation, options, "lora")
+    if "both" in chosen and components:
+        with laser.applied(lm, components):
+            add_lora(table, lm, task.validation, options, "both")
     if "examples" in chosen:
         table.add("examples", lm, 0.0, with_examples(task.test, task.validation))
     if options.json:

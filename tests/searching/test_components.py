@@ -355,8 +355,11 @@ def test_a_search_that_keeps_the_model_says_why(max_harm: float, delta: float, l
 
 def test_a_setting_of_a_race_asks_for_a_race() -> None:
     assert SearchConfig.of(candidates=8).strategy == "race"
-    assert SearchConfig.of(candidates=8, strategy="components").strategy == "components"
+    assert SearchConfig.of(candidates=8, strategy="compose").strategy == "compose"
     assert SearchConfig.of("quick").strategy is None
+    assert SearchConfig.of("quick", strategy="components", delta=0.1).steps == 4
+    with pytest.raises(ScoringError, match=r"keep 0.5 is a setting of a race, .* leave it out, or race with --strategy race"):
+        SearchConfig.of(keep=0.5, strategy="components")
 
 
 def test_too_few_facts_are_told(llama: LanguageModel) -> None:

@@ -177,17 +177,40 @@ class Table:
                 self.scores[text] = make_evaluation([False] * stop, self.losses[text][:stop])
 
 
-def run(table: Table, candidates: list[Candidate], entered: list[str], **options: float) -> list[RungReport]:
+def run(
+    table: Table,
+    candidates: list[Candidate],
+    entered: list[str],
+    is_allowed: Callable[[Intervention], bool] = lambda _: True,
+    **options: float,
+) -> list[RungReport]:
     by_text = {str(c.intervention): c for c in candidates}
     arguments: dict[str, float] = {"first": 8, "keep": 0.5, "delta": 0.05, **options}
     settings = SearchConfig(first_rung=int(arguments["first"]), keep=arguments["keep"], delta=arguments["delta"])
     trials: ScoreLedger = table  # type: ignore[assignment]
-    return list(race(trials, [by_text[t] for t in entered], candidates, "loss", settings))
+    return list(race(trials, [by_text[t] for t in entered], candidates, "loss", settings, is_allowed=is_allowed))
 
 
 def noisy(mean: float, seed: int, n: int = 64, spread: float = 0.2) -> list[float]:
     draw = random.Random(seed)
     return [mean + draw.gauss(0, spread) for _ in range(n)]
+
+
+def test_harmful_leaders_drop_nobody_and_take_no_place(candidates: list[Candidate]) -> None:
+    texts = [str(c.intervention) for c in candidates]
+    harmful = texts[:12]  # far better on the questions than all others, and more than a rung keeps
+    losses = {"": noisy(3, 0)} | {t: noisy(1 if t in harmful else 2.8, i) for i, t in enumerate(texts, 1)}
+    losses[texts[20]] = noisy(2, 99)
+    asked: list[str] = []
+
+    def is_allowed(intervention: Intervention) -> bool:
+        asked.append(str(intervention))
+        return str(intervention) not in harmful
+
+    rungs = run(Table(losses), candidates, texts, is_allowed, keep=0.25)
+    assert {r.leader for r in rungs} == {texts[20]}
+    assert [r.harmful for r in rungs][:2] == [12, 0]
+    assert len(set(asked)) < len(texts)  # the harm of what leaves anyhow is not measured
 
 
 def test_what_is_beaten_leaves_at_once_and_the_best_stays(candidates: list[Candidate]) -> None:

@@ -791,7 +791,7 @@ def test_a_race_over_several_rungs_and_a_composition_keep_within_the_bound(
     options: dict[str, Any] = {"metric": "loss", "first_rung": 2, "max_harm": math.expm1(bound), "delta": 1.0}
     raced = search(llama, task, strategy="race", keep=0.8, **options)
     assert upper[str(raced.best)] <= bound
-    assert raced.rungs[0].harmful == 0 < sum(rung.harmful for rung in raced.rungs)
+    assert sum(rung.harmful for rung in raced.rungs) > 0
     composed = search(llama, task, strategy="compose", mode="greedy", **options)
     held = {p.intervention: p.harms[0].change + p.harms[0].error for p in composed.points}
     assert held

@@ -117,15 +117,22 @@ class SearchConfig:
         """Return the settings of an effort, with those that are given in place of them.
 
         Raises:
-            ScoringError: if there is no such effort or setting, or a value is out of range.
+            ScoringError: if there is no such effort or setting, if a value is out of range, or if a setting of a race is
+                given to ``components``.
         """
         if effort not in EFFORTS:
             raise ScoringError(f"no effort {effort!r}; there are {', '.join(EFFORTS)}")
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in names]:
             raise ScoringError(f"a search has no setting {unknown[0]!r}; it has {', '.join(names)}")
-        if "strategy" not in settings and any(name in settings for name in RACE_SETTINGS if name != "delta"):
-            settings["strategy"] = "race"
+        of_race = [name for name in settings if name in RACE_SETTINGS and name != "delta"]
+        if of_race and settings.get("strategy") == "components":
+            raise ScoringError(
+                f"{of_race[0]} {settings[of_race[0]]} is a setting of a race, and a choice of components has none; leave it "
+                "out, or race with --strategy race (strategy='race')"
+            )
+        if of_race:
+            settings.setdefault("strategy", "race")
         return cls(**{**EFFORTS[effort], **settings})
 
     @property

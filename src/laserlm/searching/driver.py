@@ -37,7 +37,7 @@ from laserlm.tasks import Scorer, Task
 __all__ = ["FINALISTS", "TEST", "VALIDATION", "check", "encode_splits", "search"]
 
 log = logging.getLogger(__name__)
-METHOD = 7
+METHOD = 8
 """Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
 VALIDATION, TEST, FINALISTS = "validation", "test", "finalists"
 """Names of the splits of a search. The finalists are the validation split again, scored as the test split is."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 from laserlm.edit.apply import Edit
 from laserlm.reductions import Intervention
@@ -92,17 +92,25 @@ def race(
         metric: what decides.
         config: first rung, share kept, error probability.
         on_rung: called before each rung with its number, the number of rungs, what runs in it, and its examples.
-        is_allowed: asked from the second rung on whether the harm of a candidate is within the bound; others leave.
+        is_allowed: whether the harm of a candidate is within the bound. It is asked of those that would lead or stay after a
+            rung, and of all in the last rung. Others leave, and the next best take their place.
     """
     sizes = rung_sizes(len(ledger.split), config.first_rung)
     alive = list(dict.fromkeys(c.intervention for c in entered))
-    seen, eliminated = set(alive), set[Intervention]()
+    seen, eliminated, harmful = set(alive), set[Intervention](), set[Intervention]()
+
+    def is_within(intervention: Intervention) -> bool:
+        if intervention == BASE or is_allowed(intervention):
+            return True
+        harmful.add(intervention)
+        return False
+
     # Any candidate, or the unchanged model, may lead any rung.
     delta = config.delta / ((len(candidates) + 1) * len(sizes))
     for number, stop in enumerate(sizes, start=1):
         on_rung(number, len(sizes), [BASE, *alive], stop)
         is_last = number == len(sizes)
-        most = max(1, math.floor(config.keep * len(alive)))
+        most = len(alive) if is_last else max(1, math.floor(config.keep * len(alive)))
         ledger.extend(
             [BASE, *alive],
             stop,
@@ -111,24 +119,26 @@ def race(
         )
         # Nothing below looks at more than ``stop`` examples: after an interruption there are scores of later ones.
         finite = [i for i in alive if not ledger.fails(i, stop)]
-        scored = [i for i in finite if is_allowed(i)] if number > 1 or is_last else finite
-        order = _best_first(ledger, [BASE, *scored], metric, stop)
-        leader, best = order[0], ledger.first(order[0], stop)
-        worse = {i for i in scored if i != leader and is_significantly_worse(best, ledger.first(i, stop), metric, delta)}
-        eliminated |= worse | ({*finite} - {*scored})
-        left = [i for i in order if i in scored and i not in worse]
-        staying = left if is_last else _promising(ledger, left, metric, stop, most)
+        order = _best_first(ledger, [BASE, *finite], metric, stop)
+        leader = next(filter(is_within, order))
+        best = ledger.first(leader, stop)
+        worse = {i for i in finite if i != leader and is_significantly_worse(best, ledger.first(i, stop), metric, delta)}
+        left = [i for i in order if i in finite and i not in worse]
+        # The harm of those that would leave anyhow is not looked at.
+        staying = list(islice(filter(is_within, left if is_last else _promising(ledger, left, metric, stop)), most))
+        too_harmful = harmful & {*finite}
+        eliminated |= worse | too_harmful
         added = [] if is_last else [i for i in _neighbours(leader, candidates) if i not in seen]
         seen |= set(added)
         yield RungReport(
             examples=stop,
             entered=len(alive),
             eliminated=len(worse),
-            pruned=len(left) - len(staying),
+            pruned=len({*left} - {*staying} - too_harmful),
             failed=len(alive) - len(finite),
             added=len(added),
             leader=str(leader),
-            harmful=len(finite) - len(scored),
+            harmful=len(too_harmful),
         )
         alive = [*staying, *added]
     # The last leader may have neighbours that never ran, or were pruned.
@@ -172,22 +182,22 @@ def _best_first(ledger: ScoreLedger, interventions: Sequence[Intervention], metr
     return sorted(interventions, key=lambda i: sort_key(ledger.first(i, n), metric), reverse=True)
 
 
-def _promising(ledger: ScoreLedger, ranked: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
-    """Return those that stay: the best by the metric; for accuracy, in turns with the best by loss.
+def _promising(ledger: ScoreLedger, ranked: Sequence[Intervention], metric: Metric, n: int) -> list[Intervention]:
+    """Return the order in which they stay: the best by the metric first; for accuracy, in turns with the best by loss.
 
     Few examples tell losses apart far better than hit rates, whose leaders on 32 examples are often lucky ones.
     """
     if metric == "loss":
-        return list(ranked[:most])
+        return list(ranked)
     by_loss = _best_first(ledger, ranked, "loss", n)
-    return list(dict.fromkeys(chain.from_iterable(zip(ranked, by_loss, strict=True))))[:most]
+    return list(dict.fromkeys(chain.from_iterable(zip(ranked, by_loss, strict=True))))
 
 
 def _likely_next(ledger: ScoreLedger, alive: Sequence[Intervention], metric: Metric, n: int, most: int) -> list[Intervention]:
     """Return what the next rung will score as far as this one tells: the unchanged model, and the best so far."""
     scored = [i for i in [BASE, *alive] if ledger.n(i) >= n]
-    best = _promising(ledger, [i for i in _best_first(ledger, scored, metric, n) if i], metric, n, most)
-    return [i for i in scored if not i] + best
+    best = _promising(ledger, [i for i in _best_first(ledger, scored, metric, n) if i], metric, n)
+    return [i for i in scored if not i] + best[:most]
 
 
 def _neighbours(intervention: Intervention, candidates: Sequence[Candidate]) -> list[Intervention]:
