@@ -1,9 +1,9 @@
 """Build a tiny model of each of 22 families, run it through laserlm, and print the table of docs/architectures.md.
 
 Each model is saved with a tokenizer, loaded, reduced and saved again, opened with transformers alone, and searched. ``--write``
-puts the table into the page. ``--old-python PYTHON`` opens the saved models with another version of transformers too:
+puts the table into the page. ``--old`` opens the saved models with the older transformers too, which pip installs for it:
 
-    .venv/bin/python scripts/architecture_table.py --old-python OTHER/bin/python --write
+    .venv/bin/python scripts/architecture_table.py --old --write
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -73,16 +74,25 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
 """Kind and settings of types that the tests do not have, by type."""
 FROM_TESTS = ("llama", "mistral", "mixtral", "qwen2", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "gpt_oss", "llama4", "bert",
               "roberta", "t5")  # fmt: skip
+OLD = ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1")
+"""The older transformers, and what it needs in other versions than this one."""
 # In 4.57, the default attention leaves out the soft cap of Gemma 2's logits.
 OPEN_ELSEWHERE = """
 import json, sys, torch, transformers
-folder = sys.argv[1]
-name = json.load(open(folder + "/config.json"))["architectures"][0]
-model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-ids = torch.arange(5, 14)[None]
-more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-with torch.no_grad():
-    print(transformers.__version__, json.dumps(model(input_ids=ids, **more).logits.flatten().tolist()))
+
+def logits(folder):
+    name = json.load(open(folder + "/config.json"))["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = torch.arange(5, 14)[None]
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits.flatten().tolist()
+
+for folder in sys.argv[1:]:
+    try:
+        print(transformers.__version__, json.dumps({"logits": logits(folder)}))
+    except Exception as error:
+        print(transformers.__version__, json.dumps({"error": str(error).splitlines()[0]}))
 """
 
 
@@ -104,11 +114,12 @@ def families() -> Iterator[Family]:
         yield Family(model_type, kind, settings)
 
 
-def row(family: Family, folder: Path, old_python: Path | None = None) -> dict[str, str]:
-    """Return what laserlm does with a family, by column; ``folder`` is empty, and gets the models."""
-    model = random_model(family.kind, family.type, family.settings)
-    model.save_pretrained(folder / "source")
-    TOKENIZERS[family.kind]().save_pretrained(folder / "source")
+def row(family: Family, folder: Path, old: Path | None = None) -> dict[str, str]:
+    """Return what laserlm does with a family, by column.
+
+    ``folder`` is empty, and gets the models. ``old`` is the folder where the older transformers is installed.
+    """
+    model = save_source(family, folder)
     values = {"type": f"`{family.type}`", "kind": family.kind}
     try:
         lm = load(folder / "source", dtype=None)
@@ -121,10 +132,52 @@ def row(family: Family, folder: Path, old_python: Path | None = None) -> dict[st
     reduction = f"{default_matrices(lm.matrices)[0].id}@r4"
     values["saves losslessly"] = _tried(lambda: _saved(lm, reduction, folder))
     values["opens in 4.57"] = "not tried"
-    if old_python is not None:
-        values["opens in 4.57"] = _opened_elsewhere(lm, reduction, folder / "out", old_python)
+    if old is not None:
+        values["opens in 4.57"] = open_in_old({folder / "out": reduced_logits(lm, reduction)}, old)[0]
     values["searched"] = _tried(lambda: _searched(lm))
     return values
+
+
+def save_source(family: Family, folder: Path) -> Any:
+    """Save a random model of a family with its tokenizer in ``folder / "source"``, and return it."""
+    model = random_model(family.kind, family.type, family.settings)
+    model.save_pretrained(folder / "source")
+    TOKENIZERS[family.kind]().save_pretrained(folder / "source")
+    return model
+
+
+def install_old(folder: Path) -> None:
+    """Install the older transformers into a folder of its own."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", "--target", str(folder), *OLD]
+    subprocess.run(command, check=True)
+
+
+def reduced_logits(lm: LanguageModel, reduction: str) -> torch.Tensor:
+    """Return the logits of the reduced model in memory, flat."""
+    with applied(lm, reduction):
+        return _logits(lm.model).flatten()
+
+
+def open_in_old(expected: dict[Path, torch.Tensor], old: Path) -> list[str]:
+    """Open saved models with the older transformers, and say for each whether its logits are the expected ones.
+
+    Args:
+        expected: flat logits by folder.
+        old: where ``install_old`` has put it.
+    """
+    command = [sys.executable, "-c", OPEN_ELSEWHERE, *map(str, expected)]
+    environment = os.environ | {"PYTHONPATH": str(old)}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    answers = []
+    for line, logits in zip(ran.stdout.strip().splitlines(), expected.values(), strict=True):
+        version, _, text = line.partition(" ")
+        answer = json.loads(text)
+        if "error" in answer:
+            answers.append(f"no: {answer['error']}")
+            continue
+        difference = float((logits - torch.tensor(answer["logits"])).abs().max())
+        answers.append(f"yes ({version})" if difference < 1e-4 else f"no: logits differ by {difference:.1g}")
+    return answers
 
 
 def _tried(run: Callable[[], str]) -> str:
@@ -173,18 +226,6 @@ def _logits(model: Any) -> torch.Tensor:
     return logits
 
 
-def _opened_elsewhere(lm: LanguageModel, reduction: str, folder: Path, python: Path) -> str:
-    """Open a saved model with another Python, and compare its logits with those of the reduced model in memory."""
-    command = [str(python), "-c", OPEN_ELSEWHERE, str(folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    if ran.returncode:
-        return f"no: {ran.stderr.strip().splitlines()[-1]}"
-    version, _, values = ran.stdout.strip().splitlines()[-1].partition(" ")
-    with applied(lm, reduction):
-        difference = float((_logits(lm.model).flatten() - torch.tensor(json.loads(values))).abs().max())
-    return f"yes ({version})" if difference < 1e-4 else f"no: logits differ by {difference:.1g}"
-
-
 def _searched(lm: LanguageModel) -> str:
     """Search the whole grid by loss, and return how many candidates there were."""
     answers = ("Paris", "Rome", "Oslo", "Lisbon")
@@ -212,16 +253,19 @@ def page_with(text: str, page: str) -> str:
 def main() -> None:
     """Print the table, or put it into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--old-python", type=Path, help="Python of an environment with transformers 4.57.")
+    parser.add_argument("--old", action="store_true", help="Install transformers 4.57 for it, and open the models with it.")
     parser.add_argument("--write", action="store_true", help=f"Put the table into {PAGE.name}.")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     rows = []
-    for family in families():
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(row(family, Path(folder), options.old_python))
-        print(" | ".join(rows[-1].values()), file=sys.stderr)
+    with tempfile.TemporaryDirectory() as library:
+        if options.old:
+            install_old(Path(library))
+        for family in families():
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(row(family, Path(folder), Path(library) if options.old else None))
+            print(" | ".join(rows[-1].values()), file=sys.stderr)
     text = table(rows)
     print(text)
     if options.write:

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from laserlm.export import save
+from laserlm.models import load
+from laserlm.models.matrices import default_matrices
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -50,3 +54,20 @@ def test_the_script_replaces_the_table_alone(script: Any) -> None:
     assert script.page_with(table, page) == (
         f"before\n{script.START}\n\n| type | loads |\n| --- | --- |\n| a | yes |\n\n{script.END}\nafter\n"
     )
+
+
+@pytest.mark.slow
+def test_models_saved_here_open_in_transformers_4_57_with_the_same_logits(script: Any, tmp_path: Path) -> None:
+    expected = {}
+    for family in script.families():
+        folder = tmp_path / family.type
+        script.save_source(family, folder)
+        lm = load(folder / "source", dtype=None)
+        reduction = f"{default_matrices(lm.matrices)[0].id}@r4"
+        save(lm, reduction, folder / "out")
+        expected[folder / "out"] = script.reduced_logits(lm, reduction)
+    script.install_old(tmp_path / "library")
+    answers = script.open_in_old(expected, tmp_path / "library")
+    assert dict(zip(expected, answers, strict=True)) == dict.fromkeys(expected, "yes (4.57.6)")
+    one, *_ = expected
+    assert script.open_in_old({one: expected[one] + 1}, tmp_path / "library") == ["no: logits differ by 1"]
