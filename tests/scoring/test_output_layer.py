@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from laserlm.edit import applied
 from laserlm.models import LanguageModel
-from laserlm.models.language_model import Kind
+from laserlm.models.kinds import Kind
 from laserlm.scoring import output_layer
 from laserlm.scoring.forward import batches, forward_logits, run_rows
 from laserlm.scoring.records import TokenSequence

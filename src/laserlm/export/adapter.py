@@ -30,7 +30,7 @@ from laserlm.export.load_in_subprocess import compute_in_float32, fingerprint
 from laserlm.linalg.precision import full_precision
 from laserlm.models.adapter import has_adapter
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import silence_transformers
+from laserlm.models.loading_errors import silence_transformers
 from laserlm.models.matrices import Matrix, view
 from laserlm.reductions import Intervention
 

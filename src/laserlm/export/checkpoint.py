@@ -30,8 +30,10 @@ from laserlm.linalg.precision import full_precision
 from laserlm.low_rank import LowRankConfig, LowRankLinear
 from laserlm.models.adapter import LOCAL, base_of, local_paths
 from laserlm.models.bundled import HUB_ID
+from laserlm.models.kinds import CLASSES, model_class
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import CLASSES, dequantise, dtype_named, model_class, silence_transformers
+from laserlm.models.loading import dequantise, dtype_named
+from laserlm.models.loading_errors import silence_transformers
 from laserlm.models.source import source_folder
 from laserlm.paths import atomic_folder, check_new_folder
 from laserlm.provenance import provenance

@@ -1,6 +1,7 @@
 """Load a model; find, read and write its matrices."""
 
-from laserlm.models.language_model import Kind, LanguageModel
+from laserlm.models.kinds import Kind
+from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import load, set_up_bundled
 from laserlm.models.matrices import Matrix, find_matrices, read_matrix, select, view
 

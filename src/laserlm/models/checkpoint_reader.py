@@ -15,8 +15,9 @@ from transformers.quantizers.auto import get_hf_quantizer
 
 from laserlm.errors import ModelError, WeightError
 from laserlm.models import adapter, bundled, gguf
-from laserlm.models.language_model import Kind
-from laserlm.models.loading import CLASSES, as_model_error, check_head, check_no_wrappers, head_kinds, locate, model_class
+from laserlm.models.kinds import CLASSES, Kind, check_head, head_kinds, model_class
+from laserlm.models.loading import check_no_wrappers, locate
+from laserlm.models.loading_errors import as_model_error
 from laserlm.models.matrices import FLOATS, Matrix, find_matrices, view
 from laserlm.models.plugins import read_config
 from laserlm.models.weight_files import parameter_names, tensor_files

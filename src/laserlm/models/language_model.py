@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
@@ -14,12 +14,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from laserlm.errors import ModelError, WeightError
 from laserlm.linalg.quick_hash import quick_hash
+from laserlm.models.kinds import Kind
 from laserlm.models.matrices import Matrix, find_matrices
 from laserlm.paths import cache_folder
 
-__all__ = ["Kind", "LanguageModel"]
-
-Kind = Literal["causal", "masked", "encoder-decoder", "headless"]
+__all__ = ["LanguageModel"]
 
 
 @dataclass(eq=False)

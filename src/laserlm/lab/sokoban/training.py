@@ -17,7 +17,8 @@ from laserlm.lab.sokoban.levels import generate
 from laserlm.lab.sokoban.model import SokobanConfig, SokobanForCausalLM, tokenizer
 from laserlm.lab.training import check_new, fit
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import load, silence_transformers
+from laserlm.models.loading import load
+from laserlm.models.loading_errors import silence_transformers
 from laserlm.paths import atomic_folder
 from laserlm.tasks import Task
 

@@ -1,0 +1,79 @@
+"""The kinds of models: which head a checkpoint was saved with, and the class that loads it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import transformers
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
+
+from laserlm.errors import ModelError
+from laserlm.models.matrices import language_config
+
+__all__ = ["CLASSES", "Kind", "check_head", "head_kinds", "model_class"]
+
+Kind = Literal["causal", "masked", "encoder-decoder", "headless"]
+
+CLASSES: dict[Kind, type[_BaseAutoModelClass]] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+    "headless": AutoModel,
+}
+HEADS: dict[Kind, dict[str, Any]] = {
+    "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "encoder-decoder": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+
+
+def head_kinds(config: Any) -> list[Kind]:
+    """Return the kind of head that the checkpoint was saved with; if that is not recorded, all kinds that its family offers."""
+    for architecture in config.architectures or ():
+        if config.is_encoder_decoder and architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
+            return ["encoder-decoder"]
+        if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+            return ["causal"]
+        if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
+            return ["masked"]
+        return ["headless"]
+    # An encoder's family also offers a causal head, but few checkpoints were trained with one.
+    order: tuple[Kind, ...] = ("encoder-decoder", "masked", "causal")
+    return [kind for kind in order if config.model_type in HEADS[kind]] or ["headless"]
+
+
+def model_class(config: Any, kind: Kind) -> Any:
+    """Return the class that loads a checkpoint with a kind of head.
+
+    It is the class that the checkpoint was saved as where another would leave weights out: the vision or audio tower beside a
+    language model, or the head of a classifier.
+    """
+    own = getattr(transformers, (config.architectures or [""])[0], None)
+    is_own = kind == "headless" or (kind == "causal" and language_config(config) is not config)
+    if own is not None and own.main_input_name == "input_ids":
+        classes: Any = CLASSES[kind]
+        is_own = is_own or type(config) not in classes._model_mapping
+    return own if own is not None and is_own and head_kinds(config)[0] == kind else CLASSES[kind]
+
+
+def check_head(name: str, config: Any, kind: Kind) -> None:
+    """Do nothing if a checkpoint with this config has the kind of head.
+
+    Raises:
+        ModelError: if it was saved with another head.
+    """
+    saved = head_kinds(config)
+    if kind not in saved and kind != "headless":
+        raise ModelError(
+            f"{name!r} was saved as {', '.join(config.architectures or [config.model_type])}, which is {saved[0]}, not {kind}; "
+            f"load it with kind={saved[0]!r}, or name a checkpoint that has a {kind} head"
+        )
