@@ -317,7 +317,7 @@ def test_workers_that_end_before_they_have_the_model_are_told(
     on_cluster: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(laserlm.models, "load", lambda *_, **__: die())
-    with pytest.raises(ScoringError, match="3 workers in a row ended before they had the model: the worker has ended; see"):
+    with pytest.raises(ScoringError, match="3 workers in a row ended before they had the model: the worker has ended; check"):
         on_cluster()
 
 
@@ -337,7 +337,7 @@ def test_a_worker_that_could_not_start_is_tried_again(
     monkeypatch.setattr(cluster, "RETRY_SECONDS", 0.0)
     with caplog.at_level(logging.WARNING):
         _, ours = on_cluster()
-    assert "a worker could not start, another one is tried: the worker has ended" in caplog.text
+    assert "a worker could not start, another one starts: the worker has ended" in caplog.text
     same(ours, local[1])
 
 
@@ -435,12 +435,12 @@ def test_what_cannot_be_done_is_told(
 ) -> None:
     for options, message in (
         ({"workers": 0}, "0 workers"),
-        ({"cpus": 0}, "some of a CPU"),
+        ({"cpus": 0}, "cpus above 0"),
         ({"address": "ray://x:1"}, "client"),
     ):
         with pytest.raises(ScoringError, match=message):
             Ray(**options)
-    with pytest.raises(ModelError, match="was made in this process"):
+    with pytest.raises(ModelError, match="exists only in this process"):
         search(llama, task, tmp_path / "a.db", executor=Ray(), **GIVEN["exhaustive"])
     with pytest.raises(ScoringError, match="4 CPU, 0 GPU are all there is in the cluster; ask for less"):
         search(lm, task, tmp_path / "a.db", executor=Ray("auto", gpus=1), **GIVEN["exhaustive"])

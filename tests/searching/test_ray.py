@@ -117,7 +117,7 @@ def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C90
             said.append(error or ray.get(ref))
         return said
 
-    make = ray.remote(num_cpus=1, num_gpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"beside": 1})(Actor)
+    make = ray.remote(num_cpus=1, num_gpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})(Actor)
     by_name: dict[str, Any] = {"connected": ray.is_initialized()}
     shared, sent = ray.put([7]), [1]
     actor = make.remote()
@@ -138,7 +138,7 @@ def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C90
     by_name["nothing more has come"] = [there, rest == [stream], stream.next_ready()]
     waits = actor.hear.remote(1)
     by_name["one of two"] = [x == [waits] for x in ray.wait([stream, waits], timeout=60, fetch_local=False)]
-    other.hear.options(concurrency_group="beside").remote("stop")
+    other.hear.options(concurrency_group="control").remote("stop")
     there, _ = ray.wait([stream], timeout=60, fetch_local=False)
     by_name["it was heard"] = [there == [stream], stream.next_ready(), next(stream, "over")]
 
