@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import laserlm
 from laserlm.cli import app
-from laserlm.cli import search as search_command
+from laserlm.cli import demo as demo_command
 from laserlm.export import load_in_subprocess
 from laserlm.paths import cache_folder
 
@@ -333,8 +333,8 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     monkeypatch.setattr("laserlm.lab.recall.study.N_SEQUENCES", 100)
     monkeypatch.setattr("laserlm.lab.recall.study.GRID", "1.all@0,0.5")
     monkeypatch.setattr("laserlm.lab.sokoban.training.N_HELD_OUT", 60)
-    monkeypatch.setattr(search_command, "DEMO_VALIDATION", 12)
-    monkeypatch.setattr(search_command, "DEMO_TEST", 12)
+    monkeypatch.setattr(demo_command, "N_VALIDATION", 12)
+    monkeypatch.setattr(demo_command, "N_TEST", 12)
     for name, size in GUARD.items():
         monkeypatch.setattr(f"laserlm.searching.guard.{name}", size)
     for name in ("PASSAGE_CHARACTERS", "CONTEXT_CHARACTERS"):

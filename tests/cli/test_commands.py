@@ -245,7 +245,8 @@ def test_errors_say_the_next_step_and_leave_their_code(
 
 
 def test_defaults_of_the_command_are_those_of_the_library() -> None:
-    from laserlm.cli.search import SearchOptions, search
+    from laserlm.cli.search import search
+    from laserlm.cli.search_options import SearchOptions
     from laserlm.reductions import Grid
     from laserlm.searching import SearchConfig
 

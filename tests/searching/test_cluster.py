@@ -19,7 +19,7 @@ from searching.fake_ray import FakeRay, OutOfMemoryError, die, hang, here
 from searching.support import GIVEN, Scored, made_task, same, search
 
 import laserlm.models
-from laserlm.cli.search import ClusterOptions
+from laserlm.cli.search_options import ClusterOptions
 from laserlm.errors import MissingExtraError, ModelError, ScoringError
 from laserlm.models import LanguageModel, load
 from laserlm.searching import Ray, cluster, schedule

@@ -16,6 +16,7 @@ from laserlm import __version__, interrupt
 from laserlm.cli import (
     analyze,
     compress,
+    demo,
     doctor,
     evaluate,
     harness,
@@ -44,7 +45,7 @@ START, SEARCH, LOOK, SAVE, RESEARCH = "Start", "Search", "Look", "Save", "Resear
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command(rich_help_panel=START)(models.setup)
 app.command(rich_help_panel=START)(doctor.doctor)
-app.command(rich_help_panel=START)(search.demo)
+app.command(rich_help_panel=START)(demo.demo)
 app.command(rich_help_panel=SEARCH)(search.search)
 app.command(rich_help_panel=SEARCH)(evaluate.evaluate)
 app.command(rich_help_panel=SEARCH)(models.matrices)

@@ -34,7 +34,7 @@ def evaluate(
 
     Example: laser evaluate bundled --task worldfacts --limit 200 --reduce 28.fc_up@0.05 --compare
     """
-    from laserlm.cli.search import load_guards
+    from laserlm.cli.search_options import load_guards
     from laserlm.edit import applied
     from laserlm.reductions import Intervention, short_form
     from laserlm.scoring.evaluate import compare as compare_

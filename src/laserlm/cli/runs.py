@@ -134,7 +134,7 @@ def _print_run(info: RunInfo) -> None:
 
 
 def _print_gain_and_harm(outcome: dict[str, Any], settings: dict[str, Any]) -> None:
-    from laserlm.cli.search import print_pareto
+    from laserlm.cli.print_search import print_pareto
     from laserlm.searching import SearchResult
 
     try:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from laserlm.cli.options import STORE_DEFAULT, Json, LoadOptions, Store, print_json, with_options
+from laserlm.cli.print_search import print_result
 from laserlm.cli.progress import print_stderr, progress_bar, search_progress_bar
-from laserlm.cli.search import print_result
 from laserlm.paths import lab_folder
 from laserlm.provenance import mask_credentials
 
