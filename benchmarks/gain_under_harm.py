@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--task", default="worldfacts")
     parser.add_argument("--data")
     parser.add_argument("--scorer", help="none takes the scorer of the task")
+    parser.add_argument("--split-by", help="paper or shuffled; none takes the way of the task")
     parser.add_argument("--metric", default="loss", help="accuracy or loss: what the choice goes by")
     parser.add_argument("--questions", type=int, default=300, help="questions to choose on")
     parser.add_argument("--test", type=int, default=1200, help="held-out questions")
@@ -168,7 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = options.only.split(",")
     lm = laser.load(options.model)
-    task = laser.task(options.task, data=options.data, seed=options.seed, scorer=options.scorer)
+    task = laser.task(options.task, data=options.data, seed=options.seed, scorer=options.scorer, split=options.split_by)
     task = replace(task, validation=task.validation.limit(options.questions), test=task.test.limit(options.test))
     (own,) = guards_of(lm, ["self"], seed=options.seed)
     guards = {"own text": own} | (
