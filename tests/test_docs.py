@@ -52,11 +52,12 @@ WIDTH = 4
 """Candidates that a search's screen sends on."""
 TEXT_LENGTH = 4_500
 """Characters that are kept of a text that a page makes."""
-PASSAGE_LENGTH = 400
+PASSAGE_LENGTH = 120
 """Characters of a passage whose perplexity is measured, and of the text before it."""
 GUARD = {"PASSAGES": 8, "PASSAGE_TOKENS": 16}
 """Size of the text that a model writes for a search, on which the harm of a reduction is measured."""
 SHORT = {
+    "search bundled --task web-of-lies": f"--limit 6 --width {WIDTH}",
     "search": f"--limit 12 --width {WIDTH}",
     "evaluate bundled --task humaneval": "--limit 2 --new-tokens 32",
     "evaluate": "--limit 12",
@@ -70,7 +71,7 @@ SHORT = {
     "analyze paraphrases": "--limit 12",
     "analyze terms": "--limit 24",
     "analyze frequency": "--limit 60 --workers 1",
-    "analyze side-effects": "--limit 12 --passages 1 --examples 6",
+    "analyze side-effects": "--limit 6 --passages 1 --examples 3",
     "verify": "--limit 4",
     "lab noisy-recall": "--steps 20 --seeds 1",
     "lab sokoban train": "--steps 2 --levels 40",
