@@ -37,6 +37,8 @@ class ComponentTokens:
         value: the singular value sigma.
         reads: tokens whose input embeddings have the largest product with v; empty where v leads to no embedding.
         writes: tokens whose logits u raises most; empty where u leads to no embedding.
+        questions: questions that want the component gone: those whose loss its removal lowers most, and by how much to first
+            order, in nats per token. Empty if they were not looked for.
     """
 
     matrix: str
@@ -44,6 +46,7 @@ class ComponentTokens:
     value: float
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    questions: tuple[tuple[str, float], ...] = ()
 
 
 def component_tokens(lm: LanguageModel, intervention: str, *, components: int = 20, tokens: int = 5) -> list[ComponentTokens]:
@@ -54,7 +57,7 @@ def component_tokens(lm: LanguageModel, intervention: str, *, components: int = 
 
     Args:
         lm: the unchanged model.
-        intervention: text of the reductions. Those of blocks of rows (``:splitK``) are left out.
+        intervention: text of the reductions. Reductions of blocks of rows (``:splitK``) are left out.
         components: most components.
         tokens: tokens of each list.
 
@@ -79,7 +82,8 @@ def component_tokens(lm: LanguageModel, intervention: str, *, components: int = 
         scores = [_scores(inputs, v), _scores(inputs if outputs is None else outputs, u)]
         strongest = max((s for s in scores if s is not None), key=lambda s: float(s.abs().max()), default=None)
         sign = 1 if strongest is None or float(strongest.max()) >= -float(strongest.min()) else -1
-        rows.append(ComponentTokens(matrix.id, i, value, *(_top(lm, s, sign, tokens) for s in scores)))
+        reads, writes = (_top(lm, s, sign, tokens) for s in scores)
+        rows.append(ComponentTokens(matrix.id, i, value, reads, writes))
     return rows
 
 

@@ -13,7 +13,7 @@ from laserlm.scoring.records import Evaluation
 from laserlm.store import RunInfo, Store
 from laserlm.studies.estimates import Estimate, paired_estimates
 
-__all__ = ["LossAtRank", "LossMap", "LossTable", "stacked_name"]
+__all__ = ["LossAtRank", "LossMap", "LossTable", "matrix_order", "stacked_name"]
 
 MATRIX_ORDER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_up", "fc_out")
 """Order of the matrices as a block runs them. Other matrices come after these."""
@@ -149,7 +149,7 @@ class LossMap:
     @property
     def matrices(self) -> list[tuple[str, str]]:
         """Stack and name of every matrix, stack by stack, in the order in which a block runs them."""
-        return sorted({(cell.stack, cell.name) for cell in self.cells}, key=_matrix_order)
+        return sorted({(cell.stack, cell.name) for cell in self.cells}, key=matrix_order)
 
     @property
     def colour_limit(self) -> float:
@@ -195,7 +195,8 @@ def stacked_name(stack: str, name: str) -> str:
     return f"{stack}.{name}" if stack else name
 
 
-def _matrix_order(matrix: tuple[str, str]) -> tuple[str, int, str]:
+def matrix_order(matrix: tuple[str, str]) -> tuple[str, int, str]:
+    """Return what stacks and names of matrices are sorted by: stack, then the order in which a block runs them."""
     stack, name = matrix
     return stack, MATRIX_ORDER.index(name) if name in MATRIX_ORDER else len(MATRIX_ORDER), name
 

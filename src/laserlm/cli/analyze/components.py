@@ -33,16 +33,17 @@ def components(
     """Show what the smallest singular values answer alone, which runs are signal or noise, and what is read and written.
 
     The first part is over the examples that the reduction corrects, the second over all examples. The third names the tokens
-    that the strongest removed components read and write. Reductions that drop single components have the third part alone.
+    that the strongest removed components read and write, and the questions that want them gone. Reductions that drop single
+    components have the third part alone. A report of the run shows the third part from then on.
 
     Example: laser analyze components bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
     from laserlm.reductions import Intervention, short_form
-    from laserlm.studies.component_tokens import component_tokens
     from laserlm.studies.components import FRACTIONS, bottom_components, chunk_map
     from laserlm.studies.estimates import MIN_EXAMPLES
     from laserlm.studies.figures import components_figure
     from laserlm.studies.rank_curve import sizes_of
+    from laserlm.studies.removed_components import removed_components
     from laserlm.studies.words import Words
     from laserlm.tasks.files import local_file, read_text
 
@@ -54,7 +55,7 @@ def components(
     with study.pair() as pair, pair.scorer() as scorer:
         corrected = _corrected(pair)
         is_cut = all(r.size.drop is None for r in Intervention.parse(pair.intervention).reductions)
-        removed = component_tokens(pair.lm, pair.intervention)
+        removed = removed_components(scorer, pair.intervention, corrected)
         if corrected and is_cut:
             with progress_bar("keeping the smallest", unit="fractions") as advance:
                 bottom = bottom_components(scorer, corrected, pair.intervention, words, fractions=wanted, on_fraction=advance)
@@ -117,4 +118,5 @@ def _chunk_row(c: SpectrumRun) -> dict[str, Any]:
 
 def _removed_row(c: ComponentTokens) -> dict[str, Any]:
     row = {"component": f"{c.matrix} {c.component}", "singular value": c.value}
-    return row | {name: " ".join(map(repr, getattr(c, name))) for name in ("reads", "writes")}
+    tokens = {name: " ".join(map(repr, getattr(c, name))) for name in ("reads", "writes")}
+    return row | tokens | {"wanted gone by": "; ".join(prompt for prompt, _ in c.questions)}
