@@ -60,7 +60,7 @@ def test_a_search_on_workers_prints_what_one_here_prints(
     with instead_of_ray(monkeypatch) as ray:
         there = json.loads(run(*command, "--store", tmp_path / "there.db", "--executor", "ray", "--workers", 2)[1])
         assert len(ray.workers) == 2
-    own = ("run", "seconds", "boundary_bytes", "decomposition_bytes", "validation", "test")
+    own = ("run", "seconds", "phases", "boundary_bytes", "decomposition_bytes", "validation", "test")
     assert {k: v for k, v in there.items() if k not in own} == {k: v for k, v in here.items() if k not in own}
     for split in ("validation", "test"):
         assert there[split]["best_loss"] == pytest.approx(here[split]["best_loss"], rel=1e-5)

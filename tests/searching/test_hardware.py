@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def test_a_run_notes_what_computed_it_and_shows_it(search_here: Callable[..., Se
     assert noted(tmp_path) == [HERE]
     out = run("runs", "show", "last", "--store", tmp_path / "runs.db")[1]
     assert "  computed on: cpu, float32, attention sdpa, batch size 32\n" in out
+    assert re.search(r"^  seconds: start \d+\.\d, test \d+\.\d, exhaustive \d+\.\d, harm \d+\.\d$", out, re.MULTILINE)
 
 
 def test_a_run_that_goes_on_as_it_began_says_nothing(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from laserlm.models import LanguageModel
 from laserlm.reductions import Intervention
+from laserlm.scoring.records import Evaluation
 from laserlm.scoring.tokenize import encode
 from laserlm.searching import expand
 from laserlm.searching.scorer import EncodedSplit, PrefixScorer, first_changed_block
@@ -26,6 +29,22 @@ def test_a_weight_that_blocks_share_changes_the_first_of_them(make: Callable[...
     lm = LanguageModel(lm.model, lm.tokenizer, "tied", "causal")
     assert first_changed_block(Intervention.parse("2.fc_up@0.5"), lm.matrices, ORDER) == 0
     assert first_changed_block(Intervention.parse("2.fc_in@0.5"), lm.matrices, ORDER) == 2
+
+
+def test_the_unchanged_model_runs_from_the_activations_of_what_was_scored_before(llama: LanguageModel, task: Task) -> None:
+    n = len(task.test)
+    encoded = EncodedSplit(task.test, encode(llama, task.test.examples, "answer"), "answer")
+    scorer = PrefixScorer(llama, {"test": encoded})
+    complete = scorer.score("test", Intervention(), 0, n)
+    scorer.score("test", Intervention.parse("2.fc_in@0.5"), 0, n)
+    passes: list[int] = []
+    for number, layer in enumerate(llama.model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, number=number: passes.append(number))
+    again = scorer.score("test", Intervention(), 0, n)
+    assert isinstance(complete, Evaluation)
+    assert isinstance(again, Evaluation)
+    assert set(passes) == {2}
+    assert [s.logprob for s in again.scores] == pytest.approx([s.logprob for s in complete.scores], abs=1e-6)
 
 
 def test_a_screen_takes_no_more_time_than_it_has(llama: LanguageModel, task: Task) -> None:

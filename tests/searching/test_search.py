@@ -421,7 +421,8 @@ def test_every_stage_is_told_when_it_begins_and_the_work_ends_with_the_last(
 ) -> None:
     stages: list[SearchProgress] = []
     steps: list[SearchProgress] = []
-    options = {"strategy": strategy, "grid": "all.mlp@0.5,0.1", "metric": "loss", "first_rung": 2}
+    options = {"strategy": strategy, "grid": "all.mlp@0.5,0.1", "metric": "loss"}
+    options |= {} if strategy == "components" else {"first_rung": 2}
     result = search(llama, task, on_stage=stages.append, on_step=steps.append, **options)
     names = [s.stage for s in stages]
     assert names[:2] == ["guards", "test"]
@@ -479,6 +480,36 @@ def test_a_search_out_of_time_measures_the_best_so_far(
     count = len(scored)
     assert search(llama, task, store=tmp_path / "runs.db", **options) == result
     assert len(scored) == count
+
+
+def test_out_of_time_in_the_first_rung_the_best_is_compared_with_the_unchanged_model(
+    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch, before_scoring: BeforeScoring
+) -> None:
+    clock, scored = [0.0], list[str]()
+
+    def timed(text: str, split: Split) -> None:
+        clock[0] += 60
+        scored.append(f"{split.name} {text}")
+
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    before_scoring(timed)
+    result = search(llama, easy(llama, task), strategy="race", grid="0-1.mlp@0", budget=3.5)
+    assert (result.complete, str(result.best)) == (False, "")
+    assert sum(result.phases.values()) == pytest.approx(result.seconds) == 60 * len(scored)
+    assert scored[1].startswith("validation ")
+    assert scored[1] != "validation "
+
+
+def test_one_batch_of_the_test_split_is_scored_before_the_search_and_the_rest_after_it(
+    llama: LanguageModel, task: Task, before_scoring: BeforeScoring
+) -> None:
+    sizes: list[tuple[str, int]] = []
+    before_scoring(lambda text, split: sizes.append((text, len(split))) if split.name == "test" else None)
+    result = search(llama, task, grid="1.fc_in@0.5,0.1", metric="loss", batch_size=2)
+    assert result.best
+    n = len(task.test) - 2
+    assert sizes == [("", 2), (str(result.best), 2), (str(result.best), n), ("", n)]
+    assert set(result.phases) == {"start", "test", "exhaustive", "harm"}
 
 
 @pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose", "components"])

@@ -139,6 +139,8 @@ def _print_gain_and_harm(outcome: dict[str, Any], settings: dict[str, Any]) -> N
 
     try:
         result = SearchResult.from_dict(outcome | {"settings": settings})
+    if phases := (info.outcome or {}).get("phases"):
+        print(f"  seconds: {', '.join(f'{phase} {seconds:.1f}' for phase, seconds in phases.items())}")
     except (KeyError, TypeError):  # of an older version, which kept less
         return
     c, is_perplexity = result.test, settings.get("scorer") == "perplexity"

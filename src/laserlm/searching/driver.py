@@ -29,7 +29,7 @@ from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import shuffled_order
 from laserlm.searching.result import SearchProgress, SearchResult
 from laserlm.searching.scorer import EncodedSplit, PrefixScorer
-from laserlm.searching.session import BASE, GuardScores, SearchSession
+from laserlm.searching.session import GuardScores, SearchSession
 from laserlm.searching.strategies import STRATEGIES, expected_cost
 from laserlm.store import Run, Store
 from laserlm.tasks import Scorer, Task
@@ -144,6 +144,7 @@ def search(
             ],
             on_step=on_step or (lambda _: None),
             on_stage=on_stage,
+            start=start,
         )
         result = _result(session, run, workers, run_settings, start)
         run.finish(result.as_dict())
@@ -234,8 +235,7 @@ def _result(session: SearchSession, run: Run, executor: Executor, settings: dict
     config = session.config
     if config.strategy is None:
         raise AssertionError("SearchConfig.for_task sets the strategy")
-    # The unchanged model is scored on the test split first, so that examples that cannot be scored are reported at once.
-    session.measure(BASE, later=expected_cost(session))
+    session.try_test(later=expected_cost(session))
     try:
         STRATEGIES[config.strategy](session)
         complete = True
@@ -245,6 +245,8 @@ def _result(session: SearchSession, run: Run, executor: Executor, settings: dict
     session.on_validation.free()
     finalists = session.confirm(complete=complete) if session.generates else {}
     validation, test = session.compare(session.best)
+    harms = session.measure_harms()
+    session.end_stage()
     ledger = session.on_validation
     return SearchResult(
         run=run.id,
@@ -266,6 +268,7 @@ def _result(session: SearchSession, run: Run, executor: Executor, settings: dict
         settings=json.loads(json.dumps(settings)),  # as they come back from a store
         harms=session.measure_harms(),
         points=session.points,
+        phases=session.phases,
     )
 
 

@@ -140,9 +140,12 @@ class ScoreLedger:
         return 1 - first_changed_block(intervention, self.lm.matrices, order) / len(order) if order else 1.0
 
     def _tasks(self, interventions: Iterable[Intervention], stop: int) -> list[ScoreTask]:
-        """Return what is left to do, by examples and then by block, low blocks first."""
+        """Return the missing work items, by examples and then by block, low blocks first.
+
+        The unchanged model is last, where its pass begins at the highest of the blocks.
+        """
         shares = {i: self.share(i) for i in interventions if str(i) not in self.failed and self.n(i) < stop}
-        ordered = sorted(shares, key=lambda i: (self.n(i), -shares[i]))
+        ordered = sorted(shares, key=lambda i: (self.n(i), not i, -shares[i]))
         tasks: list[ScoreTask] = []
         for start, group in groupby(ordered, key=self.n):
             same = list(group)

@@ -213,7 +213,8 @@ class SearchResult:
         settings: all that the result depends on, hashes of the model and of both splits among them.
         harms: what the best costs on the measuring part of each guard; empty for a model without a guard.
         points: gain and harm of all interventions whose harm was looked at, in their order; the last of equals is the best.
-        done_earlier: whether an earlier call made the search, and this one ran nothing.
+        phases: seconds of this call by phase: ``start``, ``screen``, ``rung``, ``gradient``, ``step``, ``test``, ``harm``.
+        done_earlier: whether an earlier call ran the search, so that this one ran nothing.
     """
 
     run: str
@@ -237,6 +238,7 @@ class SearchResult:
     points: tuple[Point, ...] = ()
     done_earlier: bool = field(default=False, compare=False)
 
+    phases: dict[str, float] = field(default_factory=dict, compare=False)
     @property
     def pareto(self) -> list[Point]:
         """The points that no other one dominates, by rising harm."""
@@ -313,6 +315,7 @@ class SearchResult:
             "seconds": self.seconds,
             "complete": self.complete,
             "boundary_bytes": self.boundary_bytes,
+            "phases": self.phases,
             "decomposition_bytes": self.decomposition_bytes,
             "validation": _as_best(self.validation),
             "test": _as_best(self.test),

@@ -245,7 +245,8 @@ class PrefixScorer:
         cache = self._caches[part]
         if cache.is_enabled:
             self._free_down_to(self._memory / 2, cache)  # while the cache moves up, the old and the new activations are held
-            cache.move_to(*check.block_order[first_changed_block(intervention, self.lm.matrices, check.block_order)])
+            if intervention:  # the unchanged model runs from wherever the activations are
+                cache.move_to(*check.block_order[first_changed_block(intervention, self.lm.matrices, check.block_order)])
             self.peak_bytes = max(self.peak_bytes, self._held_bytes)
             self._free_down_to(self._memory, cache)
         if not cache.is_enabled:  # the check has found that this model cannot be cut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -74,6 +75,7 @@ class SearchSession:
         guards: scores on the guards.
         on_step: called after each part of the work.
         on_stage: called when a stage begins.
+        start: value of ``time.monotonic`` at which the search began.
 
     Attributes:
         best: the best intervention so far.
@@ -82,6 +84,7 @@ class SearchSession:
         screen_report: how the screen ranked the candidates of a race.
         is_chosen: whether the strategy has come to its choice.
         harms: harm on the choosing parts of the guards, by the canonical text of what the search looked at the harm of.
+        phases: seconds by the first word of the stages, up to the present stage.
     """
 
     run: Run
@@ -93,19 +96,22 @@ class SearchSession:
     guards: Sequence[GuardScores]
     on_step: Callable[[SearchProgress], None]
     on_stage: Callable[[SearchProgress], None] = lambda _: None
+    start: float = field(default_factory=time.monotonic)
     best: Intervention = BASE
     rungs: list[RungReport] = field(default_factory=list)
     steps: list[ComposeStep] = field(default_factory=list)
     screen_report: ScreenReport | None = None
     is_chosen: bool = False
     harms: dict[str, tuple[Harm, ...]] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
     _best_shown: Evaluation | None = None
-    _stage: str = ""
+    _stage: str = "start"
     _n_interventions: int = 0
     _other_cost: float = 0.0
     _expected_cost: float = 0.0
 
     def __post_init__(self) -> None:
+        self._stage_start = self.start
         for ledger in self._ledgers:
             ledger.on_scored = self.report_progress
 
@@ -142,11 +148,18 @@ class SearchSession:
             ledger: where; None takes the validation split.
             later: expected work up to the choice that this stage does not count, in passes of one example.
         """
+        self.end_stage()
         ledger = ledger or self.on_validation
         self._stage, self._n_interventions = stage, len(interventions)
         left = _cost_left(ledger, interventions, stop, ledger)
         self._expected_cost = self._cost + left + later + self._cost_after_choice(ledger, interventions)
         self.on_stage(self._progress(BASE))
+
+    def end_stage(self) -> None:
+        """Add the time since the present stage began to its phase."""
+        now, phase = time.monotonic(), self._stage.split()[0]
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._stage_start
+        self._stage_start = now
 
     def count(self, cost: float) -> None:
         """Count work that no ledger counts, in passes of one example."""
@@ -170,6 +183,10 @@ class SearchSession:
         """Keep the best of those that were scored on ``n`` examples and did not fail later; of equals the earlier."""
         ledger = self.on_validation
         scored = [i for i in interventions if n and ledger.n(i) >= n and str(i) not in ledger.failed]
+        if scored and BASE not in scored:  # it is the last of a rung, and the time was used up before
+            ledger.deadline = math.inf
+            ledger.extend([BASE], n)
+            scored = [BASE, *scored]
         ranked = sorted(scored, key=lambda i: sort_key(ledger.first(i, n), self.ranking_metric), reverse=True)
         for guard in self.guards:
             guard.choosing.deadline = math.inf  # what was chosen has to be within the bound, also where the time is used up
@@ -237,27 +254,35 @@ class SearchSession:
             harms.append(guard.measured_harm(self.best))
         return tuple(harms)
 
-    def measure(self, intervention: Intervention, *, later: float = 0.0) -> Evaluation:
-        """Score an intervention on all of the test split.
+    def try_test(self, *, later: float) -> None:
+        """Score the unchanged model on one batch of the test split, so that a split that cannot be scored is reported early.
 
         Args:
-            intervention: what is scored.
             later: see ``begin``.
 
         Raises:
             ScoringError: if it cannot be scored there.
         """
-        stage, ledger = self._stage, self.on_test
-        if ledger.n(intervention) != len(ledger.split):
-            self.begin("test", [intervention], len(ledger.split), ledger, later=later)
-            ledger.extend([intervention], len(ledger.split))
-            self._stage = stage
-        if str(intervention) in ledger.failed:
+        ledger = self.on_test
+        self.begin("test", [BASE], len(ledger.split), ledger, later=later)
+        ledger.extend([BASE], min(len(ledger.split), self.config.batch_size))
+
+    def measure(self, best: Intervention) -> tuple[Evaluation, Evaluation]:
+        """Score the unchanged model and the best on all of the test split, from the same cached activations.
+
+        Raises:
+            ScoringError: if one of them cannot be scored there.
+        """
+        ledger, pair, n = self.on_test, list(dict.fromkeys([BASE, best])), len(self.on_test.split)
+        if any(ledger.n(i) < n for i in pair):
+            self.begin("test", pair, n, ledger)
+            ledger.extend(pair, n)
+        if str(best) in ledger.failed:
             raise ScoringError(
-                f"{intervention or 'the unchanged model'} cannot be scored on the test split: "
-                f"{ledger.failed[str(intervention)]}; leave it out of the grid, or load the model with another dtype"
+                f"{best} cannot be scored on the test split: {ledger.failed[str(best)]}; leave it out of the grid, or load the "
+                "model with another dtype"
             )
-        return ledger.scores[str(intervention)]
+        return ledger.scores[""], ledger.scores[str(best)]
 
     def compare(self, best: Intervention) -> tuple[Comparison, Comparison]:
         """Compare the unchanged model with the best, on the validation examples that both have, and on the test split."""
@@ -268,7 +293,7 @@ class SearchSession:
             n = min(len(ledger.split), self.config.first_rung)
             ledger.extend([BASE], n)
         on_validation = compare(ledger.first(BASE, n), ledger.first(best, n))
-        on_test = compare(self.measure(BASE), self.measure(best))
+        on_test = compare(*self.measure(best))
         return replace(on_validation, split=self.on_validation.split.name), on_test
 
     def report_progress(self, last: Intervention) -> None:

@@ -36,6 +36,7 @@ def exhaustive(session: SearchSession) -> None:
     everything = [BASE, *(c.intervention for c in session.candidates)]
     session.begin("exhaustive", everything, len(ledger.split))
     try:
+        ledger.extend([BASE], len(ledger.split))  # which would be the last of thousands
         ledger.extend(everything, len(ledger.split))
     finally:
         scored = [i for i in everything if ledger.n(i) and str(i) not in ledger.failed]
