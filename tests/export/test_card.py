@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from in_process import check_here
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +24,9 @@ from laserlm.models import LanguageModel, load
 from laserlm.scoring.statistics import Interval
 from laserlm.searching import SearchResult, search
 from laserlm.searching.guard import Harm
+from laserlm.searching.result import Point
 from laserlm.tasks import Example, Task
+from laserlm.tasks.definitions import DEFINITIONS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -74,6 +78,50 @@ def test_a_card_claims_a_gain_only_where_its_interval_is_above_zero(
     assert says in caplog.text
 
 
+def test_the_hub_reads_the_metrics_of_the_test_split_with_the_harm(
+    llama: LanguageModel, found: SearchResult, tmp_path: Path
+) -> None:
+    test = replace(found.test, base=0.25, edited=0.5, gain=0.25, interval=Interval(0.1, 0.4))
+    harm = Harm("self", "text", replace(found.test, base_loss=1.0, edited_loss=1.5, loss_interval=Interval(0.4, 0.6)))
+    settings = found.settings | {"task": "fever", "scorer": "choice"}
+    found = replace(found, test=test, harms=(harm,), settings=settings)
+    saved = save(llama, found, tmp_path / "out")
+    data = ModelCard.load(saved.folder / "README.md").data
+    accuracy, perplexity = data.eval_results
+    assert (accuracy.metric_type, accuracy.metric_value, accuracy.dataset_split) == ("accuracy", 0.5, "test")
+    assert accuracy.metric_name == f"accuracy (choice; base model 25.0%, gain +25.0% [+10.0%, +40.0%], {test.n} questions)"
+    hub = DEFINITIONS["fever"].hub
+    assert hub is not None
+    assert (accuracy.dataset_type, accuracy.dataset_revision) == (hub.path, hub.revision)
+    assert (data.datasets, data.metrics) == ([hub.path], ["accuracy", "perplexity"])
+    assert (perplexity.metric_type, perplexity.metric_value) == ("perplexity", round(math.exp(1.5), 4))
+    assert perplexity.metric_name == "perplexity (harm: x1.649 [1.492, 1.822] of the base model's)"
+    assert perplexity.dataset_name == "text that the base model wrote"
+    assert (data.library_name, data.pipeline_tag, data.model_name) == ("transformers", "text-generation", "out")
+
+
+def test_figures_of_validation_are_no_metrics(llama: LanguageModel, found: SearchResult, tmp_path: Path) -> None:
+    point = Point("1.fc_in@0.5", found.validation, ())
+    saved = save(llama, replace(found, points=(point,)), tmp_path / "out", point=1)
+    data = ModelCard.load(saved.folder / "README.md").data
+    assert data.eval_results is None
+    assert "Not tested on held-out questions" in (saved.folder / "README.md").read_text()
+    saved = save(llama, "1.fc_in@0.5", tmp_path / "plain")
+    assert ModelCard.load(saved.folder / "README.md").data.metrics is None
+
+
+def test_the_metric_of_a_text_is_its_perplexity_and_a_file_is_no_data_set_of_the_hub(
+    llama: LanguageModel, found: SearchResult, tmp_path: Path
+) -> None:
+    settings = found.settings | {"task": f"perplexity:{tmp_path}/own.txt", "scorer": "perplexity"}
+    saved = save(llama, replace(found, settings=settings), tmp_path / "out")
+    data = ModelCard.load(saved.folder / "README.md").data
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("perplexity", round(math.exp(found.test.edited_loss), 4))
+    assert result.dataset_name == "perplexity:own.txt"
+    assert data.datasets is None
+
+
 def test_the_gain_on_a_text_is_that_of_the_loss(found: SearchResult) -> None:
     values = found.as_dict()
     values["settings"] = values["settings"] | {"scorer": "perplexity"}
@@ -94,7 +142,8 @@ def test_card_and_record_name_no_place_of_this_machine_and_the_folder_is_still_c
     for text in (card, record):
         assert str(tmp_path) not in text
         assert "private" not in text
-    assert 'license: "other"\nlicense_name: "research-only"\n' in card
+    data = ModelCard(card).data
+    assert (data.license, data.license_name, data.base_model) == ("other", "research-only", None)
     assert "| base model | my-model |" in card
     assert "DIR" not in card
     assert "`laser load-check reduced`" in card

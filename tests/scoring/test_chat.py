@@ -15,6 +15,7 @@ from tokenizers import processors
 from laserlm.errors import TaskError, TokenizationError
 from laserlm.models import LanguageModel
 from laserlm.scoring.chat import ChatTemplate, without_thoughts
+from laserlm.scoring.conversation import Conversation
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.generation import generate, generate_for
 from laserlm.scoring.tokenize import encode, scorable
@@ -118,6 +119,23 @@ def test_generated_text_is_what_plain_transformers_writes_in_the_conversation(lm
     ((text,),) = generate_for(lm, [QUESTION], Decoding(new_tokens=6))
     assert text == expected
     assert ChatTemplate(lm).end_tokens == (tokenizer.eos_token_id,)
+
+
+def test_a_reply_is_passed_on_as_it_grows_and_is_a_scored_generation(lm: LanguageModel) -> None:
+    pieces: list[str] = []
+    reply = Conversation(lm, max_new_tokens=6).reply(QUESTION.prompt, pieces.append)
+    ((text,),) = generate_for(lm, [QUESTION], Decoding(new_tokens=6))
+    assert "".join(pieces) == text
+    assert reply == text.strip()
+    assert len(pieces) > 1
+
+
+def test_sampled_replies_differ_and_leave_the_greedy_ones_as_they_are(lm: LanguageModel) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sampled = {Conversation(lm, max_new_tokens=8, temperature=5.0).reply(QUESTION.prompt) for _ in range(3)}
+    assert len(sampled) > 1
+    assert len({Conversation(lm, max_new_tokens=8).reply(QUESTION.prompt) for _ in range(2)}) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import typer
 from laserlm import __version__, interrupt
 from laserlm.cli import (
     analyze,
+    chat,
     compress,
     demo,
     doctor,
@@ -52,6 +53,7 @@ app.command(rich_help_panel=SEARCH)(models.matrices)
 app.command(rich_help_panel=LOOK)(report.report)
 app.command("app", rich_help_panel=LOOK)(serve.serve)
 app.command(rich_help_panel=LOOK)(models.generate)
+app.command(rich_help_panel=LOOK)(chat.chat)
 app.command(rich_help_panel=SAVE)(save.save)
 app.command(rich_help_panel=SAVE)(load_check.load_check)
 app.command(rich_help_panel=SAVE)(reproduce.reproduce)

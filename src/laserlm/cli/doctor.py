@@ -21,6 +21,7 @@ PURPOSES = {
     "app": "laser app",
     "cluster": "--executor ray, results in PostgreSQL",
     "eval": "lm-eval:NAME, laser lm-eval, humaneval",
+    "gguf": "laser save --form gguf",
     "notebook": "the notebooks of examples/",
     "rl": "laser lab sokoban",
     **{name: f"laser search --track {name}" for name in ("mlflow", "tensorboard", "trackio", "wandb")},

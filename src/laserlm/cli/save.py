@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +10,10 @@ import typer
 
 from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, print_json, with_options
 from laserlm.cli.progress import progress_bar
+from laserlm.cli.search_result import search_result
 
 if TYPE_CHECKING:
     from laserlm.export import SavedModel
-    from laserlm.searching import SearchResult
 
 MAX_DENSE_LINES = 8
 """Number of matrices that are listed because they stay dense."""
@@ -21,8 +21,8 @@ MAX_DENSE_LINES = 8
 FormOption = Annotated[
     str,
     typer.Option(
-        help="Form: dense (loads without laserlm), factored (smaller; import laserlm to load it) or adapter (of laser save: "
-        "only the change, as a LoRA for peft)."
+        help="Form: dense (loads without laserlm), factored (smaller; import laserlm to load it), and of laser save adapter "
+        "(only the change, as a LoRA for peft) or gguf (for llama.cpp and Ollama)."
     ),
 ]
 
@@ -62,7 +62,10 @@ class FolderOptions:
             print(f"  and {len(dense) - MAX_DENSE_LINES} more, see {saved.folder}/laser.json")
         if address is not None:
             print(f"uploaded to {address}")
-        print(f"Go on with: laser load-check {saved.folder}")
+        if saved.form == "gguf":
+            print(f"Go on with: ollama create {saved.folder.name.lower()} -f {saved.folder / 'Modelfile'}")
+        else:
+            print(f"Go on with: laser load-check {saved.folder}")
 
 
 @with_options(model_options=ModelOptions, folder=FolderOptions)
@@ -77,6 +80,7 @@ def save(
         int | None, typer.Option(min=1, help="With --run: number in its Pareto list.", show_default="the chosen one")
     ] = None,
     form: FormOption = "dense",
+    outtype: Annotated[str, typer.Option(help="With --form gguf: type of the weights: f32, f16, bf16 or q8_0.")] = "f16",
     seed: Annotated[
         int | None, typer.Option(help="Seed of ':reference' decompositions.", show_default="the search's, else 0")
     ] = None,
@@ -95,7 +99,7 @@ def save(
         raise ExportError("nothing to save: give --reduce SPEC, or --run ID for the result of a search, but not both")
     if point is not None and run is None:
         raise typer.BadParameter("--point is a number in the Pareto list of a search; add --run ID")
-    intervention = Intervention.read(reduce) if reduce else _search_result(str(run), store)
+    intervention = Intervention.read(reduce) if reduce else search_result(str(run), store)
     folder.check(model_options.model)
     with progress_bar("reducing and writing", unit="matrices"):
         saved = save(
@@ -103,6 +107,7 @@ def save(
             intervention,
             folder.out,
             form=form,  # type: ignore[arg-type]
+            outtype=outtype,  # type: ignore[arg-type]
             dtype=folder.save_dtype,
             overwrite=folder.overwrite,
             shard_size=folder.shard_size,
@@ -111,17 +116,3 @@ def save(
             hub_id=folder.push,
         )
     folder.finish(saved, json)
-
-
-def _search_result(run: str, store: str) -> SearchResult:
-    """Return the result of a finished search in the store."""
-    from laserlm.errors import StoreError
-    from laserlm.searching import SearchResult
-    from laserlm.store.store import Store as Results
-
-    with Results.open(store, create=False) as results:
-        info = results.find(run, kind="search")
-    if info.outcome is None:
-        raise StoreError(f"run {info.id} is {info.status}, not finished; finish it with the same 'laser search' first")
-    result = SearchResult.from_dict(info.outcome)
-    return replace(result, settings=result.settings or info.settings)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from laserlm.export.card_metadata import metadata
 from laserlm.reductions import short_form
 from laserlm.searching.guard import Harm
 
 __all__ = ["card", "unclear_gain"]
 
-TAGS = {"AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask"}
 MAX_MATRICES = 40
 """Number of matrices that a card lists; the record lists all."""
 
@@ -32,19 +31,13 @@ def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
     hub = base["hub"] or base["name"]
     name = hub if base["revision"] is None else f"{hub} at {base['revision']}"
     loader = record["loader"]
-    head = ["---", *([f"base_model: {base['hub']}"] if base["hub"] else [])]
-    head += [f"{key}: {json.dumps(value)}" for key, value in base.get("licence", {}).items()]
+    what = f"{name} with some weight matrices replaced by low-rank approximations, without training"
     if record["form"] == "adapter":
-        head += ["base_model_relation: adapter", "library_name: peft", "tags: [laserlm, low-rank, lora]"]
         what = f"An adapter that takes singular components out of some weight matrices of {name}, without training"
-    else:
-        head += ["library_name: transformers", "tags: [laserlm, low-rank]"]
-        what = f"{name} with some weight matrices replaced by low-rank approximations, without training"
-    if loader in TAGS:
-        head.append(f"pipeline_tag: {TAGS[loader]}")
     share = record["parameters"]["saved"] / record["parameters"]["base"]
     lines = [
-        *head,
+        "---",
+        metadata(record, folder).to_yaml(),
         "---",
         "",
         f"# {hub.rstrip('/').rpartition('/')[2]}, reduced",
@@ -72,9 +65,8 @@ def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
         "```",
         "",
         *([f"Download it first: `{_download(hub_id)}`.", ""] if hub_id is not None else []),
-        f"`laser reproduce {folder}` rebuilds it and compares the weights. `laser load-check {folder}` loads it in a fresh "
-        "process and "
-        "compares its logits with the recorded logits. Versions: "
+        _checks(record, folder)
+        + " Versions: "
         + ", ".join(f"{package} {version}" for package, version in record["provenance"]["versions"].items())
         + ".",
         "",
@@ -92,6 +84,15 @@ def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _checks(record: dict[str, Any], folder: str) -> str:
+    if record["form"] == "gguf":
+        return f"`laser evaluate {folder}/{record['gguf']} --task TASK` measures the file."
+    return (
+        f"`laser reproduce {folder}` rebuilds it and compares the weights. `laser load-check {folder}` loads it in a fresh "
+        "process and compares its logits with the recorded logits."
+    )
+
+
 def _download(hub_id: str) -> str:
     return f"hf download {hub_id} --local-dir {hub_id.rpartition('/')[2]}"
 
@@ -99,6 +100,11 @@ def _download(hub_id: str) -> str:
 def _loading(record: dict[str, Any], loader: str, folder: str, remote: str) -> list[str]:
     if record["form"] == "adapter":
         return _loading_with_peft(record["base"], record["dtype"]["base"], loader, folder, remote)
+    if record["form"] == "gguf":
+        return [
+            f"A GGUF file for llama.cpp, with weights in {record['dtype']['saved']}: `llama-server -m {record['gguf']}`. For "
+            f"Ollama: `ollama create {folder.lower()} -f Modelfile`. laserlm and transformers read the file, too."
+        ]
     if record["imports"] is None:
         return [f'Load it with `transformers.{loader}.from_pretrained("{remote}")`. It needs no other package.']
     return [

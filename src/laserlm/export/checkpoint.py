@@ -25,7 +25,8 @@ from laserlm.export.adapter import Adapter
 from laserlm.export.card import card
 from laserlm.export.load_in_subprocess import REPORTS, compute_in_float32, fingerprint
 from laserlm.export.source import Source
-from laserlm.export.source_check import differences, tokenizer_config_for_transformers_4
+from laserlm.export.source_check import differences
+from laserlm.export.transformers_4 import adapt_tokenizer, config_for_transformers_4
 from laserlm.linalg.precision import full_precision
 from laserlm.low_rank import LowRankConfig, LowRankLinear
 from laserlm.models.adapter import LOCAL, base_of, local_paths
@@ -58,10 +59,6 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 HIDDEN_CONFIG = "config.json.part"
 """Name of the config until the folder is complete. Without a config.json, the folder of a killed save does not load."""
 FORMAT = 1
-EXPERTS_RENAMED_IN_5 = {"qwen3_moe", "qwen3_omni_moe_text", "qwen3_vl_moe_text"}
-"""Types whose config names the number of experts ``num_experts`` in transformers 4, and ``num_local_experts`` in 5."""
-ROPE_TYPES_IN_4 = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
-"""Kinds of rotary positions of transformers 4.57; an image tower has others."""
 PATH_FIELDS = {"name", "task", "guard"}
 """Fields of the record that may be paths: of the base model, the calibration text, the task and the guards."""
 PATH_PREFIX = re.compile(r"(?:perplexity|jsonl|hub|lm-eval):")
@@ -94,7 +91,7 @@ class SavedModel:
 
     Args:
         folder: its folder.
-        form: ``dense``, ``factored`` or ``adapter``.
+        form: ``dense``, ``factored``, ``adapter`` or ``gguf``.
         matrices: storage of each reduced matrix.
         parameters: number of parameters of the saved model, or of the adapter; tied parameters count once.
         base_parameters: number of parameters of the base model.
@@ -103,7 +100,7 @@ class SavedModel:
     """
 
     folder: Path
-    form: Form
+    form: Form | Literal["gguf"]
     matrices: tuple[StoredMatrix, ...]
     parameters: int
     base_parameters: int
@@ -128,6 +125,8 @@ class SavedModel:
                 f"{self.folder}: an adapter for {len(self.matrices)} {noun}, {self.parameters:,} parameters in "
                 f"{decimal(self.bytes)}; the dense form takes {decimal(self.record['dense_bytes'])}"
             )
+        if self.form == "gguf":
+            return f"{self.folder / self.record['gguf']}: {decimal(self.bytes)}, with a Modelfile for Ollama next to it"
         factors = sum(not m.reason_kept_dense for m in self.matrices)
         return (
             f"{self.folder}: {self.parameters:,} parameters ({self.parameters / self.base_parameters:.1%} of "
@@ -278,14 +277,16 @@ def write(
     return SavedModel(out, form, tuple(matrices), parameters, base_parameters, weight_bytes, record)
 
 
-def command_of(lm: LanguageModel, command: str, arguments: Sequence[str], out: Path, options: SaveOptions) -> str:
-    """Return the shell command that writes the folder from the base model."""
+def command_of(
+    lm: LanguageModel, command: str, arguments: Sequence[str], out: Path, options: SaveOptions, form: str | None = None
+) -> str:
+    """Return the shell command that writes the folder from the base model, in this form if one is named."""
     load = ["--dtype", _name(lm.dtype)] if lm.loaded is None or _is_cast(lm, SaveOptions()) else []
     load += ["--allow-remote-code"] if _uses_remote_code(lm) else []
     load += ["--allow-pickle"] if (lm.loaded or {}).get("allow_pickle") else []
     load += ["--revision", lm.revision] if lm.revision else []
     load += ["--kind", lm.kind] if lm.kind != "causal" else []
-    save = ["--form", options.form, "--shard-size", options.shard_size]
+    save = ["--form", form or options.form, "--shard-size", options.shard_size]
     save += ["--save-dtype", str(options.dtype).removeprefix("torch.")] if options.dtype is not None else []
     return shlex.join(map(_without_folders, ["laser", command, lm.name, *load, *arguments, *save, "--out", out.name]))
 
@@ -294,7 +295,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Return the content of a saved model's ``laser.json``.
 
     Raises:
-        ExportError: if it does not exist, cannot be read, or was written by a newer laserlm.
+        ExportError: if it does not exist, cannot be read, was written by a newer laserlm, or belongs to a GGUF file.
     """
     file = folder / RECORD
     try:
@@ -307,6 +308,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{file} is no record of a saved model (it has no format number); save the model again")
     if record["format"] > FORMAT:
         raise ExportError(f"{file} is of format {record['format']}; this laserlm reads up to {FORMAT}: upgrade laserlm")
+    if record.get("form") == "gguf":
+        raise ExportError(
+            f"{folder} holds a GGUF file, whose weights are not compared; measure it with 'laser evaluate "
+            f"{folder / str(record.get('gguf'))} --task TASK', or save the form dense for this check"
+        )
     paths = local_paths(folder)
     if "base" in paths and isinstance(record.get("base"), dict):
         record["base"]["name"] = paths["base"]
@@ -362,7 +368,7 @@ def _write_from_source(
     _check_finite(lm, _cast(model.state_dict(), model.dtype, cast or model.dtype), cast or model.dtype)
     source.copy_files(folder)
     written = source.write_weights(lm, folder, [m.path for m in matrices], cast, shard_size)
-    _adapt_tokenizer(folder)
+    adapt_tokenizer(folder)
     config = source.read_config()
     if cast is not None:
         config = _with_dtype(config, {_name(lm.dtype), _name(source.dtype)}, _name(cast))
@@ -374,7 +380,7 @@ def _write_from_source(
         skipped = config["quantization_config"].get("modules_to_not_convert") or []
         config["quantization_config"]["modules_to_not_convert"] = [*skipped, *names]
     file = folder / HIDDEN_CONFIG
-    file.write_text(json.dumps(_for_transformers_4(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(config_for_transformers_4(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for weights in folder.glob("*.safetensors"):
         weights.chmod(file.stat().st_mode)  # safetensors makes them unreadable for other users
     lost = differences(source.folder, folder, written.as_dict(), config_file=HIDDEN_CONFIG)
@@ -400,7 +406,7 @@ def _write_weights(lm: LanguageModel, state: dict[str, Tensor], folder: Path, dt
     config = json.loads(file.read_text(encoding="utf-8"))
     if dtype != lm.dtype:
         config = _with_dtype(config, {_name(lm.dtype)}, _name(dtype))
-    file.write_text(json.dumps(_for_transformers_4(config), indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(config_for_transformers_4(config), indent=2) + "\n", encoding="utf-8")
     for weights in folder.glob("*.safetensors"):
         weights.chmod(file.stat().st_mode)  # safetensors makes them unreadable for other users
 
@@ -428,45 +434,7 @@ def _write_tokenizer(lm: LanguageModel, folder: Path) -> None:
     if lm.tokenizer is None:
         return
     lm.tokenizer.save_pretrained(folder)
-    _adapt_tokenizer(folder)
-
-
-def _adapt_tokenizer(folder: Path) -> None:
-    """Write what transformers 4 cannot read of a tokenizer's config under the names that both versions know."""
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # some tokenizers write no config
-    adapted = tokenizer_config_for_transformers_4(config)
-    if adapted != config:
-        file.write_text(json.dumps(adapted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _for_transformers_4(config: Any) -> Any:
-    """Return a config, and its nested configs, with some settings also under their names in transformers 4.
-
-    transformers 4 ignores ``rope_parameters``. Without the old names it would use the defaults and raise no error.
-    """
-    if not isinstance(config, dict):
-        return config
-    config = {name: _for_transformers_4(value) for name, value in config.items()}
-    if config.get("model_type") in EXPERTS_RENAMED_IN_5 and "num_local_experts" in config:
-        config = {"num_experts": config["num_local_experts"]} | config
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return config
-    of_type = {name: value for name, value in rope.items() if isinstance(value, dict) and "rope_theta" in value}
-    main = of_type.get("full_attention", rope)
-    if "rope_theta" not in main or main.get("rope_type", "default") not in ROPE_TYPES_IN_4:
-        return config
-    old_names = {name: main[name] for name in ("rope_theta", "partial_rotary_factor") if name in main}
-    scaling = {name: value for name, value in main.items() if name not in old_names}
-    if config.get("model_type") in ("gpt_neox", "gpt_neox_japanese"):
-        old_names = {"rotary_emb_base": main["rope_theta"], "rotary_pct": main.get("partial_rotary_factor", 1.0)}
-    if "sliding_attention" in of_type:  # Gemma 3's name and ModernBERT's
-        local = of_type["sliding_attention"]["rope_theta"]
-        old_names |= {"rope_local_base_freq": local, "local_rope_theta": local, "global_rope_theta": main["rope_theta"]}
-    if scaling != {"rope_type": "default"}:
-        old_names["rope_scaling"] = scaling
-    return old_names | config
+    adapt_tokenizer(folder)
 
 
 @contextmanager

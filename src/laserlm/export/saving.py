@@ -6,7 +6,9 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import HfApi
@@ -19,6 +21,7 @@ from laserlm.errors import ExportError
 from laserlm.export.adapter import Adapter
 from laserlm.export.card import unclear_gain
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
+from laserlm.export.gguf_file import OutType, check_gguf_request, write_gguf
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.adapter import LOCAL
 from laserlm.models.language_model import LanguageModel
@@ -26,7 +29,7 @@ from laserlm.models.loading import dtype_named
 from laserlm.reductions import Intervention
 from laserlm.searching.result import SearchResult
 
-__all__ = ["push", "save"]
+__all__ = ["chosen_intervention", "push", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,8 @@ def save(
     intervention: InterventionLike | SearchResult,
     out: str | Path,
     *,
-    form: Form = "dense",
+    form: Form | Literal["gguf"] = "dense",
+    outtype: OutType = "f16",
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
     shard_size: str = "5GB",
@@ -49,14 +53,16 @@ def save(
 
     ``dense`` is an ordinary checkpoint with the shapes of the base model. ``factored`` stores each reduced matrix as two
     factors if that takes fewer parameters; it loads after ``import laserlm``. ``adapter`` stores only what changes, W' - W, as
-    a LoRA that ``peft.PeftModel.from_pretrained`` adds to the unchanged model. The folder also holds a model card and
+    a LoRA that ``peft.PeftModel.from_pretrained`` adds to the unchanged model. ``gguf`` is a file for llama.cpp, written by its
+    own converter (the extra ``gguf``), with a ``Modelfile`` for Ollama. The folder also holds a model card and
     ``laser.json``, which records how to rebuild the model. It is written next to ``out`` and moved there at the end.
 
     Args:
         lm: the unchanged model.
         intervention: text such as ``27.fc_in@0.01``, or the result of a search, whose gain is then recorded too.
         out: the folder.
-        form: ``dense``, ``factored`` or ``adapter``.
+        form: ``dense``, ``factored``, ``adapter`` or ``gguf``.
+        outtype: type of the matrices in a GGUF file: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
         dtype: dtype of the saved weights, such as ``float16``; None keeps the model's dtypes, and stores adapters in float32.
         overwrite: whether to replace a folder that laserlm wrote before.
         shard_size: maximum size of a weight file, such as ``5GB``.
@@ -67,17 +73,20 @@ def save(
 
     Raises:
         ExportError: if the folder exists, holds the model or cannot be written, the model was loaded from factors, the search
-            found nothing better than the unchanged model or has no such point, or an adapter would change nothing or weights
-            that layers share.
+            found nothing better than the unchanged model or has no such point, an adapter would change nothing or weights
+            that layers share, or llama.cpp's converter refuses the model.
+        MissingExtraError: if llama.cpp's converter is not installed.
         LaserError: as ``applied``.
     """
     out = Path(out).expanduser().absolute()
-    options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
+    options = SaveOptions("dense" if form == "gguf" else form, dtype, overwrite, shard_size, hub_id)
     check_request(lm, out, options)
+    if form == "gguf":
+        check_gguf_request(outtype)
     result = None
     if isinstance(intervention, SearchResult):
         result = intervention
-        intervention = _chosen(lm, result, point)
+        intervention = chosen_intervention(lm, result, point)
         seed = int(result.settings.get("seed", 0)) if seed is None else seed
         if point is None and (unclear := unclear_gain(result.as_dict())):
             log.warning("run %s shows no gain: %s The card says so", result.run, unclear)
@@ -95,12 +104,20 @@ def save(
         adapter_dtype = None if dtype is None else dtype_named(dtype)
         adapter = Adapter.of(lm, intervention, cache=cache, seed=seed, dtype=adapter_dtype)
         return write(lm, out, nullcontext(adapter.matrices), options, entries, adapter)
+    if form == "gguf":
+        command = command_of(lm, "save", [*arguments, "--outtype", outtype], out, options, form)
+        dense = partial(_dense, lm, intervention, cache=cache, seed=seed)
+        return write_gguf(lm, lambda folder: write(lm, folder, dense(), options, entries), out, options, outtype, command)
     edit = factored if form == "factored" else _dense
     return write(lm, out, edit(lm, intervention, cache=cache, seed=seed), options, entries)
 
 
-def _chosen(lm: LanguageModel, result: SearchResult, point: int | None) -> Intervention:
-    """Return the best intervention of a search on this model, or that of a point."""
+def chosen_intervention(lm: LanguageModel, result: SearchResult, point: int | None) -> Intervention:
+    """Return the best intervention of a search, or that of a point of its Pareto list, from 1.
+
+    Raises:
+        ExportError: if the search was of another model, found nothing better than the unchanged model, or has no such point.
+    """
     if result.settings.get("model_hash", lm.hash) != lm.hash:
         raise ExportError(f"run {result.run} searched another model than {lm.name}; load that model")
     if point is not None:
@@ -110,7 +127,9 @@ def _chosen(lm: LanguageModel, result: SearchResult, point: int | None) -> Inter
             raise ExportError(f"run {result.run} has no point {point}; {there}")
         return Intervention.parse(result.pareto[point - 1].intervention)
     if not result.best:
-        raise ExportError(f"run {result.run} found nothing better than the unchanged model; there is nothing to save")
+        raise ExportError(
+            f"run {result.run} found nothing better than the unchanged model, so it has no reduction; name one with --reduce"
+        )
     return result.best
 
 
@@ -148,7 +167,7 @@ def push(folder: Path, hub_id: str, *, private: bool = True) -> str:
                 delete_patterns=["*.safetensors", "*.safetensors.index.json"],
             )
         )
-    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:  # RuntimeError: of a large file
         raise ExportError(
             f"{folder} was saved, but not uploaded to {hub_id}: {error}; check the network and 'hf auth login', then run "
             f"'hf upload {hub_id} {folder} --exclude {LOCAL}'"

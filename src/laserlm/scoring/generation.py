@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import TextStreamer
 
 from laserlm.edit.apply import default_cache
 from laserlm.errors import ScoringError, TokenizationError
@@ -35,6 +36,7 @@ def generate(
     stops: Sequence[str] = (),
     temperature: float | None = None,
     end_tokens: Sequence[int] = (),
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Return the continuation of each prompt without the prompt; for an encoder-decoder, the decoder's text.
 
@@ -45,6 +47,7 @@ def generate(
         stops: stop strings. A continuation is cut before the first one.
         temperature: sampling temperature. None decodes greedily.
         end_tokens: tokens that end a text, besides the model's own.
+        on_text: is called with each piece of the text of a single prompt as it is generated.
 
     Raises:
         ScoringError: if the model is a masked one, which does not generate, or a text grows longer than the model allows.
@@ -89,6 +92,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, stops, start)] if stops else []),
+            streamer=None if on_text is None else _Streamer(tokenizer, on_text),
         )
     texts = [continuation(tokenizer, row[:start], row) for row in outputs.tolist()]
     return [text[: min([len(text), *(text.index(s) for s in stops if s in text)])] for text in texts]
@@ -100,6 +104,18 @@ def continuation(tokenizer: Any, prompt_ids: list[int], ids: list[int]) -> str:
     if text.startswith(prompt):
         return text[len(prompt) :]
     return str(tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True))
+
+
+class _Streamer(TextStreamer):
+    """Passes the text on that follows the prompt, as soon as no later token can change it."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
 
 
 class _StopStrings(StoppingCriteria):
