@@ -97,9 +97,9 @@ def test_a_body_without_head_loads_for_editing_only(make: Make, tmp_path: Path) 
     lm = make("gpt2")
     lm.model.transformer.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert again.kind == "headless"
+    assert again.kind == "embedding"
     assert len(again.matrices) == len(lm.matrices)
-    with pytest.raises(ModelError, match="which is headless, not causal"):
+    with pytest.raises(ModelError, match="which is embedding, not causal"):
         load(tmp_path, kind="causal")
 
 

@@ -78,7 +78,7 @@ def _print(evaluations: list[Evaluation], comparison: Comparison | None, harms: 
         return
     for evaluation in evaluations:
         print(evaluation)
-    if edited.scorer != "perplexity":
+    if edited.scorer not in ("perplexity", "preference", "similarity"):
         print(f"always giving the most frequent answer scores {edited.majority_rate:.1%}; scored by {edited.scorer}")
     for name in edited.figures:
         print(f"{name} " + " -> ".join(f"{evaluation.figures[name]:.3f}" for evaluation in evaluations))

@@ -77,7 +77,7 @@ class LoadOptions:
     kind: Annotated[
         str | None,
         typer.Option(
-            help="Head to load: causal, masked, encoder-decoder or headless.",
+            help="Head to load: causal, masked, encoder-decoder, classifier, reward, embedding or headless.",
             show_default="the checkpoint's",
             rich_help_panel=MODEL_PANEL,
         ),

@@ -68,9 +68,11 @@ def show(
 
     Example: laser tasks show worldfacts
     """
+    from laserlm.scoring.scorers import scorer_for
+
     task = data.load_task(name)
     lm = loading.load_named(model)
-    split = task.every.limit(n)
+    split = replace(task.every.limit(n), scorer=scorer_for(lm.kind, task.every.scorer))
     data.announce(lm, split)
     rows = [{"id": e.id, "prompt": e.prompt, "answer": e.answer, "text": _marked(lm, e, split.scorer)} for e in split]
     if json:
@@ -84,11 +86,15 @@ def show(
 
 def _marked(lm: LanguageModel, example: Example, scorer: Scorer) -> str:
     """Return the text that the model reads, with each token that is scored in brackets."""
+    from laserlm.models.kinds import TEXT_KINDS
     from laserlm.scoring.tokenize import encode
 
     decode = lm.require_tokenizer().decode
     lines: list[str] = []
-    for row in encode(lm, [example], scorer):
+    rows = encode(lm, [example], scorer)
+    if lm.kind in TEXT_KINDS:
+        return "\n".join([*(str(decode(row.ids)) for row in rows), f"[{example.answer}]"])
+    for row in rows:
         scored = "".join(_pieces(decode, row.targets))
         wrong = ", ".join(f"[{decode([t])}]" for t in row.choice_tokens if t not in row.targets)
         ids = row.decoder or row.ids

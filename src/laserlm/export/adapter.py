@@ -37,7 +37,13 @@ from laserlm.reductions import Intervention
 __all__ = ["ADAPTER_CONFIG", "Adapter", "Difference"]
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TASK_TYPES = {"causal": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+TASK_TYPES = {
+    "causal": "CAUSAL_LM",
+    "encoder-decoder": "SEQ_2_SEQ_LM",
+    "classifier": "SEQ_CLS",
+    "reward": "SEQ_CLS",
+    "embedding": "FEATURE_EXTRACTION",
+}
 MAX_NAMED = 4
 """Number of matrices that an error names."""
 

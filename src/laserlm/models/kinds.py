@@ -14,19 +14,25 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
 )
 
 from laserlm.errors import ModelError
 from laserlm.models.matrices import language_config
 
-__all__ = ["CLASSES", "Kind", "check_head", "head_kinds", "model_class"]
+__all__ = ["CLASSES", "TEXT_KINDS", "Kind", "check_head", "head_kinds", "model_class"]
 
-Kind = Literal["causal", "masked", "encoder-decoder", "headless"]
+Kind = Literal["causal", "masked", "encoder-decoder", "classifier", "reward", "embedding", "headless"]
+TEXT_KINDS: tuple[Kind, ...] = ("classifier", "reward", "embedding")
+"""Kinds of models that give one output for a text: the logits of labels, one number, or a vector."""
 
 CLASSES: dict[Kind, type[_BaseAutoModelClass]] = {
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
     "encoder-decoder": AutoModelForSeq2SeqLM,
+    "classifier": AutoModelForSequenceClassification,
+    "reward": AutoModelForSequenceClassification,
+    "embedding": AutoModel,
     "headless": AutoModel,
 }
 HEADS: dict[Kind, dict[str, Any]] = {
@@ -45,10 +51,20 @@ def head_kinds(config: Any) -> list[Kind]:
             return ["causal"]
         if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
             return ["masked"]
-        return ["headless"]
+        if architecture.endswith("ForSequenceClassification"):
+            return ["reward" if config.num_labels == 1 else "classifier"]
+        return ["embedding" if _is_text_body(architecture, config) else "headless"]
     # An encoder's family also offers a causal head, but few checkpoints were trained with one.
     order: tuple[Kind, ...] = ("encoder-decoder", "masked", "causal")
     return [kind for kind in order if config.model_type in HEADS[kind]] or ["headless"]
+
+
+def _is_text_body(architecture: str, config: Any) -> bool:
+    """Return whether a class of transformers is an encoder or decoder of text without a head."""
+    own = getattr(transformers, architecture, None)
+    is_body = architecture.endswith("EncoderModel") or (architecture.endswith("Model") and not config.is_encoder_decoder)
+    reads_text = own is not None and own.main_input_name == "input_ids" and language_config(config) is config
+    return is_body and reads_text and not architecture.endswith("DoubleHeadsModel")
 
 
 def model_class(config: Any, kind: Kind) -> Any:
@@ -58,7 +74,7 @@ def model_class(config: Any, kind: Kind) -> Any:
     language model, or the head of a classifier.
     """
     own = getattr(transformers, (config.architectures or [""])[0], None)
-    is_own = kind == "headless" or (kind == "causal" and language_config(config) is not config)
+    is_own = kind in ("headless", *TEXT_KINDS) or (kind == "causal" and language_config(config) is not config)
     if own is not None and own.main_input_name == "input_ids":
         classes: Any = CLASSES[kind]
         is_own = is_own or type(config) not in classes._model_mapping
@@ -66,13 +82,13 @@ def model_class(config: Any, kind: Kind) -> Any:
 
 
 def check_head(name: str, config: Any, kind: Kind) -> None:
-    """Do nothing if a checkpoint with this config has the kind of head.
+    """Do nothing if a checkpoint with this config has the kind of head. Every checkpoint has a body without a head.
 
     Raises:
         ModelError: if it was saved with another head.
     """
     saved = head_kinds(config)
-    if kind not in saved and kind != "headless":
+    if kind not in saved and kind not in ("headless", "embedding"):
         raise ModelError(
             f"{name!r} was saved as {', '.join(config.architectures or [config.model_type])}, which is {saved[0]}, not {kind}; "
             f"load it with kind={saved[0]!r}, or name a checkpoint that has a {kind} head"

@@ -16,6 +16,7 @@ from laserlm.errors import ModelError, WeightError
 from laserlm.linalg.quick_hash import quick_hash
 from laserlm.models.kinds import Kind
 from laserlm.models.matrices import Matrix, find_matrices
+from laserlm.models.pooling import Pooling
 from laserlm.paths import cache_folder
 
 __all__ = ["LanguageModel"]
@@ -29,12 +30,14 @@ class LanguageModel:
         model: any transformers model.
         tokenizer: its tokenizer, or None for models of other inputs than text.
         name: the name it was loaded by.
-        kind: ``causal``, ``masked``, ``encoder-decoder``, or ``headless`` for a model that predicts no tokens.
+        kind: ``causal``, ``masked`` or ``encoder-decoder`` for a model that predicts tokens; ``classifier``, ``reward`` or
+            ``embedding`` for one that gives labels, a number or a vector for a text; or ``headless``.
         revision: the hub's commit, or None.
         cache: folder for decompositions and converted models.
         pads_exactly: whether left-padded batches give the scores of single sequences; None until it is tested.
         reads_positions: whether the output layer can compute the scored positions alone; None until it is tested.
         active: interventions that are applied now, outermost first.
+        pooling: how an embedding model makes one vector of a text; None takes the mean of its tokens.
         loaded: arguments of ``load`` that give another process the same model (without its device); None if the model was
             not made by ``load``.
     """
@@ -48,6 +51,7 @@ class LanguageModel:
     pads_exactly: bool | None = None
     reads_positions: bool | None = None
     active: list[str] = field(default_factory=list)
+    pooling: Pooling | None = None
     loaded: dict[str, Any] | None = field(default=None, repr=False)
     _hashed: tuple[tuple[str, ...], str] | None = field(default=None, init=False, repr=False)
 
@@ -138,12 +142,12 @@ class LanguageModel:
         """Return the tokenizer; the type is Any because transformers' call signatures vary by class.
 
         Raises:
-            ModelError: if the model has no tokenizer or predicts no tokens.
+            ModelError: if the model has no tokenizer, or neither predicts tokens nor is of a kind whose outputs are scored.
         """
         if self.kind == "headless":
             raise ModelError(
-                f"{self.name} ({type(self.model).__name__}) has no head that predicts tokens; load a checkpoint with a "
-                "language-model head to score or generate"
+                f"{self.name} ({type(self.model).__name__}) has no head that predicts tokens, labels or "
+                "rewards; load a checkpoint that has one, or an embedding model"
             )
         if self.tokenizer is None:
             raise ModelError(f"{self.name} was loaded without a tokenizer; save one beside the model to score or generate")

@@ -24,6 +24,7 @@ from laserlm.models.kinds import CLASSES, Kind, check_head, head_kinds, model_cl
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading_errors import as_model_error, silence_transformers
 from laserlm.models.plugins import read_config
+from laserlm.models.pooling import read_pooling
 from laserlm.models.tokenizers import load_tokenizer, pad_with_a_known_token
 from laserlm.models.weight_files import parameter_names, read_tensor, tensor_files
 from laserlm.paths import atomic_folder, cache_folder
@@ -53,7 +54,8 @@ def load(
     Args:
         name: a hub id, a local folder, a ``.gguf`` file (here, or ORG/REPO/FILE.gguf on the hub; the first file of a model
             that is split), or ``bundled`` for SmolLM2-135M-Instruct. GGUF files are converted once, to a folder in ``cache``.
-        kind: the head to load; None uses the head that the checkpoint was saved with.
+        kind: the head to load; None uses the head that the checkpoint was saved with, and ``embedding`` for a folder of
+            sentence-transformers with a pooling module.
         revision: commit, tag or branch of a hub id.
         dtype: dtype of the weights, such as ``float16``; None uses the checkpoint's dtype, and float32 for GGUF files.
         device: device of the model, such as ``cuda``; None uses CUDA if it is available, else the CPU.
@@ -85,6 +87,8 @@ def load(
     source, commit = locate(name, revision, cache)
     common = {"revision": commit or revision or "main", "trust_remote_code": allow_remote_code}
     weights = {"dtype": dtype or "auto", "device_map": device_map} | ({} if allow_pickle else {"use_safetensors": True})
+    pooling = read_pooling(source, commit or revision) if kind in (None, "embedding") and not gguf.is_gguf(name) else None
+    kind = kind or (None if pooling is None else "embedding")
     model, tokenizer, kind = _read(str(name), source, kind, common, weights, target if device_map is None else None)
     commit = commit or getattr(model.config, "_commit_hash", None)
     loaded = {
@@ -96,7 +100,7 @@ def load(
         "allow_remote_code": allow_remote_code,
         "cache": user_cache,
     }
-    return LanguageModel(model, tokenizer, str(name), kind, revision=commit, cache=cache, loaded=loaded)
+    return LanguageModel(model, tokenizer, str(name), kind, revision=commit, cache=cache, pooling=pooling, loaded=loaded)
 
 
 def _read(

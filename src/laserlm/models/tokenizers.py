@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-from laserlm.models.kinds import Kind
+from laserlm.models.kinds import TEXT_KINDS, Kind
 
 __all__ = ["load_tokenizer", "pad_with_a_known_token"]
 
@@ -26,7 +26,7 @@ def load_tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> An
         with _warnings_of_tokenizers():
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
     except (OSError, ValueError):
-        if kind == "headless":
+        if kind in ("headless", *TEXT_KINDS):
             return None  # a model of other inputs than text has no tokenizer
         raise
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):

@@ -29,8 +29,8 @@ class ChatTemplate:
 
     @cached_property
     def exists(self) -> bool:
-        """Whether the model is a causal one with a chat template."""
-        if self.lm.kind != "causal":
+        """Whether the model is a causal or reward model with a chat template."""
+        if self.lm.kind not in ("causal", "reward"):
             return False
         try:
             return bool(self.lm.require_tokenizer().get_chat_template())
@@ -81,6 +81,21 @@ class ChatTemplate:
             return None
         try:
             return self._render(list(e.messages))
+        except TemplateError as error:
+            raise TokenizationError(
+                f"example {e.id!r}: the chat template of {self.lm.name} refuses its conversation: {error}. Use --no-chat."
+            ) from None
+
+    def answered(self, e: Example, answer: str) -> str | None:
+        """Return the text of a conversation with an answer at its end; None if the example is asked plainly.
+
+        Raises:
+            TokenizationError: as ``prompt``.
+        """
+        if self.prompt(e) is None:
+            return None
+        try:
+            return self._apply([*e.messages, ("assistant", answer)], add_generation_prompt=False)
         except TemplateError as error:
             raise TokenizationError(
                 f"example {e.id!r}: the chat template of {self.lm.name} refuses its conversation: {error}. Use --no-chat."

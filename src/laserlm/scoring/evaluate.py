@@ -17,7 +17,7 @@ from laserlm.reductions import short_form
 from laserlm.scoring.forward import Progress, out_of_memory_error, run_rows
 from laserlm.scoring.generation import generate_for
 from laserlm.scoring.records import Evaluation, ExampleScore, TokenScores, TokenSequence
-from laserlm.scoring.scorers import SCORERS, ScoredExample, check_split, grade_texts
+from laserlm.scoring.scorers import SCORERS, ScoredExample, check_split, grade_texts, scorer_for
 from laserlm.scoring.statistics import Interval, clustering_of, paired_difference, paired_mean, sign_flip_test
 from laserlm.scoring.tokenize import encode
 from laserlm.tasks.example import Scorer, Split
@@ -48,7 +48,7 @@ def evaluate(
         TokenizationError: if an answer's tokens cannot be told from its prompt's.
         ModelError: if the model has no head or no tokenizer.
     """
-    scorer = scorer or split.scorer
+    scorer = scorer or scorer_for(lm.kind, split.scorer)
     if scorer not in SCORERS:
         raise ScoringError(f"no scorer {scorer!r}; there are {', '.join(SCORERS)}")
     if batch_size < 1:
@@ -89,17 +89,14 @@ def evaluate_rows(
         torch.OutOfMemoryError: if generating from a single prompt does not fit into memory.
     """
     check_split(split, scorer)  # before hours of generation
-    tokenizer = lm.require_tokenizer()
+    decode = _decoder(lm)
     start = time.perf_counter()
     by_example: dict[int, tuple[list[TokenSequence], list[TokenScores]]] = {}
     for row, outcome in zip(rows, run(), strict=True):
         example_rows, outcomes = by_example.setdefault(row.example, ([], []))
         example_rows.append(row)
         outcomes.append(outcome)
-    scored = [
-        ScoredExample(e, *by_example[i], lambda ids: str(tokenizer.decode(ids)), split.judge)
-        for i, e in enumerate(split.examples)
-    ]
+    scored = [ScoredExample(e, *by_example[i], decode, split.judge) for i, e in enumerate(split.examples)]
     scores: tuple[ExampleScore, ...]
     if grade := SCORERS[scorer].grade_tokens:
         scores = tuple(map(grade, scored))
@@ -135,6 +132,15 @@ def text_perplexity(lm: LanguageModel, text: str, *, batch_size: int = 32) -> Ev
     return evaluate(lm, Split("perplexity", "all", tuple(passages(text)), "perplexity"), batch_size=batch_size)
 
 
+def _decoder(lm: LanguageModel) -> Callable[[list[int]], str]:
+    """Return what turns targets into a text: of tokens, or of the labels of a classifier."""
+    if lm.kind == "classifier":
+        names = lm.model.config.id2label
+        return lambda ids: str(names[ids[0]])
+    tokenizer = lm.require_tokenizer()
+    return lambda ids: str(tokenizer.decode(ids))
+
+
 def _check_finite(lm: LanguageModel, scores: Sequence[ExampleScore]) -> None:
     broken = next((s for s in scores if not math.isfinite(s.logprob)), None)
     if broken is not None:
@@ -145,7 +151,9 @@ def _check_finite(lm: LanguageModel, scores: Sequence[ExampleScore]) -> None:
 
 
 def classes_of(split: Split, scorer: Scorer) -> tuple[str, ...]:
-    """Return the choices if all examples of a split share them, else nothing."""
+    """Return the labels of a split, or the choices if all its examples share them, else nothing."""
+    if scorer == "label":
+        return tuple(sorted({e.answer for e in split.examples}))
     shared = {frozenset(e.choices) for e in split.examples} if SCORERS[scorer].is_choice else set()
     return split.examples[0].choices if len(shared) == 1 else ()
 
@@ -169,6 +177,8 @@ class Comparison:
         edited_loss: mean log-loss of the edited model.
         loss_interval: 95 % Student interval of the mean change of loss (negative is better), like ``interval``.
         facts: number of facts that the examples ask for; None if it was not recorded.
+        base_spearman: rank correlation of cosines and scores of the unchanged model; None for other scorers.
+        edited_spearman: that of the edited model.
     """
 
     split: str
@@ -185,6 +195,8 @@ class Comparison:
     edited_loss: float
     loss_interval: Interval
     facts: int | None = None
+    base_spearman: float | None = None
+    edited_spearman: float | None = None
 
     @property
     def size(self) -> str:
@@ -209,8 +221,15 @@ class Comparison:
             f"{self.split}: {self.base:.1%} -> {self.edited:.1%} under {short_form(self.intervention) or 'base'}, "
             f"gain {self.gain:+.1%} [{low:+.1%}, {high:+.1%}], exact p {self.mcnemar_p:.2g}, "
             f"{self.corrected} corrected, {self.broken} broken, n {self.size}; "
-            f"loss {self.base_loss:.3f} -> {self.edited_loss:.3f}"
+            f"loss {self.base_loss:.3f} -> {self.edited_loss:.3f}{self.spearman_text}"
         )
+
+    @property
+    def spearman_text(self) -> str:
+        """Both rank correlations of sentence pairs, after a comma; empty for other scorers."""
+        if self.base_spearman is None or self.edited_spearman is None:
+            return ""
+        return f", Spearman {self.base_spearman:.3f} -> {self.edited_spearman:.3f}"
 
 
 def compare(base: Evaluation, edited: Evaluation) -> Comparison:
@@ -243,4 +262,6 @@ def compare(base: Evaluation, edited: Evaluation) -> Comparison:
         edited_loss=edited.loss,
         loss_interval=paired_mean([b.loss - a.loss for a, b in pairs], facts=facts),
         facts=len(set(facts)),
+        base_spearman=base.spearman,
+        edited_spearman=edited.spearman,
     )

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from laserlm.edit.apply import default_cache
 from laserlm.errors import ScoringError
+from laserlm.models.kinds import TEXT_KINDS
 from laserlm.models.language_model import LanguageModel
 from laserlm.out_of_memory import uniform_out_of_memory
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
 from laserlm.scoring.output_layer import HALF, float32_output_layer
 from laserlm.scoring.records import TokenScores, TokenSequence
+from laserlm.scoring.texts import padding_token, text_outputs
 
 __all__ = [
     "Batch",
@@ -41,6 +43,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 PASS_OVERHEAD_TOKENS = 64
 """Overhead of a forward pass on a CPU, reading the weights and starting operations, as a number of tokens; measured."""
+PADDED_KINDS = ("causal", *TEXT_KINDS)
+"""Kinds of models whose scores padding may change, so that it is tested."""
 MAX_SCORED_POSITIONS = 2048
 """Largest number of positions scored in one pass of several rows. Each takes memory for one row of logits (V)."""
 
@@ -63,6 +67,7 @@ class Batch:
         counts: numbers of targets and of choice tokens of each row.
         ranked: whether the ranks of the targets are read.
         top: number of most likely tokens to read, by row.
+        pad: token that the rows are padded with.
     """
 
     rows: tuple[int, ...]
@@ -75,6 +80,7 @@ class Batch:
     counts: tuple[tuple[int, int], ...]
     ranked: bool
     top: tuple[int, ...]
+    pad: int
 
 
 @dataclass(frozen=True)
@@ -145,13 +151,13 @@ def _batch_indices(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size:
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     batch_size = max(1, min(batch_size, MAX_SCORED_POSITIONS // max(len(r.positions) for r in rows)))
     try:
-        if lm.kind == "causal" and lm.pads_exactly is None:
+        if lm.kind in PADDED_KINDS and lm.pads_exactly is None:
             lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
         if lm.reads_positions is None:
             lm.reads_positions = _reads_positions(lm, rows[order[-1]])
     except torch.OutOfMemoryError:
         log.warning("two rows do not fit into the memory of %s; scoring without padding", lm.device)
-    if lm.kind == "causal" and not lm.pads_exactly:
+    if lm.kind in PADDED_KINDS and not lm.pads_exactly:
         groups = [list(same) for _, same in groupby(order, key=lambda i: len(rows[i].ids))]
         return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
     overhead = PASS_OVERHEAD_TOKENS if lm.device.type == "cpu" else math.inf
@@ -179,7 +185,7 @@ def batch_bounds(lengths: Sequence[int], batch_size: int, overhead: float) -> li
 
 
 def _pads_exactly(lm: LanguageModel, long: TokenSequence, short: TokenSequence) -> bool | None:
-    """Return whether a short row, padded on the left next to a long one, scores as it does alone in a plain pass.
+    """Return whether a short row, padded next to a long one, scores as it does alone in a plain pass.
 
     Return None if these rows cannot show it: they have one length, or log-probabilities that are not finite.
 
@@ -191,11 +197,14 @@ def _pads_exactly(lm: LanguageModel, long: TokenSequence, short: TokenSequence) 
         return None
     together = run_batch(lm, _batch(lm, [long, short], (0, 1), padded=True))[1]
     alone = run_batch(lm, _batch(lm, [short], (0,), padded=False))[0]
-    return _is_close(lm, together.logprobs, alone.logprobs)
+    outputs = ([*scores.logprobs, *scores.choice_logprobs] for scores in (together, alone))
+    return _is_close(lm, *outputs)
 
 
 def _reads_positions(lm: LanguageModel, row: TokenSequence) -> bool | None:
     """Return whether the output layer gives the same logits if it gets the scored positions only; None if unknown."""
+    if lm.kind in TEXT_KINDS:
+        return False
     batch = _batch(lm, [row, row], (0, 1))
     all_positions = [x for outcome in run_batch(lm, batch) for x in outcome.logprobs]
     try:
@@ -255,7 +264,8 @@ def token_scores(batch: Batch, logits: BatchLogits) -> list[TokenScores]:
 def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> BatchLogits:
     """Run a batch through the model and read its scores; gradients flow unless the caller turned them off.
 
-    The output layer is computed in float32, whatever the dtype of the model is.
+    The output layer is computed in float32, whatever the dtype of the model is. Of a reward model and an embedding model,
+    the outputs themselves are in the place of log-probabilities.
 
     Args:
         lm: the model.
@@ -276,11 +286,14 @@ def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> Bat
             )
             stack.callback(handle.remove)
         stack.enter_context(float32_output_layer(lm.model, is_module=scored_only))
-        logits: Tensor = lm.model(**batch.inputs).logits
+        if lm.kind in TEXT_KINDS:
+            logits: Tensor = text_outputs(lm, batch.inputs, batch.pad)[:, None]
+        else:
+            logits = lm.model(**batch.inputs).logits
     if logits.dtype in HALF:
         _warn_of_rounded_logits(lm.name, logits.dtype)
     logits = (logits[0] if scored_only else logits[row, position]).float()  # (N, V)
-    total = logits.logsumexp(-1)  # (N,)
+    total = logits.new_zeros(len(logits)) if lm.kind in ("reward", "embedding") else logits.logsumexp(-1)  # (N,)
     wanted = logits.gather(-1, batch.targets[:, None])  # (N, 1)
     best, argmax = logits.max(-1)  # (N,) both
     at_first = logits[batch.first]  # (B, V)
@@ -305,7 +318,7 @@ def _warn_of_rounded_logits(name: str, dtype: torch.dtype) -> None:
 def _batch(lm: LanguageModel, rows: Sequence[TokenSequence], indices: Sequence[int], *, padded: bool | None = None) -> Batch:
     """Put rows into tensors. ``padded`` says whether to pass positions because of padding; None asks the model."""
     chosen = [rows[i] for i in indices]
-    pad = int(lm.require_tokenizer().pad_token_id)
+    pad = padding_token(lm, chosen)
     ids, mask = _pad([r.ids for r in chosen], pad, left=lm.kind == "causal")
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     positions = [r.positions for r in chosen]
@@ -315,6 +328,8 @@ def _batch(lm: LanguageModel, rows: Sequence[TokenSequence], indices: Sequence[i
         n_logits = max(map(len, positions)) if "logits_to_keep" in parameters else ids.shape[1]
         positions = [tuple(range(n_logits - len(p), n_logits)) for p in positions]
         inputs |= _causal_inputs(parameters, mask, n_logits, has_positions=bool(lm.pads_exactly if padded is None else padded))
+    elif lm.kind in TEXT_KINDS:
+        inputs |= _text_inputs(inspect.signature(lm.model.forward).parameters, chosen, ids.shape[1])
     elif lm.kind == "encoder-decoder":
         inputs |= {"decoder_input_ids": _pad([r.decoder for r in chosen], pad, left=False)[0], "use_cache": False}
     choice_tokens = torch.zeros(len(chosen), max(1, max(len(r.choice_tokens) for r in chosen)), dtype=torch.long)
@@ -332,7 +347,16 @@ def _batch(lm: LanguageModel, rows: Sequence[TokenSequence], indices: Sequence[i
         counts=tuple((len(r.targets), len(r.choice_tokens)) for r in chosen),
         ranked=any(r.ranked for r in chosen),
         top=tuple(r.top for r in chosen),
+        pad=pad,
     )
+
+
+def _text_inputs(parameters: Mapping[str, Any], rows: Sequence[TokenSequence], length: int) -> dict[str, Any]:
+    """Return the inputs of a model of texts next to ids and mask, as far as its ``forward`` takes them."""
+    inputs: dict[str, Any] = {"use_cache": False}
+    if any(row.type_ids for row in rows):
+        inputs["token_type_ids"] = torch.tensor([[*row.type_ids, *[0] * (length - len(row.type_ids))] for row in rows])
+    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def _causal_inputs(parameters: Mapping[str, Any], mask: Tensor, n_logits: int, *, has_positions: bool) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def _forward_within(module: nn.Module, mode: Callable[[], TorchFunctionMode]) ->
 
 def _vocabulary_sizes(model: Any) -> set[int]:
     embeddings = model.get_input_embeddings()
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return {int(model.config.num_labels)}
     sizes = {getattr(model.config.get_text_config(decoder=True), "vocab_size", 0)}
     return sizes if embeddings is None else sizes | {embeddings.weight.shape[0]}
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from scipy import stats
+
 from laserlm.errors import ScoringError
 from laserlm.reductions import short_form
 from laserlm.scoring.statistics import Interval, clustering_of, wilson
@@ -28,6 +30,7 @@ class TokenSequence:
         choice_tokens: one token for each choice, read at the first position; empty if a choice has several tokens.
         ranked: whether the ranks of the targets are read.
         top: number of most likely tokens to read at the first position.
+        type_ids: for two texts in one sequence, which of them a token is of; empty if the model does not ask for it.
     """
 
     example: int
@@ -38,6 +41,7 @@ class TokenSequence:
     choice_tokens: tuple[int, ...] = ()
     ranked: bool = False
     top: int = 0
+    type_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,18 @@ class Evaluation:
         return sum(tied) if len(tied) == self.n else None
 
     @cached_property
+    def spearman(self) -> float | None:
+        """Spearman's rank correlation of cosines and scores; None for other scorers, and where all of either are equal."""
+        if self.scorer != "similarity":
+            return None
+        cosines, scores = (
+            [float(text) for text in texts] for texts in zip(*((s.predicted, s.answer) for s in self.scores), strict=True)
+        )
+        if len({*cosines}) < 2 or len({*scores}) < 2:
+            return None
+        return float(stats.spearmanr(cosines, scores).statistic)
+
+    @cached_property
     def majority_rate(self) -> float:
         """Accuracy of a constant guess, the most frequent answer of these examples."""
         return Counter(s.answer.lower() for s in self.scores).most_common(1)[0][1] / self.n
@@ -216,6 +232,7 @@ class Evaluation:
             "majority_rate": self.majority_rate,
             "balanced_accuracy": self.balanced_accuracy,
             **self.figures,
+            **({"spearman": self.spearman} if self.scorer == "similarity" else {}),
             **({"perplexity": self.perplexity, "tokens": self.tokens, "words": self.words} if is_perplexity else {}),
             "seconds": self.seconds,
         }
@@ -226,6 +243,12 @@ class Evaluation:
             return (
                 f"{self.task}/{self.split} {short_form(self.intervention) or 'base'}: perplexity {self.perplexity:.3f} over "
                 f"{self.tokens} tokens ({self.words} words), loss {self.loss:.3f} nats/token, {self.n} passages"
+            )
+        if self.scorer == "similarity":
+            rho = "not defined" if self.spearman is None else f"{self.spearman:.3f}"
+            return (
+                f"{self.task}/{self.split} {short_form(self.intervention) or 'base'}: Spearman {rho}, loss {self.loss:.3f}, "
+                f"within 0.1 of the score {self.accuracy:.1%}, {self.n} pairs"
             )
         return (
             f"{self.task}/{self.split} {short_form(self.intervention) or 'base'}: accuracy {self.accuracy:.1%} "

@@ -6,15 +6,32 @@ The names are those of ``laserlm.tasks.Scorer``.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from laserlm.errors import ScoringError
+from laserlm.models.kinds import Kind
+from laserlm.scoring.generation_grades import (
+    Grade,
+    f1,
+    grade_by_judge,
+    grade_matches,
+    grade_numbers,
+    grade_programs,
+    last_number,
+    pass_at_k,
+)
 from laserlm.scoring.records import ExampleScore, TokenScores, TokenSequence
-from laserlm.scoring.sandbox import Program, run_programs
+from laserlm.scoring.text_grades import (
+    Slopes,
+    grade_label,
+    grade_preference,
+    grade_similarity,
+    preference_slopes,
+    similarity_slopes,
+)
 from laserlm.tasks.example import Example, Judge, Scorer, Split
 
 __all__ = [
@@ -29,15 +46,11 @@ __all__ = [
     "grade_texts",
     "last_number",
     "pass_at_k",
+    "scorer_for",
 ]
 
-Grade = tuple[bool, dict[str, float]]
-"""Whether a generated text is correct, and extra metrics by name."""
 Request = tuple[str, str]
 """A context, and the continuation whose tokens are scored."""
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-WORD = re.compile(r"\w+|[^\w\s]")
-FUNCTION = re.compile(r"^def (\w+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,10 @@ class ScorerDefinition:
         truncates: whether a sequence that is too long is cut on the left instead of refused.
         needs_judge: whether the split's judge grades.
         runs_programs: whether generated programs are run. Only these may have several samples.
+        kind: the kind of model whose outputs for a text are graded; empty for models that predict tokens.
+        slopes: returns, for each row of an example, the derivatives of the loss by the row's outputs, or roots of their
+            expected squares. None where the loss is the negative log-probability of the row's targets.
+        has_accuracy: whether accuracy is what the scorer is chosen by; otherwise it is the loss.
     """
 
     correct_when: str
@@ -135,11 +152,22 @@ class ScorerDefinition:
     truncates: bool = False
     needs_judge: bool = False
     runs_programs: bool = False
+    kind: Literal["", "classifier", "reward", "embedding"] = ""
+    slopes: Callable[[Example, Sequence[TokenScores], bool], list[Slopes]] | None = None
+    has_accuracy: bool = True
 
     @property
     def generates(self) -> bool:
         """Whether the model generates text, which is graded."""
         return self.grade_texts is not None
+
+
+def scorer_for(kind: Kind, scorer: Scorer) -> Scorer:
+    """Return the scorer by which a kind of model is scored on a task: by labels for a classifier, by rewards for its kind."""
+    definition = SCORERS[scorer]
+    if kind == "classifier" and definition.is_short_answer and not definition.kind:
+        return "label"
+    return "preference" if kind == "reward" and definition.is_choice else scorer
 
 
 def check_split(split: Split, scorer: Scorer) -> None:
@@ -226,106 +254,18 @@ def _grade_requests(x: ScoredExample) -> ExampleScore:
     return x.score(correct, x.example.pairs[best][1], tied=tied, row=x.example.right, metrics=metrics)
 
 
-def _match_answers(e: Example, text: str) -> dict[str, float]:
-    """Return how a text compares with an example's answer and aliases, case and outer spaces aside."""
-    answers = [_normalized(a) for a in (e.answer, *e.aliases)]
-    generated, full = _normalized(text), _normalized(e.prompt + text)
-    f1_pairs = [f1(generated, a) for a in answers]
-    return {
-        "contains": float(any(a in generated for a in answers)),
-        "accuracy_reference": float(any(a in full for a in answers)),
-        "exact_match": float(generated in answers),
-        "f1": max(ours for ours, _ in f1_pairs),
-        "f1_reference": max(reference for _, reference in f1_pairs),
-    }
-
-
-def _grade_matches(split: Split, texts: Sequence[Sequence[str]], correct: Literal["contains", "exact_match"]) -> list[Grade]:
-    matches = [_match_answers(e, text[0]) for e, text in zip(split.examples, texts, strict=True)]
-    return [(match[correct] == 1, {name: x for name, x in match.items() if name != "contains"}) for match in matches]
-
-
-def _grade_numbers(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:
-    return [(_is_equal(last_number(text[0]), e.answer), {}) for e, text in zip(split.examples, texts, strict=True)]
-
-
-def _grade_programs(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:
-    programs = [
-        Program(e.prompt + text, _tested_function(e), e.prompt + e.answer, e.program)
-        for e, samples in zip(split.examples, texts, strict=True)
-        for text in samples
-    ]
-    allow_weak = split.decoding.run_programs == "weakly"
-    passes = iter([not failure for failure in run_programs(programs, allow_weak=allow_weak)])
-    grades: list[Grade] = []
-    for samples in texts:
-        passed = [next(passes) for _ in samples]
-        n = len(passed)
-        grades.append((passed[0], {f"pass@{k}": pass_at_k(n, sum(passed), k) for k in (1, 10, 100) if k <= n}))
-    return grades
-
-
-def _tested_function(example: Example) -> str:
-    """Return the name of the function that the program completes: the last one that the prompt begins."""
-    names = FUNCTION.findall(example.prompt)
-    if not names:
-        raise ScoringError(f"the prompt of example {example.id} begins no function ('def NAME(...):'), so none can be tested.")
-    return str(names[-1])
-
-
-def _grade_by_judge(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:
-    assert split.judge is not None  # check_split has made sure
-    return [split.judge(e, [text[0]]) for e, text in zip(split.examples, texts, strict=True)]
-
-
-def _normalized(text: str) -> str:
-    return text.strip().lower()
-
-
-def _is_equal(number: str, answer: str) -> bool:
-    try:
-        return float(number) == float(answer.replace(",", ""))
-    except ValueError:
-        return number == answer.strip()
-
-
-def f1(text: str, answer: str) -> tuple[float, float]:
-    """Return the F1 of the sets of words and punctuation marks of two texts, and the F1 that the reference computes.
-
-    With precision p over the text's words and recall r over the answer's words, F1 is 2 p r / (p + r). The reference
-    divides by max(1, p + r), so its value is lower where p + r < 1.
-    """
-    words, wanted = set(WORD.findall(text)), set(WORD.findall(answer))
-    common = len(words & wanted)
-    if not common:
-        return 0.0, 0.0
-    p, r = common / len(words), common / len(wanted)
-    return 2 * p * r / (p + r), 2 * p * r / max(1, p + r)
-
-
-def last_number(text: str) -> str:
-    """Return the last number of a text without thousands separators; an empty text if it has no number."""
-    numbers = NUMBER.findall(text)
-    return numbers[-1].replace(",", "") if numbers else ""
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Return the unbiased estimate, from n samples, that one of k passes: 1 - C(n - c, k) / C(n, k).
-
-    Raises:
-        ScoringError: unless 1 <= k <= n and 0 <= correct <= n.
-
-    Source: Chen et al., arXiv 2107.03374, section 2.1.
-    """
-    if not 1 <= k <= n or not 0 <= correct <= n:
-        raise ScoringError(f"pass@{k} cannot be estimated from {correct} of {n} samples. Take {k} samples or more.")
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
-
-
 def _choice_problem(e: Example) -> str:
     if len(e.choices) < 2 or e.answer not in e.choices:
         return f"its choices {e.choices} must hold the answer and at least one more"
     return ""
+
+
+def _similarity_problem(e: Example) -> str:
+    try:
+        is_score = math.isfinite(float(e.answer))
+    except ValueError:
+        is_score = False
+    return "" if is_score and e.text_pair else "it needs two sentences and the number that says how similar they are"
 
 
 SCORERS: dict[str, ScorerDefinition] = {
@@ -366,6 +306,7 @@ SCORERS: dict[str, ScorerDefinition] = {
     "perplexity": ScorerDefinition(
         "all most likely tokens are those of the text, which is read in overlapping windows; the loss is what counts",
         _grade_perplexity,
+        has_accuracy=False,
         is_short_answer=False,
         tokenizes_apart=True,
         in_windows=True,
@@ -382,16 +323,16 @@ SCORERS: dict[str, ScorerDefinition] = {
     ),
     "contains": ScorerDefinition(
         "the answer or an alias occurs in the generated text, case and outer spaces aside",
-        grade_texts=partial(_grade_matches, correct="contains"),
+        grade_texts=partial(grade_matches, correct="contains"),
     ),
     "exact_match": ScorerDefinition(
         "the generated text is the answer or an alias, case and outer spaces aside",
-        grade_texts=partial(_grade_matches, correct="exact_match"),
+        grade_texts=partial(grade_matches, correct="exact_match"),
     ),
-    "number": ScorerDefinition("the last number of the generated text equals the answer", grade_texts=_grade_numbers),
+    "number": ScorerDefinition("the last number of the generated text equals the answer", grade_texts=grade_numbers),
     "program": ScorerDefinition(
         "prompt and generated text pass the example's tests",
-        grade_texts=_grade_programs,
+        grade_texts=grade_programs,
         problem=lambda e: "" if e.program else "it has no tests for a program",
         is_short_answer=False,
         tokenizes_apart=True,
@@ -399,15 +340,33 @@ SCORERS: dict[str, ScorerDefinition] = {
     ),
     "rollout": ScorerDefinition(
         "the generated moves reach the goal, as the split's judge says",
-        grade_texts=_grade_by_judge,
+        grade_texts=grade_by_judge,
         is_short_answer=False,
         needs_judge=True,
     ),
     "lm_eval_text": ScorerDefinition(
         "lm-evaluation-harness says so, given the generated text",
-        grade_texts=_grade_by_judge,
+        grade_texts=grade_by_judge,
         is_short_answer=False,
         needs_judge=True,
+    ),
+    "label": ScorerDefinition(
+        "the most likely label of a classifier is the answer; the loss is its cross entropy", grade_label, kind="classifier"
+    ),
+    "preference": ScorerDefinition(
+        "the chosen answer has a strictly higher reward than every other; the loss is -log sigmoid of the difference of two",
+        grade_preference,
+        problem=_choice_problem,
+        kind="reward",
+        slopes=preference_slopes,
+    ),
+    "similarity": ScorerDefinition(
+        "the cosine of two vectors is within 0.1 of the score; the loss is (cosine - score)^2 / 0.02",
+        grade_similarity,
+        problem=_similarity_problem,
+        kind="embedding",
+        slopes=similarity_slopes,
+        has_accuracy=False,
     ),
 }
 """Every scorer by its name."""

@@ -8,10 +8,12 @@ from itertools import groupby
 from typing import Any
 
 from laserlm.errors import LaserError, ScoringError, TokenizationError
+from laserlm.models.kinds import TEXT_KINDS
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.chat import ChatTemplate
 from laserlm.scoring.records import TokenSequence
-from laserlm.scoring.scorers import SCORERS, ScorerDefinition
+from laserlm.scoring.scorers import SCORERS, ScorerDefinition, scorer_for
+from laserlm.scoring.texts import encode_texts
 from laserlm.tasks.example import Example, Scorer, Split
 
 __all__ = [
@@ -35,6 +37,20 @@ PASSAGE_TOKENS = 50
 """Length of a passage that a masked model reads (arXiv 2312.13558)."""
 
 ERRORS_SHOWN = 5
+MODELS = {
+    "": "a model that predicts tokens",
+    "classifier": "a classifier",
+    "reward": "a reward model",
+    "embedding": "an embedding model",
+}
+"""What a scorer needs, by its ``kind``."""
+FILES = {
+    "": "Give questions with 'prompt' and 'answer', or another model.",
+    "classifier": "Give texts with their labels (columns 'text' and 'label'), or another model.",
+    "reward": "Give preferences (columns 'prompt', 'chosen' and 'rejected'), or another model.",
+    "embedding": "Give sentence pairs (columns 'sentence1', 'sentence2' and 'score'), or another model.",
+}
+"""The questions that go with a kind of model."""
 Tokens = tuple[int, ...]
 
 
@@ -58,7 +74,7 @@ def encode(lm: LanguageModel, examples: Sequence[Example], scorer: Scorer) -> li
 
 def scorable(lm: LanguageModel, split: Split, scorer: Scorer | None = None) -> Split:
     """Return a split without the examples that cannot be scored, and with their number."""
-    _, problems = _encode(lm, split.examples, scorer or split.scorer)
+    _, problems = _encode(lm, split.examples, scorer or scorer_for(lm.kind, split.scorer))
     kept = tuple(e for i, e in enumerate(split.examples) if i not in problems)
     return replace(split, examples=kept, skipped=split.skipped + len(problems))
 
@@ -69,6 +85,8 @@ def _encode(
     """Return the token sequences of the examples, and why an example has none, by its index."""
     definition = SCORERS[scorer]
     tokenizer = lm.require_tokenizer()
+    if definition.kind:
+        return _encode_texts(lm, examples, scorer)
     problems: dict[int, LaserError] = {}
     requests: list[_Request] = []
     template = ChatTemplate(lm)
@@ -87,23 +105,44 @@ def _encode(
     prefix = prefix_tokens(tokenizer)
     tokens = _split_tokens(lm, tokenizer, requests, apart=definition.tokenizes_apart)
     encoder = _Encoder(lm, tokenizer, definition, prefix)
-    limit = max_length(lm)
     rows: list[TokenSequence] = []
     for i, group in groupby(zip(requests, tokens, strict=True), key=lambda pair: pair[0].index):
         try:
             parts = [_checked(tokenizer, request, *split, prefix) for request, split in group]
             found = encoder.encode(i, examples[i], parts)
-            if too_long := next((row for row in found if len(row.ids) > limit), None):
-                raise ScoringError(
-                    f"example {examples[i].id!r} has {len(too_long.ids)} tokens, and {lm.name} takes {limit}. Shorten the "
-                    "prompt."
-                )
             for row in found:
+                _check_length(lm, examples[i], row)
                 check_known(lm, (*row.ids, *row.decoder, *row.targets, *row.choice_tokens), f"example {examples[i].id!r}")
             rows += found
         except (TokenizationError, ScoringError) as error:
             problems[i] = error
     return rows, dict(sorted(problems.items()))
+
+
+def _encode_texts(
+    lm: LanguageModel, examples: Sequence[Example], scorer: Scorer
+) -> tuple[list[TokenSequence], dict[int, LaserError]]:
+    """Return the sequences of examples for a model that gives one output for a text, and why an example has none."""
+    problems: dict[int, LaserError] = {}
+    rows: list[TokenSequence] = []
+    for i, e in enumerate(examples):
+        try:
+            _check_example(lm, e, scorer)
+            found = encode_texts(lm, i, e)
+            for row in found:
+                _check_length(lm, e, row)
+                check_known(lm, row.ids, f"example {e.id!r}")
+            rows += found
+        except (TokenizationError, ScoringError) as error:
+            problems[i] = error
+    return rows, problems
+
+
+def _check_length(lm: LanguageModel, e: Example, row: TokenSequence) -> None:
+    if len(row.ids) > max_length(lm):
+        raise ScoringError(
+            f"example {e.id!r} has {len(row.ids)} tokens, and {lm.name} takes {max_length(lm)}. Shorten the prompt."
+        )
 
 
 def _of_all(problems: Sequence[LaserError], n: int) -> LaserError:
@@ -238,6 +277,18 @@ def start_token(tokenizer: Any) -> list[int]:
 
 def _check_example(lm: LanguageModel, e: Example, scorer: Scorer) -> None:
     """Raise a ScoringError if a scorer cannot score this model on an example."""
+    needed = SCORERS[scorer].kind
+    if needed != (lm.kind if lm.kind in TEXT_KINDS else ""):
+        own = lm.kind if lm.kind in TEXT_KINDS else ""
+        step = "Use --scorer choice (scorer='choice')." if (scorer, own) == ("preference", "") else FILES[own]
+        raise ScoringError(
+            f"scorer {scorer} is for {MODELS[needed]}, and {lm.name} is {MODELS[own]} ({type(lm.model).__name__}). {step}"
+        )
+    if e.text_pair and not needed:
+        raise ScoringError(
+            f"example {e.id!r} has a second text (text_pair), which scorer {scorer} does not read. Give a classifier, or put "
+            "both texts into the prompt."
+        )
     if problem := SCORERS[scorer].problem(e):
         raise ScoringError(f"example {e.id!r} cannot be scored by {scorer}: {problem}. Use another scorer.")
     if not SCORERS[scorer].is_short_answer and lm.kind != "causal":
@@ -347,4 +398,6 @@ def max_length(lm: LanguageModel) -> int:
     """Return the largest number of tokens that the model takes."""
     tokenizer = lm.require_tokenizer()
     positions = getattr(lm.model.config, "max_position_embeddings", None)
-    return min(int(positions or tokenizer.model_max_length), int(tokenizer.model_max_length))
+    limit = None if lm.pooling is None else lm.pooling.max_length
+    most = int(tokenizer.model_max_length)
+    return min(int(positions or most), most, int(limit or most))

@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from laserlm.errors import ScoringError
+from laserlm.models.kinds import Kind
 from laserlm.reductions import Grid
+from laserlm.scoring.scorers import SCORERS, scorer_for
 from laserlm.tasks import Scorer, Task
 
 __all__ = ["EFFORTS", "Effort", "Metric", "Mode", "SearchConfig", "Strategy"]
@@ -147,14 +149,19 @@ class SearchConfig:
         """Whether a gradient ranks the candidates first."""
         return self.strategy in (None, "race") or (self.strategy == "compose" and self.mode == "joint")
 
-    def for_task(self, task: Task, *, has_guard: bool = True) -> SearchConfig:
+    def for_task(self, task: Task, *, has_guard: bool, kind: Kind = "causal") -> SearchConfig:
         """Return the settings with the strategy, the scorer and the metric that they have on a task.
+
+        Args:
+            task: the task.
+            has_guard: whether a guard measures harm (``guard.has_guard``). Without one, ``race`` is the default strategy.
+            kind: of the model. A classifier or a reward model has a scorer of its own for questions.
 
         Raises:
             ScoringError: if a perplexity is to be chosen by accuracy.
         """
-        scorer = self.scorer or task.validation.scorer
-        metric = self.metric or ("loss" if scorer == "perplexity" else "accuracy")
+        scorer = self.scorer or scorer_for(kind, task.validation.scorer)
+        metric = self.metric or ("accuracy" if SCORERS[scorer].has_accuracy else "loss")
         if scorer == "perplexity" and metric == "accuracy":
             raise ScoringError("a perplexity has no accuracy; choose by the loss: --metric loss (metric='loss')")
         n_facts = len({e.fact or e.id for e in task.validation})

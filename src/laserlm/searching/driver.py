@@ -95,7 +95,7 @@ def search(
     if config is not None and effort != "normal":
         raise ScoringError(f"effort {effort!r} and a config exclude each other; write SearchConfig.of({effort!r}, ...)")
     config = SearchConfig.of(effort, **settings) if config is None else replace(config, **settings)
-    config = config.for_task(task, has_guard=has_guard(lm, config.guards))
+    config = config.for_task(task, has_guard=has_guard(lm, config.guards), kind=lm.kind)
     check(lm, task)
     candidates = expand(config.grid, lm.matrices)
     on_stage = on_stage or (lambda _: None)

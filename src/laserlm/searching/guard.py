@@ -27,6 +27,7 @@ from laserlm.scoring.forward import run_rows
 from laserlm.scoring.identity import digest
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
+from laserlm.scoring.scorers import scorer_for
 from laserlm.scoring.statistics import Interval
 from laserlm.scoring.tokenize import TokenSequence, encode, max_length, start_token
 from laserlm.searching.scorer import EncodedSplit
@@ -223,7 +224,8 @@ def _guard(lm: LanguageModel, source: str | Task, seed: int) -> Guard:
             "it needs both: give more questions"
         )
     parts = [choosing, measuring]
-    encoded = [EncodedSplit(part, encode(lm, part.examples, part.scorer), part.scorer) for part in parts]
+    scorer = scorer_for(lm.kind, questions.validation.scorer)
+    encoded = [EncodedSplit(part, encode(lm, part.examples, scorer), scorer) for part in parts]
     return Guard(questions.name, "questions", *encoded)
 
 

@@ -208,7 +208,7 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
     Raises:
         LaserError: if a setting, the grid, the task or the model cannot be used.
     """
-    config = config.for_task(task, has_guard=has_guard(lm, config.guards))
+    config = config.for_task(task, has_guard=has_guard(lm, config.guards), kind=lm.kind)
     if config.strategy is None:
         raise AssertionError("for_task sets the strategy")
     check(lm, task)
@@ -264,7 +264,7 @@ def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchCon
     Raises:
         ScoringError: if the items cannot be scored.
     """
-    config = config.for_task(task, has_guard=has_guard(lm, config.guards))
+    config = config.for_task(task, has_guard=has_guard(lm, config.guards), kind=lm.kind)
     encoded = encode_splits(lm, task, config)[VALIDATION]
     scorer = PrefixScorer(lm, {VALIDATION: encoded}, batch_size=config.batch_size, memory=config.memory)
     by_size = sorted(planned.matrices, key=decomposition_flop)

@@ -216,9 +216,9 @@ class PrefixScorer:
             gradients = ComponentGradients(
                 self.lm,
                 rows,
-                [(-1.0, []) for _ in rows]
-                if squared
-                else loss_coefficients(self.lm, part.examples, rows, encoded.scorer, self.batch_size, between_choices),
+                loss_coefficients(
+                    self.lm, part.examples, rows, encoded.scorer, self.batch_size, between_choices, squared=squared
+                ),
                 matrices,
                 decomposed,
                 batch_size=self.batch_size,

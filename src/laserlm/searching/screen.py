@@ -267,15 +267,27 @@ def loss_coefficients(
     scorer: Scorer,
     batch_size: int,
     between: bool,
+    *,
+    squared: bool = False,
 ) -> list[Coefficients]:
-    """Return by what each row's log-probabilities, of its targets and of its options, enter the sum of losses."""
+    """Return by what each row's log-probabilities, of its targets and of its options, enter the sum of losses.
+
+    With ``squared``, the squares of the derivatives are summed, and their sum is the Fisher information.
+    """
     tokens = Counter[int]()
     for row in rows:
         tokens[row.example] += len(row.targets)
-    gold_index = SCORERS[scorer].gold_index
+    gold_index, slopes_of = SCORERS[scorer].gold_index, SCORERS[scorer].slopes
+    coefficients: list[Coefficients] = []
+    if slopes_of is not None:
+        outcomes = run_rows(lm, rows, batch_size)
+        for i, of in groupby(range(len(rows)), key=lambda i: rows[i].example):
+            coefficients += slopes_of(examples[i], [outcomes[place] for place in of], squared)
+        return coefficients
+    if squared:
+        return [(-1.0, []) for _ in rows]
     if gold_index is None:
         return [(-1 / tokens[row.example], []) for row in rows]
-    coefficients: list[Coefficients] = []
     totals = [o.choice_logprobs or math.fsum(o.logprobs) for o in run_rows(lm, rows, batch_size)] if between else []
     for i, of in groupby(range(len(rows)), key=lambda i: rows[i].example):
         places = list(of)

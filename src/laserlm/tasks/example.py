@@ -32,6 +32,9 @@ Scorer = Literal[
     "program",
     "rollout",
     "lm_eval_text",
+    "label",
+    "preference",
+    "similarity",
 ]
 """How an example is scored. ``laserlm.scoring.scorers.SCORERS`` says when each scorer counts an example as correct."""
 SplitBy = Literal["paper", "shuffled"]
@@ -65,6 +68,7 @@ class Example:
         messages: the conversation before the answer, in pairs of role and text. A causal model with a chat template reads it
             in place of the prompt.
         needs_template: whether a model without a chat template is refused. Otherwise such a model reads the prompt.
+        text_pair: a second text, which a classifier reads with the prompt, or whose vector is compared with that of the prompt.
     """
 
     id: str
@@ -84,11 +88,13 @@ class Example:
     subject: str = ""
     messages: tuple[tuple[str, str], ...] = ()
     needs_template: bool = False
+    text_pair: str = ""
 
     @property
     def question(self) -> tuple[str, str]:
-        """What makes two examples equal: prompt and answer without outer white space. Choices, ids and groups may differ."""
-        return self.prompt.strip(), self.answer.strip()
+        """What makes two examples equal: texts and answer without outer white space. Choices, ids and groups may differ."""
+        pair = f"\n\n{self.text_pair.strip()}" if self.text_pair else ""
+        return self.prompt.strip() + pair, self.answer.strip()
 
 
 @dataclass(frozen=True)
@@ -278,9 +284,9 @@ class Task:
 
 
 Examples = tuple[Example, ...]
-LATER_FIELDS = {"messages": (), "needs_template": False}
+LATER_FIELDS = {"messages": (), "needs_template": False, "text_pair": ""}
 """Fields without which examples were hashed before there were conversations, and their values then."""
-WITHOUT_CHAT = ("perplexity", "lm_eval", "program", "rollout", "lm_eval_text")
+WITHOUT_CHAT = ("perplexity", "lm_eval", "program", "rollout", "lm_eval_text", "label", "similarity")
 
 
 def _as_dict(e: Example) -> dict[str, Any]:

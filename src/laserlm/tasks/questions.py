@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import random
@@ -17,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from laserlm.errors import TaskError
+from laserlm.tasks import pairs
+from laserlm.tasks.conversation import conversation_of, list_of
 from laserlm.tasks.datasets import counterfact
 from laserlm.tasks.example import Example, TaskSource
 from laserlm.tasks.files import Record, field, json_document, json_lines, kind_of, read_records, read_text
+from laserlm.tasks.rows import place_in_file, read_rows
 
 __all__ = ["COLUMNS", "MAX_ROWS", "examples", "read_file", "source_of"]
 
 MAX_ROWS = 20_000
 """Most rows that are used, by default."""
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "question", "instruction", "input", "query", "problem", "text"),
+    "prompt": ("prompt", "question", "instruction", "input", "query", "problem", "text", "sentence", "sentence1", "premise"),
     "answer": (
         *("answer", "answers", "output", "target", "label", "response", "completion", "ground_truth", "solution"),
         *("answerKey", "expected"),
@@ -35,6 +37,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "group": ("group", "category", "relation"),
     "messages": ("messages", "conversations", "conversation"),
     "aliases": ("aliases",),
+    "text_pair": ("text_pair", "sentence2", "hypothesis"),
     "joint": ("joint",),
     "id": ("id",),
     "fact": ("fact",),
@@ -44,11 +47,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 """What an example needs, and the column names that mean it, the usual one first."""
 CHOICE_COLUMN = re.compile(r"(?:(?:choice|option)[ _]?)?([A-H])|(?:choice|option)[ _]?([1-8a-h])")
 """One column for each choice, as MMLU's tables have."""
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-"""Other names of the speakers of a conversation."""
 RESEMBLANCE = 0.83
 """Smallest ratio of equal letters at which an unknown column is taken for a misspelt one."""
-ERRORS_SHOWN = 5
 UNSPACED_SCRIPTS = ("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
 
 
@@ -135,6 +135,8 @@ def source_of(
             f"{file} has {len(records):,} rows: a random sample of {max_rows:,} is used (seed {seed}); --max-rows takes more"
         )
         records = [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), max_rows))]
+    if not columns and (pairs_source := pairs.source_of(records, name, file)) is not None:
+        return replace(pairs_source, notes=(*notes, *pairs_source.notes))
     reader = _Reader.of(records, file, columns)
     found = reader.examples(records)
     notes.append(reader.note())
@@ -216,31 +218,16 @@ class _Reader:
         Raises:
             TaskError: if rows cannot be used; the message counts them and shows the first.
         """
-        found: list[Example] = []
-        origin_of_id: dict[str, str] = {}
-        problems: list[str] = []
-        for origin, row in records:
-            try:
-                example = self.example(row, origin)
-                self._check(example, found, origin, origin_of_id)
-            except TaskError as error:
-                problems.append(str(error))
-                continue
-            origin_of_id[example.id] = _place(origin)
-            found.append(example)
-        if len(problems) == 1:
-            raise TaskError(problems[0])
-        if problems:
-            shown = "\n  ".join(problems[:ERRORS_SHOWN])
-            more = f"\n  and {len(problems) - ERRORS_SHOWN} more" if len(problems) > ERRORS_SHOWN else ""
-            raise TaskError(f"{len(problems)} of {len(records)} rows of {self.file} cannot be used:\n  {shown}{more}")
-        return self._asked(found)
+        first: list[Example] = []
 
-    def _check(self, e: Example, found: Sequence[Example], origin: str, origin_of_id: Mapping[str, str]) -> None:
-        if found and bool(e.choices) != bool(found[0].choices):
-            raise TaskError(f"{origin}: some rows have 'choices' and some have not. Put them in two files.")
-        if e.id in origin_of_id:
-            raise TaskError(f"{origin}: the id {e.id!r} is on {origin_of_id[e.id]} too. Ids must differ.")
+        def read(row: Any, origin: str) -> Example:
+            e = self.example(row, origin)
+            if first and bool(e.choices) != bool(first[0].choices):
+                raise TaskError(f"{origin}: some rows have 'choices' and some have not. Put them in two files.")
+            first.append(e)
+            return e
+
+        return self._asked(read_rows(records, self.file, read))
 
     def example(self, row: Any, origin: str) -> Example:
         """Return the example of one row."""
@@ -250,7 +237,7 @@ class _Reader:
         values = {k: v for k, v in values.items() if v is not None or k in ("prompt", "answer")}
         if self.choice_columns:
             values["choices"] = [_number_as_text(row[name]) for name in self.choice_columns if row.get(name) is not None]
-        messages = _conversation(values, origin)
+        messages = conversation_of(values, origin)
         if self.more_text and row.get(self.more_text):
             values["prompt"] = f"{values['prompt']}\n\n{row[self.more_text]}"
         _unpack_answers(values)
@@ -266,7 +253,7 @@ class _Reader:
         if not isinstance(joint, str):
             raise TaskError(f"{origin}: the field 'joint' must be a text, which may be empty, got {joint!r:.60}")
         return Example(
-            id=str(values.get("id", _place(origin))),
+            id=str(values.get("id", place_in_file(origin))),
             prompt=prompt,
             answer=answer,
             choices=choices,
@@ -277,7 +264,12 @@ class _Reader:
             joint=joint,
             subject=str(values.get("subject", "")),
             messages=messages,
+            text_pair=field(self._named(values, "text_pair"), pair, str, origin) if (pair := self._pair(values)) else "",
         )
+
+    def _pair(self, values: Mapping[str, Any]) -> str:
+        """Return the name of the column of second texts, or an empty text if the row has none."""
+        return self.columns["text_pair"] if "text_pair" in values else ""
 
     def _named(self, values: Mapping[str, Any], kind: str) -> dict[str, Any]:
         """Return a value under the name of its column, for messages."""
@@ -287,7 +279,7 @@ class _Reader:
         """Return the choices, which a table holds as text."""
         choices = values.get("choices")
         if isinstance(choices, str):
-            choices = _list_of(choices)
+            choices = list_of(choices)
         if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # as ARC's
             labels = [str(label) for label in choices.get("label", ())]
             if (answer := str(values.get("answer"))) in labels:
@@ -323,11 +315,6 @@ def _column(usual: Sequence[str], present: Mapping[str, Any], taken: set[str]) -
     return next((by_lower[name.lower()] for name in usual if name.lower() in by_lower), None)
 
 
-def _place(origin: str) -> str:
-    """Return the last part of an origin, such as "line 3"."""
-    return origin.rpartition(", ")[2]
-
-
 def _unless_nan(value: Any) -> Any:
     """Return a value, or None for the NaN that pandas writes for a missing one."""
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -338,19 +325,6 @@ def _number_as_text(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return str(int(value)) if float(value).is_integer() else str(value)
-
-
-def _list_of(text: str) -> Any:
-    """Return the list that a cell of a table writes: JSON, Python, or texts with a separator."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if isinstance(value, list | dict):
-            return value
-    separator = next((s for s in ("|", "\n", ";") if s in text), None)
-    return text if separator is None else [part.strip() for part in text.split(separator)]
 
 
 def _unpack_answers(values: dict[str, Any]) -> None:
@@ -385,46 +359,12 @@ def _popularity(value: Any, origin: str) -> float | None:
 
 def _texts(values: Mapping[str, Any], name: str, origin: str, *, different: bool = False) -> tuple[str, ...]:
     if isinstance(values.get(name), str) and name == "aliases":
-        values = {name: _list_of(values[name])}
+        values = {name: list_of(values[name])}
         values = values if isinstance(values[name], list) else {name: [values[name]]}
     texts = tuple(field(values, name, list, origin)) if name in values else ()
     if not all(isinstance(t, str) and t.strip() for t in texts) or (different and len(set(texts)) != len(texts)):
         raise TaskError(f"{origin}: the field '{name}' must be a list of {'different ' * different}texts, got {texts!r:.80}")
     return texts
-
-
-def _conversation(values: dict[str, Any], origin: str) -> tuple[tuple[str, str], ...]:
-    """Return the conversation before the answer, and put its texts, and an answer that it ends in, among the values."""
-    given = values.get("messages", values.get("prompt"))
-    if isinstance(given, str) and "messages" in values:
-        given = _list_of(given)
-    if not isinstance(given, list):
-        if "messages" in values:
-            raise TaskError(f"{origin}: the field 'messages' must be a list of objects with 'role' and 'content'")
-        return ()
-    if not (given and all(isinstance(m, dict) for m in given)):
-        return ()  # the prompt is reported as no text
-    messages = [_message(m, origin) for m in given]
-    if isinstance(values.get("answer"), list) and values["answer"] and isinstance(values["answer"][-1], dict):
-        values["answer"] = _message(values["answer"][-1], origin)[1]
-    if values.get("answer") is None:
-        last = max((i for i, (role, _) in enumerate(messages) if role == "assistant"), default=0)
-        if last == 0:
-            raise TaskError(f"{origin}: 'messages' must hold a question and, last, the assistant's answer")
-        values["answer"], messages = messages[last][1], messages[:last]
-    values["prompt"] = "\n\n".join(text for _, text in messages)
-    return tuple(messages)
-
-
-def _message(message: Mapping[str, Any], origin: str) -> tuple[str, str]:
-    """Return the role and the text of a message."""
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise TaskError(f"{origin}: a message needs the texts 'role' and 'content', got {dict(message)!r:.80}")
-    return ROLES.get(role, role), content
 
 
 def _is_unspaced(character: str) -> bool:
