@@ -1,4 +1,4 @@
-"""Record how a result was made: versions, revision, machine, command and time."""
+"""Record where a result comes from: versions, revision, machine, command and time."""
 
 from __future__ import annotations
 

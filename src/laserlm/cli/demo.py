@@ -17,6 +17,7 @@ from laserlm.reductions import short_form
 if TYPE_CHECKING:
     from laserlm.models import LanguageModel
     from laserlm.scoring.records import Evaluation
+    from laserlm.searching import SearchResult
     from laserlm.tasks import Task
 
 __all__ = ["demo"]
@@ -82,6 +83,11 @@ def demo(
     _print_questions(questions)
     print(f"\nDone in {time.monotonic() - start:.0f} s; run {result.run} in {mask_credentials(store)}.")
     print(f"The report: {report}")
+    _print_next(result)
+
+
+def _print_next(result: SearchResult) -> None:
+    """Print the commands that go on from the demo."""
     print("Go on with:")
     model, reduction = "bundled", f" --reduce {result.best}" if result.best else ""
     if short_form(result.best) != str(result.best):

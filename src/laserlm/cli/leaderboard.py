@@ -79,7 +79,7 @@ def submit(
 
     if out is not None:
         start = b'{\n  "format": '
-        check_new_file(out, kind="a submission", is_ours=lambda found: found.startswith(start), overwrite=overwrite)
+        check_new_file(out, kind="a submission", is_ours=lambda content: content.startswith(start), overwrite=overwrite)
     with Results.open(store, create=False) as results:
         document = submission(results.find(run, kind="search"), credit=credit, report=report)
     if out is None:

@@ -269,7 +269,7 @@ class DataOptions:
         decoding = {"new_tokens": self.new_tokens, "samples": self.samples, "temperature": self.temperature}
         columns = {kind: getattr(self, f"{kind}_column") for kind in ("prompt", "answer", "choices", "group")}
         hub = {"split": self.hub_split, "config": self.hub_config, "revision": self.hub_revision}
-        made = task(
+        result = task(
             name,
             data=data,
             split=self.split_by,  # type: ignore[arg-type]
@@ -285,9 +285,9 @@ class DataOptions:
             chat=self.chat,
             system=self.system,
         )
-        for note in made.notes:
+        for note in result.notes:
             print_stderr(note)
-        return made
+        return result
 
     def for_model(self, lm: LanguageModel, split: Split) -> Split:
         """Return a split as it can be put to a model: without what cannot be scored, if that was asked for."""

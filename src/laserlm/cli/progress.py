@@ -107,7 +107,7 @@ class _Bar(Progress):
 def progress_bar(label: str, unit: str = "examples") -> Iterator[Callable[..., None]]:
     """Yield a function that moves the bar; it takes the work done, the total, a note and the number of items done.
 
-    The rate is that of the items, or of the work done if no number of items is given. ``label`` names another phase.
+    The rate is that of the items, or of the work done if the number of items is unknown. ``label`` names another phase.
     """
     work = _Work(label, unit)
     if not stderr.is_terminal:

@@ -33,7 +33,7 @@ def reproduce(
     score: Annotated[bool, typer.Option(help="Score the recorded search's test split again.")] = True,
     json: Json = False,
 ) -> None:
-    """Check that a saved folder can be made again: rebuild it from its base model, and compare weights and test scores.
+    """Check that a saved folder can be rebuilt: write it again from its base model, and compare weights and test scores.
 
     Example: laser reproduce smollm2-laser
     """
@@ -45,7 +45,7 @@ def reproduce(
     record = read_record(folder)
     name = base or str(record["base"]["name"])
     if base is None and is_gone(record["base"]):
-        raise ExportError(f"{folder} was made from the local model {name!r}, which is not where it was; give --base PATH")
+        raise ExportError(f"{folder} was saved from the local model {name!r}, which is not where it was; give --base PATH")
     load_options = replace(
         load_options,
         revision=load_options.revision or record["base"]["revision"],

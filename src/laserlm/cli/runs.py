@@ -221,7 +221,7 @@ def export(
 
     if out is not None:
         start = b'{\n  "id": "'
-        check_new_file(out, kind="an exported run", is_ours=lambda found: found.startswith(start), overwrite=overwrite)
+        check_new_file(out, kind="an exported run", is_ours=lambda content: content.startswith(start), overwrite=overwrite)
     with Results.open(store, create=False) as results:
         content = results.export(results.find(run).id)
     if out is None:

@@ -20,7 +20,7 @@ OWN_CURSOR = re.compile(r"\r?\n*(?:\x1b\[A)*")
 
 def visible(text: str) -> str:
     r"""Return a text with each control character as ``\u001b``, which JSON reads back as that character."""
-    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class _EscapedStream:

@@ -5,7 +5,7 @@ Source: an open question of Sharma, Ash and Misra, arXiv 2312.13558.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -156,23 +156,8 @@ def compare_on_worldfacts(
     test_facts = {e.fact for e in limited.test}
     training_examples = [e for e in facts.test if e.fact not in test_facts]
 
-    def tune(name: str, *constraints: Callable[[LanguageModel], RankConstraint]) -> LanguageModel:
-        lm = load("bundled", dtype="float32", cache=cache)
-        with TemporaryDirectory() as folder:
-            fit(
-                lm.model,
-                _AnswerDataset(lm, training_examples),
-                Path(folder),
-                steps=steps,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                seed=seed,
-                callbacks=[constraint(lm) for constraint in constraints],
-                on_progress=lambda done, total: on_progress(name, done, total),
-                warmup_steps=steps // 10,
-            )
-        return replace(lm)  # the copy computes the hash of the new weights
-
+    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    tune = partial(_tuned, training_examples, settings, cache, on_progress)
     plain = tune("plain")
     best = search(plain, limited, strategy="race", metric="loss").best
     baseline = _PlainBaseline(plain, {"test": limited.test}, seed, best)
@@ -186,6 +171,29 @@ def compare_on_worldfacts(
     for penalty in penalties:
         lm = tune(f"penalty {penalty:g}", partial(RankConstraint, intervention=best, every=every, penalty=penalty))
         yield from baseline.penalised_results(penalty, lm)
+
+
+def _tuned(
+    examples: Sequence[Example],
+    settings: Mapping[str, Any],
+    cache: Path | None,
+    on_progress: OnProgress,
+    name: str,
+    *constraints: Callable[[LanguageModel], RankConstraint],
+) -> LanguageModel:
+    """Return the bundled model, fine-tuned on examples under constraints."""
+    lm = load("bundled", dtype="float32", cache=cache)
+    with TemporaryDirectory() as folder:
+        fit(
+            lm.model,
+            _AnswerDataset(lm, examples),
+            Path(folder),
+            **settings,
+            callbacks=[constraint(lm) for constraint in constraints],
+            on_progress=lambda done, total: on_progress(name, done, total),
+            warmup_steps=settings["steps"] // 10,
+        )
+    return replace(lm)  # the copy computes the hash of the new weights
 
 
 class _PlainBaseline:

@@ -28,8 +28,8 @@ class Run:
     Attributes:
         id: 12 hex characters.
         resumed: whether this resumes an earlier unfinished run with the same key.
-        notes: values given to ``note`` so far, by name.
-        outcome: the value given to ``finish``; None while the run is unfinished.
+        notes: values passed to ``note`` so far, by name.
+        outcome: the value passed to ``finish``; None while the run is unfinished.
     """
 
     def __init__(self, database: Database, row: RunRow, token: str, *, resumed: bool) -> None:
@@ -68,7 +68,7 @@ class Run:
             start: number of scores that the trial already has.
 
         Raises:
-            StoreError: if the trial failed or does not have ``start`` scores, the scores are not those of the examples, a
+            StoreError: if the trial failed or does not have ``start`` scores, the scores belong to other examples, a
                 log-probability is NaN, or the run is finished.
             RunBusyError: if another process owns the run now.
         """

@@ -40,9 +40,9 @@ class RunInfo:
         created: time of the first start (aware, UTC).
         updated: time of the last change (aware, UTC).
         trials: number of recorded trials, including failed trials.
-        settings: the value given to ``Store.run`` when the run was created.
-        provenance: the value given to ``Store.run`` when the run was created.
-        outcome: the value given to ``Run.finish``; None while the run is unfinished.
+        settings: the settings passed to ``Store.run``.
+        provenance: the provenance passed to ``Store.run``.
+        outcome: the value passed to ``Run.finish``; None while the run is unfinished.
         reason: why the run failed, else None.
     """
 
@@ -205,7 +205,7 @@ class Store:
             return dict(_row(session, run_id).notes or {})
 
     def export(self, run_id: str) -> dict[str, Any]:
-        """Return a whole run as plain JSON values; the scores refer to examples by their index in ``examples``."""
+        """Return a complete run as plain JSON values; the scores refer to examples by their index in ``examples``."""
         with self.database.read() as session:
             return _export(session, _row(session, run_id))
 

@@ -258,7 +258,7 @@ def _bounds(side: _Side, drawn: NDArray[np.float64]) -> tuple[NDArray[np.float64
 
 
 def _estimate(value: float, least: NDArray[np.float64], most: NDArray[np.float64], n: int) -> Estimate:
-    """Return a value with its interval, given bounds of its noise."""
+    """Return a value with its interval from bounds of its noise."""
     if n == 1:
         return Estimate(value, Interval(-math.inf, math.inf), n)
     return Estimate(value, Interval(value - float(np.quantile(most, 0.975)), value - float(np.quantile(least, 0.025))), n)

@@ -230,12 +230,12 @@ def chunk_map(
 @contextmanager
 def _without(lm: LanguageModel, edit: Edit, start: int, end: int, text: str) -> Iterator[None]:
     """Remove a run of singular values from a matrix inside the ``with`` block."""
-    whole = replace(edit, rank=0)  # so that it counts as an edit, whatever rank the reduction keeps
+    removed = replace(edit, rank=0)  # so that it counts as an edit, whatever rank the reduction keeps
 
     def make(edit: Edit) -> Tensor:
         return torch.cat([block - part for block, part in _parts(lm, edit, start, end)])
 
-    with torch.no_grad(), replaced_weights(lm, [whole], make), label_as_edited(lm, text):
+    with torch.no_grad(), replaced_weights(lm, [removed], make), label_as_edited(lm, text):
         yield
 
 
@@ -250,4 +250,4 @@ def _parts(lm: LanguageModel, edit: Edit, start: int, end: int) -> Iterator[tupl
 
 def _energy(lm: LanguageModel, edit: Edit, start: int, end: int) -> float:
     norms = [(float(part.square().sum()), float(block.square().sum())) for block, part in _parts(lm, edit, start, end)]
-    return sum(part for part, _ in norms) / max(sum(whole for _, whole in norms), 1e-300)
+    return sum(part for part, _ in norms) / max(sum(total for _, total in norms), 1e-300)

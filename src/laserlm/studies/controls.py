@@ -38,7 +38,7 @@ class Control:
         min_gain: gain of the worst draw.
         max_gain: gain of the best draw.
         deficit: accuracy of the reduction minus that of the control, mean over the draws.
-        deficit_interval: 95 % interval of the deficit, made like ``interval``.
+        deficit_interval: 95 % interval of the deficit, like ``interval``.
         loss: mean log-loss in nats per answer token, over the draws.
         loss_change: change of that loss.
         loss_interval: 95 % Student interval of the change over examples; each example counts with its mean over the draws.
@@ -124,7 +124,7 @@ def changed(
         intervention: text of the reduction that gives the matrices, the ranks and the size of the change.
         control: a name of ``CONTROLS``.
         draw: seed of the control.
-        sizes: list to which the relative Frobenius norm of the whole change is appended.
+        sizes: list to which the relative Frobenius norm of the full change is appended.
         seed: of ``:reference`` decompositions.
 
     Raises:
@@ -202,7 +202,7 @@ def controls(
 
 def _control(name: str, base: Evaluation, reduced: Evaluation, scored: Sequence[Evaluation], sizes: Sequence[float]) -> Control:
     against = [compare(base, e) for e in scored]
-    beside = [compare(e, reduced) for e in scored]
+    comparisons = [compare(e, reduced) for e in scored]
     changes = [sum(e.scores[i].loss for e in scored) / len(scored) - b.loss for i, b in enumerate(base.scores)]
     return Control(
         control=name,
@@ -214,8 +214,8 @@ def _control(name: str, base: Evaluation, reduced: Evaluation, scored: Sequence[
         interval=_mean_interval([c.interval for c in against]),
         min_gain=min(c.gain for c in against),
         max_gain=max(c.gain for c in against),
-        deficit=_mean([c.gain for c in beside]),
-        deficit_interval=_mean_interval([c.interval for c in beside]),
+        deficit=_mean([c.gain for c in comparisons]),
+        deficit_interval=_mean_interval([c.interval for c in comparisons]),
         loss=_mean([e.loss for e in scored]),
         loss_change=_mean(changes),
         loss_interval=paired_mean(changes, facts=base.facts),

@@ -44,19 +44,19 @@ class Files:
     Args:
         folder: what the files are below.
         files: their paths.
-        whole: whether a text file is one document; otherwise blank lines separate its documents.
+        one_document: whether a text file is one document; otherwise blank lines separate its documents.
     """
 
     folder: Path
     files: tuple[Path, ...]
-    whole: bool
+    one_document: bool
 
     @property
     def identity(self) -> dict[str, Any]:
         """Names, sizes and times of the files."""
         known = [(file, file.stat()) for file in self.files]
         rows = [(file.relative_to(self.folder).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in known]
-        return {"files": digest(rows), "whole": self.whole}
+        return {"files": digest(rows), "whole": self.one_document}  # the key is in stored results
 
     def count(self) -> int:
         """Return the number of documents, for which the files are read without what is in them."""
@@ -76,7 +76,7 @@ class Files:
         for file in self.files:
             if _format(file) == ".jsonl":
                 yield from (partial(_record, file, n, line) for n, line in enumerate(_lines(file), start=1) if line.strip())
-            elif self.whole:
+            elif self.one_document:
                 yield partial(_whole, file)
             else:
                 yield from _paragraphs(file)
@@ -137,12 +137,12 @@ def open_corpus(corpus: str) -> Corpus:
         files = sorted(file for file in path.rglob("*") if _format(file) in SUFFIXES and file.is_file())
         if not files:
             raise AnalysisError(f"no file below {path} ends in {', '.join(SUFFIXES)}; there is no document to read")
-        return Files(path, tuple(files), whole=True)
+        return Files(path, tuple(files), one_document=True)
     if not path.is_file():
         raise AnalysisError(f"no corpus {corpus!r}; give a folder, a file, or {HUB_PREFIX}NAME[:CONFIG[:SPLIT]] for a data set")
     if _format(path) not in SUFFIXES:
         raise AnalysisError(f"{path} is no corpus; give a file that ends in {', '.join(SUFFIXES)}, or a folder of them")
-    return Files(path.parent, (path,), whole=False)
+    return Files(path.parent, (path,), one_document=False)
 
 
 def texts_of(rows: Any, name: str, start: int = 0) -> Iterator[str]:

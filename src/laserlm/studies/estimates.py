@@ -49,12 +49,12 @@ class Estimate:
 
     @classmethod
     def mean(cls, values: Sequence[float], facts: Sequence[Hashable] | None = None) -> Estimate:
-        """Return a mean, or a mean of paired differences, with Student's interval, between facts if these are given."""
+        """Return a mean, or a mean of paired differences, with Student's interval, between facts if there are any."""
         return cls(math.fsum(values) / len(values), paired_mean(values, facts=facts), len(values)) if values else cls.empty()
 
     @classmethod
     def gain(cls, base: Sequence[bool], edited: Sequence[bool], facts: Sequence[Hashable] | None = None) -> Estimate:
-        """Return the paired gain in the share of the second, with Tango's interval, between facts if these are given."""
+        """Return the paired gain in the share of the second, with Tango's interval, between facts if there are any."""
         differences = [e - b for b, e in zip(base, edited, strict=True)]
         corrected, broken, n = differences.count(1), differences.count(-1), len(differences)
         if not n:

@@ -43,7 +43,7 @@ def write_figure(figure: Any, file: Path) -> None:
     """Write a plotly figure: ``.html`` holds all it needs, ``.png``, ``.svg`` and ``.pdf`` need kaleido and a browser.
 
     Raises:
-        AnalysisError: if the file has another ending, or a still image cannot be made here.
+        AnalysisError: if the file has another ending, or no still image can be drawn here.
     """
     check_figure(file)
     if file.suffix == ".html":
@@ -206,7 +206,7 @@ def transfer_figure(cells: Sequence[Transfer], title: str) -> Any:
 
 
 def matrices_figure(metrics: Sequence[MatrixMetrics], metric: str) -> Any:
-    """Return a heat map of one metric that is a number: layers by matrices, those of each stack side by side."""
+    """Return a heat map of one metric that is a number: layers by matrices, the stacks side by side."""
     columns = list(dict.fromkeys((m.stack, m.name) for m in metrics))
     layers = sorted({m.layer for m in metrics})
     values = {(m.layer, m.stack, m.name): getattr(m, metric) for m in metrics}

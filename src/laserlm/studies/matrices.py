@@ -117,7 +117,7 @@ def matrix_metrics(
 
     Raises:
         AnalysisError: if there is no matrix of these types.
-        WeightError: if a matrix cannot be read or decomposed, and ``on_skip`` is not given.
+        WeightError: if a matrix cannot be read or decomposed, and ``on_skip`` is None.
     """
     if side not in ("left", "right"):
         raise AnalysisError(f"no side {side!r} of a matrix; there are left (outputs) and right (inputs)")

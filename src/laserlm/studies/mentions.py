@@ -30,7 +30,7 @@ __all__ = ["Mentions", "count_mentions"]
 METHOD = 1
 """Raise it when a change of the code changes counts; stored counts of another number are not used."""
 BLOCK_CHARACTERS = 1 << 20
-"""Characters in a block of whole documents, the unit of work."""
+"""Characters in a block of complete documents, the unit of work."""
 SERIAL_BLOCKS = 256
 """Blocks that are counted in this process before workers start. Starting them takes about as long."""
 QUEUED_BLOCKS = 4

@@ -176,7 +176,7 @@ def _agreement(phrasings: Sequence[ExampleScore]) -> float:
 
 
 def _tables(facts: Sequence[tuple[int, int, int]]) -> tuple[Table, ...]:
-    """Count facts, given as their number of phrasings and how many of them are right before and after."""
+    """Count facts from their number of phrasings and how many of them are right before and after."""
     count = Counter(facts)
     return tuple(
         Table(k, tuple(tuple(count[k, i, j] for j in range(k + 1)) for i in range(k + 1)))

@@ -39,7 +39,7 @@ class Published:
         task: the task's name.
         metric: ``accuracy_percent`` or ``pass_at_1``.
         base: of the unchanged model.
-        base_loss: its loss in nats per answer token, where it is given.
+        base_loss: its loss in nats per answer token, where it is published.
         edited: under the intervention.
         edited_loss: its loss.
         intervention: canonical text.
@@ -81,7 +81,7 @@ class PublishedComparison:
 
 
 def published(model: str | None = None, task: str | None = None) -> list[Published]:
-    """Return the published results of a model on a task that can be run: those of one stated intervention."""
+    """Return the published results of a model on a task that can be run, because they state one intervention."""
     text = (files(__package__) / "data" / "published_results.csv").read_text(encoding="utf-8")
     rows: list[Published] = []
     for r in csv.DictReader(text.splitlines()):
@@ -124,7 +124,7 @@ def compare_with_published(
 
     Args:
         lm: the unchanged model.
-        task: with the published split; HumanEval was published whole, and is scored whole.
+        task: with the published split; HumanEval was published without a split, so all of it is scored.
         rows: what is published of this model on this task.
         limit: only the first so many rows.
         batch_size: sequences in one forward pass.

@@ -98,7 +98,7 @@ def rank_curve(
 
 
 def sizes_of(fractions: Sequence[str]) -> list[Size]:
-    """Return kept fractions, given as text, each once and rising.
+    """Return kept fractions from text, each once and rising.
 
     Raises:
         AnalysisError: if one is a rank.

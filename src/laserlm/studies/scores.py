@@ -29,11 +29,11 @@ __all__ = ["CachedScorer", "cached_scorer"]
 METHOD = 3
 """Raise it when a change of the code changes scores; stored scores of another number are not used."""
 PREFIX_CACHE_BYTES = 2**30
-"""Bytes for the activations of the prefix cache. If those of all examples do not fit, every pass is a whole one."""
+"""Bytes for the activations of the prefix cache. If the activations of all examples do not fit, every pass is a full one."""
 
 
 class CachedScorer:
-    """Scores one model on one set of examples and stores the scores; made by ``cached_scorer``.
+    """Scores one model on one set of examples and stores the scores; ``cached_scorer`` opens one.
 
     The blocks below the first changed block are run once, as in a search.
 
@@ -74,7 +74,7 @@ class CachedScorer:
         Args:
             name: text of the intervention, or the name that the scores under a context are stored under.
             change: the context.
-            matrices_of: text of an intervention with exactly the matrices that the context changes. Empty: unknown; then whole
+            matrices_of: text of an intervention with exactly the matrices that the context changes. Empty: unknown; then full
                 passes are run, which takes longer.
         """
         name = name if change is not None else str(Intervention.parse(name))
@@ -109,7 +109,7 @@ class CachedScorer:
         return self._prefix_cache is not None
 
     def _evaluate(self, is_cached: bool) -> Evaluation:
-        """Score the model as it is now, in passes from the prefix cache or, where these do not fit, in whole ones."""
+        """Score the model as it is now, in passes from the prefix cache or, where these do not fit, in full passes."""
 
         def run() -> Evaluation:
             if is_cached and self._prefix_cache is not None:

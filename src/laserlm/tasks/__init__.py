@@ -89,7 +89,7 @@ def task(
             source = replace(source, scorer="contains", decoding=replace(source.decoding, new_tokens=CHAT_TOKENS))
     if answer_tokenizer is not None:
         source = replace(source, examples=hotpotqa.short_answers(source.examples, answer_tokenizer))
-    made = Task.of(
+    result = Task.of(
         source.name,
         source.examples,
         scorer=scorer or source.scorer,
@@ -104,8 +104,8 @@ def task(
         notes=source.notes,
     )
     if _is_of_user(name):
-        _warn_of_few(made)
-    return made
+        _warn_of_few(result)
+    return result
 
 
 def _is_of_user(name: str) -> bool:

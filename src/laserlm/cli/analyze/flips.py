@@ -101,7 +101,7 @@ def _groups(result: Flips) -> list[dict[str, Any]]:
 
 
 def _frequent(result: Flips) -> list[dict[str, Any]]:
-    """Return the most frequent answers, and the texts that are given most often without being an answer."""
+    """Return the most frequent answers, and the most frequent texts that are no answer."""
     answers = [x for x in result.labels if x.answers]
     return [
         {"answer": x.label, "is right": x.answers, "given before": x.base, "given after": x.edited}

@@ -47,9 +47,9 @@ def matrices(
     measured = _Measured() if run is None else _measured(run, model, store)
     source = open_checkpoint(model, revision=revision, cache=cache, allow_remote_code=allow_remote_code)
     metrics: list[MatrixMetrics] = []
-    given: dict[str, Any] = {"side": side, "types": types or (), "thresholds": magnitudes}
+    options: dict[str, Any] = {"side": side, "types": types or (), "thresholds": magnitudes}
     with progress_bar("decomposing", unit="matrices") as advance:
-        for one in matrix_metrics(source, on_skip=lambda m, why: print_stderr(f"{m.id} is left out: {why}"), **given):
+        for one in matrix_metrics(source, on_skip=lambda m, why: print_stderr(f"{m.id} is left out: {why}"), **options):
             metrics.append(one)
             advance(len(metrics), len(source.matrices))
     tables = {f"matrices of {model}": _flat(metrics)}

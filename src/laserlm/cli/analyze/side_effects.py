@@ -56,15 +56,6 @@ def side_effects(
         divergences = {p.intervention: Estimate.mean(_divergence(p, lines)) for p in pairs}
         texts = {} if passage is None else {p.intervention: _on_text(p, passage) for p in pairs}
         cells = _cells(pairs, other)
-    rows = [
-        {
-            "intervention": p.intervention,
-            "chosen on": p.base.task,
-            "divergence on neutral prompts, nats": divergences[p.intervention],
-        }
-        | _text_columns(texts.get(p.intervention))
-        for p in pairs
-    ]
     effects = [
         {
             "intervention": p.intervention,
@@ -74,12 +65,13 @@ def side_effects(
         }
         for p in pairs
     ]
+    rows = [_effect_row(effect) for effect in effects]
     transfers = [_transfer_row(c) for c in cells]
-    tables = {f"beside the task, {len(lines)} neutral prompts": rows, "chosen on one task, scored on another": transfers}
+    tables = {f"on {len(lines)} neutral prompts": rows, "chosen on one task, scored on another": transfers}
     output.show(
         {"model": first.model, "effects": effects, "transfer": cells},
         {"transfer": transfers} if output.csv else tables,
-        lines=[] if text is not None else ["Perplexity is measured where a general text is given with --text FILE."],
+        lines=[] if text is not None else ["Add a general text with --text FILE to measure its perplexity."],
         figure=lambda: transfer_figure(cells, f"transfer of {first.model}"),
     )
 
@@ -101,6 +93,15 @@ def _on_text(pair: ModelPair, passage: Split) -> OnText:
 
     with pair.scorer(passage) as scorer:
         return on_text(scorer(""), scorer(pair.intervention))
+
+
+def _effect_row(effect: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "intervention": "intervention",
+        "chosen_on": "chosen on",
+        "divergence": "divergence on neutral prompts, nats",
+    }
+    return {column: effect[name] for name, column in names.items()} | _text_columns(effect["text"])
 
 
 def _text_columns(effect: OnText | None) -> dict[str, Any]:

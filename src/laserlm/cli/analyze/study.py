@@ -48,7 +48,7 @@ class Output(TableOptions):
             check_figure(self.figure)
 
     def show(self, values: Any, tables: Tables, *, lines: Sequence[str] = (), figure: Callable[[], Any] | None = None) -> None:
-        """Print the result, and draw the figure if a file is given.
+        """Print the result, and draw the figure if a file is named.
 
         Args:
             values: all values, for ``to_json``.
@@ -178,7 +178,7 @@ class StudyOptions(LoadOptions, TaskOptions):
 
     run_or_model: Annotated[str, typer.Argument(help="A search's run (an id, the start of one, or 'last'), or a model.")]
     reduce: Annotated[
-        list[str] | None, typer.Option(help="A reduction such as 27.fc_in@0.01, where a model is given; may be repeated.")
+        list[str] | None, typer.Option(help="A reduction such as 27.fc_in@0.01, if a model is named; may be repeated.")
     ] = None
     split_name: Annotated[
         str, typer.Option("--split", help="validation, test or all; of a run always the test split, which was not chosen on.")
@@ -192,7 +192,7 @@ class StudyOptions(LoadOptions, TaskOptions):
 
     @contextmanager
     def pair(self) -> Iterator[ModelPair]:
-        """Yield the test scores of a search, or the scores of a model. Scores that are missing are made."""
+        """Yield the test scores of a search, or the scores of a model. Missing scores are computed."""
         from laserlm.errors import AnalysisError
         from laserlm.reductions import Intervention
         from laserlm.studies.scores import cached_scorer
@@ -227,7 +227,7 @@ class StudyOptions(LoadOptions, TaskOptions):
         """Return the run to study.
 
         Raises:
-            AnalysisError: if there is no such run, or an option is given that the run decides.
+            AnalysisError: if there is no such run, or an option contradicts the run.
         """
         from laserlm.errors import AnalysisError, StoreError
 
@@ -239,9 +239,9 @@ class StudyOptions(LoadOptions, TaskOptions):
         except StoreError as error:
             raise AnalysisError(f"{error}; or give --reduce SPEC, if {self.run_or_model!r} is a model") from None
         if ignored:
-            given = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
             raise AnalysisError(
-                f"run {info.id} is studied on its own test examples, which had no part in the choice; leave out {given}, or "
+                f"run {info.id} is studied on its own test examples, which had no part in the choice; leave out {options}, or "
                 "give a model and --reduce SPEC"
             )
         return info

@@ -118,7 +118,7 @@ class SokobanForCausalLM(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> CausalLMOutput:
-        """Return logits (B, L, V), valid from a level's last token on, and the loss if labels are given.
+        """Return logits (B, L, V), valid from a level's last token on, and the loss if there are labels.
 
         Args:
             input_ids: (B, L) levels, each followed by moves; padded on the left.
@@ -175,13 +175,13 @@ class SokobanForCausalLM(PreTrainedModel):
         return scores
 
     def _next_move_scores(self, cache: DynamicCache, encodings: Tensor, last: Tensor, to_go: Tensor, turn: int) -> Tensor:
-        """Return the scores of the moves at one turn, (P, 4), equal to those of ``_move_scores``.
+        """Return the scores of the moves at one turn, (P, 4), equal to ``_move_scores``.
 
         The Decision Transformer does not pass a cache on. This method therefore joins its embeddings in its order: the
         previous move, the return to go, the board.
 
         Args:
-            cache: keys and values of the turns before; those of this turn are added.
+            cache: keys and values of the turns before; this turn adds its own.
             encodings: (P, H) encoded boards.
             last: (P,) the previous moves; not used at the first turn.
             to_go: (P,) returns to go.
