@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--max-harm", type=float, default=0.05)
     parser.add_argument("--text", help="text that no row chooses on")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of everything random")
+    parser.add_argument("--reduce", default="", help="components that an earlier search chose, for the rows random and both")
     parser.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
     parser.add_argument("--json", type=Path, help="write the results there too")
     options = parser.parse_args()
@@ -176,7 +177,7 @@ def main() -> None:
         {Path(options.text).parent.name or options.text: guards_of(lm, [options.text])[0]} if options.text else {}
     )
     table = Table(lm, task.test, guards)
-    components = Intervention()
+    components = Intervention.parse(options.reduce)
     for strategy in [row for row in chosen if row in ("race", "compose", "components")]:
         start = time.monotonic()
         result = laser.search(
