@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import bpe
 from huggingface_hub import ModelCard
 
 from laserlm.edit import applied
@@ -113,12 +114,19 @@ def test_what_cannot_be_converted_leaves_nothing(llama: LanguageModel, tmp_path:
 def test_a_chat_template_is_translated_for_ollama_if_it_treats_all_conversations_alike(
     llama: LanguageModel, template: str, line: str
 ) -> None:
-    tokenizer = llama.require_tokenizer()
-    tokenizer.bos_token = "<s>"
+    tokenizer = bpe({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}, prefix="<s>")
     tokenizer.chat_template = template
+    llama.tokenizer = tokenizer
     text = modelfile(llama, "tiny-f16.gguf")
     assert text.startswith(f"FROM ./tiny-f16.gguf\n{line}")
     assert ('PARAMETER stop "</s>"\n' in text) is (template.startswith("{{ bos_token }}"))
+
+
+def test_a_start_that_only_the_template_puts_there_stays(llama: LanguageModel) -> None:
+    tokenizer = bpe({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    tokenizer.chat_template = CHATML
+    llama.tokenizer = tokenizer
+    assert '{{ if eq $last "" }}<s><|system|>' in modelfile(llama, "tiny-f16.gguf")
 
 
 @pytest.mark.slow

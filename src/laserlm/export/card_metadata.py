@@ -42,7 +42,7 @@ def metadata(record: dict[str, Any], folder: str) -> ModelCardData:
         tags=tags,
         datasets=[dataset["dataset_type"]] if dataset and dataset["dataset_type"] != dataset["dataset_name"] else None,
         metrics=sorted({r.metric_type for r in results}) or None,
-        model_name=folder,
+        model_name=folder if results else None,
         eval_results=results or None,
     )
 

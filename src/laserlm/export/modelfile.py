@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from laserlm.errors import TokenizationError
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.chat import ChatTemplate
+from laserlm.scoring.tokenize import prefix_tokens
 from laserlm.tasks.example import Example
 
 __all__ = ["modelfile"]
@@ -24,8 +26,9 @@ class _Parts:
         start: before the first question of a conversation without a system text; it may hold the template's own one.
         system: before the system text.
         first: between the system text and the question.
-        answer: between a question and its answer, or the end of the prompt.
+        answer: between a question and its answer.
         again: between an answer and the next question.
+        end: after the last question.
     """
 
     start: str
@@ -33,6 +36,7 @@ class _Parts:
     first: str
     answer: str
     again: str
+    end: str
 
     def prompt(self, messages: Messages) -> str:
         """Return the prompt of a conversation."""
@@ -41,7 +45,7 @@ class _Parts:
             before = {"": self.start, "system": self.first, "assistant": self.again}
             text += {"system": self.system, "assistant": self.answer}.get(role) or before[last]
             text, last = text + content, role
-        return text + self.answer
+        return text + self.end
 
     def template(self) -> str:
         """Return the same as a template of Ollama, which is one of Go's."""
@@ -51,7 +55,7 @@ class _Parts:
             '{{ $last := "" }}{{ range .Messages }}'
             f'{{{{ if eq .Role "system" }}}}{self.system}{{{{ else if eq .Role "user" }}}}{user}'
             f"{{{{ else }}}}{self.answer}{{{{ end }}}}"
-            f"{{{{ .Content }}}}{{{{ $last = .Role }}}}{{{{ end }}}}{self.answer}"
+            f"{{{{ .Content }}}}{{{{ $last = .Role }}}}{{{{ end }}}}{self.end}"
         )
 
 
@@ -64,19 +68,22 @@ def modelfile(lm: LanguageModel, file: str) -> str:
     template = ChatTemplate(lm) if lm.tokenizer is not None else None
     if template is None or not template.exists:
         return f"{lines[0]}\n"
-    parts = _parts(template, lm.require_tokenizer().bos_token or "")
+    tokenizer = lm.require_tokenizer()
+    parts = _parts(template, str(tokenizer.decode(prefix_tokens(tokenizer))))
     if parts is None:
         lines.append("# Ollama knows no template for this model: its own one could not be translated. Add a TEMPLATE.")
     else:
         lines.append(f'TEMPLATE """{parts.template()}"""')
-    stops = [str(lm.require_tokenizer().decode([token])) for token in template.end_tokens]
+    stops = [str(tokenizer.decode([token])) for token in template.end_tokens]
     return "\n".join([*lines, *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops)]) + "\n"
 
 
 def _parts(template: ChatTemplate, bos: str) -> _Parts | None:
     """Return the parts of a template, or None if they do not make up its prompts.
 
-    The token that begins a text is left out, because llama.cpp puts it there.
+    Args:
+        template: the chat template.
+        bos: what the tokenizer puts before a text. It is left out, because llama.cpp puts it there too.
     """
     one, two, three, four = CONTENTS
     plain = _prompt(template, [("user", one), ("assistant", two), ("user", three)])
@@ -87,9 +94,9 @@ def _parts(template: ChatTemplate, bos: str) -> _Parts | None:
         return None
     start, rest = plain.removeprefix(bos).split(one, 1)
     answer, rest = rest.split(two, 1)
-    again = rest.split(three, 1)[0]
+    again, end = rest.split(three, 1)
     system, rest = with_system.removeprefix(bos).split(four, 1)
-    parts = _Parts(start, system, rest.split(one, 1)[0], answer, again)
+    parts = _Parts(start, system, rest.split(one, 1)[0], answer, again, end)
     conversation = [("user", one), ("assistant", two), ("user", three), ("assistant", four), ("user", one)]
     for messages in (conversation[:1], conversation, [("system", two), *conversation]):
         prompt = _prompt(template, messages)
@@ -100,8 +107,6 @@ def _parts(template: ChatTemplate, bos: str) -> _Parts | None:
 
 
 def _prompt(template: ChatTemplate, messages: Messages) -> str | None:
-    from laserlm.errors import TokenizationError
-
     try:
         return template.prompt(Example("chat", "", "", messages=tuple(messages), needs_template=True))
     except TokenizationError:
