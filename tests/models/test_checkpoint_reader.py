@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,11 +93,32 @@ def test_weights_of_every_form_are_left_unread(llama: LanguageModel, tmp_path: P
         list_matrices(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [
+        ("bitsandbytes", r"dequantize\(torch\.bfloat16\)"),
+        ("compressed-tensors", "CompressedTensorsConfig"),
+        ("gptq", "with the tool that quantised it"),
+        ("hqq", "Reduce the unquantised checkpoint"),
+    ],
+)
+def test_quantised_checkpoints_are_refused_with_a_way_out(method: str, step: str, llama: LanguageModel, tmp_path: Path) -> None:
+    llama.model.save_pretrained(tmp_path)
+    llama.require_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = {"quant_method": method, "bits": 4, "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(WeightError, match=f"quantised by {method}.*{step}"):
+        list_matrices(tmp_path)
+    with pytest.raises(ModelError, match=f"quantised by {method}.*{step}"):
+        load(tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_packed_weights_are_refused(llama: LanguageModel, tmp_path: Path) -> None:
     llama.model.config.quantization_config = {"quant_method": "bitnet", "linear_class": "bitlinear"}
     llama.model.config.save_pretrained(tmp_path)
-    with pytest.raises(WeightError, match=r"the model is quantised \(.*weight is torch\.uint8\); load it without"):
+    with pytest.raises(WeightError, match=r"no matrices to list.*quantised by bitnet.*unquantised checkpoint"):
         list_matrices(tmp_path)
 
 

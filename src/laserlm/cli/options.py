@@ -312,7 +312,7 @@ class DataOptions:
             print_stderr(
                 f"asked through the chat template of {lm.name}, scored by {self.scorer or split.scorer}; see --no-chat"
             )
-        elif split.examples[:1] and split.examples[0].messages:
+        elif split.examples[:1] and split.examples[0].messages and lm.kind != "classifier":
             print_stderr(f"{lm.name} has no chat template, or the prompts have its text: they are read as plain text")
 
 

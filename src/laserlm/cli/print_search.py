@@ -59,7 +59,12 @@ def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:
         table.add_row("95 % interval of the gain", *(f"{c.interval.low:+.1%} to {c.interval.high:+.1%}" for c in splits))
         table.add_row("exact p", *(f"{c.mcnemar_p:.2g}" for c in splits))
         table.add_row("corrected / broken", *(f"{c.corrected} / {c.broken}" for c in splits))
-    table.add_row("base loss (nats per token)", *(f"{c.base_loss:.3f}" for c in splits))
+    is_similarity = result.test.base_spearman is not None
+    if is_similarity:
+        for name in ("base", "edited"):
+            values = [getattr(c, f"{name}_spearman") for c in splits]
+            table.add_row(f"{name} Spearman correlation", *("" if v is None else f"{v:.3f}" for v in values))
+    table.add_row("base loss" if is_similarity else "base loss (nats per token)", *(f"{c.base_loss:.3f}" for c in splits))
     table.add_row("edited loss", *(f"{c.edited_loss:.3f}" for c in splits))
     table.add_row(
         "95 % interval of its change", *(f"{c.loss_interval.low:+.3f} to {c.loss_interval.high:+.3f}" for c in splits)

@@ -20,6 +20,7 @@ from laserlm.models.loading import check_no_wrappers, locate
 from laserlm.models.loading_errors import as_model_error
 from laserlm.models.matrices import FLOATS, Matrix, find_matrices, view
 from laserlm.models.plugins import read_config
+from laserlm.models.quantised import way_out
 from laserlm.models.weight_files import parameter_names, tensor_files
 from laserlm.paths import cache_folder
 
@@ -137,6 +138,8 @@ def list_matrices(
         config = gguf.read_config_from_header(files) if files else read_config(source, **options)
         kind = kind or head_kinds(config)[0]
         check_head(str(name), config, kind)
+        if step := way_out(config):
+            raise WeightError(f"{str(name)!r} has no matrices to list. {step}")
         quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
         model = _build_on_meta(config, kind, allow_remote_code)
         if quantizer is not None:  # it puts packed or low-rank layers in place of dense ones

@@ -25,6 +25,7 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading_errors import as_model_error, silence_transformers
 from laserlm.models.plugins import read_config
 from laserlm.models.pooling import read_pooling
+from laserlm.models.quantised import way_out
 from laserlm.models.tokenizers import load_tokenizer, pad_with_a_known_token
 from laserlm.models.weight_files import parameter_names, read_tensor, tensor_files
 from laserlm.paths import atomic_folder, cache_folder
@@ -131,7 +132,8 @@ def _read(
             common = common | {"revision": config._commit_hash}
         loader = model_class(config, kind)
         options = weights | common | ({"config": config} if dequantise(config) else {})
-        model, info = loader.from_pretrained(source, output_loading_info=True, **options)
+        with as_model_error(name, source, way_out(config)):
+            model, info = loader.from_pretrained(source, output_loading_info=True, **options)
         tokenizer = load_tokenizer(source, common, kind)
         pad_with_a_known_token(tokenizer, model)
         _keep_stored_weights(model)
@@ -296,9 +298,9 @@ def _check_complete(name: str, config: Any, missing_keys: Iterable[str], unexpec
     if missing_keys:
         check_no_wrappers(name, unexpected_keys)
         others = f"; it has {_first_names(unexpected_keys)} instead" if unexpected_keys else ""
+        step = way_out(config) or f"It was saved as {config.architectures}: give the kind= that fits it"
         raise ModelError(
-            f"the checkpoint {name!r} has no weights for {_first_names(missing_keys)}, which would be random{others}; "
-            f"it was saved as {config.architectures}: give the kind= that fits it"
+            f"the checkpoint {name!r} has no weights for {_first_names(missing_keys)}, which would be random{others}. {step}"
         )
 
 

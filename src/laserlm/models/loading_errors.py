@@ -46,8 +46,8 @@ def _errors_only() -> Iterator[None]:
 
 
 @contextmanager
-def as_model_error(name: str, source: str | Path) -> Iterator[None]:
-    """Turn the errors of transformers into a ModelError that names the next step."""
+def as_model_error(name: str, source: str | Path, next_step: str = "") -> Iterator[None]:
+    """Turn the errors of transformers into a ModelError that names the next step; an empty one follows from the error."""
     try:
         with silence_transformers():
             yield
@@ -58,7 +58,8 @@ def as_model_error(name: str, source: str | Path) -> Iterator[None]:
                 f"{name!r} does not fit into memory ({reason}); load it with a smaller dtype (--dtype bfloat16), spread it "
                 "over devices (--device-map auto), or use the memory of the CPU (--device cpu)"
             ) from None
-        raise ModelError(f"cannot load {name!r}: {reason}\n{_hint(name, source, error)}") from error
+        step = _hint(name, source, error) if isinstance(error, SafetensorError) or not next_step else next_step
+        raise ModelError(f"cannot load {name!r}: {reason}\n{step}") from error
 
 
 def _hint(name: str, source: str | Path, error: Exception) -> str:
@@ -88,11 +89,6 @@ def _hint(name: str, source: str | Path, error: Exception) -> str:
         return (
             "laserlm scores causal, masked and encoder-decoder language models; transformers has no such class for this "
             "family, as for many models of images and text. --kind headless (kind='headless') loads the body for editing."
-        )
-    if any(word in str(error) for word in ("quantiz", "quantis", "optimum", "gptqmodel", "compressed-tensors")):
-        return (
-            "The checkpoint is quantised. Reduce the unquantised checkpoint that it was made from, and quantise the result; "
-            "of quantised ones, FP8 alone is reduced."
         )
     if "trust_remote_code" in str(error):
         return "The checkpoint brings its own code; --allow-remote-code (allow_remote_code=True) runs it, if you trust it."

@@ -210,7 +210,7 @@ def find_matrices(model: PreTrainedModel) -> tuple[Matrix, ...]:
     if packed:
         raise WeightError(
             f"the model is quantised ({packed}); load it without quantisation, or load the unquantised checkpoint that it was "
-            "made from, reduce it, then quantise"
+            "made from, or a dequantised copy; reduce it, then quantise"
         )
     matrices: list[Matrix] = []
     stacks = find_stacks(model, towers=True)

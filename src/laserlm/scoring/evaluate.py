@@ -135,7 +135,7 @@ def text_perplexity(lm: LanguageModel, text: str, *, batch_size: int = 32) -> Ev
 def _decoder(lm: LanguageModel) -> Callable[[list[int]], str]:
     """Return what turns targets into a text: of tokens, or of the labels of a classifier."""
     if lm.kind == "classifier":
-        names = lm.model.config.id2label
+        names: Any = lm.model.config.id2label
         return lambda ids: str(names[ids[0]])
     tokenizer = lm.require_tokenizer()
     return lambda ids: str(tokenizer.decode(ids))

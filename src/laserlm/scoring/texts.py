@@ -33,7 +33,7 @@ def encode_texts(lm: LanguageModel, i: int, e: Example) -> list[TokenSequence]:
 
 
 def _labelled(lm: LanguageModel, i: int, e: Example) -> list[TokenSequence]:
-    config = lm.model.config
+    config: Any = lm.model.config
     if config.problem_type in ("multi_label_classification", "regression"):
         raise ScoringError(
             f"{lm.name} was trained for {config.problem_type.replace('_', ' ')}, and a label task needs one right label for "

@@ -141,6 +141,9 @@ class Harm:
         accuracy = "" if self.kind == "text" else f", accuracy {self.comparison.base:.1%} -> {self.comparison.edited:.1%}"
         divergence = f", divergence {self.change:.4f} nats per token" if self.guard == OWN_TEXT else ""
         size = f"{self.comparison.size} {unit}"
+        if self.comparison.spearman_text:
+            least, most = self.comparison.loss_interval
+            return f"loss {self.change:+.3f} [{least:+.3f}, {most:+.3f}] on {where}{self.comparison.spearman_text} ({size})"
         return f"perplexity x{self.ratio:.3f} [{low:.3f}, {high:.3f}] on {where}{accuracy} ({size}){divergence}"
 
 
