@@ -24,7 +24,7 @@ from safetensors.torch import save
 from laserlm.cli.config_file import option_types, read_configuration
 from laserlm.cli.search import NOT_CONFIGURED, search
 from laserlm.errors import LaserError
-from laserlm.export.checkpoint import read_record
+from laserlm.export.record import read_record
 from laserlm.models.weight_files import read_tensor, stored_tensors
 from laserlm.reductions import Grid, Intervention, Layers, Size, short_form
 from laserlm.searching import SearchConfig

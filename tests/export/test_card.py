@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from laserlm.errors import ExportError, ModelError
 from laserlm.export import load_check, push, save
 from laserlm.export.card import unclear_gain
-from laserlm.export.checkpoint import file_hashes
+from laserlm.export.record import file_hashes
 from laserlm.models import LanguageModel, load
 from laserlm.scoring.statistics import Interval
 from laserlm.searching import SearchResult, search

@@ -39,7 +39,7 @@ def reproduce(
     """
     from laserlm.errors import ExportError
     from laserlm.export.check import reproduce
-    from laserlm.export.checkpoint import read_record
+    from laserlm.export.record import read_record
     from laserlm.models.adapter import is_gone
 
     record = read_record(folder)

@@ -22,9 +22,9 @@ from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import ExportError, ModelError
 from laserlm.export import load_in_subprocess
 from laserlm.export.adapter import Adapter
-from laserlm.export.checkpoint import file_hashes, read_record
 from laserlm.export.compression import compress
 from laserlm.export.load_in_subprocess import REPORTS
+from laserlm.export.record import file_hashes, read_record
 from laserlm.export.saving import save
 from laserlm.export.source_check import differences
 from laserlm.low_rank import LowRankLinear, Part

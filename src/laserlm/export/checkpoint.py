@@ -1,68 +1,47 @@
-"""Write a model as a folder that ``from_pretrained`` loads, with a record of how it was made."""
+"""Write a model as a folder that ``from_pretrained`` loads, with its card and its record."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import metadata_load
 from rich.filesize import decimal
 from safetensors import SafetensorError
-from torch import Tensor
-from yaml import YAMLError
 
 from laserlm.edit.factors import StoredMatrix
 from laserlm.errors import ExportError, LaserError
 from laserlm.export.adapter import Adapter
 from laserlm.export.card import card
-from laserlm.export.load_in_subprocess import REPORTS, compute_in_float32, fingerprint
+from laserlm.export.record import (
+    CARD,
+    FORMAT,
+    RECORD,
+    describe_base,
+    file_hashes,
+    paths_here,
+    without_folders,
+    without_paths,
+)
 from laserlm.export.source import Source
-from laserlm.export.source_check import differences
-from laserlm.export.transformers_4 import adapt_tokenizer, config_for_transformers_4
-from laserlm.linalg.precision import full_precision
-from laserlm.low_rank import LowRankConfig, LowRankLinear
-from laserlm.models.adapter import LOCAL, base_of, local_paths
-from laserlm.models.bundled import HUB_ID
+from laserlm.export.weights import HIDDEN_CONFIG, dtype_name, write_from_source, write_model
+from laserlm.low_rank import LowRankLinear
+from laserlm.models.adapter import LOCAL, base_of
 from laserlm.models.kinds import CLASSES, model_class
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import dequantise, dtype_named
-from laserlm.models.loading_errors import silence_transformers
-from laserlm.models.source import source_folder
+from laserlm.models.loading import dtype_named
 from laserlm.paths import atomic_folder, check_new_folder
 from laserlm.provenance import provenance
 
-__all__ = [
-    "RECORD",
-    "Form",
-    "SaveOptions",
-    "SavedModel",
-    "check_request",
-    "check_target",
-    "command_of",
-    "file_hashes",
-    "read_record",
-    "write",
-]
+__all__ = ["Form", "SaveOptions", "SavedModel", "check_request", "check_target", "command_of", "write"]
 
 Form = Literal["dense", "factored", "adapter"]
-RECORD = "laser.json"
-CARD = "README.md"
-LICENCE_KEYS = ("license", "license_name", "license_link")
-HIDDEN_CONFIG = "config.json.part"
-"""Name of the config until the folder is complete. Without a config.json, the folder of a killed save does not load."""
-FORMAT = 1
-PATH_FIELDS = {"name", "task", "guard"}
-"""Fields of the record that may be paths: of the base model, the calibration text, the task and the guards."""
-PATH_PREFIX = re.compile(r"(?:perplexity|jsonl|hub|lm-eval):")
-"""What may precede a path in the name of a task or guard."""
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
 
@@ -221,11 +200,13 @@ def write(
     source = Source.of(lm) if adapter is None else None
     keeps_dtypes = source is not None and not _is_cast(lm, options)
     saved_dtype = source.dtype if source is not None and keeps_dtypes else dtype
-    base = {
-        "base": _describe_base(lm, lm.hash) | {"licence": _licence_of(lm)},
-        "dtype": {"base": _name(lm.dtype), "saved": _name(saved_dtype)},
+    described = {
+        "base": describe_base(lm),
+        "dtype": {"base": dtype_name(lm.dtype), "saved": dtype_name(saved_dtype)},
+        "shard_size": options.shard_size,
+        **entries,
     }
-    base_parameters = _count(lm)
+    parameters = _count(lm)
     try:
         with atomic_folder(out, existing="replace" if options.overwrite else "refuse") as part, edit as matrices:
             opened: dict[str, Any] = {}
@@ -233,243 +214,77 @@ def write(
                 outputs = adapter.write(lm, part)
             elif source is not None:
                 cast = None if keeps_dtypes else dtype
-                outputs, opened = _write_from_source(lm, source, part, matrices, cast, options.shard_size)
+                outputs, opened = write_from_source(lm, source, part, matrices, cast, options.shard_size)
             else:
-                outputs = _write_model(lm, part, dtype, options.shard_size)
-            form = options.form if adapter is not None or any(not m.reason_kept_dense for m in matrices) else "dense"
-            module = type(lm.model).__module__  # a model of the lab registers itself when its module is imported
-            record: dict[str, Any] = {
-                "format": FORMAT,
-                "form": form,
-                "imports": module if module.startswith("laserlm.") else "laserlm" if form == "factored" else None,
-                "asked_form": options.form,
-                "loader": _loader_name(lm),
-                "allow_remote_code": _uses_remote_code(lm),
-                **opened,
-                **base,
-                "shard_size": options.shard_size,
-                **entries,
-                "matrices": [m.as_dict() for m in matrices],
-                "parameters": {"base": base_parameters, "saved": _count(lm) if adapter is None else adapter.parameters},
-                "weight_bytes": sum(file.stat().st_size for file in part.glob("*.safetensors")),
-                "dense_bytes": sum(parameter.nbytes for parameter in lm.model.parameters()),
-                "fingerprint": outputs,
-                "fingerprint_dtype": "float32",
-                "provenance": provenance(device=str(lm.device), dtype=_name(lm.dtype)),
-            }
-            paths = {"base": str(Path(lm.name).absolute())} if _is_local(lm.name) else {}
-            if text := record.get("compression", {}).get("text"):
-                paths["calibration"] = str(Path(text["name"]).absolute())
-            record["provenance"].pop("command")  # it may name files and folders of this machine
-            record = _without_paths(record)
-            (part / CARD).write_text(card(record, out.name, options.hub_id), encoding="utf-8")
-            if adapter is None:
-                (part / HIDDEN_CONFIG).rename(part / "config.json")
-            record["files"] = file_hashes(part)
-            if paths:
-                (part / LOCAL).write_text(json.dumps(paths, indent=2) + "\n", encoding="utf-8")
-            (part / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                outputs = write_model(lm, part, dtype, options.shard_size)
+            counts = {"base": parameters, "saved": _count(lm) if adapter is None else adapter.parameters}
+            record = _record(lm, part, matrices, options, opened | described, counts, outputs)
+            record = _complete(lm, part, out.name, options.hub_id, record)
     except LaserError:
         raise
     except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write {out}: {error}; free space there, or give another folder") from error
-    parameters, weight_bytes = record["parameters"]["saved"], record["weight_bytes"]
-    return SavedModel(out, form, tuple(matrices), parameters, base_parameters, weight_bytes, record)
+    return SavedModel(out, record["form"], tuple(matrices), counts["saved"], parameters, record["weight_bytes"], record)
+
+
+def _record(
+    lm: LanguageModel,
+    folder: Path,
+    matrices: Sequence[StoredMatrix],
+    options: SaveOptions,
+    entries: dict[str, Any],
+    parameters: dict[str, int],
+    outputs: list[list[float]] | None,
+) -> dict[str, Any]:
+    """Return the record of a folder whose weights are written."""
+    is_factored = options.form == "adapter" or any(not m.reason_kept_dense for m in matrices)
+    form = options.form if is_factored else "dense"
+    module = type(lm.model).__module__  # a model of the lab registers itself when its module is imported
+    return {
+        "format": FORMAT,
+        "form": form,
+        "imports": module if module.startswith("laserlm.") else "laserlm" if form == "factored" else None,
+        "asked_form": options.form,
+        "loader": _loader_name(lm),
+        "allow_remote_code": _uses_remote_code(lm),
+        **entries,
+        "matrices": [m.as_dict() for m in matrices],
+        "parameters": parameters,
+        "weight_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "dense_bytes": sum(parameter.nbytes for parameter in lm.model.parameters()),
+        "fingerprint": outputs,
+        "fingerprint_dtype": "float32",
+        "provenance": provenance(device=str(lm.device), dtype=dtype_name(lm.dtype)),
+    }
+
+
+def _complete(lm: LanguageModel, folder: Path, name: str, hub_id: str | None, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the card, the local paths and the record, which is returned, and show the config to loaders."""
+    paths = paths_here(lm, record)
+    record["provenance"].pop("command")  # it may name files and folders of this machine
+    record = without_paths(record)
+    (folder / CARD).write_text(card(record, name, hub_id), encoding="utf-8")
+    if (folder / HIDDEN_CONFIG).exists():  # an adapter has no config
+        (folder / HIDDEN_CONFIG).rename(folder / "config.json")
+    record["files"] = file_hashes(folder)
+    if paths:
+        (folder / LOCAL).write_text(json.dumps(paths, indent=2) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return record
 
 
 def command_of(
     lm: LanguageModel, command: str, arguments: Sequence[str], out: Path, options: SaveOptions, form: str | None = None
 ) -> str:
     """Return the shell command that writes the folder from the base model, in this form if one is named."""
-    load = ["--dtype", _name(lm.dtype)] if lm.loaded is None or _is_cast(lm, SaveOptions()) else []
+    load = ["--dtype", dtype_name(lm.dtype)] if lm.loaded is None or _is_cast(lm, SaveOptions()) else []
     load += ["--allow-remote-code"] if _uses_remote_code(lm) else []
     load += ["--allow-pickle"] if (lm.loaded or {}).get("allow_pickle") else []
     load += ["--revision", lm.revision] if lm.revision else []
     load += ["--kind", lm.kind] if lm.kind != "causal" else []
     save = ["--form", form or options.form, "--shard-size", options.shard_size]
     save += ["--save-dtype", str(options.dtype).removeprefix("torch.")] if options.dtype is not None else []
-    return shlex.join(map(_without_folders, ["laser", command, lm.name, *load, *arguments, *save, "--out", out.name]))
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the content of a saved model's ``laser.json``.
-
-    Raises:
-        ExportError: if it does not exist, cannot be read, was written by a newer laserlm, or belongs to a GGUF file.
-    """
-    file = folder / RECORD
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{folder} has no {RECORD}; give a folder that 'laser save' wrote") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{file} cannot be read ({error}); save the model again") from None
-    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
-        raise ExportError(f"{file} is no record of a saved model (it has no format number); save the model again")
-    if record["format"] > FORMAT:
-        raise ExportError(f"{file} is of format {record['format']}; this laserlm reads up to {FORMAT}: upgrade laserlm")
-    if record.get("form") == "gguf":
-        raise ExportError(
-            f"{folder} holds a GGUF file, whose weights are not compared; measure it with 'laser evaluate "
-            f"{folder / str(record.get('gguf'))} --task TASK', or save the form dense for this check"
-        )
-    paths = local_paths(folder)
-    if "base" in paths and isinstance(record.get("base"), dict):
-        record["base"]["name"] = paths["base"]
-    text = (record.get("compression") or {}).get("text") if isinstance(record.get("compression"), dict) else None
-    if "calibration" in paths and isinstance(text, dict):
-        text["name"] = paths["calibration"]
-    return record
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a saved model except its record, local paths and hidden files, by name."""
-    hashes = {}
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in (RECORD, LOCAL)):
-        name = file.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):  # such as those that a download from the hub adds
-            continue
-        with file.open("rb") as stream:
-            hashes[name.as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
-
-
-def _write_model(lm: LanguageModel, folder: Path, dtype: torch.dtype, shard_size: str) -> list[list[float]] | None:
-    """Write weights, config and tokenizer. Return some outputs of the written weights, computed in float32.
-
-    Return None if the model takes no tokens, or if transformers does not know the names of its weights.
-    """
-    model = lm.model
-    state = _cast(model.state_dict(), model.dtype, dtype)
-    _check_finite(lm, state, dtype)
-    layers = {path: module.as_dict() for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    with silence_transformers(), _config_with_layers(model.config, layers):
-        _write_weights(lm, dict(state), folder, dtype, shard_size)
-        _write_tokenizer(lm, folder)
-        # As ``load_check`` does, except that the weights are those in memory, not those on the disk.
-        config = type(model.config).from_json_file(folder / HIDDEN_CONFIG)
-        loader: Any = type(model)
-        loaded, info = loader.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-        compute_in_float32(loaded)
-        with full_precision():
-            return None if info["missing_keys"] else fingerprint(loaded.eval())
-
-
-def _write_from_source(
-    lm: LanguageModel,
-    source: Source,
-    folder: Path,
-    matrices: Sequence[StoredMatrix],
-    cast: torch.dtype | None,
-    shard_size: str,
-) -> tuple[list[list[float]] | None, dict[str, Any]]:
-    """Write the source's checkpoint with the reduced matrices. Return some outputs, and what the record says of the source."""
-    model = lm.model
-    _check_finite(lm, _cast(model.state_dict(), model.dtype, cast or model.dtype), cast or model.dtype)
-    source.copy_files(folder)
-    written = source.write_weights(lm, folder, [m.path for m in matrices], cast, shard_size)
-    adapt_tokenizer(folder)
-    config = source.read_config()
-    if cast is not None:
-        config = _with_dtype(config, {_name(lm.dtype), _name(source.dtype)}, _name(cast))
-    layers = {path: module.as_dict() for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    if layers:
-        config["quantization_config"] = LowRankConfig(layers).to_dict()
-    elif written.dropped:
-        names = [name.removesuffix(".weight") for name in written.changed]
-        skipped = config["quantization_config"].get("modules_to_not_convert") or []
-        config["quantization_config"]["modules_to_not_convert"] = [*skipped, *names]
-    file = folder / HIDDEN_CONFIG
-    file.write_text(json.dumps(config_for_transformers_4(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod(file.stat().st_mode)  # safetensors makes them unreadable for other users
-    lost = differences(source.folder, folder, written.as_dict(), config_file=HIDDEN_CONFIG)
-    if lost:
-        raise ExportError(f"{lm.name} cannot be saved as it is: {lost[0]} (and {len(lost) - 1} more); report this")
-    loader: Any = type(model)
-    with silence_transformers():
-        loaded_config = type(model.config).from_json_file(file)
-        dequantise(loaded_config)
-        loaded, info = loader.from_pretrained(
-            folder, config=loaded_config, dtype="auto", output_loading_info=True, use_safetensors=True
-        )
-        compute_in_float32(loaded)
-        with full_precision():
-            outputs = fingerprint(loaded.eval())
-    report = {name: sorted(map(str, info[name])) for name in REPORTS}
-    return outputs, {"source": written.as_dict(), "loading_report": report}
-
-
-def _write_weights(lm: LanguageModel, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, shard_size: str) -> None:
-    lm.model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
-    file = (folder / "config.json").rename(folder / HIDDEN_CONFIG)
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if dtype != lm.dtype:
-        config = _with_dtype(config, {_name(lm.dtype)}, _name(dtype))
-    file.write_text(json.dumps(config_for_transformers_4(config), indent=2) + "\n", encoding="utf-8")
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod(file.stat().st_mode)  # safetensors makes them unreadable for other users
-
-
-def _check_finite(lm: LanguageModel, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise an ExportError if a parameter is not finite in the saved dtype."""
-    ids = {m.path: m.id for m in lm.matrices if m.part_of is None}
-    for name, parameter in lm.model.named_parameters():
-        if bool(state[name].isfinite().all()):
-            continue
-        matrix = ids.get(name) or ids.get(f"{name.rpartition('.')[0]}.weight")
-        where = f"{name} ({matrix})" if matrix else name
-        if bool(parameter.isfinite().all()):
-            raise ExportError(
-                f"{where} holds values up to {float(parameter.detach().abs().max()):.3g}, and {_name(dtype)} ends at "
-                f"{torch.finfo(dtype).max:.3g}; save it in bfloat16 or float32 (--save-dtype)"
-            )
-        raise ExportError(
-            f"{where} holds {int((~parameter.isfinite()).sum()):,} values that are not finite; load the base model again, "
-            "or in bfloat16 or float32"
-        )
-
-
-def _write_tokenizer(lm: LanguageModel, folder: Path) -> None:
-    if lm.tokenizer is None:
-        return
-    lm.tokenizer.save_pretrained(folder)
-    adapt_tokenizer(folder)
-
-
-@contextmanager
-def _config_with_layers(config: Any, layers: dict[str, Any]) -> Iterator[None]:
-    """List the low-rank layers in the config inside a ``with`` block."""
-    if not layers:
-        yield
-        return
-    config.quantization_config = LowRankConfig(layers)
-    try:
-        yield
-    finally:
-        del config.quantization_config
-
-
-def _cast(state: dict[str, Tensor], old: torch.dtype, new: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of dtype ``old`` in dtype ``new`` on the CPU, and the others unchanged.
-
-    Tied tensors stay tied, because safetensors stores them once.
-    """
-    cast: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
-    result = {}
-    for name, tensor in state.items():
-        key = (tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride())
-        if key not in cast:
-            cast[key] = tensor.to("cpu", new) if tensor.dtype == old and tensor.device.type != "meta" else tensor
-        result[name] = cast[key]
-    return result
-
-
-def _with_dtype(config: Any, old: set[str], new: str) -> Any:
-    """Return a config, and its nested configs, with dtype ``new`` in place of those in ``old``."""
-    if not isinstance(config, dict):
-        return config
-    return {k: new if k in ("dtype", "torch_dtype") and v in old else _with_dtype(v, old, new) for k, v in config.items()}
+    return shlex.join(map(without_folders, ["laser", command, lm.name, *load, *arguments, *save, "--out", out.name]))
 
 
 def _is_cast(lm: LanguageModel, options: SaveOptions) -> bool:
@@ -488,56 +303,5 @@ def _loader_name(lm: LanguageModel) -> str:
     return own if is_own else CLASSES[lm.kind].__name__
 
 
-def _is_local(name: str) -> bool:
-    return name != "bundled" and Path(name).expanduser().exists()
-
-
-def _without_paths(value: Any, field: str = "") -> Any:
-    """Return plain JSON values with the last part alone of each path in a field that may hold one."""
-    if isinstance(value, dict):
-        return {key: _without_paths(v, key) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(v) for v in value]
-    return _without_folders(value) if field in PATH_FIELDS and isinstance(value, str) else value
-
-
-def _without_folders(text: str) -> str:
-    """Return a text with the last part alone of the path of a file or folder here; a prefix of a task stays."""
-    match = PATH_PREFIX.match(text)
-    prefix = match[0] if match else ""
-    path = text.removeprefix(prefix)
-    is_path = path.startswith(("/", "~/", "./", "../"))
-    with suppress(OSError, ValueError):  # such as a part that is too long for a file name
-        is_path = is_path or ("/" in path and Path(path).exists())
-    return prefix + Path(path).name if is_path else text
-
-
-def _licence_of(lm: LanguageModel) -> dict[str, str]:
-    """Return what the card of the base model says of its licence, with the hub's keys; empty if it says nothing."""
-    if lm.name == "bundled":
-        return {"license": "apache-2.0"}
-    folder = None if lm.loaded is None else source_folder(lm.loaded["name"], lm.loaded["revision"])
-    try:
-        found = metadata_load(folder / CARD) if folder is not None and (folder / CARD).is_file() else None
-    except (OSError, ValueError, YAMLError):
-        found = None
-    return {key: str(found[key]) for key in LICENCE_KEYS if key in found} if isinstance(found, dict) else {}
-
-
-def _describe_base(lm: LanguageModel, base_hash: str) -> dict[str, Any]:
-    return {
-        "name": lm.name,
-        "hub": HUB_ID if lm.name == "bundled" else None if Path(lm.name).exists() else "/".join(lm.name.split("/")[:2]),
-        "revision": lm.revision,
-        "hash": base_hash,
-        "family": lm.family,
-        "kind": lm.kind,
-    }
-
-
 def _count(lm: LanguageModel) -> int:
     return sum(p.numel() for p in lm.model.parameters())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,8 +16,9 @@ from typing import Literal, get_args
 
 from laserlm.errors import ExportError, MissingExtraError
 from laserlm.export.card import card
-from laserlm.export.checkpoint import CARD, RECORD, SavedModel, SaveOptions, file_hashes
+from laserlm.export.checkpoint import SavedModel, SaveOptions
 from laserlm.export.modelfile import modelfile
+from laserlm.export.record import CARD, RECORD, file_hashes
 from laserlm.models.adapter import LOCAL
 from laserlm.models.language_model import LanguageModel
 from laserlm.paths import atomic_folder
