@@ -34,7 +34,8 @@ from laserlm.searching import SearchConfig
 from laserlm.searching.cluster import on_ray
 from laserlm.searching.driver import VALIDATION, encode_splits
 from laserlm.searching.executors import LocalExecutor
-from laserlm.searching.plan import Plan, measure_cost, plan
+from laserlm.searching.measured_cost import measure_cost
+from laserlm.searching.plan import Plan, plan
 from laserlm.searching.schedule import Schedule
 from laserlm.searching.scorer import PrefixScorer
 from laserlm.searching.simulation import CostModel

@@ -17,8 +17,10 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.forward import run_rows
 from laserlm.searching import SearchConfig, SearchProgress, search
 from laserlm.searching.driver import VALIDATION, encode_splits
-from laserlm.searching.plan import Plan, decomposition_flop, measure_cost, plan
+from laserlm.searching.measured_cost import measure_cost
+from laserlm.searching.plan import Plan, decomposition_flop, plan
 from laserlm.searching.simulation import CostModel, simulate
+from laserlm.searching.strategies import screen_size
 from laserlm.searching.work import SCREEN_PASSES, ScoreTask
 from laserlm.tasks import Task
 
@@ -39,11 +41,12 @@ def test_an_exhaustive_search_takes_what_was_planned(llama: LanguageModel, task:
     share = 1 - best.layers.first / 3  # type: ignore[operator]
     done = [s.done for s in steps if s.stage != "harm"][-1]
     assert done == pytest.approx(estimate.passes - of(estimate, "best on test") + share * len(task.test))
-    assert result.boundary_bytes <= estimate.activations
-    assert result.decomposition_bytes <= estimate.decompositions
-    assert estimate.weights == sum(p.numel() * p.element_size() for p in llama.model.parameters())
+    assert list(estimate.phases) == ["scoring"]
+    assert result.boundary_bytes <= estimate.memory.activations
+    assert result.decomposition_bytes <= estimate.memory.decompositions
+    assert estimate.memory.weights == sum(p.numel() * p.element_size() for p in llama.model.parameters())
     bound = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID, memory=4000))
-    assert bound.activations <= 4000
+    assert bound.memory.activations <= 4000
     assert bound.n_items > estimate.n_items
     assert bound.passes == pytest.approx(estimate.passes)
 
@@ -70,17 +73,22 @@ def test_what_is_there_at_the_same_time_is_added_up(llama: LanguageModel, task: 
     without = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID))
     estimate = plan(llama, task, SearchConfig(grid=GRID))
     # Every block's input and the last one's output, of the screened questions.
-    rows = encode_splits(llama, task, SearchConfig())[VALIDATION].sequences
-    boundaries = 4 * 32 * 4 * sum(sorted(len(row.ids) for row in rows)[-len(task.validation) // 2 :])
-    assert estimate.activations >= boundaries
-    assert estimate.memory == estimate.weights + estimate.activations + estimate.decompositions + estimate.peak
+    encoded, n = encode_splits(llama, task, SearchConfig())[VALIDATION], len(task.validation)
+    _, rows = encoded.part(range(n - screen_size(n, SearchConfig()), n))
+    assert estimate.phases["gradient"].activations == 4 * 32 * 4 * sum(len(row.ids) for row in rows)
+    memory = estimate.as_dict()["memory"]
+    assert memory["all"] == sum(memory[name] for name in ("weights", "boundary", "decompositions", "moment"))
+    assert memory["all"] == max(estimate.as_dict()["memory_of_phases"].values())
     assert estimate.disk == without.disk == sum(4 * min(m.shape) ** 2 for m in estimate.matrices)
     assert estimate.as_dict()["disk"] == estimate.disk
     little = plan(llama, task, SearchConfig(grid=GRID, memory=2 * 4 * 32 * 4 * max(len(row.ids) for row in rows)))
-    assert little.activations < estimate.activations
+    assert little.phases["gradient"].activations < estimate.phases["gradient"].activations
     # A pass with its gradient needs more than one without, in batches of one size.
-    few = SearchConfig(grid=GRID, batch_size=2)
-    assert plan(llama, task, few).peak > plan(llama, task, replace(few, strategy="exhaustive")).peak
+    few = SearchConfig(grid=GRID, batch_size=2, guards=())
+    scoring = plan(llama, task, replace(few, strategy="exhaustive")).memory
+    assert plan(llama, task, few).phases["gradient"].work > scoring.work
+    # The passages of a text guard are longer than the questions.
+    assert plan(llama, task, replace(few, guards=("self",))).phases["scoring"].work > scoring.work
 
 
 def test_a_disk_without_room_for_the_decompositions_is_told(

@@ -38,7 +38,8 @@ def print_dry_run(
     """
     import torch
 
-    from laserlm.searching.plan import measure_cost, plan
+    from laserlm.searching.measured_cost import measure_cost
+    from laserlm.searching.plan import plan
 
     planned = plan(lm, task, config)
     print_stderr("timing one work item on this machine")
@@ -87,6 +88,8 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
         f"of one machine share on CPUs;\ncached activations {gib['boundary']:.2f}, decompositions "
         f"{gib['decompositions']:.2f}, at the peak {gib['moment']:.2f})."
     )
+    phases = ", ".join(f"{name} {phase.total / 2**30:.2f} GiB" for name, phase in planned.phases.items())
+    print(f"Peak of each phase: {phases}.")
     print(f"Decompositions take up to {planned.disk / 2**30:.2f} GiB of the cache folder.")
     stages = Table("stage", "items", "passes", "time here", title="What is done", title_justify="left")
     for name, (items, passes, seconds) in _by_name(planned, alone).items():

@@ -28,15 +28,15 @@ def contributions_of_examples(
     Raises:
         WeightError: if a gradient is not finite at any of them.
     """
-    of_rows, found = torch.tensor(examples), dict[str, Tensor]()
+    of_rows, totals = torch.tensor(examples), dict[str, Tensor]()
     for scale in scales:
-        found = {}
+        totals = {}
         for chunk, reduced in gradients.chunks(range(len(examples)), lambda _, sums: sums.cpu(), scale=scale):
             for name, of_chunk in reduced.items():
-                total = found.setdefault(name, torch.zeros(n, of_chunk.shape[1], dtype=of_chunk.dtype))
+                total = totals.setdefault(name, torch.zeros(n, of_chunk.shape[1], dtype=of_chunk.dtype))
                 total.index_add_(0, of_rows[chunk], of_chunk)
-        if all(bool(total.isfinite().all()) for total in found.values()):
-            return found
-    wrong = next(name for name, total in found.items() if not bool(total.isfinite().all()))
+        if all(bool(total.isfinite().all()) for total in totals.values()):
+            return totals
+    wrong = next(name for name, total in totals.items() if not bool(total.isfinite().all()))
     lm = gradients.lm
     raise WeightError(f"the gradient of {wrong} is not finite: {overflow(lm.model, lm.dtype)}")

@@ -31,7 +31,7 @@ CHUNKS_PER_WORKER = 4
 
 @dataclass
 class ScoreLedger:
-    """Scores of interventions on the first examples of a split; what is there is not computed again.
+    """Scores of interventions on the first examples of a split; no score is computed twice.
 
     Args:
         lm: the unchanged model; the executor runs it.
@@ -46,7 +46,7 @@ class ScoreLedger:
     Attributes:
         scores: by canonical text of the intervention, over as many examples as it was scored on.
         failed: why scoring stopped, by intervention. Its earlier scores remain in ``scores``.
-        cost: forward passes made, in passes of one example through the full model.
+        cost: work so far, in passes of one example through the full model.
         scored: examples scored, counted for each intervention.
     """
 
@@ -99,7 +99,7 @@ class ScoreLedger:
         """Score each on the first ``stop`` examples, unless it is scored there; ``failed`` has those that cannot be.
 
         Args:
-            interventions: what is scored.
+            interventions: to score.
             stop: number of examples.
             next_stop: number of examples that some of them will be scored on next.
             promising: returns these, the likeliest first.
@@ -124,7 +124,7 @@ class ScoreLedger:
                     f"the unchanged model could not be scored on {self.split.name}: {result.reason}; {NEXT_STEP}"
                 )
             self._unsaved[str(task.intervention), task.start] = task, result
-            # Scores are saved in the order of the examples; those of later examples wait for the earlier ones.
+            # Scores are saved in the order of the examples, so scores of later examples wait for earlier ones.
             while (key := (str(task.intervention), self.n(task.intervention))) in self._unsaved:
                 self._save(*self._unsaved.pop(key))
         if "" in self.failed:

@@ -1,36 +1,32 @@
-"""What a search will take, before it begins: its work items, operations, memory and time."""
+"""What a search will take, before it begins: its work items, operations and time; ``memory_plan`` adds up the memory."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-import statistics
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from laserlm.edit import resolve
-from laserlm.errors import ScoringError
-from laserlm.linalg.decomposition import as_float_matrix, basis_of
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix, read_matrix
+from laserlm.models.matrices import Matrix
 from laserlm.reductions import Intervention
-from laserlm.scoring.forward import MAX_SCORED_POSITIONS
 from laserlm.scoring.scorers import GENERATING
+from laserlm.scoring.tokenize import TokenSequence, max_length
 from laserlm.searching.candidates import Candidate, expand
-from laserlm.searching.components import MOST_QUESTIONS, PARTS
+from laserlm.searching.components import DERIVATIVE_BYTES, MOST_QUESTIONS, PARTS, STEP_COMPONENTS, separate_matrices
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
-from laserlm.searching.guard import has_guard
+from laserlm.searching.guard import OWN_TEXT, PASSAGE_TOKENS, PASSAGES, has_guard, is_text
 from laserlm.searching.ledger import cut, max_sequences
+from laserlm.searching.memory_plan import MemoryPlanner, PhaseMemory
 from laserlm.searching.race import rung_sizes
-from laserlm.searching.scorer import EncodedSplit, Failure, PrefixScorer, first_changed_block
+from laserlm.searching.scorer import EncodedSplit, first_changed_block
 from laserlm.searching.simulation import CostModel, Simulation, simulate
 from laserlm.searching.strategies import screen_size
 from laserlm.searching.work import (
@@ -42,10 +38,9 @@ from laserlm.searching.work import (
     contribution_tasks,
     screen_tasks,
 )
-from laserlm.store import Store
 from laserlm.tasks import Task
 
-__all__ = ["Plan", "Stage", "measure_cost", "plan"]
+__all__ = ["Plan", "Stage", "decomposition_flop", "plan"]
 
 log = logging.getLogger(__name__)
 BASE = Intervention()
@@ -54,8 +49,6 @@ EIGENSOLVER_CUBES = 9
 Matrix Computations, 4th edition, section 8.3.3)."""
 RUNG, SCREEN, GRADIENT = "rung to example", "screen", "gradient"
 GRADIENTS = (SCREEN, GRADIENT)
-MAX_TIMED_FLOP = 1e12
-"""Floating-point operations of a decomposition that is not worth timing four times."""
 NEIGHBOURS = 2
 """Neighbours of the leader in rank that are added to a race after each rung."""
 
@@ -74,7 +67,7 @@ class Stage:
 
     @property
     def passes(self) -> float:
-        """Passes of one example through the whole model."""
+        """Passes of one example through the full model."""
         return sum(item.cost for item in self.items)
 
 
@@ -91,11 +84,8 @@ class Plan:
             and a choice of components ends when a step gains nothing.
         generates: whether the model also generates text for each finalist, which is not counted.
         pass_flop: floating-point operations of a pass of one example, on average.
-        screen_flop: those of the sums of the screen, without its passes.
-        weights: bytes of the model.
-        activations: bytes of cached activations, or of what the screen holds between blocks, whichever is more.
-        decompositions: bytes of decompositions that are held.
-        peak: bytes that a pass, one with its gradient, or a decomposition needs beside these, whichever takes most, about.
+        screen_flop: floating-point operations of the sums of the screen, without its passes.
+        phases: memory of the ``gradient`` (of the screen, or of a choice of components) and of ``scoring``.
         disk: bytes of the cache folder that the decompositions take.
     """
 
@@ -107,10 +97,7 @@ class Plan:
     generates: bool
     pass_flop: float
     screen_flop: float
-    weights: int
-    activations: int
-    decompositions: int
-    peak: int
+    phases: Mapping[str, PhaseMemory]
     disk: int
 
     @cached_property
@@ -125,7 +112,7 @@ class Plan:
 
     @property
     def passes(self) -> float:
-        """Passes of one example through the whole model."""
+        """Passes of one example through the full model."""
         return sum(stage.passes for stage in self.stages)
 
     @property
@@ -139,9 +126,9 @@ class Plan:
         return self.passes * self.pass_flop + self.screen_flop + self.decomposition_flop
 
     @property
-    def memory(self) -> int:
-        """Bytes that a worker needs, without what PyTorch itself takes."""
-        return self.weights + self.activations + self.decompositions + self.peak
+    def memory(self) -> PhaseMemory:
+        """The memory that a worker needs: that of the phase that takes most."""
+        return max(self.phases.values(), key=lambda phase: phase.total)
 
     @cached_property
     def of_matrix(self) -> dict[str, float]:
@@ -187,12 +174,13 @@ class Plan:
                 "all": self.flop,
             },
             "memory": {
-                "weights": self.weights,
-                "boundary": self.activations,
-                "decompositions": self.decompositions,
-                "moment": self.peak,
-                "all": self.memory,
+                "weights": self.memory.weights,
+                "boundary": self.memory.activations,
+                "decompositions": self.memory.decompositions,
+                "moment": self.memory.work,
+                "all": self.memory.total,
             },
+            "memory_of_phases": {name: phase.total for name, phase in self.phases.items()},
             "disk": self.disk,
         }
 
@@ -218,13 +206,7 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
     matrices = tuple(dict.fromkeys(c.matrix for c in candidates))
     sequences = splits[VALIDATION].sequences
     tokens = sum(len(s.ids) + len(s.decoder) for s in sequences) / len(task.validation)
-    takes_gradients = config.screens or config.strategy == "components"
     gradients = sum(stage.name in GRADIENTS for stage in builder.stages(1))
-    held = [4 * min(m.shape) * sum(m.shape) for m in matrices]
-    of_block: dict[tuple[str, int], int] = {}
-    for m, size in zip(matrices, held, strict=True):
-        of_block[m.stack, m.layer] = of_block.get((m.stack, m.layer), 0) + size
-    boundaries, backward = builder.screen_bytes() if takes_gradients else (0, 0)
     disk = sum((8 if lm.dtype == torch.float64 else 4) * min(m.shape) ** 2 for m in matrices)
     _warn_of_full_disk(lm.cache, disk)
     return Plan(
@@ -236,72 +218,8 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
         generates=config.scorer in GENERATING,
         pass_flop=_pass_flop(lm, splits[VALIDATION]),
         screen_flop=sum(2 * gradients * builder.screen_size * tokens * min(m.shape) * sum(m.shape) for m in matrices),
-        weights=sum({p.data_ptr() or id(p): p.numel() * p.element_size() for p in lm.model.parameters()}.values()),
-        activations=max(
-            boundaries + builder.derivative_bytes(), *(builder.activation_bytes(name) for name in (VALIDATION, TEST))
-        ),
-        # The screen holds all of a block, whatever the bound.
-        decompositions=int(max(min(config.memory / 2, sum(held)), max(of_block.values()) if takes_gradients else max(held))),
-        peak=max(
-            _pass_bytes(lm, splits, config.batch_size),
-            # In float64: the matrix, its Gram matrix and what the eigensolver takes.
-            max(8 * (m.shape[0] * m.shape[1] + 3 * min(m.shape) ** 2) for m in matrices),
-            backward,
-        ),
+        phases=builder.phases(),
         disk=disk,
-    )
-
-
-def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchConfig) -> CostModel:
-    """Time work items at the bottom and at the top of the model, a decomposition, and a recording, on this machine.
-
-    Args:
-        lm: the unchanged model.
-        planned: what ``plan`` returned.
-        task: as for ``plan``.
-        config: as for ``plan``.
-
-    Raises:
-        ScoringError: if the items cannot be scored.
-    """
-    config = config.for_task(task, has_guard=has_guard(lm, config.guards), kind=lm.kind)
-    encoded = encode_splits(lm, task, config)[VALIDATION]
-    scorer = PrefixScorer(lm, {VALIDATION: encoded}, batch_size=config.batch_size, memory=config.memory)
-    by_size = sorted(planned.matrices, key=decomposition_flop)
-    middle = next((m for m in by_size[len(by_size) // 2 :] if decomposition_flop(m) < MAX_TIMED_FLOP), by_size[0])
-    weight = as_float_matrix(read_matrix(lm.model, middle))
-    n = min(len(task.validation), 4 * config.batch_size)
-    top = max((i for stage in planned.stages for i in stage.items if isinstance(i, ScoreTask)), key=lambda item: -item.share)
-    full, high = (ScoreTask(VALIDATION, 0, n, i) for i in (BASE, top.intervention))
-    times: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder) / "runs.db") as store:
-        settings = {"model": lm.name, "task": task.name}
-        with store.run(kind="search", key="measure", settings=settings, provenance={}) as run:
-            scores = full.execute(scorer)
-            for result in (scores, high.execute(scorer)):
-                if isinstance(result, Failure):
-                    raise ScoringError(
-                        f"no work item could be timed: {result.reason}; leave what cannot be scored out of the grid"
-                    )
-            assert not isinstance(scores, Failure)
-            for turn in range(4):
-                answer = replace(scores, intervention=str(turn))
-                seconds = {
-                    "full": _timed(lambda: full.execute(scorer)),
-                    "high": _timed(lambda: high.execute(scorer)),
-                    "decompose": _timed(lambda: float(basis_of(weight)[0, 0])),  # the value, so that a GPU has done it
-                    "record": _timed(partial(run.record, answer, encoded.split.examples[:n])),
-                }
-                for name, value in seconds.items():
-                    times.setdefault(name, []).append(value)
-    # The first time is different: decompositions, activations and examples are new then.
-    usual = {name: statistics.median(values[1:]) for name, values in times.items()}
-    per_pass = max(0.0, usual["full"] - usual["high"]) / (1 - top.share) / n if top.share < 1 else usual["full"] / n
-    return CostModel(
-        work=per_pass,
-        example=max(0.0, usual["full"] / n - per_pass),
-        decompose=usual["decompose"] / decomposition_flop(middle),
-        answer=usual["record"] / n,
     )
 
 
@@ -317,12 +235,6 @@ def _warn_of_full_disk(cache: Path, needed: int) -> None:
             cache,
             free / 2**30,
         )
-
-
-def _timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -394,6 +306,40 @@ class _PlanBuilder:
         ordered = sorted(shares, key=lambda i: -shares[i])
         return Stage(name, tuple(ScoreTask(split, a, b, i, shares[i]) for a, b in chunks for i in ordered))
 
+    def phases(self) -> dict[str, PhaseMemory]:
+        """Return the memory of each phase."""
+        config, encoded = self.config, self.splits[VALIDATION]
+        matrices = separate_matrices(self.candidates)
+        planner = MemoryPlanner(self.lm, matrices, config.memory, config.batch_size)
+        passages, phases, derivatives = self._guard_rows(), dict[str, PhaseMemory](), 0
+        if config.strategy == "components":
+            n_components = sum(m.max_rank for m in matrices)
+            n = max(1, min(self.screen_size, int(config.memory / DERIVATIVE_BYTES / n_components)))
+            derivatives = 4 * n * n_components
+            gradients = [planner.gradient(encoded.part(range(n))[1], config.memory / 4, results=n)]
+            gradients += [planner.gradient(passages, config.memory / 4, results=1)] if passages else []
+            phases["gradient"] = max(gradients, key=lambda phase: phase.total)
+        elif config.screens:
+            _, rows = encoded.part(range(len(encoded.split) - self.screen_size, len(encoded.split)))
+            phases["gradient"] = planner.gradient(rows, config.memory / 2)
+        scored: list[Sequence[TokenSequence]] = [passages] if passages else []
+        scored += [encoded.sequences for name, encoded in self.splits.items() if name != FINALISTS]
+        phases["scoring"] = planner.scoring(
+            [sorted(rows, key=lambda s: -len(s.ids) - len(s.decoder))[: config.batch_size] for rows in scored],
+            derivatives + max(self.activation_bytes(name) for name in (VALIDATION, TEST)),
+            n_edited=min(len(matrices), STEP_COMPONENTS) if config.strategy == "components" else 1,
+            is_decomposed=bool(phases),
+        )
+        return phases
+
+    def _guard_rows(self) -> list[TokenSequence]:
+        """Return rows of the size of a text guard's passages; none where no text is a guard."""
+        guards = (OWN_TEXT,) if self.config.guards is None else self.config.guards
+        if not has_guard(self.lm, self.config.guards) or not any(isinstance(g, str) and is_text(g) for g in guards):
+            return []
+        ids = (0,) * min(PASSAGE_TOKENS, max_length(self.lm) - 1)
+        return [TokenSequence(i, ids, ids, tuple(range(len(ids)))) for i in range(PASSAGES)]
+
     def activation_bytes(self, split: str) -> int:
         """Return the bytes of cached activations: for every block that the cache has been at, as long as there is room."""
         encoded, memory = self.splits[split], self.config.memory / 2
@@ -402,26 +348,6 @@ class _PlanBuilder:
             sequences = [s for s in encoded.sequences if start <= s.example < stop]
             tokens += len(sequences) * (max(len(s.ids) for s in sequences) + max(len(s.decoder) for s in sequences))
         return int(min(memory, max(2, len(self.blocks)) * tokens * self.lm.width * self.lm.dtype.itemsize))
-
-    def derivative_bytes(self) -> int:
-        """Return the bytes of the derivatives by all components, of which a quarter of the memory has room."""
-        if self.config.strategy != "components":
-            return 0
-        K = sum(m.max_rank for m in dict.fromkeys(c.matrix for c in self.candidates))
-        return int(min(self.config.memory / 4, 4 * self.screen_size * K))
-
-    def screen_bytes(self) -> tuple[int, int]:
-        """Return the bytes of what the screen holds between blocks, and of a block's pass with its gradient."""
-        encoded, lm = self.splits[VALIDATION], self.lm
-        _, sequences = encoded.part(range(len(encoded.split) - self.screen_size, len(encoded.split)))
-        tokens = sorted((len(s.ids) + len(s.decoder) for s in sequences), reverse=True)
-        of_token = (len(self.blocks) + 1) * lm.width * lm.dtype.itemsize
-        boundaries = min(max(self.config.memory / 2, of_token * tokens[0]), of_token * sum(tokens))
-        rows = max(1, min(self.config.batch_size, int(boundaries / of_token / tokens[0])))
-        # Inputs, gradients of outputs, and their products with both factors, in float32.
-        sums = 4 * rows * tokens[0] * max(sum(m.shape) + 2 * min(m.shape) for m in self.lm.matrices)
-        # What passes a block stays for its gradient, which is as large.
-        return int(boundaries), 2 * _pass_bytes(lm, self.splits, rows) + sums
 
 
 def decomposition_flop(matrix: Matrix) -> float:
@@ -454,16 +380,3 @@ def _pass_flop(lm: LanguageModel, encoded: EncodedSplit) -> float:
             flop += weights * tokens + 4 * blocks[stack] * lm.width * tokens**2
         flop += head * len(sequence.positions)
     return flop / len(encoded.split)
-
-
-def _pass_bytes(lm: LanguageModel, splits: Mapping[str, EncodedSplit], batch_size: int) -> int:
-    """Return the bytes of one pass, about: what a block holds of its longest batch, and the logits at the scored positions."""
-    sequences = [s for name, encoded in splits.items() if name != FINALISTS for s in encoded.sequences]
-    longest = sorted((len(s.ids) + len(s.decoder) for s in sequences), reverse=True)[:batch_size]
-    widest = max(max(m.shape) for m in lm.matrices if m.part_of is None)
-    heads = int(getattr(lm.model.config, "num_attention_heads", 1) or 1)
-    hidden = len(longest) * longest[0] * (4 * lm.width + 3 * widest) + len(longest) * heads * longest[0] ** 2
-    most = max(len(s.positions) for s in sequences)
-    positions = most * max(1, min(batch_size, MAX_SCORED_POSITIONS // most))
-    logits = 2 * positions * int(getattr(lm.model.config, "vocab_size", 0) or 0) * 4
-    return int(hidden * lm.dtype.itemsize + logits)

@@ -32,12 +32,12 @@ def sort_key(e: Evaluation, metric: Metric) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """Where a search stands, for a progress display.
+    """The progress of a search, for a display.
 
     Args:
         stage: what is being done, such as ``rung 2 of 5``.
         alive: what is scored in this stage, the unchanged model counted where it is.
-        done: work done in this call, in passes of one example through the whole model.
+        done: work done in this call, in passes of one example through the full model.
         total: work expected; less may turn out to be needed.
         scored: examples scored in this call, counted for each candidate.
         best: the best so far, the unchanged model included, on the examples scored so far; None before the first.
@@ -58,7 +58,7 @@ class RungReport:
     """One rung of a race.
 
     Args:
-        examples: number of examples that all candidates in it were scored on, those of earlier rungs included.
+        examples: number of examples that all candidates in it were scored on, earlier rungs included.
         entered: candidates in it, the unchanged model not counted.
         eliminated: candidates dropped because the leader is significantly better.
         pruned: candidates dropped because others looked better, without proof.
@@ -79,7 +79,7 @@ class RungReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RungReport:
-        """Return what ``asdict`` was made of, now or in version 0.1.0."""
+        """Read what ``asdict`` returned, now or in version 0.1.0."""
         return cls(**_known(cls, {_RUNG_KEYS_OF_0_1_0.get(key, key): value for key, value in values.items()}))
 
 
@@ -121,10 +121,12 @@ class ScreenReport:
     def warnings(self) -> list[str]:
         """Return in sentences what the screen left out."""
         reasons = "; ".join(f"{reason} ({n})" for reason, n in self.reasons.items())
-        found = [f"{self.unranked} candidates could not be ranked: {reasons}."] if self.unranked else []
+        sentences = [f"{self.unranked} candidates could not be ranked: {reasons}."] if self.unranked else []
         if self.left_out:
-            found.append(f"Up to {self.left_out} of the {self.examples} questions had no part in the ranks of some candidates.")
-        return found
+            sentences.append(
+                f"Up to {self.left_out} of the {self.examples} questions had no part in the ranks of some candidates."
+            )
+        return sentences
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,13 @@ class Point:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Point:
-        """Return what ``as_dict`` was made of."""
+        """Read what ``as_dict`` returned."""
         return cls(values["intervention"], _comparison(values["comparison"]), tuple(map(Harm.from_dict, values["harms"])))
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Args:
         run: id of the run in the store.
@@ -236,9 +238,9 @@ class SearchResult:
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
     harms: tuple[Harm, ...] = ()
     points: tuple[Point, ...] = ()
+    phases: dict[str, float] = field(default_factory=dict, compare=False)
     done_earlier: bool = field(default=False, compare=False)
 
-    phases: dict[str, float] = field(default_factory=dict, compare=False)
     @property
     def pareto(self) -> list[Point]:
         """The points that no other one dominates, by rising harm."""
@@ -273,18 +275,18 @@ class SearchResult:
         low, high = self.test.interval
         if not self.best:
             return [self._why_unchanged()]
-        found = []
+        sentences = []
         if not of_text and low > 0:
-            found.append("The gain in accuracy holds on questions that had no part in the choice.")
+            sentences.append("The gain in accuracy holds on questions that had no part in the choice.")
         elif not of_text and high < 0:
-            found.append("The choice does not hold: it loses on the held-out questions.")
+            sentences.append("The choice does not hold: it loses on the held-out questions.")
         elif not of_text:
-            found.append("The held-out questions show no clear change of accuracy: the interval of the gain includes zero.")
+            sentences.append("The held-out questions show no clear change of accuracy: the interval of the gain includes zero.")
         if self.test.loss_interval.high < 0:
-            found.append("Their loss falls: the interval of its change lies below zero.")
+            sentences.append("Their loss falls: the interval of its change lies below zero.")
         elif self.test.loss_interval.low > 0:
-            found.append("Their loss rises: the interval of its change lies above zero.")
-        return found
+            sentences.append("Their loss rises: the interval of its change lies above zero.")
+        return sentences
 
     def _why_unchanged(self) -> str:
         if not self.scored and not self.complete:
@@ -313,9 +315,9 @@ class SearchResult:
             "scored": self.scored,
             "failed": self.failed,
             "seconds": self.seconds,
+            "phases": self.phases,
             "complete": self.complete,
             "boundary_bytes": self.boundary_bytes,
-            "phases": self.phases,
             "decomposition_bytes": self.decomposition_bytes,
             "validation": _as_best(self.validation),
             "test": _as_best(self.test),
@@ -331,7 +333,7 @@ class SearchResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SearchResult:
-        """Return what ``as_dict`` was made of, without what only a later version of laserlm knows."""
+        """Read what ``as_dict`` returned, and ignore fields that only a later version of laserlm knows."""
         return cls(
             **_known(cls, values)
             | {

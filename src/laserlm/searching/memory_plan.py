@@ -1,0 +1,181 @@
+"""How many bytes each phase of a search takes at its peak, from shapes and tokens; the model is not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from laserlm.models.language_model import LanguageModel
+from laserlm.models.matrices import Matrix
+from laserlm.scoring.forward import MAX_SCORED_POSITIONS
+from laserlm.scoring.output_layer import CHUNK_BYTES, HALF
+from laserlm.scoring.tokenize import TokenSequence
+
+__all__ = ["MemoryPlanner", "PhaseMemory", "decomposed_bytes", "decomposing_bytes"]
+
+LOGITS = 4
+"""Copies of a batch's logits (N, V) in a pass without its gradient, measured: the logits, and steps of their normalisation."""
+LOGITS_WITH_GRADIENT = 5
+"""Copies of them in a pass with its gradient: the logits, their gradient so far, and three intermediate results."""
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Bytes of a phase at its peak, without the memory of Python and its libraries.
+
+    Args:
+        weights: of the model.
+        activations: cached activations or inputs of blocks, and derivatives by components.
+        decompositions: in memory.
+        work: of a pass, of a decomposition, or of edited weights, whichever takes most at that time.
+    """
+
+    weights: int
+    activations: int = 0
+    decompositions: int = 0
+    work: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.weights + self.activations + self.decompositions + self.work
+
+
+def decomposed_bytes(matrix: Matrix) -> int:
+    """Return the bytes of both factors of a matrix in float32."""
+    return 4 * min(matrix.shape) * sum(matrix.shape)
+
+
+def decomposing_bytes(matrix: Matrix, dtype: torch.dtype) -> int:
+    """Return the bytes that a decomposition takes at its peak, next to the weight.
+
+    They are a copy of a half-precision weight in float32, the weight in float64, and LAPACK's eigensolver (syevd): the Gram
+    matrix, the eigenvectors, and twice as much to work in, all in float64.
+    """
+    small, large = sorted(matrix.shape)
+    copy = 4 * small * large if dtype in HALF else 0
+    return copy + 8 * small * large + 4 * 8 * small**2
+
+
+@dataclass(frozen=True)
+class MemoryPlanner:
+    """Adds up the bytes of each phase of a search.
+
+    Args:
+        lm: the model; its weights may be on the meta device.
+        matrices: of the candidates.
+        memory: bytes for cached activations and decompositions together.
+        batch_size: sequences in one pass.
+    """
+
+    lm: LanguageModel
+    matrices: Sequence[Matrix]
+    memory: float
+    batch_size: int
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of the model; tied parameters count once."""
+        return sum({p.data_ptr() or id(p): p.nbytes for p in self.lm.model.parameters()}.values())
+
+    @cached_property
+    def n_blocks(self) -> int:
+        """Number of blocks, of all stacks."""
+        return len({(m.stack, m.layer) for m in self.lm.matrices})
+
+    def gradient(self, rows: Sequence[TokenSequence], memory: float, *, results: int = 0) -> PhaseMemory:
+        """Return the memory of a gradient that is taken block by block.
+
+        Args:
+            rows: the rows of the loss.
+            memory: bytes for what goes into the blocks.
+            results: examples whose derivatives by all components are returned; 0 for a screen, which keeps none.
+        """
+        ordered = sorted(rows, key=_tokens, reverse=True)
+        of_token = (self.n_blocks + 1) * self.lm.width * self.lm.dtype.itemsize
+        limit = max(memory, of_token * _tokens(ordered[0]))
+        boundaries = int(min(limit, of_token * sum(map(_tokens, ordered))))
+        in_chunk = max(1, min(len(ordered), int(limit / of_token / _tokens(ordered[0]))))
+        batch = ordered[: min(self.batch_size, in_chunk)]
+        n_components = sum(m.max_rank for m in self.matrices)
+        returned, of_chunk = (4 * n * n_components if results else 0 for n in (results, in_chunk))
+        before = returned if in_chunk < len(ordered) else 0  # of earlier chunks
+        held, block = self._held, max(self._block_bytes)
+        phases = [
+            # The pass from the first block to the logits, and the gradient of the logits.
+            PhaseMemory(self.weights, boundaries + before, 0, self._pass(batch) + self._logits(batch, LOGITS_WITH_GRADIENT)),
+            # A decomposition, while the other matrices of its block are held already.
+            *(
+                PhaseMemory(
+                    self.weights,
+                    boundaries + before + of_chunk,
+                    max(held, block) - decomposed_bytes(m),
+                    decomposing_bytes(m, self.lm.dtype),
+                )
+                for m in self.matrices
+            ),
+            # The last block to be done, with its activations and their gradients.
+            PhaseMemory(
+                self.weights, boundaries + before + of_chunk, max(held, block), 2 * self._pass(batch) + self._sums(batch)
+            ),
+            # The derivatives of a chunk are added to the sums over all chunks.
+            PhaseMemory(self.weights, returned + of_chunk, max(held, block)),
+        ]
+        return max(phases, key=lambda phase: phase.total)
+
+    def scoring(
+        self, batches: Iterable[Sequence[TokenSequence]], activations: int, *, n_edited: int, is_decomposed: bool
+    ) -> PhaseMemory:
+        """Return the memory of scoring interventions.
+
+        Args:
+            batches: the batches with most tokens.
+            activations: bytes of cached activations, and of derivatives that are kept meanwhile.
+            n_edited: most matrices that an intervention changes.
+            is_decomposed: whether the decompositions are on the disk already.
+        """
+        sizes = sorted((m.shape[0] * m.shape[1] for m in self.matrices), reverse=True)
+        edited = sum(sizes[:n_edited]) * self.lm.dtype.itemsize
+        passes = max(self._pass(batch) + self._logits(batch, LOGITS) for batch in batches)
+        new = max(4 * sizes[0], 0 if is_decomposed else max(decomposing_bytes(m, self.lm.dtype) for m in self.matrices))
+        return PhaseMemory(self.weights, activations, self._held, edited + max(passes, new))
+
+    @cached_property
+    def _held(self) -> int:
+        """Bytes of the decompositions that the cache holds: half of the memory, and at least one matrix."""
+        sizes = [decomposed_bytes(m) for m in self.matrices]
+        return int(max(min(self.memory / 2, sum(sizes)), max(sizes)))
+
+    @cached_property
+    def _block_bytes(self) -> list[int]:
+        """Bytes of the decompositions of each block, which a gradient holds together."""
+        of_block: dict[tuple[str, int], int] = {}
+        for m in self.matrices:
+            of_block[m.stack, m.layer] = of_block.get((m.stack, m.layer), 0) + decomposed_bytes(m)
+        return list(of_block.values())
+
+    def _pass(self, batch: Sequence[TokenSequence]) -> int:
+        """Return the bytes of what a block holds of a batch, about."""
+        longest = max(map(_tokens, batch))
+        widest = max(max(m.shape) for m in self.lm.matrices if m.part_of is None)
+        heads = int(getattr(self.lm.model.config, "num_attention_heads", 1) or 1)
+        values = len(batch) * longest * (4 * self.lm.width + 3 * widest) + len(batch) * heads * longest**2
+        return values * self.lm.dtype.itemsize
+
+    def _logits(self, batch: Sequence[TokenSequence], copies: int) -> int:
+        """Return the bytes of logits in float32 at the scored positions, and of the part of the output layer in float32."""
+        most = max(len(row.positions) for row in batch)
+        positions = most * max(1, min(len(batch), MAX_SCORED_POSITIONS // most))
+        part = CHUNK_BYTES if self.lm.dtype in HALF else 0
+        return copies * positions * int(getattr(self.lm.model.config, "vocab_size", 0) or 0) * 4 + part
+
+    def _sums(self, batch: Sequence[TokenSequence]) -> int:
+        """Return the bytes of a matrix's inputs, gradients of outputs, and their products with both factors, in float32."""
+        return 4 * len(batch) * max(map(_tokens, batch)) * max(sum(m.shape) + 2 * min(m.shape) for m in self.matrices)
+
+
+def _tokens(row: TokenSequence) -> int:
+    return len(row.ids) + len(row.decoder)

@@ -1,0 +1,64 @@
+"""The planned memory of decompositions, against the bytes of the tensors that are alive at once."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from laserlm.edit import DecompositionCache
+from laserlm.models.matrices import Matrix
+from laserlm.searching.memory_plan import decomposed_bytes, decomposing_bytes
+
+WIDTH, INNER = 192, 512
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, while they are alive, and of LAPACK's eigensolver.
+
+    Attributes:
+        most: largest number of bytes that were alive at once, those of tensors that were there before included.
+    """
+
+    def __init__(self, *present: Tensor) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._alive: set[int] = set()
+        for tensor in present:
+            self._note(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._linalg_eigh.default:  # syevd: vectors in a copy of the matrix, and twice as much to work in
+            self.most = max(self.most, self.now + 3 * args[0].nbytes)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("shape", [(INNER, WIDTH), (WIDTH, INNER), (WIDTH, WIDTH)])
+def test_a_decomposition_takes_what_is_planned(shape: tuple[int, int]) -> None:
+    matrix, weight = Matrix("", 0, "fc_in", "", shape), torch.randn(shape)
+    with LiveBytes(weight) as live:
+        kept = DecompositionCache().get(weight)
+    assert kept.bytes == decomposed_bytes(matrix)
+    assert live.most - weight.nbytes == pytest.approx(decomposing_bytes(matrix, weight.dtype), rel=0.1)
