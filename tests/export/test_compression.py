@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from laserlm.errors import ExportError, WeightError
 from laserlm.export import compress, reproduce
-from laserlm.export.compression import fit_ranks, read_calibration_text
+from laserlm.export.calibration_text import read_calibration_text
+from laserlm.export.compression import Allocation, fit_ranks
 from laserlm.export.load_in_subprocess import fingerprint
 from laserlm.export.moments import moments_by_block
 from laserlm.linalg import decompose
@@ -56,7 +57,7 @@ def test_every_family_keeps_its_budget_and_all_of_it_is_the_model_itself(family:
     with torch.no_grad():
         base = lm.model(input_ids=ids).logits
     before = spent(lm)
-    for method in ("plain", "whitened"):
+    for method in ("plain", "two-sided"):
         compression = fit_ranks(lm, rows, method=method)
         assert compression.parameters == sum(m.shape[0] * m.shape[1] for m in compression.matrices)
         for ratio in (0.5, 0.9):
@@ -97,8 +98,11 @@ def test_whitened_decompositions_change_the_outputs_of_every_layer_less(llama: L
         assert errors[1] <= errors[0] * (1 + 1e-4), m.id
 
 
-def test_sensitivity_expects_less_loss_than_uniform_ranks_of_the_same_budget(llama: LanguageModel, file: Path) -> None:
-    compression = fit_ranks(llama, read_calibration_text(llama, file, tokens=1000).calibration)
+@pytest.mark.parametrize("allocation", ["sensitivity", "curvature"])
+def test_allocation_expects_less_loss_than_uniform_ranks_of_the_same_budget(
+    allocation: Allocation, llama: LanguageModel, file: Path
+) -> None:
+    compression = fit_ranks(llama, read_calibration_text(llama, file, tokens=1000).calibration, allocation=allocation)
     even = replace(compression, allocation="uniform").ranks(0.7)
 
     def expected(ranks: dict[str, int | None]) -> float:
@@ -123,7 +127,7 @@ def test_a_compressed_model_is_saved_told_and_made_again(form: str, llama: Langu
     )
     record = json.loads((tmp_path / "out" / "laser.json").read_text())
     assert record["compression"]["perplexity"]["compressed"] == result.perplexity
-    assert "laser compress llama --dtype float32 --ratio 0.6 --method whitened" in record["command"]
+    assert "laser compress llama --dtype float32 --ratio 0.6 --method two-sided" in record["command"]
     assert record["compression"]["text"]["calibrated_on"] == 1000 // 127 * 127
     assert "60% of the parameters" in (tmp_path / "out" / "README.md").read_text()
     assert reproduce(result.saved.folder, llama).agrees

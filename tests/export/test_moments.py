@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from laserlm.errors import ScoringError
+from laserlm.export.gradient_moments import gradient_moments
 from laserlm.export.moments import moments_by_block
 from laserlm.models import LanguageModel
 from laserlm.scoring.records import TokenSequence
@@ -104,3 +105,38 @@ def test_blocks_that_cannot_run_alone_have_the_same_moments(llama: LanguageModel
     result = moments(llama)
     for path, value in expected.items():
         torch.testing.assert_close(result[path], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_moments_of_gradients_are_those_of_the_summed_loss_by_the_outputs_of_each_layer(family: str, make: Make) -> None:
+    lm = make(family)
+    rows = sequences(9, 9, 9)
+    outputs: dict[str, list[Tensor]] = {path: [] for path in linear(lm)}
+    hooks = [
+        lm.model.get_submodule(path).register_forward_hook(
+            lambda _m, _args, output, path=path: (output.retain_grad(), outputs[path].append(output))[1]
+        )
+        for path in outputs
+    ]
+    for row in rows:
+        logits = lm.model(input_ids=torch.tensor([row.ids])).logits[0]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(row.targets), reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    matrices = [m for m in lm.matrices if m.part_of is None]
+    result = gradient_moments(lm, rows, matrices, batch_size=2)
+    for m in matrices:
+        D = torch.cat([y.grad.flatten(0, -2) for y in outputs[m.path.rpartition(".")[0]]]).double()
+        expected = D.T @ D / len(D)
+        torch.testing.assert_close(result[m.id].double(), expected, atol=1e-5 * float(expected.max()), rtol=1e-3)
+
+
+def test_gradients_count_once_where_memory_runs_out(llama: LanguageModel) -> None:
+    rows = sequences(30, 30, 9, 9, 30)
+    expected = gradient_moments(llama, rows, llama.matrices)
+    remove = without_room(llama, 1, 2)
+    result = gradient_moments(llama, rows, llama.matrices)
+    remove()
+    assert result.keys() == expected.keys() == {m.id for m in llama.matrices}
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value, atol=1e-5 * float(value.max()), rtol=1e-3)

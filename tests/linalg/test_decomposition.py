@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laserlm.errors import LaserError, ModelError, WeightError
 from laserlm.linalg import Decomposition, basis_of, decompose, reference_truncation
-from laserlm.linalg.decomposition import whitened
+from laserlm.linalg.decomposition import component_losses, whitened
 from laserlm.reductions import Keep
 
 SEED = 20
@@ -368,6 +368,25 @@ def test_whitened_truncation_has_the_least_error_of_its_outputs(shape: tuple[int
         assert error == pytest.approx(np.linalg.norm(S[rank:]), rel=1e-3)
         plain = np.linalg.norm(Y - (X @ decompose(weight).truncate(rank).T).double().numpy())
         assert error <= plain * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 10), (10, 24)])
+def test_a_decomposition_whitened_on_both_sides_loses_what_its_components_lose(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    X, D = inputs(shape[1]), inputs(shape[0]) * torch.linspace(0.1, 2, shape[0])
+    M, G = X.T @ X / len(X), D.T @ D / len(D)
+    d = whitened(weight, M, G)
+    torch.testing.assert_close(d.truncate(d.max_rank), weight, atol=1e-4, rtol=1e-3)
+
+    def loss(difference: Tensor) -> float:
+        return float((G @ difference @ M @ difference.T).trace() / 2)
+
+    losses = component_losses(d, M, G)
+    for i in (0, 3, 9):
+        assert loss(torch.outer(d.left[:, i], d.right[i])) == pytest.approx(float(losses[i]), rel=1e-2)
+    for rank in (0, 1, 4, 9):
+        assert loss(weight - d.truncate(rank)) == pytest.approx(float(losses[rank:].sum()), rel=2e-2)  # damped
+        assert loss(weight - d.truncate(rank)) <= 1.02 * loss(weight - whitened(weight, M).truncate(rank))
 
 
 def test_whitening_by_inputs_alike_in_all_directions_is_the_plain_decomposition() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,99 +15,32 @@ from transformers.pytorch_utils import Conv1D
 from laserlm.edit.apply import label_as_edited, replaced_parameters
 from laserlm.edit.factors import StoredMatrix, low_rank_layer, reason_not_factorable, replaced_modules
 from laserlm.errors import ExportError
+from laserlm.export.calibration_text import CalibrationText, read_calibration_text
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
-from laserlm.export.decomposition_file import DecompositionFile
+from laserlm.export.gradient_moments import gradient_moments
 from laserlm.export.moments import moments_by_block
+from laserlm.export.tensor_file import DecompositionFile
 from laserlm.linalg.allocation import Spectrum, allocate, uniform
-from laserlm.linalg.decomposition import ALGORITHM, Decomposition, decompose, whitened
+from laserlm.linalg.decomposition import ALGORITHM, Decomposition, component_losses, decompose, whitened
 from laserlm.linalg.pivots import parameters
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, default_matrices, read_matrix
 from laserlm.scoring.evaluate import text_perplexity
-from laserlm.scoring.tokenize import TokenSequence, max_length, start_token
+from laserlm.scoring.records import TokenSequence
 from laserlm.searching.screen import sensitivities
 
 __all__ = [
     "Allocation",
-    "CalibrationText",
     "Compression",
     "CompressionResult",
     "Method",
     "compress",
     "fit_ranks",
-    "read_calibration_text",
 ]
 
-Method = Literal["plain", "whitened"]
-Allocation = Literal["uniform", "sensitivity"]
-PASSAGE_TOKENS = 512
-"""Length of a passage of the calibration text."""
-HELD_OUT_SHARE = 0.2
-"""Share of the calibration text, at its end, that is held out to measure perplexity."""
-HELD_OUT_CHARACTERS = 65_536
-"""Maximum length of the held-out text; about 16,000 tokens of English."""
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """A text file, cut for calibration and for measuring perplexity.
-
-    Args:
-        name: path of the file.
-        sha256: sha256 of its bytes.
-        calibration: passages from the start of the text, to which the decompositions and ranks are fitted.
-        held_out: text from its end, for measuring perplexity.
-    """
-
-    name: str
-    sha256: str
-    calibration: tuple[TokenSequence, ...] = field(repr=False)
-    held_out: str = field(repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the file's name and hash, and the number of tokens for calibration."""
-        calibrated_on = sum(len(row.targets) for row in self.calibration)
-        return {"name": self.name, "sha256": self.sha256, "calibrated_on": calibrated_on}
-
-
-def read_calibration_text(lm: LanguageModel, file: str | Path, *, tokens: int = 32_768) -> CalibrationText:
-    """Cut a text file: the first four fifths into passages of 512 tokens, the rest for measuring perplexity.
-
-    Args:
-        lm: a causal model.
-        file: plain text in UTF-8.
-        tokens: maximum number of tokens for calibration.
-
-    Raises:
-        ExportError: if the file cannot be read or is too short, or the model is not causal.
-    """
-    if lm.kind != "causal":
-        raise ExportError(f"{lm.name} is {lm.kind}; calibration needs a causal model")
-    file = Path(file)
-    try:
-        content = file.read_bytes()
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExportError(f"cannot read the calibration text {file}: {error}; give a file of plain text in UTF-8") from None
-    cut = int(len(text) * (1 - HELD_OUT_SHARE))
-    length = min(PASSAGE_TOKENS, max_length(lm) - 1)
-    calibration = _passages(lm, text[:cut], length, tokens)
-    held_out = text[cut : cut + HELD_OUT_CHARACTERS]
-    if not calibration or not held_out.strip():
-        raise ExportError(f"{file} has no passage of {length} tokens in its first four fifths; give a longer text")
-    return CalibrationText(str(file), hashlib.sha256(content).hexdigest(), calibration, held_out)
-
-
-def _passages(lm: LanguageModel, text: str, length: int, max_tokens: int) -> tuple[TokenSequence, ...]:
-    tokenizer = lm.require_tokenizer()
-    # Tokenising all of a long text would be slow; 16 characters per token are more than enough.
-    ids = tokenizer(text[: 16 * max_tokens], add_special_tokens=False).input_ids[:max_tokens]
-    rows = []
-    for i, start in enumerate(range(0, len(ids) - length + 1, length)):
-        passage = (*start_token(tokenizer), *ids[start : start + length])
-        rows.append(TokenSequence(i, passage[:-1], passage[1:], tuple(range(len(passage) - 1))))
-    return tuple(rows)
+Method = Literal["plain", "whitened", "two-sided"]
+Allocation = Literal["uniform", "sensitivity", "curvature"]
 
 
 @dataclass(frozen=True)
@@ -116,8 +48,8 @@ class Compression:
     """The decompositions of a model's matrices and the loss of each component, which give ranks for any budget.
 
     Args:
-        method: ``plain`` or ``whitened``.
-        allocation: ``uniform`` or ``sensitivity``.
+        method: ``plain``, ``whitened`` or ``two-sided``.
+        allocation: ``uniform``, ``sensitivity`` or ``curvature``.
         matrices: the compressed matrices; fused matrices are compressed as a whole.
         left_out: the other matrices and the reason for each.
         decompositions: decomposition of each matrix, by the matrix's id, on the disk.
@@ -181,18 +113,20 @@ class Compression:
 
 
 def fit_ranks(
-    lm: LanguageModel, rows: Sequence[TokenSequence], *, method: Method = "whitened", allocation: Allocation = "sensitivity"
+    lm: LanguageModel, rows: Sequence[TokenSequence], *, method: Method = "two-sided", allocation: Allocation = "curvature"
 ) -> Compression:
     """Decompose all matrices of a model's linear layers, and estimate the loss of dropping each component.
 
     ``plain`` decomposes the weights. ``whitened`` minimises the change of the layers' outputs on the text (SVD-LLM).
-    ``uniform`` keeps the same share of every matrix. ``sensitivity`` chooses the ranks by a first-order estimate of the loss.
+    ``two-sided`` minimises the expected change of the loss: it weighs the outputs by the loss's gradients on the text.
+    ``uniform`` keeps the same share of every matrix. The other two choose the ranks by an estimate of the loss: ``curvature``
+    by the second moments of each layer's inputs and gradients, ``sensitivity`` by the gradient along each component.
 
     Args:
         lm: the unchanged model.
         rows: passages; may be empty for the plain method with uniform ranks.
-        method: ``plain`` or ``whitened``.
-        allocation: ``uniform`` or ``sensitivity``.
+        method: ``plain``, ``whitened`` or ``two-sided``.
+        allocation: ``uniform``, ``sensitivity`` or ``curvature``.
 
     Raises:
         ExportError: if the method or allocation is unknown, or no matrix can be compressed.
@@ -202,29 +136,45 @@ def fit_ranks(
         if value not in get_args(known):
             raise ExportError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
     matrices, left_out = _compressible(lm)
-    decompositions = DecompositionFile(lm.cache)
-    for m, decomposition in _decomposed(lm, rows, matrices, method):
-        decompositions.add(m.id, decomposition)
+    gradients: Mapping[str, Tensor] = {}
+    if method == "two-sided" or allocation == "curvature":
+        gradients = gradient_moments(lm, rows, matrices)
+    decompositions, losses = _decomposed(lm, rows, matrices, method, allocation, gradients)
     left_out |= {m: "no token of the text reaches it" for m in matrices if m.id not in decompositions}
     matrices = tuple(m for m in matrices if m not in left_out)
-    losses = {}
     if allocation == "sensitivity":
         losses = sensitivities(lm, rows, matrices, lambda m: decompositions[m.id])
     return Compression(method, allocation, matrices, left_out, decompositions, losses)
 
 
 def _decomposed(
-    lm: LanguageModel, rows: Sequence[TokenSequence], matrices: Sequence[Matrix], method: Method
-) -> Iterator[tuple[Matrix, Decomposition]]:
-    """Yield the decomposition of every matrix, but for the matrices that no token reaches if inputs matter."""
-    if method == "plain":
-        yield from ((m, decompose(read_matrix(lm.model, m))) for m in matrices)
-        return
+    lm: LanguageModel,
+    rows: Sequence[TokenSequence],
+    matrices: Sequence[Matrix],
+    method: Method,
+    allocation: Allocation,
+    gradients: Mapping[str, Tensor],
+) -> tuple[DecompositionFile, dict[str, Tensor]]:
+    """Return the decomposition of every matrix and its components' losses, but for matrices that no token reaches."""
+    decompositions, losses = DecompositionFile(lm.cache), dict[str, Tensor]()
+    if method == "plain" and allocation != "curvature":
+        for m in matrices:
+            decompositions.add(m.id, decompose(read_matrix(lm.model, m)))
+        return decompositions, losses
     for of_block, moments in moments_by_block(lm, rows, matrices):
         for m in of_block:
-            if (path := _module_path(m)) in moments:
-                yield m, whitened(read_matrix(lm.model, m), moments[path])
+            M, G, weight = moments.get(_module_path(m)), gradients.get(m.id), read_matrix(lm.model, m)
+            if M is None or (gradients and G is None):
+                continue
+            if method == "plain":
+                decomposition = decompose(weight)
+            else:
+                decomposition = whitened(weight, M, G if method == "two-sided" else None)
+            decompositions.add(m.id, decomposition)
+            if allocation == "curvature" and G is not None:
+                losses[m.id] = component_losses(decomposition, M, G).cpu()
         moments.clear()  # before the next block has its own
+    return decompositions, losses
 
 
 @dataclass(frozen=True)
@@ -255,8 +205,8 @@ def compress(
     *,
     ratio: float,
     calibration: str | Path | None = None,
-    method: Method = "whitened",
-    allocation: Allocation = "sensitivity",
+    method: Method = "two-sided",
+    allocation: Allocation = "curvature",
     tokens: int = 32_768,
     form: Form = "factored",
     dtype: str | torch.dtype | None = None,
@@ -271,8 +221,8 @@ def compress(
         out: the folder.
         ratio: share of the parameters of the blocks' matrices to keep; embeddings and biases do not change.
         calibration: a text file; required except for the plain method with uniform ranks.
-        method: ``plain`` or ``whitened``; see ``fit_ranks``.
-        allocation: ``uniform`` or ``sensitivity``; see ``fit_ranks``.
+        method: ``plain``, ``whitened`` or ``two-sided``; see ``fit_ranks``.
+        allocation: ``uniform``, ``sensitivity`` or ``curvature``; see ``fit_ranks``.
         tokens: maximum number of tokens for calibration.
         form: ``factored``, or ``dense`` for the products of the factors, which does not make the model smaller.
         dtype: dtype of the saved weights; None keeps the model's dtypes.

@@ -21,6 +21,7 @@ __all__ = [
     "as_float64",
     "as_float_matrix",
     "basis_of",
+    "component_losses",
     "decompose",
     "rank_at",
     "rank_of",
@@ -32,7 +33,9 @@ __all__ = [
 ALGORITHM = "gram64-1"
 """Version of the algorithm of ``basis_of``, a part of the cache key of a basis."""
 DAMPING = 1e-6
-"""Lower bound of the inputs' second moment in any direction, as a share of the mean, before an inversion."""
+"""Share of the mean second moment of the inputs that is added in every direction, before an inversion."""
+OUTPUT_DAMPING = 0.1
+"""The same for the gradients by the outputs, whose moments are known from fewer and noisier values."""
 
 
 def rank_at(rho: Decimal, max_rank: int) -> int:
@@ -143,38 +146,64 @@ def decompose(weight: Tensor) -> Decomposition:
     return Decomposition.from_basis(weight, basis_of(weight))
 
 
-def whitened(weight: Tensor, moments: Tensor) -> Decomposition:
+def whitened(weight: Tensor, moments: Tensor, output_moments: Tensor | None = None) -> Decomposition:
     """Decompose a matrix W (m, n) so that each truncation minimises the mean squared change of the outputs W x.
 
-    With X the inputs (n, tokens), M = X X^T / tokens and M = L L^T, the singular value decomposition of W L gives the
-    truncation W_r that minimises the mean of |W x - W_r x|^2. For m <= n, W_r is W projected on the first r columns of U,
-    without an inverse. For m > n, W_r is W L V_r V_r^T L^-1. L is computed from the eigenvectors of M, because a Cholesky
-    factorisation fails if some direction has no input. The norms of the factors are not singular values of W.
+    With M the mean of x x^T and M = L L^T, the singular value decomposition of W L gives the truncation W_r that minimises the
+    mean of |W x - W_r x|^2. With G the mean of g g^T over the gradients of a loss by the outputs and G = P P, that of P W L
+    minimises the mean of (g^T (W - W_r) x)^2 if inputs and gradients are independent. That is twice the expected change of the
+    loss, to second order.
+
+    For m <= n, W_r is P^-1 U_r U_r^T P W. For m > n, W_r is W L V_r V_r^T L^-1. L and P are computed from eigenvectors, because
+    a Cholesky factorisation fails if some direction has no input. The norms of the factors are not singular values of W.
 
     Args:
         weight: (m, n).
         moments: M (n, n), mean over tokens of x x^T.
+        output_moments: G (m, m), mean over tokens of g g^T; None weighs all outputs alike.
 
     Raises:
         WeightError: if the weight or the moments hold NaN or inf.
 
-    Source: Wang et al., SVD-LLM, arXiv 2403.07378, section 3.1.
+    Source: Wang et al., SVD-LLM, arXiv 2403.07378, section 3.1; Martens and Grosse, arXiv 1503.05671, for the two sides.
     """
     weight = as_float_matrix(weight)
     if not bool(moments.isfinite().all()):
         raise WeightError("the layer's inputs overflow its dtype; load the model in bfloat16 or float32")
     W = as_float64(weight)
     M = as_float64(moments).to(W.device)
+    G = torch.eye(len(W), dtype=W.dtype, device=W.device) if output_moments is None else as_float64(output_moments).to(W.device)
     m, n = W.shape
     if m <= n:
-        U = torch.linalg.eigh(W @ M @ W.T)[1].flip(1)  # (m, m)
-        return Decomposition(left=_as_before(U, weight), right=_as_before(U.T @ W, weight))
-    variances, Q = torch.linalg.eigh(M)
-    roots = variances.clamp_min(DAMPING * float(M.diagonal().mean())).sqrt()  # (n,)
-    WL = W @ (Q * roots)
-    V = torch.linalg.eigh(WL.T @ WL)[1].flip(1)  # (n, n)
-    right = V.T @ (Q / roots).T  # V^T L^-1
-    return Decomposition(left=_as_before(WL @ V, weight), right=_as_before(right, weight))
+        P, P_inverse = _square_root(G, OUTPUT_DAMPING)
+        PW = P @ W
+        U = torch.linalg.eigh(PW @ M @ PW.T)[1].flip(1)  # (m, m)
+        return Decomposition(left=_as_before(P_inverse @ U, weight), right=_as_before(U.T @ PW, weight))
+    L, L_inverse = _square_root(M, DAMPING)
+    WL = W @ L
+    V = torch.linalg.eigh(WL.T @ G @ WL)[1].flip(1)  # (n, n)
+    return Decomposition(left=_as_before(WL @ V, weight), right=_as_before(V.T @ L_inverse, weight))
+
+
+def _square_root(moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the symmetric square root of second moments and its inverse, with a share of their mean added."""
+    variances, Q = torch.linalg.eigh(moments)
+    roots = (variances.clamp_min(0) + damping * float(moments.diagonal().mean())).sqrt()
+    return (Q * roots) @ Q.T, (Q / roots) @ Q.T
+
+
+def component_losses(decomposition: Decomposition, moments: Tensor, output_moments: Tensor) -> Tensor:
+    """Return the expected change of the loss (k,) when each component of a matrix is dropped, to second order.
+
+    Args:
+        decomposition: of the matrix (m, n).
+        moments: (n, n), mean over tokens of x x^T.
+        output_moments: (m, m), mean over tokens of g g^T, with g the gradient of the loss by the outputs.
+    """
+    left, right = as_float64(decomposition.left), as_float64(decomposition.right)
+    G, M = as_float64(output_moments).to(left.device), as_float64(moments).to(left.device)
+    losses: Tensor = torch.linalg.vecdot(left, G @ left, dim=0) * torch.linalg.vecdot(right, right @ M) / 2
+    return losses
 
 
 def as_float_matrix(weight: Tensor) -> Tensor:

@@ -160,8 +160,8 @@ class ComponentGradients:
                 here = {m.id: m for site in of_calls[index] for m in site.matrices}
                 below = {m.id for sites in of_calls[:index] for site in sites for m in site.matrices}
                 for name, matrix in here.items():
-                    if name not in sums and (held := self._decompose(matrix)) is not None:
-                        sums[name] = self._sums(matrix, chunk, lambda held=held: held)  # type: ignore[misc]
+                    if name not in sums and (of_matrix := self._new_sums(matrix, len(chunk))) is not None:
+                        sums[name] = of_matrix
                 for one in passes:
                     self._check_time()
                     with fast_cpu_kernels(self.lm.device, one.batch.length), watched(of_calls[index], sums, one.batch):
@@ -174,7 +174,7 @@ class ComponentGradients:
         return reduced
 
     def _with_whole_graph(self, chunk: Sequence[int], reduce: Reduce, scale: float) -> dict[str, Tensor]:
-        sums = {m.id: self._sums(m, chunk, partial(self._decompose, m)) for m in self._matrices}
+        sums = {m.id: self._lazy_sums(m, len(chunk)) for m in self._matrices}
         try:
             for batch in self._batches(chunk):
                 self._check_time()
@@ -184,8 +184,14 @@ class ComponentGradients:
             return {}
         return {m.id: reduce(m, sums[m.id].values) for m in self._matrices if m.id not in self.failed}
 
-    def _sums(self, matrix: Matrix, chunk: Sequence[int], decomposition: Callable[[], Decomposition | None]) -> ComponentSums:
-        return ComponentSums.of(self.lm, matrix, len(chunk), self._squared, decomposition)
+    def _new_sums(self, matrix: Matrix, n_rows: int) -> ComponentSums | None:
+        """Return sums of a matrix that is decomposed now; None if it cannot be decomposed."""
+        held = self._decompose(matrix)
+        return None if held is None else ComponentSums.of(self.lm, matrix, n_rows, self._squared, lambda: held)
+
+    def _lazy_sums(self, matrix: Matrix, n_rows: int) -> ComponentSums:
+        """Return sums of a matrix that is decomposed for every batch."""
+        return ComponentSums.of(self.lm, matrix, n_rows, self._squared, partial(self._decompose, matrix))
 
     def _batches(self, chunk: Sequence[int]) -> list[Batch]:
         return batches(self.lm, [self.rows[i] for i in chunk], self.batch_size)

@@ -1,0 +1,100 @@
+"""Second moments of the gradients of the loss by what comes out of the linear layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+from torch import Tensor
+
+from laserlm.errors import WeightError
+from laserlm.export.tensor_file import TensorFile
+from laserlm.linalg.precision import full_precision
+from laserlm.models.finite import overflow
+from laserlm.models.language_model import LanguageModel
+from laserlm.models.matrices import Matrix
+from laserlm.scoring.records import TokenSequence
+from laserlm.searching.gradients import ComponentGradients
+from laserlm.searching.gradients.sums import ComponentSums
+from laserlm.searching.screen import gradient_scales
+
+__all__ = ["gradient_moments"]
+
+
+@full_precision()
+def gradient_moments(
+    lm: LanguageModel, rows: Sequence[TokenSequence], matrices: Sequence[Matrix], *, batch_size: int = 4
+) -> TensorFile:
+    """Return the mean over tokens of g g^T, (m, m), by the matrix's id, in a file.
+
+    g is the gradient of a row's summed loss by the outputs of the matrix's layer for one token. A matrix that is not used by a
+    linear layer alone, or that no gradient reaches, has none.
+
+    Args:
+        lm: the unchanged model.
+        rows: texts, one example each.
+        matrices: weights of linear layers, no parts of fused ones.
+        batch_size: rows in one pass. It is halved where memory runs out.
+
+    Raises:
+        WeightError: if a gradient is not finite.
+        ExportError: if the disk is full.
+        ScoringError: if a single row does not fit into memory.
+    """
+    tokens = sum(len(row.targets) for row in rows)
+    gradients = _OutputGradients(
+        lm, rows, [(-1.0, []) for _ in rows], matrices, lambda _: _never_decomposed(), batch_size=batch_size, squared=True
+    )
+    for scale in gradient_scales(lm):
+        of_chunks = [TensorFile(lm.cache)]
+
+        def keep(matrix: Matrix, total: Tensor) -> Tensor:
+            trace = total.diagonal().sum()
+            if bool(trace):
+                of_chunks[-1].add(matrix.id, total / tokens)  # noqa: B023  replaces that of a pass that ran out of memory
+            return trace[None]
+
+        traces: list[Tensor] = []
+        for _, of_chunk in gradients.chunks(range(len(rows)), keep, scale=scale):
+            traces += of_chunk.values()
+            of_chunks.append(TensorFile(lm.cache))
+        if all(bool(trace.isfinite()) for trace in traces):
+            return _added(of_chunks[:-1])
+    raise WeightError(f"the gradients of the calibration text are not finite: {overflow(lm.model, lm.dtype)}")
+
+
+def _added(files: Sequence[TensorFile]) -> TensorFile:
+    """Return the sums of the tensors of the same names in some files."""
+    first = files[0]
+    for file in files[1:]:
+        for name, tensor in file.items():
+            first.add(name, first[name] + tensor if name in first else tensor)
+    return first
+
+
+class _OutputGradients(ComponentGradients):
+    """Sums g g^T where the base class sums the contributions of components."""
+
+    def _new_sums(self, matrix: Matrix, n_rows: int) -> ComponentSums:
+        m = matrix.shape[0]
+        sums = _OutputSums.of(self.lm, matrix, n_rows, True, _never_decomposed)
+        return replace(sums, values=sums.values.new_zeros(m, m))
+
+    _lazy_sums = _new_sums
+
+
+class _OutputSums(ComponentSums):
+    """The sum over tokens of g g^T, (m, m)."""
+
+    def add(self, rows: Tensor, x: Tensor, d: Tensor) -> None:
+        """Add the gradients of outputs (B, T, m)."""
+        flat = d.flatten(0, -2).to(self.values)  # (tokens, m)
+        self.values.addmm_(flat.T, flat)
+
+    def add_gradient(self, row: int, gradient: Tensor) -> None:
+        """Add nothing: a parameter's gradient does not tell the gradients of outputs."""
+
+
+def _never_decomposed() -> NoReturn:
+    raise AssertionError("moments of gradients need no decomposition")
