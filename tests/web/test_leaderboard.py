@@ -19,7 +19,7 @@ from laserlm.web.submissions import submission
 
 Record = Callable[..., str]
 NO_HARM = "not measured"
-VOID = {"meta", "link", "input", "br"}
+VOID = {"meta", "link", "input", "br", "col"}
 
 
 class Parsed(HTMLParser):
@@ -122,6 +122,21 @@ def test_a_search_of_ones_own_is_a_reported_row(store: Store, record: Record, tm
     repeatable = "○ reported has what a repetition needs, and was not measured again here"
     assert cells[10] == f"{repeatable} weights sha256 {'a' * 64} test split sha256 {'d' * 64} chosen on another split"
     assert page.links() == ["https://arxiv.org/abs/2312.13558"]
+
+
+def test_own_runs_come_first_and_claims_last(store: Store, record: Record, tmp_path: Path) -> None:
+    other = record("3.fc_in@0.5", task="fever", numbers=(1000, 185, 400, 10), seed=1)
+    claimed = submitted(store, other, tmp_path / "subs")
+    store.delete(other)
+    runs = {record(task="worldfacts"), record(task="fever", numbers=(1000, 185, 10, 40))}
+    page = site(build(tmp_path / "site", store, submissions=claimed).folder)
+    assert page.headings[:2] == ["fever", "worldfacts"]
+    credits = [row[9] for row in page.table("fever")[1:]]
+    assert credits[0] in {f"run {run}own run" for run in runs}
+    assert [c.endswith(("published", "submitted")) for c in credits[1:]] == [True] * (len(credits) - 1)
+    assert credits[-1].endswith("submitted")
+    sorted_heads = [attributes for tag, attributes in page.elements if tag == "th" and "aria-sort" in attributes]
+    assert len(sorted_heads) == len(page.tables) - 1  # the order of fever's rows is not that of the gain
 
 
 def test_a_row_shows_its_harm_beside_its_gain(store: Store, record: Record, tmp_path: Path) -> None:
@@ -230,7 +245,7 @@ def test_rows_stand_by_gain_and_those_of_a_perplexity_by_loss(store: Store, reco
         ["3.50", "3.00", "-0.500 [-0.600, -0.400]n 20", NO_HARM, "[fc_in, 5, 0.5]"],
         ["3.50", "3.25", "-0.250 [-0.300, -0.200]n 1,000", NO_HARM, "[fc_in, 4, 0.5]"],
     ]
-    marks = {text: attributes.get("class") for text, attributes in spans(tmp_path / "site")}
+    marks = {text: attributes.get("class") for text, attributes in reversed(spans(tmp_path / "site"))}
     assert (marks["+3.0"], marks["-3.0"], marks["+0.0"], marks["-0.500"]) == ("good", "bad", None, "good")
 
 
@@ -263,7 +278,7 @@ def test_many_reductions_are_all_there(store: Store, record: Record, tmp_path: P
     build(tmp_path / "site", store)
     cell = site(tmp_path / "site").table("worldfacts")[1][7]
     assert cell.count("[fc_in") == 20
-    assert "14 more" in cell
+    assert "20 reductions" in cell
 
 
 def test_a_forged_row_stands_below_what_is_published_or_measured_here(store: Store, record: Record, tmp_path: Path) -> None:
@@ -275,7 +290,7 @@ def test_a_forged_row_stands_below_what_is_published_or_measured_here(store: Sto
     assert [row.is_claim for row in entries if row.credit == "Mallory"] == [True]
     build(tmp_path / "site", store, submissions=tmp_path)
     table = site(tmp_path / "site").table("counterfact")[1:]
-    assert [row[5][:5] for row in table] == ["+10.9", "+2.0", "+2.0", "+0.1 ", "+90.0"]
+    assert [row[5][:5] for row in table] == ["+0.1 ", "+10.9", "+2.0", "+2.0", "+90.0"]
     assert "reported" in table[-1][10]
 
 

@@ -129,7 +129,7 @@ def test_harm_stands_beside_the_gain_as_figures_and_as_a_picture(llama: Language
     low, high = harm.interval
     for said in (
         f"Harm: {harm}.",
-        f"perplexity ratio on its own text {harm.ratio:.3f} [{low:.3f} to {high:.3f}], n {harm.comparison.size}",
+        f"perplexity on its own text ×{harm.ratio:.3f} [{low:.3f} to {high:.3f}], n {harm.comparison.size}",
         "Gain against harm",
         f"{result.best} (chosen)",
         "winner's curse",
@@ -144,6 +144,30 @@ def test_harm_stands_beside_the_gain_as_figures_and_as_a_picture(llama: Language
     assert by_name["chosen"]["y"] == [50.0]
     assert by_name["dominated"]["text"][0].startswith("<b>40 components of 1 matrices</b>")
     assert HOSTILE not in page
+
+
+def test_removed_components_are_counted_and_explained_once_a_study_has_looked_at_them(
+    llama: LanguageModel, tmp_path: Path
+) -> None:
+    from laserlm.studies import cached_scorer
+    from laserlm.studies.removed_components import removed_components
+
+    result = searched(llama, tmp_path / "runs.db", task())
+    removed = "0.fc_in@drop0,2-4+2.v_proj@drop1"
+    outcome = result.as_dict() | {"best": removed, "strategy": "components"}
+    with Store.open(tmp_path / "runs.db") as store:
+        with store.run(kind="search", key="components", settings=store.find(result.run).settings, provenance={}) as run:
+            run.finish(outcome)
+        write_report(store, run.id, tmp_path / "counts.html")
+        with cached_scorer(llama, task().test, store) as scorer:
+            rows = removed_components(scorer, removed, task().test.examples[:4])
+        write_report(store, run.id, tmp_path / "tokens.html")
+    counts, tokens = (re.sub(r"\s+", " ", parse_page(tmp_path / f"{n}.html").text) for n in ("counts", "tokens"))
+    assert "5 of 18 singular components are removed, from 2 matrices" in counts
+    assert "block v_proj fc_in all 0 4 4 2 1 1 all 1 4 5 share 20% 80%" in counts
+    assert f"laser analyze components {run.id} computes it" in counts
+    assert f"{rows[0].matrix} {rows[0].component} {rows[0].value:.2f} {rows[0].reads[0]!r}" in tokens
+    assert any(prompt in tokens for row in rows for prompt, _ in row.questions)
 
 
 def test_everything_from_data_stays_text(llama: LanguageModel, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_the_map_is_there_its_hover_works_and_nothing_leaves_the_machine(browser
     page.goto(report.as_uri())
     page.wait_for_selector("#map .heatmaplayer image", state="attached")
     assert page.locator("#map .subplot").count() >= 2
-    page.locator("#map").scroll_into_view_if_needed()
+    page.locator("#map .nsewdrag").first.scroll_into_view_if_needed()
     box = page.locator("#map .nsewdrag").first.bounding_box()
     hover = page.locator("#map .hoverlayer .hovertext")
     for step in range(1, 40):  # a race leaves cells empty; some cell of the panel has a value
@@ -46,8 +46,14 @@ def test_the_map_is_there_its_hover_works_and_nothing_leaves_the_machine(browser
     assert page.locator("#screen .scatterlayer .point").count() >= 3
     assert page.evaluate("window.hit") is None
     assert HOSTILE in page.locator("h1").text_content()
-    # The page itself does not scroll sideways; wide tables and figures do within.
+    # Neither the page nor a table scrolls sideways.
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth).length") == 0
+    colour = "e => getComputedStyle(e)"
+    light = page.eval_on_selector("body", f"{colour}.backgroundColor"), page.eval_on_selector("#map text", f"{colour}.fill")
+    page.emulate_media(color_scheme="dark")
+    dark = page.eval_on_selector("body", f"{colour}.backgroundColor"), page.eval_on_selector("#map text", f"{colour}.fill")
+    assert [int(c.split("(")[1].split(",")[0]) > 128 for c in (*light, *dark)] == [True, False, False, True]
     assert browser_page.requests == [report.as_uri()]
     assert browser_page.errors == browser_page.dialogs == []
 

@@ -120,6 +120,11 @@ class LeaderboardEntry:
         return self.origin == "submitted" and not self.verified
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is a run of this results database."""
+        return self.origin == "own run"
+
+    @property
     def reductions(self) -> list[str]:
         """The reductions as ``[matrix, layer, kept fraction]``, or as text if these three do not determine the reduction."""
         return [_triple(r) for r in Intervention.parse(self.intervention).reductions]
@@ -134,11 +139,16 @@ class LeaderboardEntry:
 
 @dataclass(frozen=True)
 class Table:
-    """The entries of one task and metric, the best gain first; those that are a stranger's word alone stand below."""
+    """The entries of one task and metric: own runs, others, then what is a stranger's word alone; each the best gain first."""
 
     task: str
     metric: Metric
     rows: tuple[LeaderboardEntry, ...]
+
+    @property
+    def is_by_gain(self) -> bool:
+        """Whether the rows without the claims are in the order of the gain: there are own runs alone, or none."""
+        return len({row.is_own for row in self.rows if not row.is_claim}) < 2
 
 
 @dataclass(frozen=True)
@@ -336,12 +346,13 @@ def _tables(entries: Iterable[LeaderboardEntry]) -> list[Table]:
     groups: dict[tuple[str, Metric], list[LeaderboardEntry]] = defaultdict(list)
     for row in entries:
         groups[row.task, row.metric].append(row)
-    return [Table(*key, tuple(sorted(groups[key], key=_rank))) for key in sorted(groups)]
+    tables = [Table(*key, tuple(sorted(groups[key], key=_rank))) for key in sorted(groups)]
+    return sorted(tables, key=lambda table: not any(row.is_own for row in table.rows))  # those with own runs come first
 
 
-def _rank(row: LeaderboardEntry) -> tuple[bool, float, str, str]:
+def _rank(row: LeaderboardEntry) -> tuple[bool, bool, float, str, str]:
     best = row.change if row.metric == "loss" else None if row.gain is None else -row.gain
-    return (row.is_claim, float("inf") if best is None else best, row.model, row.intervention)
+    return (row.is_claim, not row.is_own, float("inf") if best is None else best, row.model, row.intervention)
 
 
 def _page(tables: list[Table], entries: list[LeaderboardEntry]) -> str:

@@ -26,7 +26,15 @@ def plot(figure: Any, name: str) -> Markup:
     Plotly shows labels and hovers as HTML, so the caller escapes texts that come from data. The figure itself cannot leave
     its script element.
     """
-    figure.update_layout(template="plotly_white", font={"family": "inherit"}, margin={"t": 60, "r": 20})
+    figure.update_layout(
+        template="plotly_white",
+        paper_bgcolor="rgba(0,0,0,0)",  # the page's own colour, light or dark
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "inherit"},
+        hoverlabel={"bgcolor": "#1b1f24", "bordercolor": "#768390"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#768390"},
+        legend={"orientation": "h", "y": 1, "yanchor": "bottom"},
+    )
     html = figure.to_html(
         full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False, "responsive": True}
     )

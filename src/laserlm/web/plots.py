@@ -15,14 +15,20 @@ from laserlm.scoring.statistics import Interval
 from laserlm.searching.result import Point, SearchResult
 from laserlm.studies.loss_map import LossAtRank, LossMap, stacked_name
 
-__all__ = ["harm_plot", "map_plot", "screen_plot"]
+__all__ = ["COLOURS", "harm_plot", "map_plot", "map_plots", "screen_plot"]
 
 COLUMNS = 2
-PANEL = 190
-"""Minimum height of a panel, in pixels."""
-ROW = 18
+TITLE = 30
+"""Height of the title of a matrix, in pixels."""
+PANEL = 60
+"""Minimum height of the cells of a matrix, in pixels."""
+ROW = 17
 MAX_TICKS = 8
-"""Labels of blocks below a panel; more of them overlap on a telephone."""
+"""Labels of blocks below the cells; more of them overlap on a telephone."""
+COLOURS = ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"]
+"""From a fall of the loss to a rise: ColorBrewer's RdBu, which colour-blind readers can tell apart."""
+FRAME = {"showgrid": False, "showline": True, "mirror": True, "linecolor": "#8c959f"}
+MARGIN = {"t": 50, "r": 20, "b": 50, "l": 60}
 POINT_COLOURS = {"chosen": "#d55e00", "not dominated": "#0072b2", "dominated": "#8c959f"}
 """Colours of points that differ in lightness too, on white and on black."""
 
@@ -60,7 +66,8 @@ def harm_plot(result: SearchResult, *, of_text: bool = False) -> Any:
     if math.isfinite(result.harm_bound):
         figure.add_vline(x=math.exp(result.harm_bound), line_dash="dash", line_color="#8c959f", annotation_text="bound")
     figure.update_layout(
-        height=420,
+        height=380,
+        margin=MARGIN,
         xaxis_title="perplexity ratio on the guard, the largest of several",
         yaxis_title="fall of the loss on validation, nats" if of_text else "gain on validation, points",
     )
@@ -98,45 +105,50 @@ def _point_hover(point: Point, pareto: Sequence[Point]) -> str:
     return "<br>".join(lines)
 
 
-def map_plot(loss_map: LossMap) -> Any:
-    """Return the change of loss of every block and kept size, one panel for each matrix. Blue is better, red is worse."""
-    panels = loss_map.matrices
+def map_plots(loss_map: LossMap) -> list[tuple[str, Any]]:
+    """Return name and figure of each matrix: the change of loss by block and kept size. Blue is better, red is worse."""
     blocks = {m.layer for m in loss_map}
     layers = list(range(min(blocks), max(blocks) + 1))  # plotly would widen cells over a block that is left out
-    sizes = loss_map.sizes
-    rows = -(-len(panels) // COLUMNS)
-    names = [escape(stacked_name(stack, name)) for stack, name in panels]
-    figure = make_subplots(rows=rows, cols=COLUMNS, subplot_titles=names, vertical_spacing=min(0.2, 0.35 / rows))
-    for i, (stack, name) in enumerate(panels):
+    sizes, limit = loss_map.sizes, loss_map.colour_limit
+    figures = []
+    for stack, name in loss_map.matrices:
         of = {(m.size, m.layer): m for m in loss_map if (m.stack, m.name) == (stack, name)}
         cells = [[of.get((size, layer)) for layer in layers] for size in sizes]
-        figure.add_trace(
+        figure = go.Figure(
             go.Heatmap(
                 x=layers,
                 y=[escape(size) for size in sizes],
                 z=[[None if m is None else m.loss_change.value for m in row] for row in cells],
                 text=[["" if m is None else _hover(m) for m in row] for row in cells],
                 hovertemplate="%{text}<extra></extra>",
-                coloraxis="coloraxis",
+                colorscale=COLOURS,
+                zmin=-limit,
+                zmax=limit,
+                showscale=False,
                 xgap=1,
                 ygap=1,
-            ),
-            row=i // COLUMNS + 1,
-            col=i % COLUMNS + 1,
+            )
         )
-    limit = loss_map.colour_limit
-    figure.update_layout(
-        coloraxis={
-            "colorscale": "RdBu",
-            "reversescale": True,
-            "cmin": -limit,
-            "cmax": limit,
-            "colorbar": {"title": "change of loss"},
-        },
-        height=90 + rows * max(PANEL, 90 + ROW * len(sizes)),
-    )
-    figure.update_xaxes(title="block", dtick=-(-len(layers) // MAX_TICKS))
-    figure.update_yaxes(title="kept", type="category")
+        figure.update_layout(height=70 + max(PANEL, ROW * len(sizes)), margin={"t": 8, "b": 44, "l": 52, "r": 10})
+        figure.update_xaxes(title={"text": "block", "standoff": 4}, dtick=-(-len(layers) // MAX_TICKS), **FRAME)
+        figure.update_yaxes(title={"text": "kept", "standoff": 4}, type="category", **FRAME)
+        figures.append((stacked_name(stack, name), figure))
+    return figures
+
+
+def map_plot(loss_map: LossMap) -> Any:
+    """Return the figures of ``map_plots`` as one, for a notebook or a file."""
+    panels = map_plots(loss_map)
+    rows = -(-len(panels) // COLUMNS)
+    height = rows * (panels[0][1].layout.height + TITLE) + TITLE
+    figure = make_subplots(rows, COLUMNS, subplot_titles=[escape(n) for n, _ in panels], vertical_spacing=(70 + TITLE) / height)
+    for i, (_, panel) in enumerate(panels):
+        figure.add_trace(panel.data[0], i // COLUMNS + 1, i % COLUMNS + 1)
+    figure.update_traces(showscale=False)
+    figure.update_traces(showscale=True, colorbar={"title": "change of loss"}, selector=0)
+    figure.update_layout(height=height)
+    figure.update_xaxes(title={"text": "block", "standoff": 4}, dtick=panels[0][1].layout.xaxis.dtick)
+    figure.update_yaxes(title={"text": "kept", "standoff": 4}, type="category")
     return figure
 
 
@@ -154,7 +166,10 @@ def screen_plot(expected: Mapping[str, float], measured: Mapping[str, float]) ->
         )
     )
     figure.update_layout(
-        height=420, xaxis_title="change of loss that the screen expects, nats", yaxis_title="measured on the first rung, nats"
+        height=380,
+        margin=MARGIN,
+        xaxis_title="change of loss that the screen expects, nats",
+        yaxis_title="measured on the first rung, nats",
     )
     return figure
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from laserlm.errors import ReportError
 from laserlm.paths import atomic_file, check_new_file
+from laserlm.scoring.scorers import GENERATING
 from laserlm.searching import SearchResult
 from laserlm.store import RunInfo, Store
 from laserlm.studies.estimates import Estimate
 from laserlm.studies.flipping import Flips, flips
 from laserlm.studies.loss_map import LossMap
+from laserlm.studies.removed_components import stored_components
 from laserlm.studies.side_effects import OnText, Transfer, on_text, transfer
+from laserlm.web.flip_rows import flip_rows
 from laserlm.web.pages import page, plot, plot_library
-from laserlm.web.plots import harm_plot, map_plot, screen_plot
+from laserlm.web.plots import COLOURS, harm_plot, map_plots, screen_plot
+from laserlm.web.removed import removed_counts
 
 __all__ = ["SideEffects", "side_effects", "write_report"]
 
 EXAMPLES = 10
 """Number of corrected and of broken examples shown."""
 TRIALS = 10
+COMPONENTS = 12
 
 
 @dataclass(frozen=True)
@@ -116,26 +121,36 @@ def _page(store: Store, info: RunInfo, result: SearchResult) -> str:
     figures = {}
     if len(result.points) > 1:
         figures["harm"] = plot(harm_plot(result, of_text=of_text), "harm")
-    if loss_map:
-        figures["map"] = plot(map_plot(loss_map), "map")
     if screened is not None and screened.measured:
         figures["screen"] = plot(screen_plot(screened.expected, screened.measured), "screen")
+    maps = [(name, plot(figure, f"map-{i}")) for i, (name, figure) in enumerate(map_plots(loss_map))] if loss_map else []
+    changes = {"corrected": flipped.of("corrected"), "broken": flipped.of("broken")} if flipped else {}
+    removed = removed_counts(result.best)
     return page(
         "report",
         info=info,
         found=result,
         best=best,
         of_text=of_text,
+        by=f" by {info.settings['scorer']}" if info.settings.get("scorer") in GENERATING else "",
         verdict=result.verdict(),
-        asked=_asked(info),
-        library=plot_library() if figures else "",
+        bound=math.exp(result.harm_bound) if math.isfinite(result.harm_bound) else None,
+        parts=[str(r) for r in result.best.reductions],
+        removed=removed,
+        components=stored_components(store, info.settings["model_hash"], best)[:COMPONENTS] if removed else [],
+        asked=_settings(info, ASKED),
+        hashes=_settings(info, HASHES),
+        library=plot_library() if figures or maps else "",
         figures=figures,
+        maps=maps,
+        colours=COLOURS,
+        limit=loss_map.colour_limit if loss_map else 0.0,
         lowest=loss_map.table(loss_map.lowest()),
         top=sorted(loss_map, key=lambda m: m.loss_change.value)[:TRIALS],
         flips=flipped,
-        examples=[(name, flipped.of(name)[:EXAMPLES]) for name in ("corrected", "broken")] if flipped else [],
+        examples=flip_rows({change: of[:EXAMPLES] for change, of in changes.items()}),
         effects=side_effects(store, info, best),
-        commands=_commands(info, best),
+        commands=_commands(info, result),
         versions=info.provenance.get("versions", {}),
     )
 
@@ -149,12 +164,9 @@ def _flipped(store: Store, info: RunInfo, best: str) -> Flips | None:
 
 ASKED = {
     "model": "model",
-    "model_hash": "sha256 of its weights",
     "dtype": "dtype",
     "task": "task",
     "scorer": "an example is scored by",
-    "validation": "sha256 of the validation examples",
-    "test": "sha256 of the test examples",
     "grid": "grid",
     "strategy": "strategy",
     "metric": "chosen by",
@@ -162,20 +174,30 @@ ASKED = {
     "seed": "seed",
 }
 """Settings that a report shows, and their titles."""
+HASHES = {
+    "model_hash": "sha256 of the weights",
+    "validation": "sha256 of the validation examples",
+    "test": "sha256 of the test examples",
+}
 
 
-def _asked(info: RunInfo) -> Mapping[str, str]:
-    return {title: str(info.settings[key]) for key, title in ASKED.items() if info.settings.get(key) is not None}
+def _settings(info: RunInfo, titles: dict[str, str]) -> dict[str, str]:
+    return {title: str(info.settings[key]) for key, title in titles.items() if info.settings.get(key) is not None}
 
 
-def _commands(info: RunInfo, best: str) -> list[str]:
+def _commands(info: RunInfo, result: SearchResult) -> list[str]:
     """Return the next commands."""
-    commands = [f"laser runs show {info.id}"]
-    if best:
-        commands += [
-            shlex.join(["laser", "save", info.model, "--run", info.id, "--out", "reduced"]),
-            "laser reproduce reduced    # makes it again and compares",
-            f"laser analyze components {info.id}    # what the removed part says",
-            f"laser analyze side-effects {info.id} --text FILE --on TASK    # what else changes",
-        ]
-    return commands
+    model = shlex.quote(info.model)
+    if not result.best:
+        wider = "--strategy race" if result.strategy == "components" else "--effort thorough"
+        return [f"laser search {model} ... {wider}    # the same search, wider", f"laser runs show {info.id}"]
+    commands = [f"laser save {model} --run {info.id} --out reduced"]
+    if len(result.pareto) > 1:
+        commands.append(f"laser save {model} --run {info.id} --point N --out reduced    # another point of the list below")
+    return [
+        *commands,
+        f"laser analyze side-effects {info.id} --text FILE --on TASK    # what else changes",
+        f"laser analyze components {info.id}    # what the removed part says",
+        "laser reproduce reduced    # makes it again and compares",
+        f"laser runs show {info.id}",
+    ]
