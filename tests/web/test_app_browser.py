@@ -21,7 +21,8 @@ from laserlm.models import LanguageModel
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.store import Store
 from laserlm.tasks import Example
-from laserlm.web.app import PROMPTS, build, leaderboard_rows, stylesheet
+from laserlm.web.app import PROMPTS, build, stylesheet
+from laserlm.web.board import board_rows
 from laserlm.web.playground import Variants, answer
 from laserlm.web.server import listen, server
 
@@ -141,6 +142,7 @@ def serving(lm: LanguageModel, folder: Path, *, recorded: bool) -> Iterator[Serv
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     lm = make_model("llama")
     lm.name = HOSTILE
+    lm.require_tokenizer().chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     with serving(lm, tmp_path_factory.mktemp("app"), recorded=True) as server:
         yield server
 
@@ -189,29 +191,49 @@ def visit(served: Served, chromium: Browser) -> Iterator[Callable[..., Visit]]:
 
 def test_the_tabs_are_there_and_the_leaderboard_can_be_searched(visit: Callable[..., Visit], served: Served) -> None:
     user = visit()
-    assert user.page.get_by_role("tab").all_inner_texts() == ["Leaderboard", "Explorer", "Playground", "Examples"]
-    cells = user.page.get_by_role("gridcell")
-    expect(cells.filter(has_text=f"run {served.run}").first).to_be_visible()
-    assert leaderboard_rows(served.store)[0][3:9] == [33.3, 50.0, 16.7, "-20.0 to +50.0", "not measured", 6]
-    assert len(leaderboard_rows(served.store)) > 20
-    user.page.get_by_placeholder("Search...").fill("gpt-j")
-    expect(cells.filter(has_text="gpt-j-6b").first).to_be_visible()
-    expect(cells.filter(has_text=f"run {served.run}")).to_have_count(0)
+    assert user.page.get_by_role("tab").all_inner_texts() == ["Leaderboard", "Explorer", "Playground", "Chat", "Examples"]
+    rows = user.page.locator("#board tbody tr")
+    expect(rows.first).to_contain_text(f"run {served.run}")
+    assert rows.first.locator("td").all_inner_texts()[3:6] == ["33.3%", "50.0%", "+16.7 [-20.0, +50.0]"]
+    assert rows.count() > 20
+    user.page.get_by_label("Find a row").fill("GPT-J fever")
+    fitting = [row for row in board_rows(served.store) if "gpt-j" in row.model and row.task == "fever"]
+    expect(rows).to_have_count(len(fitting))
+    expect(rows.first).to_contain_text("gpt-j-6b")
 
 
 def test_the_playground_answers_as_the_model_does(visit: Callable[..., Visit]) -> None:
     user = visit()
     user.tab("Playground")
+    expect(user.page.get_by_label("Or reductions as text")).to_have_value(BEST)  # of the latest search
     user.page.get_by_role("button", name="Answer").click()
     expect(user.side(2).locator("tbody tr")).to_have_count(5)
-    alone = answer(make_model("llama"), PROMPTS[0], "2.fc_out@0.1", 8)
+    alone = answer(make_model("llama"), PROMPTS[0], BEST, 8)
     assert user.shown() == expected(alone, PROMPTS[0])
-    # A slider that is moved asks by itself.
+    # A slider that is moved asks by itself, and empties the text.
     user.page.get_by_role("slider", name="Kept fraction").press("ArrowRight")
     expect(user.side(1).locator("p").first).to_have_text("2.fc_out@0.105")
+    expect(user.page.get_by_label("Or reductions as text")).to_have_value("")
     # Text goes before the sliders.
     user.ask("1.fc_in@0.2+2.v_proj@r3")
     assert user.shown() == expected(answer(make_model("llama"), PROMPTS[0], "1.fc_in@0.2+2.v_proj@r3", 8), PROMPTS[0])
+
+
+def test_a_chat_goes_on_in_two_conversations(visit: Callable[..., Visit], served: Served) -> None:
+    user = visit()
+    user.tab("Chat")
+    sides = [user.page.locator(f"#chat-{name} .laser-turn") for name in ("base", "edited")]
+    for turns in (2, 4):
+        user.page.get_by_label("Message").fill(ASKED)
+        user.page.get_by_role("button", name="Send").click()
+        for side in sides:
+            expect(side).to_have_count(turns)
+            expect(side.nth(turns - 2)).to_have_text(f"user {ASKED}")
+    user.page.get_by_role("button", name="New conversation").click()
+    for side in sides:
+        expect(side).to_have_count(0)
+    user.page.get_by_role("button", name="Send").click()
+    expect(user.page.get_by_role("alert").filter(has_text="must end with a message")).to_be_visible()
 
 
 def test_what_cannot_be_answered_is_told_as_text(visit: Callable[..., Visit]) -> None:
@@ -229,7 +251,7 @@ def test_a_cell_of_the_map_shows_what_its_candidate_changed(visit: Callable[...,
     user = visit()
     user.tab("Explorer")
     cells = user.page.locator(".laser-map button")
-    expect(cells).to_have_text(["+0.25", "-1.00", "+0.50"])
+    expect(cells).to_have_text(["+0.250", "-1.000", "+0.500"])
     cells.nth(1).click()
     changes = user.page.locator("#changes")
     expect(changes.locator("h3").first).to_have_text(BEST)
@@ -238,7 +260,8 @@ def test_a_cell_of_the_map_shows_what_its_candidate_changed(visit: Callable[...,
     corrected, broken = changes.locator("table").nth(1), changes.locator("table").nth(2)
     expect(corrected.locator("tbody tr")).to_have_count(2)
     expect(broken.locator("tbody tr")).to_have_count(1)
-    for place, cell in enumerate((EXAMPLES[0].prompt, EXAMPLES[0].answer, f"base says {HOSTILE}", f"{BEST} says {HOSTILE}")):
+    expect(changes.locator("details")).to_contain_text(f" {ASKED} is")  # the end of all prompts
+    for place, cell in enumerate(("Question 0 …", EXAMPLES[0].answer, f"base says {HOSTILE}", f"{BEST} says {HOSTILE}")):
         expect(broken.locator("td").nth(place)).to_have_text(cell)
     # By the keyboard: the map is one stop, within which arrows move.
     assert cells.evaluate_all("all => all.map(b => b.tabIndex)") == [0, -1, -1]
@@ -255,10 +278,10 @@ def test_sizes_and_candidates_are_chosen_beside_the_map(visit: Callable[..., Vis
     user = visit()
     user.tab("Explorer")
     cells = user.page.locator(".laser-map button")
-    expect(cells).to_have_text(["+0.25", "-1.00", "+0.50"])
+    expect(cells).to_have_text(["+0.250", "-1.000", "+0.500"])
     user.page.get_by_label("Size").click()
     user.page.get_by_role("option", name="0.1", exact=True).click()
-    expect(cells).to_have_text(["+0.25", "+1.00", "+0.50"])
+    expect(cells).to_have_text(["+0.250", "+1.000", "+0.500"])
     user.page.get_by_label("Candidate").click()
     user.page.get_by_role("option", name="2.v_proj@0.1").click()
     expect(user.page.locator("#changes h3").first).to_have_text("2.v_proj@0.1")
@@ -284,7 +307,7 @@ def test_hostile_strings_are_text_everywhere(visit: Callable[..., Visit], served
     user = visit()
     page = user.page
     expect(page.locator("b").first).to_have_text(HOSTILE)
-    expect(page.get_by_role("gridcell").filter(has_text=HOSTILE[:40]).first).to_contain_text(HOSTILE)
+    expect(page.locator("#board td").filter(has_text=HOSTILE[:40]).first).to_contain_text(HOSTILE)
     user.tab("Explorer")
     assert HOSTILE in page.get_by_label("Search", exact=True).input_value()
     page.get_by_label("Search", exact=True).click()
@@ -334,7 +357,7 @@ def test_two_users_at_once_do_not_meet_each_others_reductions(visit: Callable[..
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_app_is_as_wide_as_the_window(width: int, visit: Callable[..., Visit]) -> None:
     user = visit(viewport={"width": width, "height": 800})
-    for name in ("Leaderboard", "Explorer", "Playground", "Examples"):
+    for name in ("Leaderboard", "Explorer", "Playground", "Chat", "Examples"):
         user.tab(name)
         user.page.wait_for_timeout(300)
         assert user.page.evaluate("document.documentElement.scrollWidth") == width

@@ -115,6 +115,20 @@ def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
             explorer.changes(results, run.id, text)
 
 
+def test_a_search_that_grades_written_text_shows_that_accuracy_and_no_other(
+    results: Store, record: Callable[..., RunInfo]
+) -> None:
+    text = "0.fc_in@0.5"
+    written = [evaluation(t, [1] * 6, right, "finalists") for t, right in (("", "0"), (text, "0123"))]
+    run = record(BASE, *TRIALS, *written)
+    finalist = explorer.summary(explorer.changes(results, run.id, text), "contains")
+    assert finalist["accuracy by contains"] == "16.7% before, 66.7% after"
+    assert finalist["examples"] == "6 of validation, which the search chose by"
+    other = explorer.summary(explorer.changes(results, run.id, "0.fc_in@0.1"), "contains")
+    assert other.keys() == {"examples", "change of loss", "accuracy by contains"}
+    assert other["accuracy by contains"].startswith("not measured")
+
+
 def test_trials_that_failed_are_not_offered(results: Store, record: Callable[..., RunInfo]) -> None:
     run = record(BASE, *TRIALS, fail=["0.fc_in@0.5"])
     assert "0.fc_in@0.5" not in explorer.candidates(results, run.id)

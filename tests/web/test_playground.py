@@ -153,6 +153,25 @@ def test_what_cannot_be_answered_is_told_and_leaves_the_model_as_it_was(make: Ma
         shared_playground.answer(PROMPT, "1.fc_in@0.5", 4)
 
 
+def test_a_conversation_is_answered_by_the_unchanged_and_by_the_edited_model(make: Make) -> None:
+    lm = make("llama")
+    lm.require_tokenizer().chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    talk = Playground(lm)
+    before = weights(lm)
+    turns = (("user", "The capital of Italy"), ("assistant", "is Rome"), ("user", "and of Spain"))
+    prompts = ("The capital of Italy is Rome and of Spain ", "and of Spain ")
+    replies = talk.chat([turns, turns[-1:]], "1.fc_in@0.2", 5)
+    for text, prompt, reply in zip(("", "1.fc_in@0.2"), prompts, replies, strict=True):
+        with applied(lm, text):
+            assert reply == generate(lm, [prompt], max_new_tokens=5)[0].strip()
+    assert same(lm, before)
+    for conversation, said in (((("user", " "),), "must end with a message"), ((("user", "a" * 4001),), "got 4001")):
+        with pytest.raises(ReportError, match=said):
+            talk.chat([conversation] * 2, "1.fc_in@0.2", 5)
+    with pytest.raises(ReportError, match="no reduction"):
+        talk.chat([turns] * 2, "", 5)
+
+
 def test_an_answer_is_remembered(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     shared_playground = Playground(llama)
     first = shared_playground.answer(PROMPT, "1.fc_in@0.50", 4)

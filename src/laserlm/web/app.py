@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -12,19 +13,23 @@ from typing import Any
 
 import gradio as gr
 
+from laserlm.edit import resolve
 from laserlm.errors import LaserError
 from laserlm.models.language_model import LanguageModel
 from laserlm.reductions import Layers, Reduction, Size, short_form
+from laserlm.scoring.chat import ChatTemplate
 from laserlm.searching.guard import Harm
 from laserlm.store import RunInfo, Store
 from laserlm.studies.flipping import Flips
 from laserlm.studies.loss_map import LossMap
-from laserlm.studies.published import published
 from laserlm.web import explorer
+from laserlm.web.board import board_html, board_rows
+from laserlm.web.chat_box import chat_box
+from laserlm.web.flip_rows import flip_rows
 from laserlm.web.pages import page
 from laserlm.web.playground import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, Playground
 
-__all__ = ["build", "leaderboard_rows", "stylesheet"]
+__all__ = ["build", "stylesheet"]
 
 PROMPTS = (
     "The capital of Portugal is",
@@ -35,20 +40,7 @@ PROMPTS = (
     "Water boils at a temperature of",
 )
 """Example prompts: facts that a small model partly knows."""
-COLUMNS = {
-    "from": ("str", "150px"),
-    "model": ("str", "170px"),
-    "task": ("str", "170px"),
-    "before, %": ("number", "90px"),
-    "after, %": ("number", "90px"),
-    "gain": ("number", "80px"),
-    "95 % interval": ("str", "140px"),
-    "harm": ("str", "120px"),
-    "n": ("number", "80px"),
-    "intervention": ("str", "240px"),
-}
-"""Columns of the leaderboard with data type and width."""
-VARIANT_NAMES = ("Unchanged", "Reduced (LASER)", "Only what is taken away")
+VARIANT_NAMES = ("Base", "Edited", "Only the removed part")
 LOWEST_SIZE = "lowest over sizes"
 MAX_EXAMPLES_SHOWN = 100
 """Number of corrected, and of broken, examples shown."""
@@ -61,26 +53,6 @@ MAP_CACHE_SIZE = 4
 LISTENER_OPTIONS: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 MODEL_OPTIONS: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
 """Options of listeners that run the model: one call at a time, and only the last position of a slider."""
-
-
-def leaderboard_rows(store: Store) -> list[list[Any]]:
-    """Return the test results of a database's finished searches, then the published results, by ``COLUMNS``."""
-    rows: list[list[Any]] = []
-    for run in explorer.searches(store):
-        if run.outcome is None:
-            continue
-        test, best = run.outcome["test"], run.outcome["best"] or "none"
-        shares: list[Any] = [round(100 * test[name], 1) for name in ("base", "best", "gain")]
-        interval = "{:+.1f} to {:+.1f}".format(*(100 * x for x in test["interval"]))
-        if run.settings.get("scorer") == "perplexity":
-            shares, interval = [None] * 3, ""
-        harm = ", ".join(f"x{harm['ratio']:.3f}" for harm in run.outcome.get("harms", ())) or "not measured"
-        rows.append([f"run {run.id}", run.model, run.task, *shares, interval, harm, test["n"], short_form(best)])
-    for p in published():
-        scale = 1 if p.metric.endswith("percent") else 100
-        shares = [round(scale * x, 1) for x in (p.base, p.edited, p.edited - p.base)]
-        rows.append([p.source, p.model, p.task, *shares, "", "not measured", None, p.intervention])
-    return rows
 
 
 def stylesheet() -> str:
@@ -103,31 +75,35 @@ def build(store: Store, lm: LanguageModel) -> gr.Blocks:
         _html(page("app_head", model=lm.name))
         with gr.Tabs(overflow_behavior="wrap") as tabs:
             with gr.Tab("Leaderboard", id="leaderboard"):
-                board = _board()
+                words = gr.Textbox(label="Find a row", placeholder="words of a model, a task, a run")
+                board = _html("", elem_id="board")
             with gr.Tab("Explorer", id="explorer"):
                 run, loss_map = _explorer(store)
             with gr.Tab("Playground", id="playground"):
                 form = _playground(playground)
+            reductions = [form.text]
+            if ChatTemplate(lm).exists:
+                with gr.Tab("Chat", id="chat"):
+                    reductions.append(chat_box(playground, LISTENER_OPTIONS | MODEL_OPTIONS))
             with gr.Tab("Examples", id="examples"):
                 _examples(store, run, form, tabs)
-        blocks.load(lambda: leaderboard_rows(store), None, board, **LISTENER_OPTIONS)
+        gr.on([blocks.load, words.change], lambda words: board_html(board_rows(store), words), words, board, **LISTENER_OPTIONS)
         blocks.load(lambda: _runs(store), None, [run, loss_map], **LISTENER_OPTIONS)
+        for box in reductions:
+            blocks.load(lambda: _latest_best(store, lm), None, box, **LISTENER_OPTIONS)
     app: gr.Blocks = blocks.queue(max_size=QUEUE_SIZE)
     return app
 
 
-def _board() -> gr.Dataframe:
-    kinds: Any = [kind for kind, _ in COLUMNS.values()]
-    return gr.Dataframe(
-        headers=list(COLUMNS),
-        datatype=kinds,
-        column_widths=[width for _, width in COLUMNS.values()],
-        label="Accuracy on test splits; gain in points; harm as perplexity ratio",
-        interactive=False,
-        show_search="search",
-        wrap=True,
-        max_height=640,
-    )
+def _latest_best(store: Store, lm: LanguageModel) -> str:
+    """Return what the latest search of the model chose, where it chose a reduction that the model has the matrices for."""
+    for run in explorer.searches(store):
+        best = (run.outcome or {}).get("best")
+        if best and run.model == lm.name:
+            with suppress(LaserError):
+                resolve(lm.matrices, best)
+                return str(best)
+    return ""
 
 
 def _runs(store: Store) -> tuple[Any, str]:
@@ -181,7 +157,7 @@ def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:  # noqa: C901
             changes = explorer.changes(store, run, candidate)
         except LaserError as error:
             return _alert(str(error))
-        return _changes_html(candidate, changes, _harm_of(store.find(run), candidate))
+        return _changes_html(candidate, changes, store.find(run))
 
     def picked_value(event: gr.EventData) -> str:
         return str(event.pick)
@@ -221,7 +197,7 @@ def _playground(playground: Playground) -> _PlaygroundForm:
     last = lm.matrices[-1]
 
     def ask(
-        prompt: str, tokens: float, stack: str | None, layer: float, matrix: str, rho: float, text: str | None
+        prompt: str, tokens: float, stack: str | None, layer: float, matrix: str, rho: float, text: str | None = None
     ) -> list[str]:
         try:
             intervention = (text or "").strip() or str(_reduction(stack or "", int(layer), matrix, rho))
@@ -234,6 +210,11 @@ def _playground(playground: Playground) -> _PlaygroundForm:
     with gr.Row():
         prompt = gr.Textbox(label="Prompt", value=PROMPTS[0], lines=2, max_length=MAX_PROMPT_CHARACTERS, scale=3, min_width=300)
         tokens = gr.Slider(1, MAX_NEW_TOKENS, value=8, step=1, label="New tokens")
+
+    def ask_choice(*values: Any) -> list[str]:
+        """Answer under the choice, and empty the text, which would go before it."""
+        return ["", *ask(*values)]
+
     with gr.Row():
         stack = gr.Dropdown(stacks, value=last.stack, label="Stack", visible=len(stacks) > 1)
         layer = gr.Slider(0, max(m.layer for m in lm.matrices), value=last.layer, step=1, label="Block")
@@ -243,7 +224,8 @@ def _playground(playground: Playground) -> _PlaygroundForm:
         text = gr.Textbox(
             label="Or reductions as text",
             placeholder="28.fc_up@0.05+top4.mlp@0.5",
-            info="Goes before the choice above. Several are joined by +.",
+            info="Goes before the choice above, which empties it when it changes. It starts with the latest search's choice.",
+            max_lines=3,
             scale=3,
         )
         button = gr.Button("Answer", variant="primary", scale=1)
@@ -254,9 +236,10 @@ def _playground(playground: Playground) -> _PlaygroundForm:
             with gr.Column(min_width=240):
                 outputs.append(_html("", elem_id=f"side-{i}"))
     form = _PlaygroundForm(prompt, text, [prompt, tokens, stack, layer, matrix, rho, text], [alert, *outputs], ask)
-    listeners: list[Any] = [button.click, prompt.submit, text.submit]
-    listeners += [x.input for x in (tokens, stack, layer, matrix, rho)]
-    gr.on(listeners, ask, form.inputs, form.outputs, **LISTENER_OPTIONS, **MODEL_OPTIONS)
+    options = LISTENER_OPTIONS | MODEL_OPTIONS
+    gr.on([button.click, prompt.submit, text.submit, tokens.input], ask, form.inputs, form.outputs, **options)
+    choice: list[Any] = [x.input for x in (stack, layer, matrix, rho)]
+    gr.on(choice, ask_choice, form.inputs[:-1], [text, *form.outputs], **options)
     return form
 
 
@@ -302,10 +285,15 @@ def _examples(store: Store, run: gr.Dropdown, form: _PlaygroundForm, tabs: gr.Ta
     corrected.click(fill_with_best, run, [form.prompt, form.text, tabs], **LISTENER_OPTIONS).then(**options)
 
 
-def _changes_html(candidate: str, changes: Flips, harm: str) -> str:
-    lists = [("Corrected", changes.of("corrected")), ("Broken", changes.of("broken"))]
-    summary = {**explorer.summary(changes), "harm": harm}
-    return page("app_changes", candidate=short_form(candidate), summary=summary, lists=lists, shown=MAX_EXAMPLES_SHOWN)
+def _changes_html(candidate: str, changes: Flips, run: RunInfo) -> str:
+    flips = {"corrected": changes.of("corrected"), "broken": changes.of("broken")}
+    return page(
+        "app_changes",
+        candidate=short_form(candidate),
+        summary={**explorer.summary(changes, run.settings.get("scorer", "")), "harm": _harm_of(run, candidate)},
+        changes=flip_rows({change: of[:MAX_EXAMPLES_SHOWN] for change, of in flips.items()}),
+        counts={change: len(of) for change, of in flips.items()},
+    )
 
 
 def _harm_of(run: RunInfo, candidate: str) -> str:

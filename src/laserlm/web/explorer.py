@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from laserlm.errors import AnalysisError, ReportError
 from laserlm.reductions import short_form
+from laserlm.scoring.scorers import GENERATING
+from laserlm.searching.driver import FINALISTS, VALIDATION
 from laserlm.store import RunInfo, Store
 from laserlm.studies.flipping import Flip, Flips, flips
 from laserlm.studies.loss_map import LossMap, LossTable
@@ -82,24 +84,28 @@ def table_html(table: LossTable) -> str:
     return page("app_map", map=table, most=most, colour=lambda change: colour(change, limit))
 
 
-def changes(store: Store, run: str, candidate: str, split: str = "validation") -> Flips:
+def changes(store: Store, run: str, candidate: str, split: str = "") -> Flips:
     """Compare a candidate of a search with the unchanged model on the same examples.
 
     Args:
         store: the results database.
         run: the search's id.
         candidate: canonical text of the candidate.
-        split: a split that the candidate was scored on.
+        split: a split that the candidate was scored on. Empty: where the search graded what the model writes for it, else
+            validation.
 
     Raises:
         ReportError: if the search has no scores of it, or none of the unchanged model.
         StoreError: if there is no such run.
     """
-    base, edited = (store.evaluation(run, split, text) for text in ("", candidate))
+    splits = [split] if split else [FINALISTS, VALIDATION]
+    pairs = {name: [store.evaluation(run, name, text) for text in ("", candidate)] for name in splits}
+    name = next((name for name, pair in pairs.items() if None not in pair), splits[-1])
+    base, edited = pairs[name]
     if base is None or edited is None or not candidate:
         missing = repr(candidate) if base is not None else "the unchanged model"
-        raise ReportError(f"run {run} has no scores of {missing} on {split}; see 'laser runs show {run}'")
-    examples = store.examples(run, split)
+        raise ReportError(f"run {run} has no scores of {missing} on {name}; see 'laser runs show {run}'")
+    examples = store.examples(run, name)
     return flips(replace(base, scores=base.scores[: edited.n]), edited, examples[: edited.n])
 
 
@@ -114,16 +120,29 @@ def corrected(store: Store, run: RunInfo) -> list[Flip]:
     return [flip for flip in changes(store, run.id, best, "test").of("corrected") if flip.prompt] if best else []
 
 
-def summary(result: Flips) -> Mapping[str, str]:
-    """Return the figures of a candidate as text, by name."""
+def summary(result: Flips, scorer: str = "answer") -> Mapping[str, str]:
+    """Return the figures of a candidate as text, by name.
+
+    Args:
+        result: of ``changes``.
+        scorer: what the search grades by. Where it grades what the model writes, only finalists have an accuracy.
+    """
     c = result.comparison
     low, high = c.loss_interval
     interval = f", 95 % interval {low:+.4f} to {high:+.4f}" if math.isfinite(low) else " (a single example)"
-    return {
-        "examples": f"{c.n} of {c.split}{f', {c.facts} facts' if c.size != str(c.n) else ''}"
-        + (", which the search chose by" if c.split == "validation" else ""),
+    split = VALIDATION if c.split == FINALISTS else c.split
+    values = {
+        "examples": f"{c.n} of {split}{f', {c.facts} facts' if c.size != str(c.n) else ''}"
+        + (", which the search chose by" if split == VALIDATION else ""),
         "accuracy": f"{c.base:.1%} before, {c.edited:.1%} after",
         "gain": f"{100 * c.gain:+.1f} points, 95 % interval {100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f}",
         "change of loss": f"{c.edited_loss - c.base_loss:+.4f} nats per token{interval}",
         "corrected and broken": f"{c.corrected} and {c.broken}, exact p {c.mcnemar_p:.2g}",
     }
+    if scorer not in GENERATING:
+        return values
+    if c.split == VALIDATION:  # the likeliest token at each place of the answer was compared, and nothing was written
+        return {name: values[name] for name in ("examples", "change of loss")} | {
+            f"accuracy by {scorer}": "not measured: the model writes for finalists only; below is the likeliest token by token"
+        }
+    return {f"{name} by {scorer}" if name == "accuracy" else name: value for name, value in values.items()}

@@ -23,7 +23,7 @@ from laserlm.scoring.output_layer import float32_output_layer
 from laserlm.tasks import Decoding, Example
 from laserlm.web.batched_variants import CannotBatchError, run_variants
 
-__all__ = ["MAX_NEW_TOKENS", "MAX_PROMPT_CHARACTERS", "Playground", "Variant", "answer"]
+__all__ = ["MAX_NEW_TOKENS", "MAX_PROMPT_CHARACTERS", "Playground", "Turns", "Variant", "answer"]
 
 MAX_NEW_TOKENS = 64
 """Maximum tokens of a continuation, because every request delays all other users."""
@@ -54,6 +54,8 @@ class Variant:
 
 
 Variants = tuple[Variant, ...]
+Turns = tuple[tuple[str, str], ...]
+"""A conversation in pairs of role and text."""
 
 
 class Playground:
@@ -86,10 +88,7 @@ class Playground:
             raise ReportError(f"a prompt must have 1 to {MAX_PROMPT_CHARACTERS} characters, got {len(prompt)}; shorten it")
         if not 1 <= tokens <= MAX_NEW_TOKENS:
             raise ReportError(f"the number of new tokens must be 1 to {MAX_NEW_TOKENS}, got {tokens}")
-        canonical = str(Intervention.parse(intervention))
-        if not canonical:
-            raise ReportError("no reduction to compare with the unchanged model; write one such as 3.fc_in@0.1")
-        key = (prompt, canonical, tokens)
+        key = (prompt, _canonical(intervention), tokens)
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = answer(self.lm, *key)
@@ -97,6 +96,40 @@ class Playground:
                     self._cache.popitem(last=False)
             self._cache.move_to_end(key)
             return self._cache[key]
+
+    def chat(self, conversations: Sequence[Turns], intervention: str, tokens: int) -> list[str]:
+        """Return what the unchanged and the edited model answer, each in its own conversation, one request at a time.
+
+        Args:
+            conversations: with the unchanged and with the edited model. A user's turn ends each.
+            intervention: text of the reductions.
+            tokens: maximum number of new tokens.
+
+        Raises:
+            ReportError: if a conversation is too long, its last turn is empty, or there is no reduction.
+            LaserError: if the model cannot answer, or has no chat template.
+        """
+        for turns in conversations:
+            length = sum(len(text) for _, text in turns)
+            if not turns[-1][1].strip() or length > MAX_PROMPT_CHARACTERS:
+                raise ReportError(
+                    f"a conversation must end with a message and have at most {MAX_PROMPT_CHARACTERS} characters, got "
+                    f"{length}; write a message, or start a new conversation"
+                )
+        replies = []
+        with self._lock:
+            for text, turns in zip(("", _canonical(intervention)), conversations, strict=True):
+                example = Example("chat", turns[-1][1], "", messages=turns, needs_template=True)
+                with _threads(self.lm, example.prompt), applied(self.lm, text):
+                    replies += generate_for(self.lm, [example], Decoding(new_tokens=tokens))[0]
+        return [reply.strip() for reply in replies]
+
+
+def _canonical(intervention: str) -> str:
+    canonical = str(Intervention.parse(intervention))
+    if not canonical:
+        raise ReportError("no reduction to compare with the unchanged model; write one such as 3.fc_in@0.1")
+    return canonical
 
 
 def answer(lm: LanguageModel, prompt: str, intervention: str, tokens: int) -> Variants:

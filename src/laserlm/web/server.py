@@ -129,7 +129,11 @@ def _answer_errors(blocks: gradio.Blocks) -> None:
 def _theme() -> Any:
     """Return Gradio's plain theme with system fonts and with hints that are dark enough to read."""
     theme = gradio.themes.Base(font=FONTS, font_mono=MONO_FONTS)
-    return theme.set(block_info_text_color="*neutral_600", input_placeholder_color="*neutral_500")
+    return theme.set(
+        block_info_text_color="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        button_primary_background_fill_hover="*primary_700",
+    )
 
 
 class _Guard:
