@@ -181,7 +181,13 @@ def test_runs_are_listed_shown_exported_and_deleted(
     assert values["run"] in run("runs", "list", "--store", store, "--csv")[1]
     shown = json.loads(run("runs", "show", "last", "--store", store, "--json")[1])
     assert len(shown["trials"]) == 4 + 2 * len({"", values["best"]})  # on test, and on the text of the guard
-    assert f"run {values['run']} (search, done)" in run("runs", "show", values["run"][:5], "--store", store)[1]
+    text = run("runs", "show", values["run"][:5], "--store", store)[1]
+    assert f"run {values['run']} (search, done)" in text
+    test = values["test"]
+    assert f"accuracy on test: {test['base']:.1%} to {test['best']:.1%}, {100 * test['gain']:+.1f} points [" in text
+    guard = next(line for line in text.splitlines() if "guard 0" in line)
+    assert "%" not in guard  # a text has no accuracy
+    assert f" {100 * test['gain']:+.1f} " in run("runs", "list", "--store", store)[1]
     assert len(run("runs", "show", "last", "--store", store, "--csv")[1].splitlines()) == 1 + len(shown["trials"])
     assert run("runs", "export", "last", "--out", tmp_path / "run.json", "--store", store)[0] == 0
     exported = json.loads((tmp_path / "run.json").read_text())

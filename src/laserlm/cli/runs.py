@@ -28,6 +28,7 @@ def list_(listing: TableOptions, store: Store = STORE_DEFAULT) -> None:
     """
     from laserlm.store import Store as Results
 
+    raw = listing.json or listing.csv
     with Results.open(store, create=False) as results:
         rows = [
             {
@@ -38,13 +39,23 @@ def list_(listing: TableOptions, store: Store = STORE_DEFAULT) -> None:
                 "task": r.task,
                 "trials": r.trials,
                 "best": (r.outcome or {}).get("best", ""),
-                "test_gain": (r.outcome or {}).get("test", {}).get("gain"),
-                "harm": max((harm["ratio"] for harm in (r.outcome or {}).get("harms", ())), default=None),
-                "created": r.created.isoformat(timespec="seconds"),
+                **_gain_and_harm(r, raw=raw),
+                "created": r.created.isoformat(timespec="seconds") if raw else f"{r.created:%Y-%m-%d %H:%M}",
             }
             for r in results.runs()
         ]
     listing.print(rows, "runs")
+
+
+def _gain_and_harm(run: RunInfo, *, raw: bool) -> dict[str, Any]:
+    """Return gain and largest harm of a search's choice: numbers, or texts for a table."""
+    outcome = run.outcome or {}
+    gain = outcome.get("test", {}).get("gain")
+    harm = max((harm["ratio"] for harm in outcome.get("harms", ())), default=None)
+    if raw:
+        return {"test_gain": gain, "harm": harm}
+    has_accuracy = gain is not None and run.settings.get("scorer") != "perplexity"
+    return {"gain, points": f"{100 * gain:+.1f}" if has_accuracy else "", "harm": "" if harm is None else f"x{harm:.3f}"}
 
 
 @app.command()
@@ -87,7 +98,8 @@ def show(
         _print_map(loss_map)
     done = _in_order([t for t in trials if t.status == "done"], info.settings)
     generates = _generates(info.settings)
-    listing.print([_trial_row(t, generates=generates) for t in (done if listing.csv else done[:top])], "trials")
+    rows = [_trial_row(t, generates=generates) for t in (done if listing.csv else done[:top])]
+    listing.print(rows if listing.csv else [_as_text(row, info.settings) for row in rows], "trials")
 
 
 def _print_configuration(info: RunInfo, notes: dict[str, Any]) -> None:
@@ -127,6 +139,8 @@ def _print_run(info: RunInfo) -> None:
             print(f"  {key}: {info.settings[key]}")
     if info.outcome:
         print(f"  best: {short_form(info.outcome.get('best') or 'the unchanged model')}")
+    if phases := (info.outcome or {}).get("phases"):
+        print(f"  seconds: {', '.join(f'{phase} {seconds:.1f}' for phase, seconds in phases.items())}")
     if info.reason:
         print(f"  failed: {info.reason}")
     if info.kind == "search" and info.outcome:
@@ -139,13 +153,12 @@ def _print_gain_and_harm(outcome: dict[str, Any], settings: dict[str, Any]) -> N
 
     try:
         result = SearchResult.from_dict(outcome | {"settings": settings})
-    if phases := (info.outcome or {}).get("phases"):
-        print(f"  seconds: {', '.join(f'{phase} {seconds:.1f}' for phase, seconds in phases.items())}")
     except (KeyError, TypeError):  # of an older version, which kept less
         return
     c, is_perplexity = result.test, settings.get("scorer") == "perplexity"
     if not is_perplexity:
-        print(f"  gain on test: {c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]")
+        gain = "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * x for x in (c.gain, *c.interval)))
+        print(f"  accuracy on test{_by(settings)}: {c.base:.1%} to {c.edited:.1%}, {gain}")
     low, high = c.loss_interval
     print(f"  change of loss on test: {c.edited_loss - c.base_loss:+.3f} [{low:+.3f}, {high:+.3f}]")
     for sentence in result.harm_sentences():
@@ -154,14 +167,30 @@ def _print_gain_and_harm(outcome: dict[str, Any], settings: dict[str, Any]) -> N
 
 
 def _trial_row(t: TrialInfo, *, generates: bool) -> dict[str, Any]:
-    """Return a trial as a row. The model wrote nothing on ``validation`` if the scorer grades text: no accuracy is known."""
+    """Return a trial as a row. Texts have no accuracy, nor has ``validation`` if the scorer grades what the model writes."""
     from laserlm.scoring.statistics import wilson
 
     row: dict[str, Any] = {"split": t.split, "intervention": t.intervention or "base", "n": t.n}
-    if generates and t.split == "validation":
+    if t.scorer == "perplexity" or (generates and t.split == "validation"):
         return row | {"accuracy": None, "low": None, "high": None, "loss": t.loss, "seconds": t.seconds}
     low, high = wilson(round((t.accuracy or 0) * (t.n or 1)), t.n or 1)
     return row | {"accuracy": t.accuracy, "low": low, "high": high, "loss": t.loss, "seconds": t.seconds}
+
+
+def _as_text(row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a row for a table: accuracy with its interval in percent, loss in nats per token."""
+    interval = "" if row["low"] is None else f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    return {
+        **{name: row[name] for name in ("split", "intervention", "n")},
+        f"accuracy{_by(settings)}": "" if row["accuracy"] is None else f"{row['accuracy']:.1%}{interval}",
+        "loss": "" if row["loss"] is None else f"{row['loss']:.3f}",
+        "seconds": "" if row["seconds"] is None else f"{row['seconds']:.1f}",
+    }
+
+
+def _by(settings: dict[str, Any]) -> str:
+    """Return what an accuracy is by, where text that the model writes is graded."""
+    return f" by {settings['scorer']}" if _generates(settings) else ""
 
 
 SHADES = "░▒▓█"
