@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/make_screenshots.py [RESULTS_DATABASE]
 
-Without a database it runs a race on worldfacts first. The last search of a database has to be a race or an exhaustive search,
-for a choice of components has no loss map. Needs Chromium, and the extras ``app`` and ``test``.
+Without a database it runs the demo first. The pictures are of the last search. Needs Chromium, and the extras ``app`` and
+``test``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 LASER = [sys.executable, "-c", "from laserlm.cli import main; main()"]
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 PROMPT = "The capital of Portugal is"
-RACE = ["search", "bundled", "--task", "worldfacts", "--limit", "300", "--metric", "loss", "--strategy", "race"]
 
 
 def laser(*arguments: object) -> None:
@@ -37,16 +36,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "runs.db"
         if len(sys.argv) == 1:
-            laser(*RACE, "--store", store)
+            laser("demo", "--store", store)
+        laser("analyze", "components", "last", "--store", store)
         laser("report", "last", "--store", store, "--out", Path(folder) / "report.html")
         laser("leaderboard", "build", "--store", store, "--out", Path(folder) / "site")
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
             page = browser.new_page(viewport={"width": 1200, "height": 850})
             page.goto((Path(folder) / "report.html").as_uri())
-            page.wait_for_selector("#map .heatmaplayer image", state="attached")
-            page.locator("h2", has_text="Loss map").scroll_into_view_if_needed()
-            page.evaluate("document.querySelector('#map').closest('section').scrollIntoView()")
             page.screenshot(path=IMAGES / "report.png")
             page.goto((Path(folder) / "site" / "index.html").as_uri())
             page.screenshot(path=IMAGES / "leaderboard.png")
