@@ -35,11 +35,11 @@ def flip(prompt: str) -> Flip:
 
 
 def test_what_all_prompts_share_is_folded_in_whole_words() -> None:
-    prompts = [f"{FEW_SHOT}Where is {name}?\nYour answer in one word, please:" for name in ("Stockholm", "Stocks", "Bern")]
+    prompts = [f"{FEW_SHOT}Where is {name}?\nYour answer in one word, please:" for name in ("Stockholm", "Stocks", "Stone")]
     rows = flip_rows({"corrected": [flip(p) for p in prompts[:2]], "broken": [flip(prompts[2])]})
     assert (rows.start, rows.end) == (f"{FEW_SHOT}Where is ", "?\nYour answer in one word, please:")
     assert [row.prompt for row in rows.rows["corrected"]] == ["… Stockholm …", "… Stocks …"]
-    assert [row.prompt for row in rows.rows["broken"]] == ["… Bern …"]
+    assert [row.prompt for row in rows.rows["broken"]] == ["… Stone …"]
 
 
 @pytest.mark.parametrize("prompts", [["The capital of Italy is", "The capital of Oz is"], [FEW_SHOT], [FEW_SHOT] * 3, []])
