@@ -477,6 +477,7 @@ def test_a_search_out_of_time_measures_the_best_so_far(
     assert 5 <= scored.count("validation") <= 6
     assert result.validation.n == (len(task.validation) if strategy != "race" else 3)
     assert result.test.n == len(task.test)
+    assert sum(result.phases.values()) == pytest.approx(result.seconds)
     count = len(scored)
     assert search(llama, task, store=tmp_path / "runs.db", **options) == result
     assert len(scored) == count

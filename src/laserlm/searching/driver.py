@@ -266,7 +266,7 @@ def _result(session: SearchSession, run: Run, executor: Executor, settings: dict
         steps=tuple(session.steps),
         finalists=finalists,
         settings=json.loads(json.dumps(settings)),  # as they come back from a store
-        harms=session.measure_harms(),
+        harms=harms,
         points=session.points,
         phases=session.phases,
     )
