@@ -89,6 +89,9 @@ ONLY_READ = {
     "laser lm-eval --model laser": "the harness reads its task from the hub",
     "laser lab rank-constraint": "trains for a quarter of an hour; its parts are tested in tests/lab",
     "Qwen/Qwen2.5-7B-Instruct": "a model on the hub",
+    "--task qa.csv": "writes answers for minutes; tests/tasks and tests/cli read such files",
+    "--form gguf": "tests/export/test_gguf_file.py writes one",
+    "laser chat": "reads lines from a terminal; tests/cli/test_chat.py types them",
 }
 ONLY_BUNDLED = {
     "laser.Ray(": "starts a cluster",
@@ -287,6 +290,7 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     folder = tmp_path / "work"
     shutil.copytree(hub, folder)
     (folder / "texts").mkdir()
+    (folder / "examples").symlink_to(ROOT / "examples")
     facts = [(f"The capital of {country} is", city, country) for country, city in CAPITALS.items()]
     facts += [(f"{city} is the capital of", country, city) for country, city in CAPITALS.items()]
     rows = [{"prompt": prompt, "answer": answer, "subject": subject} for prompt, answer, subject in facts]

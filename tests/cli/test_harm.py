@@ -175,6 +175,12 @@ def test_harm_that_was_not_measured_is_said_to_be(points: SearchResult) -> None:
     assert "It is not in the list" in dominated.pareto_note()
 
 
+def test_the_list_says_what_its_accuracies_are_of(points: SearchResult) -> None:
+    sentence = "accuracies are of the answer's own tokens"
+    assert sentence not in points.pareto_note()
+    assert sentence in replace(points, settings=points.settings | {"scorer": "contains"}).pareto_note()
+
+
 def test_components_that_a_file_names_are_explained_by_their_tokens(
     run: Run, folder: Path, questions: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import Comparison
 from laserlm.scoring.records import Evaluation
+from laserlm.scoring.scorers import GENERATING
 from laserlm.searching.config import Metric, SearchConfig, Strategy
 from laserlm.searching.guard import Harm
 
@@ -265,6 +266,8 @@ class SearchResult:
             f"The list is chosen by the validation figures of {n} point{'s' if n > 1 else ''}, so the figures are too good "
             "(winner's curse). Only the chosen one is tested on held-out questions."
         )
+        if self.settings.get("scorer") in GENERATING:
+            note += " Its accuracies are of the answer's own tokens; what the model writes is scored for the chosen one alone."
         if self.best and str(self.best) not in [point.intervention for point in self.pareto]:
             note += " It is not in the list: another one looks at least as good there for no more harm."
         return note
