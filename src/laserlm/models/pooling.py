@@ -46,7 +46,8 @@ def read_pooling(source: str | Path, revision: str | None = None) -> Pooling | N
         ModelError: if a file of it cannot be read.
     """
     modules = _read(source, revision, "modules.json")
-    types = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules or ()}
+    listed = [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    types = {str(module.get("type")).rpartition(".")[2]: str(module.get("path", "")) for module in listed}
     if "Pooling" not in types:
         return None
     settings = _read(source, revision, f"{types['Pooling']}/config.json") or {}

@@ -35,15 +35,18 @@ def _match_answers(e: Example, text: str) -> dict[str, float]:
 
 
 def grade_matches(split: Split, texts: Sequence[Sequence[str]], correct: Literal["contains", "exact_match"]) -> list[Grade]:
+    """Grade the first text of each example by its answer and aliases: ``contains`` one, or ``exact_match``."""
     matches = [_match_answers(e, text[0]) for e, text in zip(split.examples, texts, strict=True)]
     return [(match[correct] == 1, {name: x for name, x in match.items() if name != "contains"}) for match in matches]
 
 
 def grade_numbers(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:
+    """Grade the last number of each first text by the answer."""
     return [(_is_equal(last_number(text[0]), e.answer), {}) for e, text in zip(split.examples, texts, strict=True)]
 
 
 def grade_programs(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:
+    """Grade each text as the end of a program, by running the example's tests on it."""
     programs = [
         Program(e.prompt + text, _tested_function(e), e.prompt + e.answer, e.program)
         for e, samples in zip(split.examples, texts, strict=True)
@@ -68,6 +71,7 @@ def _tested_function(example: Example) -> str:
 
 
 def grade_by_judge(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:
+    """Grade the first text of each example by the split's judge."""
     assert split.judge is not None  # check_split has made sure
     return [split.judge(e, [text[0]]) for e, text in zip(split.examples, texts, strict=True)]
 
