@@ -57,6 +57,7 @@ PASSAGE_LENGTH = 120
 GUARD = {"PASSAGES": 8, "PASSAGE_TOKENS": 16}
 """Size of the text that a model writes for a search, on which the harm of a reduction is measured."""
 SHORT = {
+    "search --config": "--limit 12",  # its file names the strategy
     "search bundled --task web-of-lies": f"--limit 6 --width {WIDTH}",
     "search": f"--limit 12 --width {WIDTH}",
     "evaluate bundled --task humaneval": "--limit 2 --new-tokens 32",
@@ -327,7 +328,8 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
         usual = {} if "grid" in named else {"strategy": "components"}
         if "max_harm" in named:  # the demo's; components need more questions to change anything
             named |= {"strategy": "race", "max_harm": None}
-        return search(*arguments, **{"candidates": WIDTH, "grid": GRID, "steps": 2} | usual | named)
+        width = {} if (usual | named).get("strategy") == "components" else {"candidates": WIDTH}
+        return search(*arguments, **{"grid": GRID, "steps": 2} | width | usual | named)
 
     monkeypatch.setattr(laserlm, "search", narrow)
     monkeypatch.setattr("laserlm.searching.search", narrow)
@@ -468,8 +470,11 @@ def short(words: list[str], *, whole: bool) -> list[str]:
     is_wide = not re.search(r"--grid 2[89]\.", joined)
     grid = ["--grid", GRID] if joined.startswith("search bundled") and is_wide and not whole else []
     takes_default = words[0] == "search" and "--strategy" not in joined and "--grid" not in joined
-    steps = ["--steps", "2", *(["--strategy", "components"] if grid else [])] if takes_default else []  # else a race
-    return [*next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), []), *grid, *steps]
+    options = next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), [])
+    if takes_default and grid:  # else a race
+        width = options.index("--width")
+        return [*options[:width], *options[width + 2 :], *grid, "--steps", "2", "--strategy", "components"]
+    return [*options, *grid, *(["--steps", "2"] if takes_default else [])]
 
 
 def served(words: list[str], said: str) -> None:
