@@ -177,6 +177,15 @@ def test_experts_are_left_out_with_the_reason(make: Make, file: Path) -> None:
     assert {m.name for m in compression.matrices} == {"q_proj", "k_proj", "v_proj", "out_proj"}
 
 
+def test_matrices_without_a_gradient_are_left_out_with_the_reason(llama: LanguageModel, file: Path) -> None:
+    with torch.no_grad():
+        llama.model.model.layers[0].self_attn.o_proj.weight.zero_()  # nothing of the block's attention reaches the loss
+    rows = read_calibration_text(llama, file, tokens=500).calibration
+    compression = fit_ranks(llama, rows)
+    reason = "no gradient of the loss of the text reaches it"
+    assert {m.id: why for m, why in compression.left_out.items()} == dict.fromkeys(("0.q_proj", "0.k_proj", "0.v_proj"), reason)
+
+
 @pytest.mark.parametrize("form", ["factored", "dense"])
 def test_factors_of_very_different_scales_are_saved_in_float16(
     form: str, llama: LanguageModel, file: Path, tmp_path: Path

@@ -136,11 +136,11 @@ def fit_ranks(
         if value not in get_args(known):
             raise ExportError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
     matrices, left_out = _compressible(lm)
-    gradients: Mapping[str, Tensor] = {}
-    if method == "two-sided" or allocation == "curvature":
-        gradients = gradient_moments(lm, rows, matrices)
+    needs_gradients = method == "two-sided" or allocation == "curvature"
+    gradients = gradient_moments(lm, rows, matrices) if needs_gradients else None
     decompositions, losses = _decomposed(lm, rows, matrices, method, allocation, gradients)
-    left_out |= {m: "no token of the text reaches it" for m in matrices if m.id not in decompositions}
+    reason = f"no {'token' if gradients is None else 'gradient of the loss'} of the text reaches it"
+    left_out |= {m: reason for m in matrices if m.id not in decompositions}
     matrices = tuple(m for m in matrices if m not in left_out)
     if allocation == "sensitivity":
         losses = sensitivities(lm, rows, matrices, lambda m: decompositions[m.id])
@@ -153,9 +153,9 @@ def _decomposed(
     matrices: Sequence[Matrix],
     method: Method,
     allocation: Allocation,
-    gradients: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor] | None,
 ) -> tuple[DecompositionFile, dict[str, Tensor]]:
-    """Return the decomposition of every matrix and its components' losses, but for matrices that no token reaches."""
+    """Return the decomposition of every matrix and its components' losses, but for matrices that the text does not reach."""
     decompositions, losses = DecompositionFile(lm.cache), dict[str, Tensor]()
     if method == "plain" and allocation != "curvature":
         for m in matrices:
@@ -163,9 +163,10 @@ def _decomposed(
         return decompositions, losses
     for of_block, moments in moments_by_block(lm, rows, matrices):
         for m in of_block:
-            M, G, weight = moments.get(_module_path(m)), gradients.get(m.id), read_matrix(lm.model, m)
-            if M is None or (gradients and G is None):
-                continue
+            M, weight = moments.get(_module_path(m)), read_matrix(lm.model, m)
+            G = None if gradients is None else gradients.get(m.id)
+            if M is None or (gradients is not None and G is None):
+                continue  # the caller names it
             if method == "plain":
                 decomposition = decompose(weight)
             else:
