@@ -92,63 +92,94 @@ def search(
         RunBusyError: if another process is at the same search in the same store.
     """
     start = time.monotonic()
+    on_stage = on_stage or (lambda _: None)
+    config = _complete_config(lm, task, config, effort, settings)
+    check(lm, task)
+    candidates = expand(config.grid, lm.matrices)
+    on_stage(SearchProgress(stage="guards", alive=0, done=0.0, total=0.0, scored=0, best=None, last=""))
+    guards = _guards(lm, config)
+    splits = encode_splits(lm, task, config) | _splits_of(guards)
+    run_settings = _run_settings(lm, task, splits, config, guards)
+    with _open_run(lm, run_settings, config.seed, store, executor, restart=restart) as run:
+        if run.outcome is not None:
+            return replace(SearchResult.from_dict(run.outcome), done_earlier=True)
+        if options is not None and run.notes.get("options") != dict(options):
+            run.note("options", dict(options))
+        config = replace(config, batch_size=int(run.notes.get("batch_size", config.batch_size)))
+        with _executor(lm, splits, config, executor) as workers:
+            ledgers = _ledgers(lm, run, splits, workers, config, start)
+            session = SearchSession(
+                run=run,
+                on_validation=ledgers[VALIDATION],
+                on_test=ledgers[TEST],
+                on_finalists=ledgers[FINALISTS if config.scorer in GENERATING else VALIDATION],
+                candidates=candidates,
+                config=config,
+                guards=[
+                    GuardScores(guard, ledgers[CHOOSING.format(i)], ledgers[MEASURING.format(i)])
+                    for i, guard in enumerate(guards)
+                ],
+                on_step=on_step or (lambda _: None),
+                on_stage=on_stage,
+                start=start,
+            )
+            result = _result(session, run, workers, run_settings, start)
+            run.finish(result.as_dict())
+            return result
+
+
+def _complete_config(
+    lm: LanguageModel, task: Task, config: SearchConfig | None, effort: Effort, settings: Mapping[str, Any]
+) -> SearchConfig:
+    """Return the settings with all that the model and the task decide."""
     if config is not None and effort != "normal":
         raise ScoringError(f"effort {effort!r} and a config exclude each other; write SearchConfig.of({effort!r}, ...)")
     config = SearchConfig.of(effort, **settings) if config is None else replace(config, **settings)
-    config = config.for_task(task, has_guard=has_guard(lm, config.guards), kind=lm.kind)
-    check(lm, task)
-    candidates = expand(config.grid, lm.matrices)
-    on_stage = on_stage or (lambda _: None)
-    on_stage(SearchProgress(stage="guards", alive=0, done=0.0, total=0.0, scored=0, best=None, last=""))
+    return config.for_task(task, has_guard=has_guard(lm, config.guards), kind=lm.kind)
+
+
+def _guards(lm: LanguageModel, config: SearchConfig) -> list[Guard]:
+    """Return what must not get worse."""
     guards = guards_of(lm, config.guards, seed=config.seed)
     if not guards and math.isfinite(config.harm_bound):
         raise ScoringError(
             f"a bound on harm needs a guard, and {lm.name} is a {lm.kind} model that writes no text of its own; name a task "
             "whose questions it must keep answering: --guard TASK (guards=['TASK'])"
         )
-    splits = encode_splits(lm, task, config) | split_names(guards)
-    run_settings = _run_settings(lm, task, splits, config) | {"guards": [guard.identity for guard in guards]}
+    return guards
+
+
+@contextmanager
+def _open_run(
+    lm: LanguageModel, settings: dict[str, Any], seed: int, store: str | Path | None, cluster: Ray | None, *, restart: bool
+) -> Iterator[Run]:
+    """Yield the run with these settings, new or continued, of a store; without one, of a folder that is removed."""
+    origin = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
+    if cluster is not None:
+        origin["ray"] = cluster.as_dict()
     with ExitStack() as stack:
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.db"
         results = stack.enter_context(Store.open(store))
-        origin = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=config.seed)
-        if executor is not None:
-            origin["ray"] = executor.as_dict()
-        key = digest(run_settings)
-        run = stack.enter_context(
-            results.run(kind="search", key=key, settings=run_settings, provenance=origin, restart=restart)
-        )
-        if run.outcome is not None:
-            return replace(SearchResult.from_dict(run.outcome), done_earlier=True)
-        if options is not None and run.notes.get("options") != dict(options):
-            run.note("options", dict(options))
-        config = replace(config, batch_size=int(run.notes.get("batch_size", config.batch_size)))
-        workers = stack.enter_context(_executor(lm, splits, config, executor))
-        deadline = math.inf if config.budget is None else start + 60 * config.budget
+        key = digest(settings)
+        yield stack.enter_context(results.run(kind="search", key=key, settings=settings, provenance=origin, restart=restart))
 
-        def ledger(name: str, deadline: float = math.inf) -> ScoreLedger:
-            return ScoreLedger(lm, run, name, splits[name], workers, config.memory / 2, deadline)
 
-        on_validation = ledger(VALIDATION, deadline)
-        session = SearchSession(
-            run=run,
-            on_validation=on_validation,
-            on_test=ledger(TEST),
-            on_finalists=ledger(FINALISTS) if config.scorer in GENERATING else on_validation,
-            candidates=candidates,
-            config=config,
-            guards=[
-                GuardScores(guard, ledger(CHOOSING.format(i), deadline), ledger(MEASURING.format(i)))
-                for i, guard in enumerate(guards)
-            ],
-            on_step=on_step or (lambda _: None),
-            on_stage=on_stage,
-            start=start,
-        )
-        result = _result(session, run, workers, run_settings, start)
-        run.finish(result.as_dict())
-        return result
+def _ledgers(
+    lm: LanguageModel,
+    run: Run,
+    splits: Mapping[str, EncodedSplit],
+    workers: Executor,
+    config: SearchConfig,
+    start: float,
+) -> dict[str, ScoreLedger]:
+    """Return the scores on each split. Only those that a choice is made on have a deadline."""
+    deadline = math.inf if config.budget is None else start + 60 * config.budget
+    timed = {VALIDATION, *(CHOOSING.format(i) for i in range(len(splits)))}
+    return {
+        name: ScoreLedger(lm, run, name, split, workers, config.memory / 2, deadline if name in timed else math.inf)
+        for name, split in splits.items()
+    }
 
 
 def encode_splits(lm: LanguageModel, task: Task, config: SearchConfig) -> dict[str, EncodedSplit]:
@@ -172,7 +203,7 @@ def encode_splits(lm: LanguageModel, task: Task, config: SearchConfig) -> dict[s
     }
 
 
-def split_names(guards: Sequence[Guard]) -> dict[str, EncodedSplit]:
+def _splits_of(guards: Sequence[Guard]) -> dict[str, EncodedSplit]:
     """Return the parts of guards by the names under which they are scored."""
     parts: dict[str, EncodedSplit] = {}
     for i, guard in enumerate(guards):
@@ -211,11 +242,13 @@ def check(lm: LanguageModel, task: Task) -> None:
         )
 
 
-def _run_settings(lm: LanguageModel, task: Task, splits: dict[str, EncodedSplit], config: SearchConfig) -> dict[str, Any]:
+def _run_settings(
+    lm: LanguageModel, task: Task, splits: dict[str, EncodedSplit], config: SearchConfig, guards: Sequence[Guard]
+) -> dict[str, Any]:
     """Return everything that the result depends on; a run with the same settings continues an interrupted one."""
     sequences = (*splits[VALIDATION].sequences, *splits[TEST].sequences)
     scores = identity(lm, splits[TEST].scorer, (task.validation, task.test), sequences, config.seed)
-    return scores | config.choice_settings() | {"method": METHOD}
+    return scores | config.choice_settings() | {"method": METHOD, "guards": [guard.identity for guard in guards]}
 
 
 @contextmanager

@@ -38,9 +38,8 @@ def components(
 
     Example: laser analyze components bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
-    from laserlm.reductions import Intervention, short_form
+    from laserlm.reductions import Intervention
     from laserlm.studies.components import FRACTIONS, bottom_components, chunk_map
-    from laserlm.studies.estimates import MIN_EXAMPLES
     from laserlm.studies.figures import components_figure
     from laserlm.studies.rank_curve import sizes_of
     from laserlm.studies.removed_components import removed_components
@@ -54,7 +53,7 @@ def components(
     chunks: list[SpectrumRun] = []
     with study.pair() as pair, pair.scorer() as scorer:
         corrected = _corrected(pair)
-        is_cut = all(r.size.drop is None for r in Intervention.parse(pair.intervention).reductions)
+        is_cut = all(r.size.strengths is None for r in Intervention.parse(pair.intervention).reductions)
         removed = removed_components(scorer, pair.intervention, corrected)
         if corrected and is_cut:
             with progress_bar("keeping the smallest", unit="fractions") as advance:
@@ -62,31 +61,38 @@ def components(
         if chunk and is_cut:
             with progress_bar("taking runs out", unit="runs") as advance:
                 chunks = chunk_map(pair.intervention, scorer, chunk=chunk, on_chunk=advance)
+    titles_and_rows = (
+        (f"only the smallest singular values, n {len(corrected)}", [_bottom_row(b, output.csv) for b in bottom]),
+        (f"without a run of singular values, n {pair.base.n}", [_chunk_row(c) for c in chunks]),
+        (
+            "the removed components with the largest singular values, and the tokens nearest to them",
+            [_removed_row(c) for c in removed],
+        ),
+    )
+    values = {"corrected": len(corrected), "words": words.source, "bottom": bottom, "chunks": chunks, "removed": removed}
+    output.show(
+        pair.description | values,
+        {f"{pair.title}: {title}": rows for title, rows in titles_and_rows if rows},
+        lines=_sentences(pair, len(corrected), words.source, chunks),
+        figure=(lambda: components_figure(bottom, chunks, pair.title)) if bottom or chunks else None,
+    )
+
+
+def _sentences(pair: ModelPair, corrected: int, words: str, chunks: list[SpectrumRun]) -> list[str]:
+    from laserlm.reductions import short_form
+    from laserlm.studies.estimates import MIN_EXAMPLES
+
     lines = [
-        f"{short_form(pair.intervention)} corrects {len(corrected)} of {pair.base.n} examples"
-        + (": too few to say anything." if len(corrected) < MIN_EXAMPLES else "."),
-        f"Generic words are {words.source}, and what holds no letter or digit.",
+        f"{short_form(pair.intervention)} corrects {corrected} of {pair.base.n} examples"
+        + (": too few to say anything." if corrected < MIN_EXAMPLES else "."),
+        f"Generic words are {words}, and what holds no letter or digit.",
     ]
-    tables = {}
-    if bottom:
-        title = f"{pair.title}: only the smallest singular values, n {len(corrected)}"
-        tables[title] = [_bottom_row(b, output.csv) for b in bottom]
     if chunks:
-        tables[f"{pair.title}: without a run of singular values, n {pair.base.n}"] = [_chunk_row(c) for c in chunks]
         signal, noise = (sum(c.verdict == verdict for c in chunks) for verdict in ("signal", "noise"))
         lines.append(
             f"Of {len(chunks)} runs {signal} are signal and {noise} noise; by chance alone one in forty would be each."
         )
-    if removed:
-        title = f"{pair.title}: the removed components with the largest singular values, and the tokens nearest to them"
-        tables[title] = [_removed_row(c) for c in removed]
-    values = {"corrected": len(corrected), "words": words.source, "bottom": bottom, "chunks": chunks, "removed": removed}
-    output.show(
-        pair.description | values,
-        tables,
-        lines=lines,
-        figure=(lambda: components_figure(bottom, chunks, pair.title)) if bottom or chunks else None,
-    )
+    return lines
 
 
 def _corrected(pair: ModelPair) -> list[Example]:
