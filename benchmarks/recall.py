@@ -35,7 +35,6 @@ def main() -> None:
     lm = laser.load("bundled")
     grid = f"{given.layers}.all@{SIZES}"
     task = laser.task(given.task, data=given.data or None)
-    # The exhaustive search is the one that benchmarks/search_speed.py keeps.
     short = replace(task, validation=task.validation.limit(given.examples), test=task.test.limit(10))
     whole = search(lm, short, strategy="exhaustive", grid=grid, metric="loss", store=given.store)
     with Store.open(given.store) as store:

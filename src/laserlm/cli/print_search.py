@@ -23,16 +23,11 @@ DONE_EARLIER = "done earlier, nothing was run; --restart runs it again."
 def print_end(result: SearchResult, model: str, store: str, seconds: float) -> None:
     """Print the run of a search, and the commands that go on from it."""
     print(f"\nRun {result.run} in {mask_credentials(store)}: " + (DONE_EARLIER if result.done_earlier else f"{seconds:.0f} s."))
-    name, is_usual = shlex.quote(model), store in (STORE_DEFAULT, os.environ.get("LASER_STORE"))
+    is_usual = store in (STORE_DEFAULT, os.environ.get("LASER_STORE"))
     where = "" if is_usual else f" --store {shlex.quote(mask_credentials(store))}"
     print(f"Go on with:\n  laser report {result.run}{where}\n  laser runs show {result.run}{where}")
-    if not result.best:
-        wider = "--strategy race" if result.strategy == "components" else "--effort thorough"
-        print(f"  the same search with {wider}")
-        return
-    print(f"  laser save {name} --run {result.run} --out FOLDER{where}")
-    if len(result.pareto) > 1:
-        print(f"  laser save {name} --run {result.run} --point N --out FOLDER{where}    (another point of the list)")
+    for command, comment in result.next_commands(model, "FOLDER"):
+        print(f"  {command}{where}" + (f"    ({comment})" if comment else ""))
 
 
 def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:

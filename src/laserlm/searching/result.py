@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -252,6 +253,16 @@ class SearchResult:
     def harm_bound(self) -> float:
         """Largest rise of the loss on a guard that the choice could have, in nats per token; infinite without a bound."""
         return SearchConfig(strategy=self.strategy, max_harm=self.settings.get("max_harm")).harm_bound
+
+    def next_commands(self, model: str, out: str) -> list[tuple[str, str]]:
+        """Return the commands that save the choice in ``out`` or search wider, each with a comment."""
+        name = shlex.quote(model)
+        if not self.best:
+            wider = "--strategy race" if self.strategy == "components" else "--effort thorough"
+            return [(f"laser search {name} ... {wider}", "the same search, wider")]
+        save = f"laser save {name} --run {self.run}"
+        point = [(f"{save} --point N --out {out}", "another point of the list")] if len(self.pareto) > 1 else []
+        return [(f"{save} --out {out}", ""), *point]
 
     def harm_sentences(self) -> list[str]:
         """Return in sentences what the best costs on each guard; none for the unchanged model."""

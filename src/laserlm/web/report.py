@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,17 +186,12 @@ def _settings(info: RunInfo, titles: dict[str, str]) -> dict[str, str]:
 
 def _commands(info: RunInfo, result: SearchResult) -> list[str]:
     """Return the next commands."""
-    model = shlex.quote(info.model)
-    if not result.best:
-        wider = "--strategy race" if result.strategy == "components" else "--effort thorough"
-        return [f"laser search {model} ... {wider}    # the same search, wider", f"laser runs show {info.id}"]
-    commands = [f"laser save {model} --run {info.id} --out reduced"]
-    if len(result.pareto) > 1:
-        commands.append(f"laser save {model} --run {info.id} --point N --out reduced    # another point of the list below")
-    return [
-        *commands,
-        f"laser analyze side-effects {info.id} --text FILE --on TASK    # what else changes",
-        f"laser analyze components {info.id}    # what the removed part says",
-        "laser reproduce reduced    # makes it again and compares",
-        f"laser runs show {info.id}",
-    ]
+    commands = result.next_commands(info.model, "reduced")
+    if result.best:
+        commands += [
+            (f"laser analyze side-effects {info.id} --text FILE --on TASK", "what else changes"),
+            (f"laser analyze components {info.id}", "what the removed part says"),
+            ("laser reproduce reduced", "makes it again and compares"),
+        ]
+    commands.append((f"laser runs show {info.id}", ""))
+    return [f"{command}    # {comment}" if comment else command for command, comment in commands]
