@@ -12,7 +12,7 @@ from pathlib import Path
 
 import laserlm as laser
 from laserlm.export.calibration_text import read_calibration_text
-from laserlm.export.compression import Allocation, Method, fit_ranks
+from laserlm.export.fitting import Allocation, Method, fit_ranks
 from laserlm.scoring.evaluate import text_perplexity
 
 WAYS: list[tuple[Method, Allocation]] = [

@@ -274,6 +274,7 @@ def test_leftovers_in_the_cache_are_listed_with_what_they_were_to_become(tmp_pat
         "models": f"smollm2-135m-instruct-{'b' * 12}",
         "data": f"{'c' * 16}-questions.json",
         "texts": f"{'d' * 64}.json",
+        "compressions": "f" * 16,
     }
     expected = {}
     for kind, name in names.items():

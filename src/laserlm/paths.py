@@ -87,6 +87,7 @@ def cached_files(cache: Path) -> dict[str, list[Path]]:
         "models": [f"smollm2-135m-instruct-{HEX * 12}", f"gguf-{HEX * 12}"],
         "data": [f"{HEX * 16}-*"],
         "texts": [f"{HEX * 64}.json", BASIS],
+        "compressions": [HEX * 16],
     }
     return {
         kind: sorted(path for name in names for path in (*(cache / kind).glob(name), *_leftovers(cache / kind, name)))

@@ -116,16 +116,22 @@ def test_nothing_or_two_things_to_save_is_an_error(run: Run, folder: Path, tmp_p
 
 def test_a_whole_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, printed, err = run("compress", folder, "--ratio", 0.5, "--calibration", text, "--out", out, "--json")
+    options = ("--ratio", 0.5, "--measure", 0.8, "--calibration", text, "--out", out, "--json")
+    code, printed, err = run("compress", folder, *options)
     assert code == 0, err
     output = json.loads(printed)
+    report = (tmp_path / "out.html").read_text()
+    assert output["report"] == str(tmp_path / "out.html")
+    for perplexity in (output["base_perplexity"], output["perplexity"]):
+        assert f"{perplexity:.2f}" in report
+    assert all(f'id="{name}"' in report for name in ("ranks", "perplexity"))
     assert output["parameters"] < 0.8 * output["base_parameters"]
     assert output["perplexity"] != output["base_perplexity"]
     code, printed, _ = run("reproduce", out)
     assert code == 0
-    code, _, err = run("compress", folder, "--out", tmp_path / "other")
+    code, _, err = run("compress", folder, "--out", out, "--overwrite", "--measure", 2)
     assert code == 1
-    assert "--calibration FILE" in err
+    assert "a ratio of 2.0 is out of range" in err
 
 
 def test_the_last_blocks_are_swept_with_ratios_in_any_way_of_writing_them(run: Run, folder: Path, questions: Path) -> None:

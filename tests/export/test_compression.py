@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from laserlm.errors import ExportError, WeightError
 from laserlm.export import compress, reproduce
 from laserlm.export.calibration_text import read_calibration_text
-from laserlm.export.compression import Allocation, fit_ranks
+from laserlm.export.fitting import Allocation, fit_ranks
 from laserlm.export.load_in_subprocess import fingerprint
 from laserlm.export.moments import moments_by_block
 from laserlm.linalg import decompose
@@ -145,7 +146,10 @@ def test_plain_and_uniform_needs_no_text(llama: LanguageModel, tmp_path: Path) -
 
 
 def test_what_cannot_be_compressed_is_told(llama: LanguageModel, make: Make, file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="needs a text"):
+    with pytest.raises(ExportError, match="causal"):
+        compress(make("bert"), tmp_path / "out", ratio=0.5)
+    llama.require_tokenizer().bos_token = llama.require_tokenizer().eos_token = None
+    with pytest.raises(ExportError, match=r"no token that starts a text.*--calibration FILE"):
         compress(llama, tmp_path / "out", ratio=0.5)
     with pytest.raises(ExportError, match="above 0 and at most 1"):
         compress(llama, tmp_path / "out", ratio=1.5, calibration=file)
@@ -215,7 +219,7 @@ def test_factors_that_are_too_large_are_not_made(llama: LanguageModel, file: Pat
         pass
 
 
-def test_decompositions_are_in_a_file_that_cannot_be_written_everywhere(llama: LanguageModel, tmp_path: Path) -> None:
+def test_decompositions_are_in_a_folder_as_long_as_they_are_used(llama: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     llama.cache = tmp_path / "file"
     with pytest.raises(ExportError, match=r"cannot keep the decompositions in .*file: .*--cache"):
@@ -226,4 +230,62 @@ def test_decompositions_are_in_a_file_that_cannot_be_written_everywhere(llama: L
         expected = decompose(read_matrix(llama.model, m))
         assert torch.equal(compression.decompositions[m.id].left, expected.left)
         assert torch.equal(compression.decompositions[m.id].right, expected.right)
-    assert list((tmp_path / "cache").iterdir()) == []  # the file has no name
+    del compression
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["gradients", "decompositions"])
+def test_what_was_interrupted_goes_on_where_it_was(stage: str, llama: LanguageModel, file: Path, tmp_path: Path) -> None:
+    def kill(at: str, done: int, total: int) -> None:
+        assert done <= total
+        if at == stage and done % 21 == 18:  # of 21 gradients, or of as many decompositions
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "out", ratio=0.5, calibration=file, tokens=500, on_step=kill)
+    (folder,) = (llama.cache / "compressions").iterdir()
+    rows = read_calibration_text(llama, file, tokens=500).calibration
+    stages: list[str] = []
+    result = fit_ranks(llama, rows, folder=folder, on_step=lambda at, *_: stages.append(at))
+    assert stages == ["gradients"] * 21 + ["decompositions"] * 21 if stage == "gradients" else ["decompositions"] * 3
+    expected = fit_ranks(llama, rows)
+    assert result.ranks(0.7) == expected.ranks(0.7)
+    for name, decomposition in expected.decompositions.items():
+        assert torch.equal(result.decompositions[name].left, decomposition.left)
+
+
+def test_one_process_at_a_time_compresses_a_model_on_a_text(llama: LanguageModel, file: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ratio": 0.5, "calibration": file, "tokens": 500}
+
+    def again(*_: object) -> None:
+        with pytest.raises(ExportError, match=r"another process compresses llama on this text, in .*; wait"):
+            compress(llama, tmp_path / "again", **options)
+        raise Killed
+
+    def kill(*step: object) -> None:
+        if step[0] == "gradients":
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "out", on_step=lambda at, *_: at == "gradients" and again(), **options)
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "other", on_step=kill, **options | {"tokens": 300})
+    assert len(list((llama.cache / "compressions").iterdir())) == 2
+
+
+def test_without_a_text_the_model_writes_it(llama: LanguageModel, tmp_path: Path) -> None:
+    result = compress(llama, tmp_path / "out", ratio=0.5, measure=[0.8], tokens=250)
+    text = (tmp_path / "out" / "calibration.txt").read_bytes()
+    settings = result.saved.record["compression"]
+    assert settings["text"]["sha256"] == hashlib.sha256(text).hexdigest()
+    assert settings["text"]["calibrated_on"] == 250 // 127 * 127
+    assert settings["perplexity"]["at"].keys() == {"0.5", "0.8"}
+    assert settings["perplexity"]["at"]["0.5"] == result.perplexity
+    assert "--calibration calibration.txt --tokens 250 --measure 0.8" in result.saved.record["command"]
+    assert "127 tokens of `calibration.txt` (the base model wrote it)" in (tmp_path / "out" / "README.md").read_text()
+    assert list((llama.cache / "compressions").iterdir()) == []
+    assert reproduce(result.saved.folder, llama).agrees

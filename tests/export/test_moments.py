@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,7 +109,9 @@ def test_blocks_that_cannot_run_alone_have_the_same_moments(llama: LanguageModel
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_moments_of_gradients_are_those_of_the_summed_loss_by_the_outputs_of_each_layer(family: str, make: Make) -> None:
+def test_moments_of_gradients_are_those_of_the_summed_loss_by_the_outputs_of_each_layer(
+    family: str, make: Make, tmp_path: Path
+) -> None:
     lm = make(family)
     rows = sequences(9, 9, 9)
     outputs: dict[str, list[Tensor]] = {path: [] for path in linear(lm)}
@@ -124,18 +127,18 @@ def test_moments_of_gradients_are_those_of_the_summed_loss_by_the_outputs_of_eac
     for hook in hooks:
         hook.remove()
     matrices = [m for m in lm.matrices if m.part_of is None]
-    result = gradient_moments(lm, rows, matrices, batch_size=2)
+    result = gradient_moments(lm, rows, matrices, tmp_path, batch_size=2)
     for m in matrices:
         D = torch.cat([y.grad.flatten(0, -2) for y in outputs[m.path.rpartition(".")[0]]]).double()
         expected = D.T @ D / len(D)
         torch.testing.assert_close(result[m.id].double(), expected, atol=1e-5 * float(expected.max()), rtol=1e-3)
 
 
-def test_gradients_count_once_where_memory_runs_out(llama: LanguageModel) -> None:
+def test_gradients_count_once_where_memory_runs_out(llama: LanguageModel, tmp_path: Path) -> None:
     rows = sequences(30, 30, 9, 9, 30)
-    expected = gradient_moments(llama, rows, llama.matrices)
+    expected = gradient_moments(llama, rows, llama.matrices, tmp_path / "at once")
     remove = without_room(llama, 1, 2)
-    result = gradient_moments(llama, rows, llama.matrices)
+    result = gradient_moments(llama, rows, llama.matrices, tmp_path / "in chunks")
     remove()
     assert result.keys() == expected.keys() == {m.id for m in llama.matrices}
     for name, value in expected.items():

@@ -17,25 +17,38 @@ def compress(
     model_options: ModelOptions,
     folder: FolderOptions,
     ratio: Annotated[float, typer.Option(help="Share of the parameters of the blocks' matrices to keep.")] = 0.8,
-    calibration: Annotated[Path | None, typer.Option(help="Text file; perplexity is measured on its last fifth.")] = None,
+    measure: Annotated[
+        list[float] | None, typer.Option(help="Further ratio whose perplexity is measured; may be repeated.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text file; perplexity is measured on its last fifth.", show_default="text that the model writes"),
+    ] = None,
     method: Annotated[str, typer.Option(help="Decomposition: plain, whitened, or two-sided.")] = "two-sided",
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, sensitivity, or curvature.")] = "curvature",
-    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 32_768,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 16_384,
     form: FormOption = "factored",
     json: Json = False,
 ) -> None:
-    """Compress a whole model to a budget of parameters, with a rank for every matrix.
+    """Compress a whole model to a budget of parameters, with a rank for every matrix. OUT.html shows the ranks.
 
-    Example: laser compress bundled --ratio 0.8 --calibration corpus.txt --out smollm2-small
+    A command that was interrupted goes on where it was.
+
+    Example: laser compress bundled --ratio 0.8 --out smollm2-small
     """
     from laserlm.export.compression import compress
+    from laserlm.web.compression_report import check_compression_report, write_compression_report
 
     folder.check(model_options.model)
-    with progress_bar("calibrating and writing", unit="matrices"):
+    report = folder.out.expanduser().absolute()
+    report = report.with_name(f"{report.name}.html")
+    check_compression_report(report, overwrite=folder.overwrite)
+    with progress_bar("compress: loading", unit="matrices") as advance:
         result = compress(
             model_options.load(),
             folder.out,
             ratio=ratio,
+            measure=measure or (),
             calibration=calibration,
             method=method,  # type: ignore[arg-type]
             allocation=allocation,  # type: ignore[arg-type]
@@ -45,8 +58,12 @@ def compress(
             overwrite=folder.overwrite,
             shard_size=folder.shard_size,
             hub_id=folder.push,
+            on_step=lambda stage, done, total: advance(done, total, items=done, label=f"compress: {stage}"),
         )
-    folder.finish(result.saved, json, result.as_dict())
+    write_compression_report(result.saved.folder, report, overwrite=folder.overwrite)
+    folder.finish(result.saved, json, result.as_dict() | {"report": str(report)})
     if result.perplexity is not None and not json:
         change = f"{result.base_perplexity:.2f} -> {result.perplexity:.2f}"
         print(f"perplexity {change} on {result.tokens:,} held-out tokens")
+    if not json:
+        print(f"Open {report} for the rank of every matrix")

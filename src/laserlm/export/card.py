@@ -149,7 +149,8 @@ def _compression(settings: dict[str, Any]) -> str:
     line = f"{settings['method']} decomposition, {settings['allocation']} ranks"
     line += f", {settings['ratio']:.0%} of the parameters of the blocks' matrices"
     if text is not None and text["calibrated_on"]:
-        line += f"; calibrated on {text['calibrated_on']:,} tokens of `{text['name']}`"
+        origin = " (the base model wrote it)" if text.get("own") else ""
+        line += f"; calibrated on {text['calibrated_on']:,} tokens of `{text['name']}`{origin}"
     if "perplexity" in settings:
         p = settings["perplexity"]
         line += f"; perplexity {p['base']:.2f} to {p['compressed']:.2f} on {p['held_out_tokens']:,} held-out tokens"

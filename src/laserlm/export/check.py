@@ -22,6 +22,7 @@ from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import ExportError, ModelError
 from laserlm.export import load_in_subprocess
 from laserlm.export.adapter import Adapter
+from laserlm.export.calibration_text import OWN_TEXT_FILE
 from laserlm.export.compression import compress
 from laserlm.export.load_in_subprocess import REPORTS
 from laserlm.export.record import file_hashes, read_record
@@ -228,7 +229,8 @@ def reproduce(folder: str | Path, lm: LanguageModel, *, calibration: str | Path 
     with tempfile.TemporaryDirectory() as temporary:
         rebuilt = Path(temporary) / "rebuilt"
         if "compression" in record:
-            _rebuild_compressed(record["compression"], lm, rebuilt, calibration, options)
+            own_text = folder / OWN_TEXT_FILE if (record["compression"].get("text") or {}).get("own") else None
+            _rebuild_compressed(record["compression"], lm, rebuilt, calibration or own_text, options)
         else:
             seed = record["decomposition"]["seed"]
             save(lm, record["intervention"], rebuilt, seed=seed, cache=DecompositionCache(), **options)

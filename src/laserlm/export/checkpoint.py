@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +177,7 @@ def write(
     options: SaveOptions,
     entries: dict[str, Any],
     adapter: Adapter | None = None,
+    files: Mapping[str, bytes] = {},
 ) -> SavedModel:
     """Write the model as it is inside ``edit``: config, weights, tokenizer, generation config, card and record.
 
@@ -190,6 +191,7 @@ def write(
         options: form of the saved model.
         entries: what the caller adds to the record.
         adapter: what is written in place of the model, config and tokenizer.
+        files: contents of further files, by name.
 
     Raises:
         ExportError: if the folder exists by then, or cannot be written.
@@ -217,6 +219,8 @@ def write(
                 outputs, opened = write_from_source(lm, source, part, matrices, cast, options.shard_size)
             else:
                 outputs = write_model(lm, part, dtype, options.shard_size)
+            for name, content in files.items():
+                (part / name).write_bytes(content)
             counts = {"base": parameters, "saved": _count(lm) if adapter is None else adapter.parameters}
             record = _record(lm, part, matrices, options, opened | described, counts, outputs)
             record = _complete(lm, part, out.name, options.hub_id, record)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 from torch import Tensor
 
 from laserlm.errors import WeightError
-from laserlm.export.tensor_file import TensorFile
+from laserlm.export.tensor_folder import TensorFolder
 from laserlm.linalg.precision import full_precision
 from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
@@ -19,14 +20,18 @@ from laserlm.searching.gradients import ComponentGradients
 from laserlm.searching.gradients.sums import ComponentSums
 from laserlm.searching.screen import gradient_scales
 
-__all__ = ["gradient_moments"]
-
 
 @full_precision()
 def gradient_moments(
-    lm: LanguageModel, rows: Sequence[TokenSequence], matrices: Sequence[Matrix], *, batch_size: int = 4
-) -> TensorFile:
-    """Return the mean over tokens of g g^T, (m, m), by the matrix's id, in a file.
+    lm: LanguageModel,
+    rows: Sequence[TokenSequence],
+    matrices: Sequence[Matrix],
+    folder: Path,
+    *,
+    batch_size: int = 4,
+    on_matrix: Callable[[], object] = lambda: None,
+) -> TensorFolder:
+    """Return the mean over tokens of g g^T, (m, m), by the matrix's id, in a folder.
 
     g is the gradient of a row's summed loss by the outputs of the matrix's layer for one token. A matrix that is not used by a
     linear layer alone, or that no gradient reaches, has none.
@@ -35,7 +40,9 @@ def gradient_moments(
         lm: the unchanged model.
         rows: texts, one example each.
         matrices: weights of linear layers, no parts of fused ones.
+        folder: is empty; the result is one of its folders.
         batch_size: rows in one pass. It is halved where memory runs out.
+        on_matrix: called after each matrix.
 
     Raises:
         WeightError: if a gradient is not finite.
@@ -47,9 +54,10 @@ def gradient_moments(
         lm, rows, [(-1.0, []) for _ in rows], matrices, lambda _: _never_decomposed(), batch_size=batch_size, squared=True
     )
     for scale in gradient_scales(lm):
-        of_chunks = [TensorFile(lm.cache)]
+        of_chunks = [TensorFolder(folder / f"{scale:g}-0")]
 
         def keep(matrix: Matrix, total: Tensor) -> Tensor:
+            on_matrix()
             trace = total.diagonal().sum()
             if bool(trace):
                 of_chunks[-1].add(matrix.id, total / tokens)  # noqa: B023  replaces that of a pass that ran out of memory
@@ -58,17 +66,17 @@ def gradient_moments(
         traces: list[Tensor] = []
         for _, of_chunk in gradients.chunks(range(len(rows)), keep, scale=scale):
             traces += of_chunk.values()
-            of_chunks.append(TensorFile(lm.cache))
+            of_chunks.append(TensorFolder(folder / f"{scale:g}-{len(of_chunks)}"))
         if all(bool(trace.isfinite()) for trace in traces):
             return _added(of_chunks[:-1])
     raise WeightError(f"the gradients of the calibration text are not finite: {overflow(lm.model, lm.dtype)}")
 
 
-def _added(files: Sequence[TensorFile]) -> TensorFile:
-    """Return the sums of the tensors of the same names in some files."""
-    first = files[0]
-    for file in files[1:]:
-        for name, tensor in file.items():
+def _added(folders: Sequence[TensorFolder]) -> TensorFolder:
+    """Return the sums of the tensors of the same names in some folders, in the first of them."""
+    first = folders[0]
+    for folder in folders[1:]:
+        for name, tensor in folder.items():
             first.add(name, first[name] + tensor if name in first else tensor)
     return first
 

@@ -100,7 +100,8 @@ def paths_here(lm: LanguageModel, record: dict[str, Any]) -> dict[str, str]:
     """Return the paths of the base model and the calibration text on this machine, which the record does not hold."""
     is_local = lm.name != "bundled" and Path(lm.name).expanduser().exists()
     paths = {"base": str(Path(lm.name).absolute())} if is_local else {}
-    if text := record.get("compression", {}).get("text"):
+    text = record.get("compression", {}).get("text")
+    if text and not text["own"]:
         paths["calibration"] = str(Path(text["name"]).absolute())
     return paths
 

@@ -271,12 +271,14 @@ def _of_tokens(lm: LanguageModel, name: str, choosing: Sequence[list[int]], meas
     return Guard(name, "text", encoded("choosing", choosing), encoded("measuring", measuring))
 
 
-def own_text(lm: LanguageModel, n: int, seed: int) -> list[list[int]]:
+def own_text(lm: LanguageModel, n: int, seed: int, tokens: int | None = None) -> list[list[int]]:
     """Return texts that the model writes at temperature 1, as tokens; the first of each is the one that starts a text.
+
+    Each has ``tokens`` more, or ``PASSAGE_TOKENS``, as far as the model can read them.
 
     They are kept in the cache, so that a search that continues elsewhere with the same cache has the same texts.
     """
-    tokens = min(PASSAGE_TOKENS, max_length(lm) - 1)
+    tokens = min(PASSAGE_TOKENS if tokens is None else tokens, max_length(lm) - 1)
     file = lm.cache / "texts" / f"{digest([lm.hash, str(lm.dtype), n, tokens, seed, TEXT_METHOD])}.json"
     with suppress(OSError, ValueError):
         rows: list[list[int]] = json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,262 @@
+"""Decompose all matrices of a model for a text, and choose their ranks for a budget of parameters."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from laserlm.edit.apply import label_as_edited, replaced_parameters
+from laserlm.edit.factors import StoredMatrix, low_rank_layer, reason_not_factorable, replaced_modules
+from laserlm.errors import ExportError
+from laserlm.export.checkpoint import Form
+from laserlm.export.gradient_moments import gradient_moments
+from laserlm.export.moments import moments_by_block
+from laserlm.export.tensor_folder import DecompositionFolder, TensorFolder, storage_error
+from laserlm.linalg.allocation import Spectrum, allocate, uniform
+from laserlm.linalg.decomposition import Decomposition, component_losses, decompose, whitened
+from laserlm.linalg.pivots import parameters
+from laserlm.low_rank import LowRankLinear
+from laserlm.models.language_model import LanguageModel
+from laserlm.models.matrices import Matrix, default_matrices, read_matrix
+from laserlm.scoring.records import TokenSequence
+from laserlm.searching.screen import sensitivities
+
+Method = Literal["plain", "whitened", "two-sided"]
+Allocation = Literal["uniform", "sensitivity", "curvature"]
+OnStep = Callable[[str, int, int], object]
+"""Is called with the stage, and of all matrices' gradients and decompositions how many are done and how many there are."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The decompositions of a model's matrices and the loss of each component, which give ranks for any budget.
+
+    Args:
+        method: ``plain``, ``whitened`` or ``two-sided``.
+        allocation: ``uniform``, ``sensitivity`` or ``curvature``.
+        matrices: the compressed matrices; fused matrices are compressed as a whole.
+        left_out: the other matrices and the reason for each.
+        decompositions: decomposition of each matrix, by the matrix's id, on the disk.
+        losses: (k,) loss of dropping each component, by the matrix's id, on the disk; empty for uniform ranks.
+    """
+
+    method: Method
+    allocation: Allocation
+    matrices: tuple[Matrix, ...]
+    left_out: dict[Matrix, str]
+    decompositions: Mapping[str, Decomposition] = field(repr=False)
+    losses: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the compressed matrices before compression."""
+        return sum(m.shape[0] * m.shape[1] for m in self.matrices)
+
+    def ranks(self, ratio: float) -> dict[str, int | None]:
+        """Return the rank of each matrix, by its id, that keeps this share of the parameters; None keeps a matrix dense.
+
+        Matrices that are left out count with all their parameters.
+
+        Raises:
+            ExportError: if the ratio is not above 0 and at most 1, or the matrices that are left out exceed it.
+        """
+        check_fit(self.method, self.allocation, [ratio])
+        fixed = sum(m.shape[0] * m.shape[1] for m in self.left_out)
+        budget = ratio * (self.parameters + fixed) - fixed
+        if budget <= 0:
+            raise ExportError(
+                f"a ratio of {ratio} cannot be reached: matrices that stay dense take {fixed / (self.parameters + fixed):.0%} "
+                f"of the parameters ({next(iter(self.left_out.values()))}); give a larger ratio"
+            )
+        if self.allocation == "uniform":
+            ranks = uniform([m.shape for m in self.matrices], budget / self.parameters)
+        else:
+            spectra = [Spectrum(m.shape, self.losses[m.id].cpu()) for m in self.matrices]
+            ranks = allocate(spectra, int(budget))
+        return {m.id: rank for m, rank in zip(self.matrices, ranks, strict=True)}
+
+    @contextmanager
+    def applied(self, lm: LanguageModel, ratio: float, form: Form = "factored") -> Iterator[tuple[StoredMatrix, ...]]:
+        """Compress the model inside a ``with`` block, with factors or with their products (``dense``)."""
+        ranks = self.ranks(ratio)
+        layers: dict[str, LowRankLinear] = {}
+        for m in self.matrices:
+            if (rank := ranks[m.id]) is not None:
+                path = _module_path(m)
+                layers[path] = low_rank_layer(lm.model.get_submodule(path), [(m, [self.decompositions[m.id].factors(rank)])])
+        stored = [_stored_matrix(m, ranks[m.id], form) for m in self.matrices]
+        stored += [
+            StoredMatrix(m.id, m.path, m.shape, m.max_rank, m.shape[0] * m.shape[1], why) for m, why in self.left_out.items()
+        ]
+        with (
+            replaced_modules(lm.model, layers) if form == "factored" else _replaced_by_products(lm, layers),
+            label_as_edited(lm, f"{self.method}/{self.allocation}@{ratio:g}"),
+        ):
+            yield tuple(stored)
+
+
+def fit_ranks(
+    lm: LanguageModel,
+    rows: Sequence[TokenSequence],
+    *,
+    method: Method = "two-sided",
+    allocation: Allocation = "curvature",
+    folder: Path | None = None,
+    on_step: OnStep = lambda *_: None,
+) -> Compression:
+    """Decompose all matrices of a model's linear layers, and estimate the loss of dropping each component.
+
+    ``plain`` decomposes the weights. ``whitened`` minimises the change of the layers' outputs on the text (SVD-LLM).
+    ``two-sided`` minimises the expected change of the loss: it weighs the outputs by the loss's gradients on the text.
+    ``uniform`` keeps the same share of every matrix. The other two choose the ranks by an estimate of the loss: ``curvature``
+    by the second moments of each layer's inputs and gradients, ``sensitivity`` by the gradient along each component.
+
+    Args:
+        lm: the unchanged model.
+        rows: passages; may be empty for the plain method with uniform ranks.
+        method: ``plain``, ``whitened`` or ``two-sided``.
+        allocation: ``uniform``, ``sensitivity`` or ``curvature``.
+        folder: where moments and decompositions are kept. What an earlier call with the same arguments left there is used.
+            None keeps them in the cache as long as the result exists.
+        on_step: is called after each matrix.
+
+    Raises:
+        ExportError: if the method or allocation is unknown, no matrix can be compressed, or the disk is full.
+        WeightError: if a weight cannot be decomposed.
+    """
+    check_fit(method, allocation)
+    matrices, left_out = _compressible(lm)
+    kept = folder or _temporary_folder(lm)
+    decompositions = DecompositionFolder(kept / "decompositions")
+    if folder is None:
+        weakref.finalize(decompositions, shutil.rmtree, kept, ignore_errors=True)
+    needs_gradients = method == "two-sided" or allocation == "curvature"
+    steps = _Steps(on_step, len(matrices) * (2 if needs_gradients else 1))
+    gradients = _gradients(lm, rows, matrices, kept, steps) if needs_gradients else None
+    missing = [m for m in matrices if m.id not in decompositions]
+    steps.done = steps.total - len(missing)
+    curvatures = TensorFolder(kept / "losses")
+    for m, decomposition, of_components in _decomposed(lm, rows, missing, method, gradients):
+        if allocation == "curvature" and of_components is not None:
+            curvatures.add(m.id, of_components)
+        decompositions.add(m.id, decomposition)
+        steps.advance("decompositions")
+    reason = f"no {'token' if gradients is None else 'gradient of the loss'} of the text reaches it"
+    left_out |= {m: reason for m in matrices if m.id not in decompositions}
+    matrices = tuple(m for m in matrices if m not in left_out)
+    is_measured = allocation == "sensitivity"
+    losses = sensitivities(lm, rows, matrices, lambda m: decompositions[m.id]) if is_measured else curvatures
+    return Compression(method, allocation, matrices, left_out, decompositions, losses)
+
+
+def check_fit(method: str, allocation: str, ratios: Sequence[float] = ()) -> None:
+    """Raise an ExportError if a method or allocation is unknown, or a ratio is out of range."""
+    for name, value, known in (("method", method, Method), ("allocation", allocation, Allocation)):
+        if value not in get_args(known):
+            raise ExportError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
+    for ratio in ratios:
+        if not 0 < ratio <= 1:
+            raise ExportError(f"a ratio of {ratio} is out of range; the kept share of the parameters is above 0 and at most 1")
+
+
+@dataclass
+class _Steps:
+    """Counts the gradients and decompositions of matrices."""
+
+    on_step: OnStep
+    total: int
+    done: int = 0
+
+    def advance(self, stage: str) -> None:
+        self.done = min(self.done + 1, self.total)  # gradients are taken more than once where memory runs out
+        self.on_step(stage, self.done, self.total)
+
+
+def _temporary_folder(lm: LanguageModel) -> Path:
+    try:
+        lm.cache.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="compression-", dir=lm.cache))
+    except OSError as error:
+        raise storage_error(lm.cache, error) from error
+
+
+def _gradients(
+    lm: LanguageModel, rows: Sequence[TokenSequence], matrices: Sequence[Matrix], folder: Path, steps: _Steps
+) -> TensorFolder:
+    """Return the moments of gradients, which are in the folder once all of them are computed."""
+    complete = folder / "gradients"
+    if not complete.is_dir():
+        with tempfile.TemporaryDirectory(prefix="gradients-", dir=folder) as part:
+            moments = gradient_moments(lm, rows, matrices, Path(part), on_matrix=lambda: steps.advance("gradients"))
+            moments.folder.rename(complete)
+    return TensorFolder(complete)
+
+
+def _decomposed(
+    lm: LanguageModel,
+    rows: Sequence[TokenSequence],
+    matrices: Sequence[Matrix],
+    method: Method,
+    gradients: Mapping[str, Tensor] | None,
+) -> Iterator[tuple[Matrix, Decomposition, Tensor | None]]:
+    """Yield the decomposition and the components' losses of every matrix that the text reaches; losses need gradients."""
+    if method == "plain" and gradients is None:
+        for m in matrices:
+            yield m, decompose(read_matrix(lm.model, m)), None
+        return
+    for of_block, moments in moments_by_block(lm, rows, matrices):
+        for m in of_block:
+            M, weight = moments.get(_module_path(m)), read_matrix(lm.model, m)
+            G = None if gradients is None else gradients.get(m.id)
+            if M is None or (gradients is not None and G is None):
+                continue  # the caller names it
+            if method == "plain":
+                decomposition = decompose(weight)
+            else:
+                decomposition = whitened(weight, M, G if method == "two-sided" else None)
+            yield m, decomposition, None if G is None else component_losses(decomposition, M, G).cpu()
+        moments.clear()  # before the next block has its own
+
+
+def _module_path(m: Matrix) -> str:
+    return m.path.rpartition(".")[0]
+
+
+def _compressible(lm: LanguageModel) -> tuple[tuple[Matrix, ...], dict[Matrix, str]]:
+    """Return the matrices that can be stored as factors, and the reason for each of the others."""
+    in_grid = default_matrices(lm.matrices)  # text gives no moments of the inputs of a vision tower
+    left_out = {m: why for m in in_grid if m.part_of is None and (why := reason_not_factorable(lm, m))}
+    matrices = tuple(m for m in in_grid if m.part_of is None and m not in left_out)
+    if not matrices:
+        why = next(iter(left_out.values()), "it has no matrices")
+        raise ExportError(f"{lm.name} has no matrix that can be stored as two factors: {why}")
+    return matrices, left_out
+
+
+def _stored_matrix(m: Matrix, rank: int | None, form: Form) -> StoredMatrix:
+    size = m.shape[0] * m.shape[1]
+    if rank is None:
+        return StoredMatrix(m.id, m.path, m.shape, m.max_rank, size, "kept dense by the allocation of ranks")
+    if form == "dense":
+        return StoredMatrix(m.id, m.path, m.shape, rank, size, "saved in the dense form")
+    return StoredMatrix(m.id, m.path, m.shape, rank, parameters(m.shape, rank))
+
+
+def _replaced_by_products(lm: LanguageModel, layers: Mapping[str, LowRankLinear]) -> AbstractContextManager[None]:
+    """Return a context in which weights are replaced by the products of their factors."""
+
+    def product(path: str) -> Tensor:
+        module = path.rpartition(".")[0]
+        dense = layers[module].dense().to(lm.model.get_parameter(path))
+        return dense.T.contiguous() if isinstance(lm.model.get_submodule(module), Conv1D) else dense
+
+    return replaced_parameters(lm, [f"{module}.weight" for module in layers], product)
