@@ -60,6 +60,10 @@ def spec_error(read: Callable[[str], object], text: str) -> str:
         ("27.fc_in@drop17-20,03,0", "27.fc_in@drop0,3,17-20"),
         ("27.fc_in@drop2,1,0,4,5-6", "27.fc_in@drop0-2,4-6"),
         ("encoder.all.mlp@drop1,0:split2", "encoder.all.mlp@drop0-1:split2"),
+        ("27.fc_in@scale3=0.40", "27.fc_in@scale3=0.4"),
+        ("27.fc_in@scale7=-.5,17-20=1.250,3=4E1,21=1.25", "27.fc_in@scale3=40,7=-0.5,17-21=1.25"),
+        ("27.fc_in@scale3=0,4=-0.0,5=2", "27.fc_in@scale3-4=0,5=2"),
+        ("27.fc_in@scale3=0,4=0", "27.fc_in@drop3-4"),
     ],
 )
 def test_equal_reductions_print_one_canonical_text(text: str, canonical: str) -> None:
@@ -75,11 +79,11 @@ def test_every_combination_of_the_parts_of_a_reduction_round_trips() -> None:
     matrices = ["q_proj", "fc_in", "attn", "mlp", "all", "experts.0.fc_up"]
     sizes = ["0", "0.0025", "0.75", "1", "r0", "r40"]
     options = ["", ":bottom", ":reference", ":split4", ":bottom:split2"]
-    kept = list(product(sizes, options)) + list(product(["drop3", "drop0,3,17-20"], ["", ":split4"]))
+    kept = list(product(sizes, options)) + list(product(["drop3", "drop0,3,17-20", "scale3=0.4,17-20=-1.25"], ["", ":split4"]))
     texts = [f"{s}{lay}.{m}@{z}{o}" for s, lay, m, (z, o) in product(stacks, layers, matrices, kept)]
     read = [Reduction.parse(text) for text in texts]
     assert [str(r) for r in read] == texts
-    assert len(set(read)) == len(texts) == 3 * 5 * 6 * (6 * 5 + 2 * 2)
+    assert len(set(read)) == len(texts) == 3 * 5 * 6 * (6 * 5 + 3 * 2)
 
 
 def test_each_part_of_the_text_lands_in_its_field() -> None:
@@ -146,6 +150,18 @@ def test_a_different_keep_method_stack_or_kind_of_size_is_a_different_reduction(
         ("27.fc_in@0.5,drop3", "mixes kept sizes with 'drop'", "joined by '+'"),
         ("27.fc_in@drop3:bottom", "27.fc_in@drop3:bottom", "leave out ':bottom' and ':reference'"),
         ("27.fc_in@drop3:reference", "27.fc_in@drop3:reference", "leave out ':bottom' and ':reference'"),
+        ("27.fc_in@scale", "''", "such as scale3=0.4"),
+        ("27.fc_in@scale3", "'3'", "such as scale3=0.4"),
+        ("27.fc_in@scale3=", "'3='", "such as scale3=0.4"),
+        ("27.fc_in@scale3=x", "'3=x'", "such as scale3=0.4"),
+        ("27.fc_in@scalex=2", "'x'", "write numbers and ranges"),
+        ("27.fc_in@scale3=nan", "NaN", "from -1000 to 1000"),
+        ("27.fc_in@scale3=1001", "1001", "from -1000 to 1000"),
+        ("27.fc_in@scale3=1E-19", "1E-19", "18 decimal places"),
+        ("27.fc_in@scale3=1.0", "component 3 has the strength 1", "leave it out"),
+        ("27.fc_in@scale3=2,1-4=0.5", "component 3 is listed twice", "list each component once"),
+        ("27.fc_in@0.5,scale3=2", "mixes kept sizes with 'scale'", "joined by '+'"),
+        ("27.fc_in@scale3=2:bottom", "27.fc_in@scale3=2:bottom", "leave out ':bottom' and ':reference'"),
         ("27.fc_in@0.1:", "'27.fc_in@0.1:'", OPTIONS),
         ("27.fc_in@0.1:top", "'27.fc_in@0.1:top'", OPTIONS),
         ("27.fc_in@0.1:Bottom", "'27.fc_in@0.1:Bottom'", OPTIONS),
@@ -469,4 +485,5 @@ def test_a_table_shows_how_many_components_a_long_text_drops() -> None:
     assert short_form(text.replace("29.fc_in@", "28-29.fc_in@")) == "240 components of 60 selections"
     assert short_form("+".join(f"{layer}.mlp@0.1" for layer in range(30))) == "30 reductions"
     assert short_form("28.fc_up@drop0,3") == "28.fc_up@drop0,3"
+    assert short_form(f"{text}+0.fc_out@scale3-4=0.5") == "242 strengths of 61 matrices"
     assert short_form(f"control: draw 1, {text}") == f"control: draw 1, {text}"

@@ -403,9 +403,37 @@ def test_the_complement_of_components_drops_the_others(llama: LanguageModel) -> 
     assert resolve(llama.matrices, removed_part(llama.matrices, "1.fc_in@drop0-31"))[0].is_identity
 
 
+def test_strengths_scale_the_components_of_each_matrix(make: Make) -> None:
+    lm = make("phi3")  # a fused matrix too
+    before = snapshot(lm)
+    originals = {m.id: read_matrix(lm.model, m).clone() for m in lm.matrices}
+    with applied(lm, "1.fc_in@scale0=0.5,3=0,9-11=-2+1.q_proj@scale2=1.5"):
+        for id, strengths in (("1.fc_in", {0: 0.5, 3: 0, 9: -2, 10: -2, 11: -2}), ("1.q_proj", {2: 1.5})):
+            U, S, Vh = np.linalg.svd(originals[id].double().numpy(), full_matrices=False)
+            S *= [strengths.get(i, 1) for i in range(len(S))]
+            m = next(m for m in lm.matrices if m.id == id)
+            np.testing.assert_allclose(read_matrix(lm.model, m).numpy(), U * S @ Vh, atol=2e-6)
+    assert_same(lm, before)
+
+
+def test_the_complement_of_strengths_is_what_they_take_away(llama: LanguageModel) -> None:
+    m = next(m for m in llama.matrices if m.id == "1.fc_in")
+    original = read_matrix(llama.model, m).clone()
+    text = "1.fc_in@scale0=0.25,3=0,5-30=1.5"
+    other = removed_part(llama.matrices, text)
+    assert str(other) == "1.fc_in@scale0=0.75,1-2=0,4=0,5-30=-0.5,31=0"  # the strength of 3 is 1
+    parts = []
+    for one in (text, other):
+        with applied(llama, one):
+            parts.append(read_matrix(llama.model, m).clone())
+    torch.testing.assert_close(parts[0] + parts[1], original, atol=2e-6, rtol=0)
+
+
 def test_a_component_that_a_matrix_lacks_is_named_with_those_it_has(llama: LanguageModel) -> None:
     with pytest.raises(MatrixError, match=r"0\.k_proj has no component 20; its components are 0 to 15"):
         resolve(llama.matrices, "0.attn@drop3,20")
+    with pytest.raises(MatrixError, match=r"0\.k_proj has no component 20; its components are 0 to 15"):
+        resolve(llama.matrices, "0.attn@scale20=2")
     with pytest.raises(MatrixError, match="are the same weights; reduce a matrix once"):
         resolve(llama.matrices, "1.fc_in@drop3+1.fc_in@drop4")
 

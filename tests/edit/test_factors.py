@@ -37,6 +37,7 @@ def outputs(lm: LanguageModel) -> Tensor:
         "all.fc_in@0.25:split4",
         "1.attn@0.2:reference",
         "1.q_proj@drop0,3-30",
+        "1.q_proj@scale0=0.5,1=-2,3-30=0",
     ],
 )
 def test_two_factors_compute_what_one_matrix_does_and_leave_no_trace(family: str, text: str, make: Make) -> None:

@@ -81,7 +81,15 @@ def test_merged_by_peft_every_family_has_the_weights_of_the_dense_form(family: s
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "phi3", "mixtral", "t5"])
 @pytest.mark.parametrize(
-    "text", ["all.all@0.3", "all.all@0.8:bottom", "1.mlp@drop0,2:split2", "1.attn@0.2:reference", "1.fc_in@drop3"]
+    "text",
+    [
+        "all.all@0.3",
+        "all.all@0.8:bottom",
+        "1.mlp@drop0,2:split2",
+        "1.attn@0.2:reference",
+        "1.fc_in@drop3",
+        "1.mlp@scale0=2,5=0.5",
+    ],
 )
 def test_every_kind_of_reduction_is_an_adapter(family: str, text: str, make: Make, tmp_path: Path) -> None:
     lm = make(family)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -14,15 +15,17 @@ from torch import Tensor
 
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import MatrixError, WeightError
-from laserlm.linalg.decomposition import as_float_matrix, rank_of
+from laserlm.linalg.decomposition import Decomposition, as_float_matrix, rank_of
 from laserlm.linalg.precision import full_precision
 from laserlm.models.architectures import ARCHITECTURES
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix, select, view
 from laserlm.out_of_memory import OutOfMemoryError, retry_with_room
-from laserlm.reductions import Components, Intervention, Layers, Reduction, Size, short_form
+from laserlm.reductions import Components, Intervention, Layers, Reduction, Size, Strengths, short_form
 
 T = TypeVar("T")
+STRENGTH_STEP = Decimal("1e-6")
+"""To what strengths are rounded where they are computed from others."""
 InterventionLike = str | Iterable[str] | Intervention
 """An intervention or its text; several texts are joined, and ``@FILE`` is read from a file."""
 
@@ -70,31 +73,44 @@ class Edit:
                 f"write a divisor of {m} after ':split'"
             )
         max_rank = min(m // reduction.split, n)
-        drop = reduction.size.drop
-        if drop is not None and drop.last >= max_rank:
+        named = reduction.size.drop or reduction.size.scale
+        if named is not None and named.last >= max_rank:
             raise MatrixError(
-                f"{matrix.id} has no component {drop.last}; its components are 0 to {max_rank - 1}, by falling singular value: "
+                f"{matrix.id} has no component {named.last}; its components are 0 to {max_rank - 1}, by falling singular value: "
                 f"leave the others out of {short_form(str(reduction))!r}"
             )
         return cls(matrix, rank_of(reduction.size, max_rank), max_rank, reduction)
 
     @property
     def is_identity(self) -> bool:
-        """Whether the edit keeps every singular value, so that the matrix does not change."""
-        return self.rank == self.max_rank
+        """Whether the edit keeps every singular value as it is, so that the matrix does not change."""
+        return self.rank == self.max_rank and self.reduction.size.scale is None
 
     @property
-    def dropped(self) -> Sequence[int]:
-        """Numbers of the components that each block of rows loses, by falling singular value from 0."""
-        if self.reduction.size.drop is not None:
-            return self.reduction.size.drop.numbers
-        return range(self.max_rank - self.rank) if self.reduction.keep == "bottom" else range(self.rank, self.max_rank)
+    def strengths(self) -> dict[int, float]:
+        """Factors of the components that change in each block of rows, by number; 0 if the component is dropped."""
+        if (named := self.reduction.size.strengths) is not None:
+            return named
+        bottom = self.reduction.keep == "bottom"
+        return dict.fromkeys(range(self.max_rank - self.rank) if bottom else range(self.rank, self.max_rank), 0.0)
 
     @property
-    def kept(self) -> Sequence[int]:
-        """Numbers of the components that each block of rows keeps."""
-        dropped = set(self.dropped)
-        return [i for i in range(self.max_rank) if i not in dropped]
+    def kept(self) -> dict[int, float]:
+        """Factors of the components that each block of rows keeps, by number."""
+        strengths = {i: self.strengths.get(i, 1.0) for i in range(self.max_rank)}
+        return {i: strength for i, strength in strengths.items() if strength}
+
+    def changed_factors(self, decomposition: Decomposition) -> tuple[Tensor, Tensor]:
+        """Return two factors, (m, r) and (r, n), of what a block of rows loses: their product is W - W'."""
+        numbers = list(self.strengths)
+        left = decomposition.left[:, numbers]
+        return left * (1 - left.new_tensor(list(self.strengths.values()))), decomposition.right[numbers]
+
+    def kept_factors(self, decomposition: Decomposition) -> tuple[Tensor, Tensor]:
+        """Return two factors, (m, r) and (r, n), of what a block of rows becomes: their product is W'."""
+        numbers = list(self.kept)
+        left = decomposition.left[:, numbers]
+        return left * left.new_tensor(list(self.kept.values())), decomposition.right[numbers]
 
     def repeats(self, other: Edit) -> bool:
         """Whether the other edit does the same to the same weights, as ``all.mlp@0.1`` does in tied blocks."""
@@ -269,20 +285,20 @@ def truncation(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: i
 
 @full_precision()
 def _reduced(block: Tensor, edit: Edit, cache: DecompositionCache) -> Tensor:
-    """Return a block of rows without the components that the edit drops, in float32 or float64."""
+    """Return a block of rows with the changed components of the edit, in float32 or float64."""
     decomposition = cache.get(block)
-    if edit.reduction.size.drop is None:
+    if edit.reduction.size.strengths is None:
         return decomposition.truncate(edit.rank, edit.reduction.keep)
-    # Subtracting the few dropped components rounds less than adding up the many kept ones.
-    dropped = list(edit.dropped)
-    return as_float_matrix(block) - decomposition.left[:, dropped] @ decomposition.right[dropped]
+    # Subtracting the few components that change rounds less than adding up the many others.
+    left, right = edit.changed_factors(decomposition)
+    return as_float_matrix(block) - left @ right
 
 
 def removed_part(matrices: Sequence[Matrix], intervention: InterventionLike) -> Intervention:
-    """Return the intervention that keeps exactly the singular values that this one drops.
+    """Return the intervention that keeps exactly what this one takes away.
 
     A reduction to the largest r singular values becomes a reduction to the smallest k - r. A matrix that keeps all its
-    singular values becomes zero.
+    singular values becomes zero. A strength s becomes 1 - s, and that of every other component 0.
     """
     return Intervention(tuple(_complement(edit) for edit in resolve(matrices, intervention)))
 
@@ -290,7 +306,10 @@ def removed_part(matrices: Sequence[Matrix], intervention: InterventionLike) -> 
 def _complement(edit: Edit) -> Reduction:
     """Return the reduction that keeps what the edit drops, and drops what it keeps."""
     size, keep = Size(rank=edit.max_rank - edit.rank), edit.reduction.keep
-    if edit.reduction.size.drop is None:
+    if edit.reduction.size.scale is not None:
+        strengths = dict.fromkeys(range(edit.max_rank), 0.0) | {i: 1 - s for i, s in edit.strengths.items()}
+        size = Size(scale=Strengths.of(strengths, STRENGTH_STEP))
+    elif edit.reduction.size.drop is None:
         keep = "bottom" if edit.reduction.keep == "top" else "top"
     elif edit.rank:
         size = Size(drop=Components.of(edit.kept))

@@ -211,12 +211,12 @@ def _size(edit: Edit) -> int:
 def _factors(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: int) -> Factors:
     if edit.reduction.method == "reference":
         return [decompose(truncation(lm, edit, cache, seed)).factors(edit.rank)]
-    return [(d.left[:, edit.kept], d.right[edit.kept]) for d in _decompositions(lm, edit, cache)]
+    return [edit.kept_factors(d) for d in _decompositions(lm, edit, cache)]
 
 
 @torch.no_grad()
 def difference_factors(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: int = 0) -> Factors:
-    """Return W' - W as two factors for each block of rows: what the edit drops, with its sign changed.
+    """Return W' - W as two factors for each block of rows: what the edit takes away, with its sign changed.
 
     The rank of a ``:reference`` edit's difference is that of the matrix, because its decomposition has other components.
     """
@@ -224,8 +224,8 @@ def difference_factors(lm: LanguageModel, edit: Edit, cache: DecompositionCache,
         weight = as_float_matrix(read_matrix(lm.model, edit.matrix))
         whole = decompose(truncation(lm, edit, cache, seed) - weight)
         return [(whole.left, whole.right)]
-    dropped = list(edit.dropped)
-    return [(-d.left[:, dropped], d.right[dropped]) for d in _decompositions(lm, edit, cache)]
+    lost = [edit.changed_factors(d) for d in _decompositions(lm, edit, cache)]
+    return [(-left, right) for left, right in lost]
 
 
 def _decompositions(lm: LanguageModel, edit: Edit, cache: DecompositionCache) -> list[Decomposition]:

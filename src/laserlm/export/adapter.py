@@ -221,7 +221,7 @@ def _stored(lm: LanguageModel, edit: Edit, rank: int) -> StoredMatrix:
     """Return the storage of a matrix; the rank of a part of a parameter is its share of the parameter's rank."""
     m, n = lm.model.get_parameter(edit.matrix.path).shape[-2:]
     if edit.matrix.rows is not None:
-        rank = edit.reduction.split * (len(edit.dropped) if edit.reduction.method == "exact" else edit.max_rank)
+        rank = edit.reduction.split * (len(edit.strengths) if edit.reduction.method == "exact" else edit.max_rank)
     matrix = edit.matrix
     return StoredMatrix(matrix.id, matrix.path, matrix.shape, edit.rank, rank * (m + n), f"an adapter of rank {rank}")
 

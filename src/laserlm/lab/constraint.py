@@ -70,7 +70,7 @@ class RankConstraint(TrainerCallback):
             raise ValueError(f"penalty must be finite and 0 or more, or None to project; got {penalty}")
         edits = resolve(lm.matrices, intervention)
         for r in (edit.reduction for edit in edits):
-            if r.size.drop is not None:
+            if r.size.strengths is not None:
                 raise SpecError(f"{r} cannot constrain training, which keeps the largest singular values; write a rank: r40")
             if r.keep != "top" or r.method != "exact" or r.split != 1:
                 raise SpecError(

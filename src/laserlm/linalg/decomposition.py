@@ -50,10 +50,10 @@ def rank_of(size: Size, max_rank: int) -> int:
     """Return the rank of a size for a matrix with ``max_rank`` singular values, at most ``max_rank``."""
     if size.rho is not None:
         return rank_at(size.rho, max_rank)
-    if size.drop is not None:
-        return max(0, max_rank - len(size.drop))
+    if size.strengths is not None:
+        return max(0, max_rank - list(size.strengths.values()).count(0.0))
     if size.rank is None:
-        raise AssertionError("a size is a fraction, a rank or the components to drop")
+        raise AssertionError("a size is a fraction, a rank or the components to drop or to scale")
     return min(size.rank, max_rank)
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 
 from laserlm.errors import MatrixError, SpecError
 
-__all__ = ["DROP", "Components", "Layers", "Size"]
+__all__ = ["DROP", "SCALE", "Components", "Layers", "Size", "Strengths"]
 
 RANGE_PATTERN = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 LAST_LAYERS_PATTERN = re.compile(r"top(\d{1,9})", re.ASCII)
 RANK_PATTERN = re.compile(r"r(\d{1,9})", re.ASCII)
 MAX_DECIMALS = 18
 """Decimal places of the smallest fraction. Printing a much smaller one would take gigabytes."""
-DROP = "drop"
+DROP, SCALE = "drop", "scale"
+MAX_STRENGTH = 1000
+"""Largest factor of a singular value, of either sign."""
 
 
 @dataclass(frozen=True)
@@ -140,22 +142,106 @@ class Components:
 
 
 @dataclass(frozen=True)
-class Size:
-    """What is kept of a matrix: a fraction ``rho`` in [0, 1], a ``rank``, or all but the components to ``drop``.
+class Strengths:
+    """Factors of the singular values of some components; all others keep the factor 1, and 0 drops a component.
 
-    ``rho`` is a decimal fraction, so that rank = floor(rho * max_rank) is exact.
+    Args:
+        parts: components with a factor each. They are stored sorted, and adjacent components of equal factor as one range.
+
+    Raises:
+        SpecError: if there is none, a component has two factors, or a factor is 1 or beyond 1000.
+    """
+
+    parts: tuple[tuple[Components, Decimal], ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise SpecError(f"no component has a strength; write numbers and factors, such as {SCALE}3=0.4,17-20=1.25")
+        for components, strength in self.parts:
+            if not (strength.is_finite() and abs(strength) <= MAX_STRENGTH and strength == round(strength, MAX_DECIMALS)):
+                raise SpecError(
+                    f"the strength {strength!s:.20} of component {components} is out of range; write a factor from "
+                    f"-{MAX_STRENGTH} to {MAX_STRENGTH}, with {MAX_DECIMALS} decimal places at most"
+                )
+            if strength == 1:
+                raise SpecError(f"component {components} has the strength 1, which changes nothing; leave it out")
+        Components(tuple(r for components, _ in self.parts for r in components.ranges))  # raises if one is listed twice
+        by_strength: dict[Decimal, list[tuple[int, int]]] = {}
+        for components, strength in self.parts:
+            by_strength.setdefault(strength + 0, []).extend(components.ranges)  # + 0: Decimal has a minus zero
+        merged = [(r, strength) for strength, ranges in by_strength.items() for r in Components(tuple(ranges)).ranges]
+        object.__setattr__(self, "parts", tuple((Components((r,)), strength) for r, strength in sorted(merged)))
+
+    @classmethod
+    def of(cls, strengths: Mapping[int, float], step: Decimal = Decimal("0.01")) -> Strengths:
+        """Return the strengths of components by number, rounded to multiples of ``step``; those of 1 are left out.
+
+        Raises:
+            SpecError: if none is left.
+        """
+        rounded = {i: (Decimal(s) / step).quantize(Decimal(1), ROUND_HALF_EVEN) * step for i, s in strengths.items()}
+        return cls(tuple((Components.of([i]), strength) for i, strength in rounded.items() if strength != 1))
+
+    @classmethod
+    def parse(cls, text: str) -> Strengths:
+        """Parse ``3=0.4,17-20=1.25``."""
+        parts = []
+        for part in text.split(","):
+            components, _, strength = part.partition("=")
+            try:
+                factor = Decimal(strength)
+            except InvalidOperation:
+                raise SpecError(
+                    f"cannot read the strength {part!r}; write a number or range, '=' and a factor, such as {SCALE}3=0.4"
+                ) from None
+            parts.append((Components.parse(components), factor))
+        return cls(tuple(parts))
+
+    @property
+    def by_number(self) -> dict[int, float]:
+        """The factor of each component, by rising number."""
+        return {i: float(strength) for components, strength in self.parts for i in components.numbers}
+
+    @property
+    def last(self) -> int:
+        """The highest number."""
+        return self.parts[-1][0].last
+
+    def __len__(self) -> int:
+        return sum(len(components) for components, _ in self.parts)
+
+    def __str__(self) -> str:
+        return ",".join(f"{components}={_plain(strength)}" for components, strength in self.parts)
+
+
+def _plain(number: Decimal) -> str:
+    """Return a number without an exponent and without zeros at its end."""
+    text = format(number, "f")
+    return (text.rstrip("0").rstrip(".") if "." in text else text) or "0"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is kept of a matrix: a fraction ``rho`` in [0, 1], a ``rank``, or all but what ``drop`` or ``scale`` changes.
+
+    ``rho`` is a decimal fraction, so that rank = floor(rho * max_rank) is exact. ``scale`` are factors of single singular
+    values. If all of them are 0, they are stored as ``drop``, so that equal changes have equal texts.
     """
 
     rho: Decimal | None = None
     rank: int | None = None
     drop: Components | None = None
+    scale: Strengths | None = None
 
     def __post_init__(self) -> None:
-        if [self.rho, self.rank, self.drop].count(None) != 2:
+        if [self.rho, self.rank, self.drop, self.scale].count(None) != 3:
             raise SpecError(
-                f"a size is either a fraction or a rank or the components to drop; got rho={self.rho}, rank={self.rank}, "
-                f"drop={self.drop}"
+                "a size is either a fraction or a rank or the components to drop or to scale; got "
+                f"rho={self.rho}, rank={self.rank}, drop={self.drop}, scale={self.scale}"
             )
+        if self.scale is not None and not any(self.scale.by_number.values()):
+            object.__setattr__(self, "drop", Components.of(self.scale.by_number))
+            object.__setattr__(self, "scale", None)
         if self.rho is not None and not (self.rho.is_finite() and 0 <= self.rho <= 1):
             raise SpecError(f"rho {self.rho} is out of range; it is the kept fraction, from 0 to 1")
         if self.rho is not None and self.rho != 0 and self.rho.adjusted() < -MAX_DECIMALS:
@@ -167,9 +253,11 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """Parse ``0.01``, ``r40`` or ``drop0,3,17-20``."""
+        """Parse ``0.01``, ``r40``, ``drop0,3,17-20`` or ``scale3=0.4,17-20=1.25``."""
         if text.startswith(DROP):
             return cls(drop=Components.parse(text.removeprefix(DROP)))
+        if text.startswith(SCALE):
+            return cls(scale=Strengths.parse(text.removeprefix(SCALE)))
         if (rank := RANK_PATTERN.fullmatch(text)) is not None:
             return cls(rank=int(rank[1]))
         try:
@@ -183,7 +271,13 @@ class Size:
     def __str__(self) -> str:
         if self.drop is not None:
             return f"{DROP}{self.drop}"
-        if self.rho is None:
-            return f"r{self.rank}"
-        text = format(self.rho, "f")
-        return (text.rstrip("0").rstrip(".") if "." in text else text) or "0"
+        if self.scale is not None:
+            return f"{SCALE}{self.scale}"
+        return f"r{self.rank}" if self.rho is None else _plain(self.rho)
+
+    @property
+    def strengths(self) -> dict[int, float] | None:
+        """The factors of the components that ``drop`` or ``scale`` names, by number; None for a fraction or a rank."""
+        if self.drop is not None:
+            return dict.fromkeys(self.drop.numbers, 0.0)
+        return None if self.scale is None else self.scale.by_number

@@ -11,7 +11,7 @@ from typing import Literal
 
 from laserlm.errors import SpecError
 from laserlm.paths import atomic_file
-from laserlm.reductions.parts import DROP, Layers, Size
+from laserlm.reductions.parts import DROP, SCALE, Layers, Size
 
 __all__ = ["FORM_HINT", "GROUPS", "Intervention", "Keep", "Method", "Reduction", "format_sizes", "parse_sizes", "short_form"]
 
@@ -40,7 +40,7 @@ class Reduction:
     Args:
         layers: the blocks.
         matrix: a matrix name or a group.
-        size: fraction or number of singular values to keep, or the components to drop.
+        size: fraction or number of singular values to keep, or the components to drop or to scale.
         keep: ``top`` keeps the largest singular values, ``bottom`` the smallest.
         method: ``exact``, or ``reference`` for the randomised decomposition of the published code.
         stack: name of the stack of blocks; empty if the model has one stack.
@@ -60,8 +60,8 @@ class Reduction:
             raise SpecError(f"cannot split {self.layers}.{self.matrix} into {self.split} blocks of rows; write 1 or more")
         if self.split > 1 and self.method == "reference":
             raise SpecError(f"{self}: the published code's decomposition cannot split the rows; leave out one of the options")
-        if self.size.drop is not None and (self.keep, self.method) != ("top", "exact"):
-            raise SpecError(f"{self}: named components are dropped exactly; leave out ':bottom' and ':reference'")
+        if self.size.strengths is not None and (self.keep, self.method) != ("top", "exact"):
+            raise SpecError(f"{self}: named components are changed exactly; leave out ':bottom' and ':reference'")
         if self.keep == "bottom" and self.method == "reference":
             raise SpecError(
                 f"{self}: the randomised decomposition finds only the largest singular values; leave out ':reference'"
@@ -96,8 +96,9 @@ def parse_sizes(text: str) -> tuple[Reduction, ...]:
     if not at or not rest or match is None:
         raise SpecError(f"cannot read the reduction {text!r}; {FORM_HINT}")
     sizes, *options = rest.split(":")
-    if f",{DROP}" in sizes:
-        raise SpecError(f"{text!r} mixes kept sizes with '{DROP}'; write each as a part of its own, joined by '+'")
+    for word in (DROP, SCALE):
+        if f",{word}" in sizes:
+            raise SpecError(f"{text!r} mixes kept sizes with '{word}'; write each as a part of its own, joined by '+'")
     splits = [int(option[1]) for option in map(SPLIT_PATTERN.fullmatch, options) if option]
     n_known = len(splits) + options.count("bottom") + options.count("reference")
     if n_known != len(options) or len(set(options)) != len(options) or len(splits) > 1:
@@ -113,7 +114,7 @@ def parse_sizes(text: str) -> tuple[Reduction, ...]:
             stack=match["stack"] or "",
             split=splits[0] if splits else 1,
         )
-        for size in ([sizes] if sizes.startswith(DROP) else sizes.split(","))
+        for size in ([sizes] if sizes.startswith((DROP, SCALE)) else sizes.split(","))
     )
 
 
@@ -197,6 +198,8 @@ def _read_file(file: Path) -> Intervention:
 def short_form(text: str | Intervention) -> str:
     """Return the text of an intervention for a table: ``240 components of 101 matrices`` in place of a long text.
 
+    Components that are scaled and not dropped are counted as ``240 strengths``.
+
     A text that is no intervention, or is short, is returned unchanged.
     """
     text = str(text)
@@ -206,10 +209,11 @@ def short_form(text: str | Intervention) -> str:
         reductions = Intervention.parse(text).reductions
     except SpecError:
         return text
-    drops = [r for r in reductions if r.size.drop is not None]
-    components = sum(len(r.size.drop) for r in drops if r.size.drop is not None)
-    single = all(r.layers.first is not None and r.layers.first == r.layers.last and r.matrix not in _GROUP_NAMES for r in drops)
-    counts = [f"{components} components of {len(drops)} {'matrices' if single else 'selections'}"] if drops else []
-    if others := len(reductions) - len(drops):
-        counts.append(f"{others} {'other ' if drops else ''}reductions")
+    named = [r for r in reductions if r.size.strengths is not None]
+    changed = sum(len(r.size.strengths or ()) for r in named)
+    single = all(r.layers.first is not None and r.layers.first == r.layers.last and r.matrix not in _GROUP_NAMES for r in named)
+    noun = "components" if all(r.size.scale is None for r in named) else "strengths"
+    counts = [f"{changed} {noun} of {len(named)} {'matrices' if single else 'selections'}"] if named else []
+    if others := len(reductions) - len(named):
+        counts.append(f"{others} {'other ' if named else ''}reductions")
     return " and ".join(counts)

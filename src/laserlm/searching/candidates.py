@@ -40,7 +40,14 @@ def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Candidate]:
                 layers = Layers(first=m.layer, last=m.layer)
                 edit = Edit.of(m, replace(reduction, layers=layers, matrix=m.name, stack=m.stack))
                 if not edit.is_identity:
-                    key = (m.id, edit.rank, reduction.size.drop, reduction.keep, reduction.method, reduction.split)
+                    key = (
+                        m.id,
+                        edit.rank,
+                        reduction.size.drop or reduction.size.scale,
+                        reduction.keep,
+                        reduction.method,
+                        reduction.split,
+                    )
                     candidates.setdefault(key, Candidate(m, Intervention((edit.reduction,))))
     if not candidates:
         raise MatrixError(f"the grid {grid} keeps every matrix whole; give sizes below the matrices' ranks")

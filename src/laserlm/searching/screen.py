@@ -23,8 +23,8 @@ from laserlm.linalg.precision import full_precision
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
 from laserlm.scoring.forward import run_rows
+from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import SCORERS
-from laserlm.scoring.tokenize import TokenSequence
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.contributions import contributions_of_examples
 from laserlm.searching.gradients import Coefficients, ComponentGradients, Decomposed
@@ -227,9 +227,10 @@ def _change(candidate: Candidate, contributions: Tensor) -> Tensor:
     k = contributions.shape[1]
     edit = Edit.of(candidate.matrix, reduction)
     rank = edit.rank * k // edit.max_rank
+    if (strengths := reduction.size.strengths) is not None:
+        lost = 1 - torch.tensor(list(strengths.values()), dtype=contributions.dtype)
+        return -contributions[:, list(strengths)] @ lost  # (R,)
     dropped = contributions[:, rank:] if reduction.keep == "top" else contributions[:, : k - rank]
-    if reduction.size.drop is not None:
-        dropped = contributions[:, reduction.size.drop.numbers]
     changes: Tensor = -dropped.sum(1)  # (R,)
     return changes
 

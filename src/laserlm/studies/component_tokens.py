@@ -50,7 +50,7 @@ class ComponentTokens:
 
 
 def component_tokens(lm: LanguageModel, intervention: str, *, components: int = 20, tokens: int = 5) -> list[ComponentTokens]:
-    """Return what the removed components with the largest singular values read and write, the largest first.
+    """Return what the components that change most read and write, the largest change first.
 
     Norms and activations are left out: it is a look at directions, not at what the model computes. The sign of u and v is
     the one by which the strongest token comes first.
@@ -69,14 +69,14 @@ def component_tokens(lm: LanguageModel, intervention: str, *, components: int = 
     if inputs is None:
         raise AnalysisError(f"{lm.name} embeds no tokens, so no token says what a component reads; leave this study out")
     cache = default_cache(lm.cache)
-    removed: list[tuple[float, Matrix, int]] = []
+    changed: list[tuple[float, float, Matrix, int]] = []  # size of the change, singular value
     for edit in resolve(lm.matrices, intervention):
         if edit.reduction.split == 1:
             d = cache.get(read_matrix(lm.model, edit.matrix))
             values = d.left.norm(dim=0) * d.right.norm(dim=1)  # (max_rank,)
-            removed += [(float(values[i]), edit.matrix, i) for i in edit.dropped]
+            changed += [(abs(1 - s) * float(values[i]), float(values[i]), edit.matrix, i) for i, s in edit.strengths.items()]
     rows = []
-    for value, matrix, i in sorted(removed, key=lambda r: -r[0])[:components]:
+    for _, value, matrix, i in sorted(changed, key=lambda c: -c[0])[:components]:
         d = cache.get(read_matrix(lm.model, matrix))
         v, u = _to_embeddings(lm, matrix, d.right[i], d.left[:, i])
         scores = [_scores(inputs, v), _scores(inputs if outputs is None else outputs, u)]

@@ -34,9 +34,9 @@ def removed_counts(intervention: Intervention) -> RemovedCounts | None:
     """Return the counts; None if the intervention does not consist of components of single matrices alone."""
     counts: dict[tuple[str, int, str], int] = {}
     for r in intervention.reductions:
-        if r.size.drop is None or r.layers.first is None or r.layers.first != r.layers.last or r.split != 1:
+        if r.size.strengths is None or r.layers.first is None or r.layers.first != r.layers.last or r.split != 1:
             return None
-        counts[r.stack, r.layers.first, r.matrix] = len(r.size.drop)
+        counts[r.stack, r.layers.first, r.matrix] = len(r.size.strengths)
     if not counts:
         return None
     columns = sorted({(stack, name) for stack, _, name in counts}, key=matrix_order)
