@@ -14,7 +14,8 @@ import laserlm as laser
 from laserlm.scoring.evaluate import evaluate_rows
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.prefix_cache import PrefixCache, PrefixCheck
-from laserlm.scoring.tokenize import TokenSequence, encode
+from laserlm.scoring.records import TokenSequence
+from laserlm.scoring.tokenize import encode
 from laserlm.tasks import Split
 
 QUESTIONS = 100

@@ -25,7 +25,8 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 import laserlm
 from laserlm.edit.apply import Edit
 from laserlm.reductions import FINE_RHO
-from laserlm.scoring.tokenize import TokenSequence, encode
+from laserlm.scoring.records import TokenSequence
+from laserlm.scoring.tokenize import encode
 from laserlm.searching import SearchConfig
 from laserlm.searching.candidates import expand
 from laserlm.searching.driver import encode_splits

@@ -25,12 +25,11 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_every_module_names_what_it_offers_and_documents_it(name: str) -> None:
+def test_every_module_documents_what_it_offers(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__doc__
-    for public in getattr(module, "__all__", []):
-        value = getattr(module, public)
-        if callable(value) and getattr(value, "__module__", "").startswith("laserlm"):
+    for public, value in vars(module).items():
+        if not public.startswith("_") and getattr(value, "__module__", "") == name and callable(value):
             assert value.__doc__, f"{name}.{public}"
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from laserlm import interrupt
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Run the command line. Ctrl-C is handled before its modules are imported, which takes a while."""

@@ -19,24 +19,6 @@
 Every message says what failed, the value received, the allowed values and the next step.
 """
 
-__all__ = [
-    "AnalysisError",
-    "ExportError",
-    "LaserError",
-    "MatrixError",
-    "MissingExtraError",
-    "ModelError",
-    "ReportError",
-    "RunBusyError",
-    "ScoringError",
-    "SpecError",
-    "StoreError",
-    "TaskError",
-    "TokenizationError",
-    "WeightError",
-    "WriteError",
-]
-
 
 class LaserError(Exception):
     """The base class of all errors of laserlm."""

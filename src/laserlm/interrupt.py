@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-__all__ = ["INTERRUPTED", "end", "install", "uninstall"]
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 CLEAR = b"\r\x1b[K\x1b[?25h"

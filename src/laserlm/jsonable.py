@@ -8,8 +8,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fields_to_json", "to_json"]
-
 
 def to_json(value: Any) -> Any:
     """Return a value as plain JSON values: dicts with text keys, lists, texts, numbers, booleans and None.

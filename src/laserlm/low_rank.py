@@ -20,8 +20,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from laserlm.errors import ModelError
 
-__all__ = ["METHOD", "LowRankConfig", "LowRankLinear", "LowRankQuantizer", "Part"]
-
 METHOD = "laserlm"
 """The ``quant_method`` in a checkpoint's config."""
 FORMAT = 2

@@ -10,8 +10,6 @@ import torch
 
 from laserlm.errors import LaserError
 
-__all__ = ["OutOfMemoryError", "is_out_of_memory", "retry_with_room", "uniform_out_of_memory"]
-
 T = TypeVar("T")
 MARKS = (
     "out of memory",  # CUDA, ROCm, XPU, MPS

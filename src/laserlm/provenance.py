@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["mask_credentials", "provenance", "versions"]
-
 PACKAGES = ("laserlm", "torch", "transformers", "tokenizers", "safetensors")
 
 

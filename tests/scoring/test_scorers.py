@@ -9,7 +9,8 @@ from typing import Any, get_args
 import pytest
 
 from laserlm.errors import ScoringError
-from laserlm.scoring.scorers import SCORERS, f1, grade_texts, last_number, pass_at_k
+from laserlm.scoring.generation_grades import f1, last_number, pass_at_k
+from laserlm.scoring.scorers import SCORERS, grade_texts
 from laserlm.tasks import Decoding, Example, Scorer, Split, task
 
 ALLOWED = Decoding(run_programs=True)

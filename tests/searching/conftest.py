@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from families import build
 from searching.fake_ray import FakeRay, instead_of_ray
-from searching.support import made_task
+from searching.support import GIVEN, Scored, made_task, search
 
 from laserlm.models import LanguageModel, load
 from laserlm.scoring.evaluate import evaluate_rows
@@ -59,6 +59,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lm(folder: Path, tmp_path: Path) -> LanguageModel:
     """A model that workers can load, too."""
     return load(folder, cache=tmp_path / "cache", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scored]:
+    """What the searches find in one process, by their names."""
+    place = tmp_path_factory.mktemp("alone")
+    lm = load(folder, cache=place / "cache", device="cpu")
+    return {name: search(lm, made_task(), place / f"{name}.db", **options) for name, options in GIVEN.items()}
+
+
+@pytest.fixture
+def local(alone: dict[str, Scored]) -> Scored:
+    """What the exhaustive search finds in one process."""
+    return alone["exhaustive"]
 
 
 @pytest.fixture

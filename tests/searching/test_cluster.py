@@ -16,12 +16,12 @@ import pytest
 import torch
 from searching.conftest import BeforeScoring
 from searching.fake_ray import FakeRay, OutOfMemoryError, die, hang, here
-from searching.support import GIVEN, Scored, made_task, same, search
+from searching.support import GIVEN, Scored, same, search
 
 import laserlm.models
 from laserlm.cli.search_options import ClusterOptions
 from laserlm.errors import MissingExtraError, ModelError, ScoringError
-from laserlm.models import LanguageModel, load
+from laserlm.models import LanguageModel
 from laserlm.searching import Ray, cluster, schedule
 from laserlm.store import Store
 from laserlm.tasks import Decoding, Split, Task
@@ -38,20 +38,6 @@ def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(cluster, "SIGN_OF_LIFE_SECONDS", 0.0)
     monkeypatch.setattr(schedule, "PATIENCE_SECONDS", 0.5)
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scored]:
-    """What the searches find in one process, by their names."""
-    place = tmp_path_factory.mktemp("alone")
-    lm = load(folder, cache=place / "cache", device="cpu")
-    return {name: search(lm, made_task(), place / f"{name}.db", **options) for name, options in GIVEN.items()}
-
-
-@pytest.fixture
-def local(alone: dict[str, Scored]) -> Scored:
-    """What the exhaustive search finds in one process."""
-    return alone["exhaustive"]
 
 
 @pytest.fixture

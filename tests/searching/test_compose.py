@@ -14,7 +14,8 @@ from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.searching import Candidate, SearchConfig, expand, search
 from laserlm.searching.compose import compose, in_order
-from laserlm.searching.result import ComposeStep, Metric
+from laserlm.searching.config import Metric
+from laserlm.searching.result import ComposeStep
 from laserlm.searching.screen import Prediction
 from laserlm.tasks import Example, Task
 

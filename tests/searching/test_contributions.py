@@ -17,7 +17,8 @@ from laserlm.linalg.decomposition import Decomposition
 from laserlm.models import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix, view
 from laserlm.reductions import Intervention
-from laserlm.scoring.tokenize import TokenSequence, encode
+from laserlm.scoring.records import TokenSequence
+from laserlm.scoring.tokenize import encode
 from laserlm.searching import expand
 from laserlm.searching.components import separate_matrices
 from laserlm.searching.scorer import EncodedSplit, PrefixScorer

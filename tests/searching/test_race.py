@@ -16,10 +16,11 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.scoring.tokenize import encode
 from laserlm.searching import Candidate, SearchConfig, expand, search
+from laserlm.searching.config import Metric
 from laserlm.searching.executors import LocalExecutor
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import choose, is_significantly_worse, race, rung_sizes, shuffled_order
-from laserlm.searching.result import Metric, RungReport
+from laserlm.searching.result import RungReport
 from laserlm.searching.scorer import EncodedSplit, PrefixScorer
 from laserlm.searching.screen import Prediction
 from laserlm.store import Store

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 from searching.fake_ray import FakeRay, here
-from searching.support import GIVEN, Scored, made_task, same, scores, search
+from searching.support import GIVEN, Scored, same, scores, search
 
-from laserlm.models import LanguageModel, load
+from laserlm.models import LanguageModel
 from laserlm.searching import Ray, SearchResult
 from laserlm.store import Store
 from laserlm.tasks import Decoding, Task
@@ -200,20 +200,6 @@ def test_the_stand_in_behaves_as_ray_does(cluster: Any) -> None:
         fake.close()
     assert not fake.is_initialized()
     assert real["a stream that ends with its worker"] == [[0], [1], ("ended", "", "")]
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scored]:
-    """What the searches find in one process, by their names."""
-    place = tmp_path_factory.mktemp("alone")
-    lm = load(folder, cache=place / "cache", device="cpu")
-    return {name: search(lm, made_task(), place / f"{name}.db", **options) for name, options in GIVEN.items()}
-
-
-@pytest.fixture
-def local(alone: dict[str, Scored]) -> Scored:
-    """What the exhaustive search finds in one process."""
-    return alone["exhaustive"]
 
 
 def test_the_winner_and_every_score_are_those_of_one_process(

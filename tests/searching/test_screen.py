@@ -17,8 +17,9 @@ from laserlm.models.matrices import read_matrix, view
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.forward import batches
 from laserlm.scoring.forward import forward_logits as read_off
+from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.statistics import dense_ranks, spearman
-from laserlm.scoring.tokenize import TokenSequence, encode
+from laserlm.scoring.tokenize import encode
 from laserlm.searching import expand
 from laserlm.searching.screen import HALF_PRECISION_SCALES, OUT_OF_TIME, Prediction, Screening, screen, sensitivities
 from laserlm.tasks import Example, Scorer, Split

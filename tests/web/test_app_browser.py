@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import build as make_model
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from laserlm.models import LanguageModel
 from laserlm.scoring.records import Evaluation, ExampleScore
@@ -32,7 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
     pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
 ]
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 HOSTILE = (
     "</td></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`${alert(3)}{{value}} *b* [l](javascript:alert(4))"
 )
@@ -147,27 +145,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield server
 
 
-# Not for the whole session: as long as it is open, no other test of this process could run an event loop.
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium is installed")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        expect.set_options(timeout=20_000)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def visit(served: Served, chromium: Browser) -> Iterator[Callable[..., Visit]]:
+def visit(served: Served, browser: Browser) -> Iterator[Callable[..., Visit]]:
     """Open the app as a new user; at the end nothing may have been asked of another machine, and nothing gone wrong."""
+    expect.set_options(timeout=20_000)
     contexts = []
     visits: list[Visit] = []
 
     def open_(url: str = served.url, **options: Any) -> Visit:
-        contexts.append(chromium.new_context(**options))
+        contexts.append(browser.new_context(**options))
         user = Visit(contexts[-1].new_page())
         visits.append(user)
         user.page.set_default_timeout(20_000)

@@ -16,7 +16,7 @@ from laserlm.errors import ReportError
 from laserlm.models import LanguageModel
 from laserlm.models.bundled import HUB_ID
 from laserlm.searching import search
-from laserlm.searching.result import Metric, Strategy
+from laserlm.searching.config import Metric, Strategy
 from laserlm.store import Store
 from laserlm.tasks import Example, Scorer, Task
 from laserlm.web.submissions import MAX_BYTES, _schema, add, find_problems, load_submission, public_name, submission

@@ -20,8 +20,6 @@ from laserlm.errors import LaserError
 from laserlm.paths import atomic_file, check_new_file
 from laserlm.provenance import mask_credentials
 
-__all__ = ["as_configuration", "configuration_yaml", "option_types", "read_configuration", "write_configuration"]
-
 NAMES = {
     str: "a text",
     Path: "a path",

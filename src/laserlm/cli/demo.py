@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from laserlm.searching import SearchResult
     from laserlm.tasks import Task
 
-__all__ = ["demo"]
-
 N_VALIDATION = 300
 N_TEST = 1000
 MAX_HARM = 0.02

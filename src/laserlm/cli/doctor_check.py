@@ -8,8 +8,6 @@ from typing import Any
 
 from laserlm.errors import ModelError
 
-__all__ = ["check_gpu", "show_check"]
-
 
 def check_gpu(device: str | None, known: Collection[str]) -> dict[str, Any]:
     """Return the checks of a device, or why there are none.

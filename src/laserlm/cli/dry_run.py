@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from laserlm.searching.simulation import CostModel, Simulation
     from laserlm.tasks import Task
 
-__all__ = ["print_dry_run"]
-
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 UNIT_SECONDS = 0.005
 """Between two units of a worker on a Ray cluster; measured, see docs/benchmarks.md."""

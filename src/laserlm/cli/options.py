@@ -23,20 +23,6 @@ if TYPE_CHECKING:
     from laserlm.models import LanguageModel
     from laserlm.tasks import Split, Task
 
-__all__ = [
-    "Cache",
-    "DataOptions",
-    "Json",
-    "LoadOptions",
-    "ModelOptions",
-    "Overwrite",
-    "Store",
-    "TableOptions",
-    "TaskOptions",
-    "print_json",
-    "with_options",
-]
-
 MODEL_PANEL = "Model options"
 TASK_PANEL = "Task options"
 

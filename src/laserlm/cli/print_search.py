@@ -13,8 +13,6 @@ from laserlm.reductions import short_form
 if TYPE_CHECKING:
     from laserlm.searching import SearchResult
 
-__all__ = ["DONE_EARLIER", "print_end", "print_pareto", "print_result"]
-
 UNRANKED = 0.4
 """Share of pairs with the random candidate ahead above which the screen ranks hardly better than chance."""
 DONE_EARLIER = "done earlier, nothing was run; --restart runs it again."

@@ -19,8 +19,6 @@ from laserlm.reductions import short_form
 if TYPE_CHECKING:
     from laserlm.searching import SearchProgress
 
-__all__ = ["print_stderr", "progress_bar", "search_progress_bar"]
-
 DELAY_SECONDS = 0.5
 """Time before a bar appears."""
 LOG_SECONDS = 60.0

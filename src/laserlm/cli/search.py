@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from laserlm.searching import Ray, SearchConfig, SearchProgress, SearchResult
     from laserlm.tasks import Task
 
-__all__ = ["NOT_CONFIGURED", "search"]
-
 NOT_CONFIGURED = frozenset({"config_file", "save_config", "restart", "dry_run", "json"})
 """Options that a configuration does not hold, because they concern one command and not the search."""
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from laserlm.searching import Ray, SearchConfig
     from laserlm.tasks import Task
 
-__all__ = ["SEARCH_PANEL", "ClusterOptions", "Restart", "SearchOptions", "load_guards"]
-
 SEARCH_PANEL = "Search options"
 CLUSTER_PANEL = "Cluster options"
 

@@ -10,8 +10,6 @@ from typing import Any, TextIO
 
 import rich.text
 
-__all__ = ["escaped_output", "visible"]
-
 UNSAFE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
 """C0 and C1 controls except tab and line ends, marks that reorder text, and bytes of file names that are not UTF-8."""
 OWN_CURSOR = re.compile(r"\r?\n*(?:\x1b\[A)*")

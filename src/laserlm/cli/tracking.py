@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from laserlm.searching import SearchProgress, SearchResult
     from laserlm.searching.guard import Harm
 
-__all__ = ["TRACKERS", "TrackedSearch", "Tracker", "tracked_search", "tracker"]
-
 log = logging.getLogger("laserlm.tracking")
 PROJECT = "laserlm"
 """Project, or experiment, unless the tracker's own environment variable names another one."""

@@ -10,8 +10,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from laserlm.searching.guard import OWN_TEXT, Harm
 from laserlm.tasks.definitions import DEFINITIONS
 
-__all__ = ["metadata", "result_on_test"]
-
 TAGS = {"AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask"}
 HUB_PREFIX = "hub:"
 

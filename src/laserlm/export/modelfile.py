@@ -11,8 +11,6 @@ from laserlm.scoring.chat import ChatTemplate
 from laserlm.scoring.tokenize import prefix_tokens
 from laserlm.tasks.example import Example
 
-__all__ = ["modelfile"]
-
 CONTENTS = ("first-content", "second-content", "third-content", "fourth-content")
 """Texts of a conversation by which the template's own text is recognised."""
 Messages = list[tuple[str, str]]

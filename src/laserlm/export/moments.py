@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from laserlm.linalg.precision import full_precision
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix
+from laserlm.out_of_memory import retry_with_room
 from laserlm.scoring.forward import out_of_memory_error
-from laserlm.scoring.memory import retry_with_room
 from laserlm.scoring.prefix_cache import PrefixCache, PrefixCheck
 from laserlm.scoring.records import TokenSequence
-
-__all__ = ["moments_by_block"]
 
 CHECKED_TOKENS = 16
 """Length of the sequences on which it is tried whether the blocks can run one after another."""

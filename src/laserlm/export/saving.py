@@ -29,8 +29,6 @@ from laserlm.models.loading import dtype_named
 from laserlm.reductions import Intervention
 from laserlm.searching.result import SearchResult
 
-__all__ = ["chosen_intervention", "push", "save"]
-
 log = logging.getLogger(__name__)
 
 

@@ -26,8 +26,6 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.source import side_files, source_folder
 from laserlm.models.weight_files import StoredTensor, parameter_names, read_tensor, stored_tensors
 
-__all__ = ["Source", "Written"]
-
 log = logging.getLogger(__name__)
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from laserlm.models.source import side_files
 from laserlm.models.weight_files import read_tensor, stored_tensors
 
-__all__ = ["differences", "tokenizer_config_for_transformers_4"]
-
 CHANGED_SETTINGS = {"dtype", "torch_dtype", "quantization_config"}
 """Settings of a config that may differ from the source's: they describe how the weights are stored."""
 NAMES_IN_4 = {"TokenizersBackend": "PreTrainedTokenizerFast"}

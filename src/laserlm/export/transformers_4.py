@@ -8,8 +8,6 @@ from typing import Any
 
 from laserlm.export.source_check import tokenizer_config_for_transformers_4
 
-__all__ = ["adapt_tokenizer", "config_for_transformers_4"]
-
 EXPERTS_RENAMED_IN_5 = {"qwen3_moe", "qwen3_omni_moe_text", "qwen3_vl_moe_text"}
 """Types whose config names the number of experts ``num_experts`` in transformers 4, and ``num_local_experts`` in 5."""
 ROPE_TYPES_IN_4 = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}

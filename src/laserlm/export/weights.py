@@ -23,8 +23,6 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dequantise
 from laserlm.models.loading_errors import silence_transformers
 
-__all__ = ["HIDDEN_CONFIG", "dtype_name", "write_from_source", "write_model"]
-
 HIDDEN_CONFIG = "config.json.part"
 """Name of the config until the folder is complete. Without a config.json, the folder of a killed save does not load."""
 

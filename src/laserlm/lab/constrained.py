@@ -31,8 +31,6 @@ from laserlm.scoring.tokenize import encode
 from laserlm.searching import search
 from laserlm.tasks import Example, Split, Task, task
 
-__all__ = ["TrainingResult", "compare_on_recall", "compare_on_worldfacts"]
-
 UNCHANGED = Intervention()
 OnProgress = Callable[[str, int, int], None]
 """Called with the name of a training, the number of steps done and their total."""

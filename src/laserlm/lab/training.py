@@ -19,8 +19,6 @@ from transformers.training_args import TrainingArguments
 
 from laserlm.errors import TaskError
 
-__all__ = ["check_new", "fit"]
-
 
 def check_new(folder: Path) -> None:
     """Raise a TaskError if a folder is not free for a new model."""

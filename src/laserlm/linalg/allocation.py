@@ -11,8 +11,6 @@ from torch import Tensor
 from laserlm.linalg.decomposition import as_float64
 from laserlm.linalg.pivots import parameters, rank_within
 
-__all__ = ["Spectrum", "allocate", "uniform"]
-
 
 @dataclass(frozen=True)
 class Spectrum:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from laserlm.linalg.decomposition import as_float64
 
-__all__ = ["parameters", "pivot_rows", "rank_within"]
-
 
 def parameters(shape: tuple[int, int], rank: int) -> int:
     """Return the number of parameters of a matrix (m, n) of rank r as pivots (r, n) and coefficients (m - r, r)."""

@@ -9,8 +9,6 @@ from typing import Any, cast
 
 import torch
 
-__all__ = ["SETTINGS_LOCK", "full_precision", "matmul_settings"]
-
 SETTINGS_LOCK = threading.RLock()
 """The settings belong to the process. The lock keeps threads from restoring each other's settings."""
 BACKENDS = ("cuda", "mkldnn")

@@ -7,8 +7,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["quick_hash"]
-
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype by bytes of a value."""
 CACHE_BYTES = 2**20

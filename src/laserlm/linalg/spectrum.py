@@ -16,21 +16,6 @@ from torch import Tensor
 
 from laserlm.linalg.decomposition import as_float64
 
-__all__ = [
-    "condition",
-    "edge",
-    "effective_rank",
-    "energy_share",
-    "gavish_donoho",
-    "noise",
-    "nuclear_share",
-    "numerical_rank",
-    "rank_beyond",
-    "signal_to_noise",
-    "stable_rank",
-    "subspace_share",
-]
-
 TRACY_WIDOM_999 = 3.27
 """99.9 % quantile of the Tracy-Widom law of order 1 (Bejan, Largest eigenvalues and sample covariance matrices, 2005)."""
 

@@ -13,8 +13,6 @@ from laserlm.errors import TokenizationError
 from laserlm.models.language_model import LanguageModel
 from laserlm.tasks.example import Example
 
-__all__ = ["ChatTemplate", "asked_in_chat", "without_thoughts"]
-
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"))
 """Tags between which models think."""
 NO_THINKING = {"enable_thinking": False, "thinking": False}

@@ -21,8 +21,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["READY", "main"]
-
 MB = 2**20
 READY = b"ready\n"
 MAX_LINE = 16 * MB

@@ -12,8 +12,6 @@ from laserlm.scoring.chat import ChatTemplate, without_thoughts
 from laserlm.scoring.generation import generate
 from laserlm.tasks.example import Example
 
-__all__ = ["Conversation"]
-
 
 @dataclass
 class Conversation:

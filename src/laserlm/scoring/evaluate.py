@@ -23,8 +23,6 @@ from laserlm.scoring.tokenize import encode
 from laserlm.tasks.example import Scorer, Split
 from laserlm.tasks.perplexity import passages
 
-__all__ = ["Comparison", "classes_of", "compare", "evaluate", "evaluate_rows", "text_perplexity"]
-
 
 def evaluate(
     lm: LanguageModel,

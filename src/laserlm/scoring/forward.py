@@ -26,20 +26,6 @@ from laserlm.scoring.output_layer import HALF, float32_output_layer
 from laserlm.scoring.records import TokenScores, TokenSequence
 from laserlm.scoring.texts import padding_token, text_outputs
 
-__all__ = [
-    "Batch",
-    "BatchLogits",
-    "Progress",
-    "TokenScores",
-    "batch_bounds",
-    "batches",
-    "forward_logits",
-    "out_of_memory_error",
-    "run_batch",
-    "run_rows",
-    "token_scores",
-]
-
 log = logging.getLogger(__name__)
 PASS_OVERHEAD_TOKENS = 64
 """Overhead of a forward pass on a CPU, reading the weights and starting operations, as a number of tokens; measured."""

@@ -21,8 +21,6 @@ from laserlm.scoring.memory import halve_until_it_fits
 from laserlm.scoring.tokenize import check_known, masked_text, max_length, prefix_tokens, with_prefix
 from laserlm.tasks.example import Decoding, Example
 
-__all__ = ["continuation", "generate", "generate_for"]
-
 STOP_LOOKBACK_TOKENS = 16
 """Number of last tokens that are searched for a stop string."""
 

@@ -11,8 +11,6 @@ from laserlm.errors import ScoringError
 from laserlm.scoring.sandbox import Program, run_programs
 from laserlm.tasks.example import Example, Split
 
-__all__ = ["Grade", "f1", "grade_by_judge", "grade_matches", "grade_numbers", "grade_programs", "last_number", "pass_at_k"]
-
 Grade = tuple[bool, dict[str, float]]
 """Whether a generated text is correct, and extra metrics by name."""
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")

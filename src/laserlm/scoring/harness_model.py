@@ -11,8 +11,6 @@ from lm_eval.models.huggingface import HFLM
 from laserlm.edit import applied
 from laserlm.models.loading import load
 
-__all__ = ["LaserLM"]
-
 
 @register_model("laser")
 class LaserLM(HFLM):  # type: ignore[misc]

@@ -14,8 +14,6 @@ from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import SCORERS
 from laserlm.tasks import Scorer, Split
 
-__all__ = ["digest", "identity"]
-
 IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
 

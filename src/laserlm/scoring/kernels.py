@@ -12,8 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laserlm.linalg.precision import SETTINGS_LOCK
 
-__all__ = ["fast_cpu_kernels", "onednn_is_exact"]
-
 SHORT_SEQUENCE_TOKENS = 128
 """Longest sequence for which attention by plain matrix products is faster on a CPU than tiled attention."""
 MAX_RELATIVE_ERROR = 2e-6

@@ -8,8 +8,6 @@ import torch
 
 from laserlm.out_of_memory import retry_with_room
 
-__all__ = ["halve_until_it_fits", "retry_with_room"]
-
 
 def halve_until_it_fits(
     batches: Sequence[Sequence[int]], run: Callable[[Sequence[int]], None], free: Callable[[], bool] = lambda: False

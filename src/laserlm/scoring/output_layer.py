@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["HALF", "float32_output_layer"]
-
 HALF = (torch.float16, torch.bfloat16)
 CHUNK_BYTES = 2**26
 """Memory of the part of the output layer's weight that is in float32 at a time."""

@@ -23,8 +23,6 @@ from laserlm.scoring.forward import Batch, batches, run_batch
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.records import TokenScores, TokenSequence
 
-__all__ = ["PrefixCache", "PrefixCheck"]
-
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 """Largest difference, in nats, between a pass through stubs and a complete one. On most models both are equal to the bit."""

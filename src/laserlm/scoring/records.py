@@ -14,8 +14,6 @@ from laserlm.errors import ScoringError
 from laserlm.reductions import short_form
 from laserlm.scoring.statistics import Interval, clustering_of, wilson
 
-__all__ = ["Evaluation", "ExampleScore", "TokenScores", "TokenSequence"]
-
 
 @dataclass(frozen=True)
 class TokenSequence:

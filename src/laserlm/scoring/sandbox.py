@@ -24,8 +24,6 @@ from typing import IO, Any
 from laserlm.errors import ScoringError
 from laserlm.scoring.confined import READY
 
-__all__ = ["Confinement", "Program", "bubblewrap", "confinement", "run_program", "run_programs"]
-
 log = logging.getLogger(__name__)
 CONFINED = Path(__file__).with_name("confined.py")
 START_SECONDS = 30.0

@@ -15,13 +15,10 @@ from laserlm.errors import ScoringError
 from laserlm.models.kinds import Kind
 from laserlm.scoring.generation_grades import (
     Grade,
-    f1,
     grade_by_judge,
     grade_matches,
     grade_numbers,
     grade_programs,
-    last_number,
-    pass_at_k,
 )
 from laserlm.scoring.records import ExampleScore, TokenScores, TokenSequence
 from laserlm.scoring.text_grades import (
@@ -33,21 +30,6 @@ from laserlm.scoring.text_grades import (
     similarity_slopes,
 )
 from laserlm.tasks.example import Example, Judge, Scorer, Split
-
-__all__ = [
-    "GENERATING",
-    "SCORERS",
-    "Grade",
-    "Request",
-    "ScoredExample",
-    "ScorerDefinition",
-    "check_split",
-    "f1",
-    "grade_texts",
-    "last_number",
-    "pass_at_k",
-    "scorer_for",
-]
 
 Request = tuple[str, str]
 """A context, and the continuation whose tokens are scored."""

@@ -13,22 +13,6 @@ from scipy import optimize, stats
 
 from laserlm.errors import ScoringError
 
-__all__ = [
-    "Clustering",
-    "Interval",
-    "bootstrap",
-    "clustering_of",
-    "dense_ranks",
-    "mcnemar",
-    "mean_test",
-    "paired_difference",
-    "paired_mean",
-    "percentile_interval",
-    "sign_flip_test",
-    "spearman",
-    "wilson",
-]
-
 
 class Interval(NamedTuple):
     """Lower and upper end of a confidence interval."""

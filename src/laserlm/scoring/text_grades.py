@@ -15,16 +15,6 @@ from laserlm.tasks.example import Example
 if TYPE_CHECKING:
     from laserlm.scoring.scorers import ScoredExample
 
-__all__ = [
-    "DEVIATION",
-    "Slopes",
-    "grade_label",
-    "grade_preference",
-    "grade_similarity",
-    "preference_slopes",
-    "similarity_slopes",
-]
-
 DEVIATION = 0.1
 """Standard deviation of the scores around the cosine: the loss is (cosine - score)^2 / (2 DEVIATION^2)."""
 Slopes = tuple[float, list[float]]

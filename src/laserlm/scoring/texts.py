@@ -17,8 +17,6 @@ from laserlm.scoring.output_layer import float32_output_layer
 from laserlm.scoring.records import TokenSequence
 from laserlm.tasks.example import Example
 
-__all__ = ["encode_texts", "padding_token", "text_outputs"]
-
 HEADS = ("classifier", "reward")
 
 

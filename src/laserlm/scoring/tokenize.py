@@ -16,19 +16,6 @@ from laserlm.scoring.scorers import SCORERS, ScorerDefinition, scorer_for
 from laserlm.scoring.texts import encode_texts
 from laserlm.tasks.example import Example, Scorer, Split
 
-__all__ = [
-    "TokenSequence",
-    "check_known",
-    "decoder_start",
-    "encode",
-    "masked_text",
-    "max_length",
-    "prefix_tokens",
-    "scorable",
-    "start_token",
-    "with_prefix",
-]
-
 WINDOW_TOKENS = 1024
 """Length of a window of a text whose perplexity is measured."""
 STRIDE_TOKENS = 512

@@ -26,8 +26,6 @@ from laserlm.searching.work import OrderTask, WorkItem
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["Ray", "on_ray"]
-
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 """Seconds after which an idle worker is asked again whether there is something to do."""

@@ -16,8 +16,6 @@ from laserlm.searching.hardware import hardware_of
 from laserlm.searching.scorer import EncodedSplit, PrefixScorer
 from laserlm.searching.work import WorkItem
 
-__all__ = ["OtherWeightsError", "UnfitError", "Worker", "WorkerUsage"]
-
 
 class OtherWeightsError(ModelError):
     """A worker loaded other weights than those of the search."""

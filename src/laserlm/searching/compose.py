@@ -14,8 +14,6 @@ from laserlm.searching.race import choose, is_significantly_worse, rung_sizes
 from laserlm.searching.result import ComposeStep, sort_key
 from laserlm.searching.screen import Prediction
 
-__all__ = ["compose", "in_order"]
-
 
 def in_order(candidates: Sequence[Candidate], predictions: dict[str, Prediction], config: SearchConfig) -> list[Candidate]:
     """Return the candidates in the order in which a composition tries them.

@@ -13,8 +13,6 @@ from laserlm.reductions import Grid
 from laserlm.scoring.scorers import SCORERS, scorer_for
 from laserlm.tasks import Scorer, Task
 
-__all__ = ["EFFORTS", "Effort", "Metric", "Mode", "SearchConfig", "Strategy"]
-
 Metric = Literal["accuracy", "loss"]
 Strategy = Literal["components", "race", "exhaustive", "compose"]
 Mode = Literal["joint", "greedy"]

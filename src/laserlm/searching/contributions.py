@@ -11,8 +11,6 @@ from laserlm.errors import WeightError
 from laserlm.models.finite import overflow
 from laserlm.searching.gradients import ComponentGradients
 
-__all__ = ["contributions_of_examples"]
-
 
 def contributions_of_examples(
     gradients: ComponentGradients, examples: Sequence[int], n: int, scales: Sequence[float]

@@ -33,18 +33,6 @@ from laserlm.searching.scorer import EncodedSplit, PrefixScorer
 from laserlm.searching.screen import Prediction, screen
 from laserlm.tasks import Example, Split
 
-__all__ = [
-    "DTYPES",
-    "EXAMPLES",
-    "DeviceCheck",
-    "check_device",
-    "check_mixed_placement",
-    "check_model",
-    "check_out_of_memory",
-    "missing_gpu",
-    "small_llama",
-]
-
 CITIES = ("Paris", "Rome", "Oslo", "Lisbon", "Madrid")
 EXAMPLES = tuple(
     Example(

@@ -20,21 +20,20 @@ from laserlm.scoring.identity import digest, identity
 from laserlm.scoring.scorers import GENERATING
 from laserlm.scoring.tokenize import encode
 from laserlm.searching.candidates import expand
-from laserlm.searching.cluster import Ray, on_ray
+from laserlm.searching.cluster import on_ray
 from laserlm.searching.components import separate_matrices
 from laserlm.searching.config import Effort, SearchConfig
 from laserlm.searching.executors import Executor, LocalExecutor, OutOfTimeError
 from laserlm.searching.guard import Guard, guards_of, has_guard
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import shuffled_order
+from laserlm.searching.ray_cluster import Ray
 from laserlm.searching.result import SearchProgress, SearchResult
 from laserlm.searching.scorer import EncodedSplit, PrefixScorer
 from laserlm.searching.session import GuardScores, SearchSession
 from laserlm.searching.strategies import STRATEGIES, expected_cost
 from laserlm.store import Run, Store
 from laserlm.tasks import Scorer, Task
-
-__all__ = ["FINALISTS", "TEST", "VALIDATION", "check", "encode_splits", "search"]
 
 log = logging.getLogger(__name__)
 METHOD = 8

@@ -11,8 +11,6 @@ from laserlm.searching.hardware import hardware_of
 from laserlm.searching.scorer import BlockOrder, PrefixScorer
 from laserlm.searching.work import WorkItem
 
-__all__ = ["Executor", "IsCancelled", "LocalExecutor", "OutOfTimeError", "Speculate"]
-
 
 class OutOfTimeError(Exception):
     """Ends a search whose time is used up; it is caught within the search."""

@@ -27,9 +27,10 @@ from laserlm.scoring.forward import run_rows
 from laserlm.scoring.identity import digest
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
+from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import scorer_for
 from laserlm.scoring.statistics import Interval
-from laserlm.scoring.tokenize import TokenSequence, encode, max_length, start_token
+from laserlm.scoring.tokenize import encode, max_length, start_token
 from laserlm.searching.scorer import EncodedSplit
 from laserlm.tasks import Example, Split, Task, task
 from laserlm.tasks.files import local_file, read_text

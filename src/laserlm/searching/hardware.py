@@ -9,8 +9,6 @@ import torch
 
 from laserlm.models.language_model import LanguageModel
 
-__all__ = ["describe", "hardware_of"]
-
 
 def hardware_of(lm: LanguageModel) -> dict[str, Any]:
     """Return the devices of a model, its dtype and its attention kernel, as plain values for the database."""

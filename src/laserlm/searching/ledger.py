@@ -11,8 +11,7 @@ from typing import Any
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.reductions import Intervention
-from laserlm.scoring.records import Evaluation
-from laserlm.scoring.tokenize import TokenSequence
+from laserlm.scoring.records import Evaluation, TokenSequence
 from laserlm.searching.executors import Executor
 from laserlm.searching.hardware import describe
 from laserlm.searching.score_table import ScoreTable
@@ -20,8 +19,6 @@ from laserlm.searching.scorer import EncodedSplit, Failure, first_changed_block
 from laserlm.searching.work import ScoreTask
 from laserlm.store import Run
 from laserlm.tasks import Split
-
-__all__ = ["ScoreLedger", "cut", "max_sequences"]
 
 log = logging.getLogger(__name__)
 NEXT_STEP = "fix the cause or give the workers more memory, then run the same command again: the search continues"

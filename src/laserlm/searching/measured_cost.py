@@ -26,8 +26,6 @@ from laserlm.searching.work import ScoreTask
 from laserlm.store import Store
 from laserlm.tasks import Task
 
-__all__ = ["measure_cost"]
-
 MAX_TIMED_FLOP = 1e12
 """Floating-point operations of a decomposition that is not worth timing four times."""
 

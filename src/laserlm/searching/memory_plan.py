@@ -12,9 +12,7 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix
 from laserlm.scoring.forward import MAX_SCORED_POSITIONS
 from laserlm.scoring.output_layer import CHUNK_BYTES, HALF
-from laserlm.scoring.tokenize import TokenSequence
-
-__all__ = ["MemoryPlanner", "PhaseMemory", "decomposed_bytes", "decomposing_bytes"]
+from laserlm.scoring.records import TokenSequence
 
 LOGITS = 4
 """Copies of a batch's logits (N, V) in a pass without its gradient, measured: the logits, and steps of their normalisation."""

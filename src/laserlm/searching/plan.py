@@ -16,8 +16,9 @@ from laserlm.edit import resolve
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix
 from laserlm.reductions import Intervention
+from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import GENERATING
-from laserlm.scoring.tokenize import TokenSequence, max_length
+from laserlm.scoring.tokenize import max_length
 from laserlm.searching.candidates import Candidate, expand
 from laserlm.searching.components import DERIVATIVE_BYTES, MOST_QUESTIONS, PARTS, STEP_COMPONENTS, separate_matrices
 from laserlm.searching.config import SearchConfig, Strategy
@@ -39,8 +40,6 @@ from laserlm.searching.work import (
     screen_tasks,
 )
 from laserlm.tasks import Task
-
-__all__ = ["Plan", "Stage", "decomposition_flop", "plan"]
 
 log = logging.getLogger(__name__)
 BASE = Intervention()

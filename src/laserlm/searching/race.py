@@ -20,8 +20,6 @@ from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.result import RungReport, sort_key
 from laserlm.searching.screen import Prediction
 
-__all__ = ["choose", "is_significantly_worse", "race", "rung_sizes", "shuffled_order"]
-
 BASE = Intervention()
 
 

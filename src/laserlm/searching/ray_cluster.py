@@ -20,8 +20,6 @@ from laserlm.errors import MissingExtraError, ScoringError
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["Ray", "connect", "count_room", "import_ray", "needs_text", "resources_text", "with_gpus"]
-
 
 @dataclass(frozen=True)
 class Ray:

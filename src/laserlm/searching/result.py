@@ -14,16 +14,6 @@ from laserlm.scoring.scorers import GENERATING
 from laserlm.searching.config import Metric, SearchConfig, Strategy
 from laserlm.searching.guard import Harm
 
-__all__ = [
-    "ComposeStep",
-    "Point",
-    "RungReport",
-    "ScreenReport",
-    "SearchProgress",
-    "SearchResult",
-    "sort_key",
-]
-
 _RUNG_KEYS_OF_0_1_0 = {"beaten": "eliminated", "halved": "pruned", "joined": "added"}
 
 

@@ -14,8 +14,6 @@ from typing import Any
 
 from laserlm.searching.work import WorkItem
 
-__all__ = ["MAX_TRIES", "Schedule"]
-
 MAX_TRIES = 3
 """Processes that may end at an item before it is given up."""
 UNITS_PER_WORKER = 2

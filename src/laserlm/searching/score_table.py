@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from laserlm.scoring.records import Evaluation, ExampleScore
 
-__all__ = ["ScoreTable"]
-
 
 @dataclass
 class _Row:

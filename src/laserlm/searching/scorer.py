@@ -17,20 +17,17 @@ from laserlm.linalg.decomposition import Decomposition
 from laserlm.linalg.precision import full_precision
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
+from laserlm.out_of_memory import retry_with_room
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import classes_of, evaluate_rows
 from laserlm.scoring.forward import out_of_memory_error
-from laserlm.scoring.memory import retry_with_room
 from laserlm.scoring.prefix_cache import PrefixCache, PrefixCheck
-from laserlm.scoring.records import Evaluation
-from laserlm.scoring.tokenize import TokenSequence
+from laserlm.scoring.records import Evaluation, TokenSequence
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.contributions import contributions_of_examples
 from laserlm.searching.gradients import ComponentGradients
 from laserlm.searching.screen import Screening, gradient_scales, loss_coefficients, screen
 from laserlm.tasks import Scorer, Split
-
-__all__ = ["BlockOrder", "EncodedSplit", "Failure", "PrefixScorer", "first_changed_block"]
 
 BlockOrder = Sequence[tuple[str, int]]
 """Blocks, as stack and layer, in the order in which the model runs them; empty where it cannot be cut between them."""

@@ -20,8 +20,6 @@ from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.result import ComposeStep, Point, RungReport, ScreenReport, SearchProgress, sort_key
 from laserlm.store import Run
 
-__all__ = ["BASE", "GuardScores", "SearchSession"]
-
 BASE = Intervention()
 MAX_FINALISTS = 4
 """Number of candidates, the best by loss, under which the model generates text."""

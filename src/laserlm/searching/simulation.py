@@ -13,8 +13,6 @@ from typing import Any
 from laserlm.searching.schedule import Schedule
 from laserlm.searching.work import ScoreTask, WorkItem
 
-__all__ = ["CostModel", "Simulation", "simulate"]
-
 
 @dataclass(frozen=True)
 class CostModel:

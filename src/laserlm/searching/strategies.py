@@ -23,8 +23,6 @@ from laserlm.searching.screen import OUT_OF_TIME, Prediction, Screening
 from laserlm.searching.session import BASE, MEAN_SHARE, SearchSession
 from laserlm.searching.work import SCREEN_PASSES, screen_tasks
 
-__all__ = ["STRATEGIES", "expected_cost", "screen_size"]
-
 log = logging.getLogger(__name__)
 SCREEN_SHARE = 0.75
 """Largest share of the time left that the screen takes, so that some is left to score what it ranked."""

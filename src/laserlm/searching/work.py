@@ -16,17 +16,6 @@ from laserlm.searching.candidates import Candidate
 from laserlm.searching.scorer import BlockOrder, Failure, PrefixScorer
 from laserlm.searching.screen import Screening
 
-__all__ = [
-    "SCREEN_PASSES",
-    "ContributionTask",
-    "OrderTask",
-    "ScoreTask",
-    "ScreenTask",
-    "WorkItem",
-    "contribution_tasks",
-    "screen_tasks",
-]
-
 SCREEN_PASSES = 3
 """Cost of a screen in forward passes: one pass, another one block by block, and the backward pass without weight gradients."""
 

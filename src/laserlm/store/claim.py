@@ -24,19 +24,6 @@ from laserlm.errors import RunBusyError, StoreError
 from laserlm.store.database import Database
 from laserlm.store.schema import RunRow
 
-__all__ = [
-    "UNCLAIMED",
-    "Beat",
-    "busy_error",
-    "claim",
-    "current_status",
-    "database_time",
-    "heartbeat",
-    "require_free",
-    "unless_alive",
-    "update_owned",
-]
-
 HEARTBEAT_SECONDS = 15.0
 HEARTBEAT_TIMEOUT = timedelta(seconds=60)
 WATCH_SECONDS = 1.0

@@ -26,8 +26,6 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from laserlm.errors import LaserError, MissingExtraError, StoreError
 from laserlm.paths import network_disk, similar_paths
 
-__all__ = ["Database", "lock"]
-
 log = logging.getLogger(__name__)
 LOCK_TIMEOUT_SECONDS = 30
 DRIVERS = {

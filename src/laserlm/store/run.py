@@ -19,8 +19,6 @@ from laserlm.store.schema import RunRow
 from laserlm.store.trials import check, load_evaluation, load_evaluations, load_failures, save_evaluation, save_failure
 from laserlm.tasks.example import Example
 
-__all__ = ["Run", "claimed_run"]
-
 
 class Run:
     """A piece of work under one key, opened by ``Store.run``.

@@ -10,8 +10,6 @@ from sqlalchemy import JSON, DateTime, Dialect, Double, ForeignKey, Index, MetaD
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-__all__ = ["Base", "ExampleRow", "RunRow", "ScoreRow", "TrialRow", "UtcDateTime"]
-
 
 class UtcDateTime(TypeDecorator[datetime]):
     """An aware time, stored in UTC, for databases with and without time zones."""

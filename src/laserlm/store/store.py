@@ -22,8 +22,6 @@ from laserlm.store.schema import ExampleRow, RunRow, ScoreRow, TrialRow
 from laserlm.store.trials import load_evaluation, load_evaluations, load_examples
 from laserlm.tasks.example import Example
 
-__all__ = ["RunInfo", "Store", "TrialInfo"]
-
 
 @dataclass(frozen=True)
 class RunInfo:

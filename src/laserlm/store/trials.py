@@ -19,17 +19,6 @@ from laserlm.store.database import lock
 from laserlm.store.schema import ExampleRow, ScoreRow, TrialRow
 from laserlm.tasks.example import Example
 
-__all__ = [
-    "check",
-    "find_trial",
-    "load_evaluation",
-    "load_evaluations",
-    "load_examples",
-    "load_failures",
-    "save_evaluation",
-    "save_failure",
-]
-
 EXAMPLE_COLUMNS = ("id", "prompt", "answer", "choices", "group", "fact", "popularity")
 OTHER_FIELDS = [f for f in fields(Example) if f.name not in EXAMPLE_COLUMNS]
 MAX_QUERY_VALUES = 500  # SQLite before 3.32 takes at most 999

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from laserlm.errors import AnalysisError, ScoringError
 from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
-from laserlm.scoring.forward import Progress, TokenScores, run_rows
+from laserlm.scoring.forward import Progress, run_rows
+from laserlm.scoring.records import TokenScores, TokenSequence
 from laserlm.scoring.scorers import SCORERS
 from laserlm.scoring.statistics import Interval, bootstrap
-from laserlm.scoring.tokenize import TokenSequence, encode
+from laserlm.scoring.tokenize import encode
 from laserlm.studies.estimates import Estimate
 from laserlm.tasks import Example, Split
-
-__all__ = ["Bin", "Calibration", "Confidence", "Measures", "calibration", "check_scorer", "confidences"]
 
 Confidence = tuple[float, bool]
 """Probability of the likeliest answer of an example, and whether that answer is right."""

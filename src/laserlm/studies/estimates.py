@@ -14,8 +14,6 @@ from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import Interval, clustering_of, paired_difference, paired_mean, wilson
 from laserlm.tasks import Example
 
-__all__ = ["MIN_EXAMPLES", "Estimate", "examples_of", "paired_estimates"]
-
 MIN_EXAMPLES = 5
 """Number of examples below which an estimate is marked as having too few."""
 

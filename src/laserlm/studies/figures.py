@@ -22,8 +22,6 @@ from laserlm.studies.rank_curve import Point
 from laserlm.studies.side_effects import Transfer
 from laserlm.studies.terms import GroupTerms
 
-__all__ = ["bars", "check_figure", "controls_figure", "curves", "flips_figure", "heat", "matrices_figure", "write_figure"]
-
 IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
 

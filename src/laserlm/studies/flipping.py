@@ -18,8 +18,6 @@ from laserlm.scoring.tokenize import encode
 from laserlm.studies.estimates import MIN_EXAMPLES, Estimate, examples_of
 from laserlm.tasks import Example
 
-__all__ = ["Flip", "Flips", "Group", "Label", "flips", "likeliest"]
-
 Change = Literal["corrected", "broken", "right", "wrong"]
 CHANGES: dict[tuple[bool, bool], Change] = {
     (False, True): "corrected",

@@ -17,8 +17,6 @@ from laserlm.scoring.statistics import Interval, bootstrap, dense_ranks, percent
 from laserlm.studies.estimates import MIN_EXAMPLES, Estimate, examples_of
 from laserlm.tasks import Example
 
-__all__ = ["ExampleFrequency", "Frequency", "FrequencyBin", "frequency", "popularity"]
-
 RESAMPLES = 2000
 INFINITE = Interval(-math.inf, math.inf)
 

@@ -13,8 +13,6 @@ from laserlm.scoring.evaluate import Comparison, compare, evaluate
 from laserlm.scoring.records import Evaluation
 from laserlm.tasks import Split
 
-__all__ = ["SweepPoint", "sweep_layers"]
-
 
 @dataclass(frozen=True)
 class SweepPoint:

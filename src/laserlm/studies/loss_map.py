@@ -13,8 +13,6 @@ from laserlm.scoring.records import Evaluation
 from laserlm.store import RunInfo, Store
 from laserlm.studies.estimates import Estimate, paired_estimates
 
-__all__ = ["LossAtRank", "LossMap", "LossTable", "matrix_order", "stacked_name"]
-
 MATRIX_ORDER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_up", "fc_out")
 """Order of the matrices as a block runs them. Other matrices come after these."""
 

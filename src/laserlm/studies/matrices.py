@@ -32,8 +32,6 @@ from laserlm.reductions import Intervention, Size
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import bootstrap, dense_ranks, percentile_interval, spearman
 
-__all__ = ["Correlation", "MatrixMetrics", "Source", "best_of_each", "correlations", "gains", "matrix_metrics"]
-
 SHARES = ("0.01", "0.05", "0.1", "0.25", "0.5")
 MIN_MATRICES = 5
 RESAMPLES = 2000

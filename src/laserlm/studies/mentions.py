@@ -25,8 +25,6 @@ from laserlm.store import Store
 from laserlm.studies.corpora import open_corpus
 from laserlm.tasks import Example
 
-__all__ = ["Mentions", "count_mentions"]
-
 METHOD = 1
 """Raise it when a change of the code changes counts; stored counts of another number are not used."""
 BLOCK_CHARACTERS = 1 << 20

@@ -16,8 +16,6 @@ from laserlm.scoring.statistics import mcnemar
 from laserlm.studies.estimates import Estimate, examples_of
 from laserlm.tasks import Example
 
-__all__ = ["Growth", "Paired", "Paraphrases", "Table", "paraphrases"]
-
 
 @dataclass(frozen=True)
 class Paired:

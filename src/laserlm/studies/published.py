@@ -16,8 +16,6 @@ from laserlm.scoring.forward import Progress
 from laserlm.scoring.records import Evaluation
 from laserlm.tasks import Decoding, Task
 
-__all__ = ["CHECKPOINTS", "Published", "PublishedComparison", "as_published", "compare_with_published", "published"]
-
 CHECKPOINTS = {
     "gpt-j-6b": ("EleutherAI/gpt-j-6b", "float16"),
     "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "float32"),

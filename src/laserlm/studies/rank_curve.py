@@ -12,8 +12,6 @@ from laserlm.reductions import Intervention, Size
 from laserlm.studies.estimates import Estimate, paired_estimates
 from laserlm.studies.scores import CachedScorer
 
-__all__ = ["RANKS", "RHOS", "Point", "rank_curve", "sizes_of"]
-
 RANKS = (40, 30, 20, 10, 5, 1, 0)
 """Ranks of the published curve (the report "Exploration of LAyer-SElective Rank reduction", table 4), and 1 and 0."""
 RHOS = ("1", "0.9", "0.8", "0.6", "0.4", "0.2", "0.1", "0.05", "0.01", "0")

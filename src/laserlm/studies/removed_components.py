@@ -17,8 +17,6 @@ from laserlm.studies.component_tokens import ComponentTokens, component_tokens
 from laserlm.studies.scores import CachedScorer
 from laserlm.tasks import Example, Split
 
-__all__ = ["removed_components", "stored_components", "with_questions"]
-
 MOST_EXAMPLES = 48
 """Examples whose gradients are taken at most. The bundled model takes some seconds for them."""
 NOTE = "removed components of "

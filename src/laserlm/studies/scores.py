@@ -11,20 +11,18 @@ import torch
 
 from laserlm.edit import applied
 from laserlm.models.language_model import LanguageModel
+from laserlm.out_of_memory import retry_with_room
 from laserlm.provenance import provenance
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import evaluate, evaluate_rows
 from laserlm.scoring.identity import digest, identity
-from laserlm.scoring.memory import retry_with_room
 from laserlm.scoring.prefix_cache import PrefixCache
-from laserlm.scoring.records import Evaluation
-from laserlm.scoring.tokenize import TokenSequence, encode
+from laserlm.scoring.records import Evaluation, TokenSequence
+from laserlm.scoring.tokenize import encode
 from laserlm.searching.ledger import cut
 from laserlm.searching.scorer import EncodedSplit, first_changed_block
 from laserlm.store import Run, Store
 from laserlm.tasks import Scorer, Split
-
-__all__ = ["CachedScorer", "cached_scorer"]
 
 METHOD = 3
 """Raise it when a change of the code changes scores; stored scores of another number are not used."""

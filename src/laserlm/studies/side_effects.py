@@ -24,8 +24,6 @@ from laserlm.scoring.statistics import Interval
 from laserlm.scoring.tokenize import decoder_start, max_length
 from laserlm.studies.estimates import Estimate, paired_estimates
 
-__all__ = ["OnText", "Transfer", "divergence", "neutral_prompts", "on_text", "transfer"]
-
 
 @dataclass(frozen=True)
 class OnText:

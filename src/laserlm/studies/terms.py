@@ -14,8 +14,6 @@ from laserlm.scoring.statistics import Interval
 from laserlm.studies.estimates import MIN_EXAMPLES, Estimate
 from laserlm.studies.words import sklearn_text
 
-__all__ = ["GroupTerms", "Term", "terms"]
-
 
 @dataclass(frozen=True)
 class Term:

@@ -10,8 +10,6 @@ from typing import Any
 
 from laserlm.errors import AnalysisError, MissingExtraError
 
-__all__ = ["Words", "sklearn_text"]
-
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 HALF = 0.5
 

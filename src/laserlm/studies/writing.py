@@ -9,8 +9,6 @@ from laserlm.store import Store
 from laserlm.studies.scores import CachedScorer, cached_scorer
 from laserlm.tasks import Decoding, Example, Split
 
-__all__ = ["NEW_TOKENS", "generated_texts"]
-
 NEW_TOKENS = 10
 STOPS = ("\n",)
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from laserlm.errors import TaskError
 
-__all__ = ["conversation_of", "list_of", "message_of"]
-
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 """Other names of the speakers of a conversation."""
 

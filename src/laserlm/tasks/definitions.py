@@ -25,8 +25,6 @@ from laserlm.tasks.example import Decoding, Example, Scorer, SplitBy
 from laserlm.tasks.files import Record, read_records
 from laserlm.tasks.hub import Hub
 
-__all__ = ["DEFINITIONS", "Definition"]
-
 
 @dataclass(frozen=True)
 class Definition:

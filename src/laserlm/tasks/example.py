@@ -15,8 +15,6 @@ from laserlm.errors import TaskError
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Decoding", "Example", "Judge", "Phrasings", "Scorer", "Split", "SplitBy", "Task", "TaskSource"]
-
 Scorer = Literal[
     "next_token",
     "first_token",

@@ -20,8 +20,6 @@ from typing import Any
 from laserlm.errors import TaskError
 from laserlm.paths import atomic_file, cache_folder
 
-__all__ = ["FORMATS", "Record", "field", "json_document", "json_lines", "kind_of", "local_file", "read_records", "read_text"]
-
 Record = tuple[str, dict[str, Any]]
 """The origin of a row, for error messages, and the row."""
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

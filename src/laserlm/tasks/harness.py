@@ -15,8 +15,6 @@ import numpy
 from laserlm.errors import MissingExtraError, TaskError
 from laserlm.tasks.example import Decoding, Example, Judge, TaskSource
 
-__all__ = ["read_task"]
-
 METRICS = ("acc", "exact_match", "em", "pass@1", "acc_norm")
 """Metrics that can say whether an example is correct. The first one that a task has is used."""
 

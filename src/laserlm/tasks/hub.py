@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from laserlm.errors import TaskError
 from laserlm.tasks.files import Record
 
-__all__ = ["Hub", "hub_records", "user_records"]
-
 
 @dataclass(frozen=True)
 class Hub:

@@ -14,8 +14,6 @@ from laserlm.tasks.example import Example, TaskSource
 from laserlm.tasks.files import Record, field
 from laserlm.tasks.rows import place_in_file, read_rows
 
-__all__ = ["source_of"]
-
 PROMPTS = ("prompt", "question", "instruction")
 SENTENCES = (("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("text1", "text2"))
 SCORES = ("score", "similarity_score", "similarity")

@@ -9,8 +9,6 @@ from laserlm.errors import TaskError
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import read_text
 
-__all__ = ["examples", "passages"]
-
 PASSAGE_CHARACTERS = 2000
 """Smallest length of a passage, except for a text that is shorter."""
 CONTEXT_CHARACTERS = 8000

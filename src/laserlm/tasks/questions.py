@@ -23,8 +23,6 @@ from laserlm.tasks.example import Example, TaskSource
 from laserlm.tasks.files import Record, field, json_document, json_lines, kind_of, read_records, read_text
 from laserlm.tasks.rows import place_in_file, read_rows
 
-__all__ = ["COLUMNS", "MAX_ROWS", "examples", "read_file", "source_of"]
-
 MAX_ROWS = 20_000
 """Most rows that are used, by default."""
 COLUMNS: Mapping[str, tuple[str, ...]] = {

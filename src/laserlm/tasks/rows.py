@@ -9,8 +9,6 @@ from laserlm.errors import TaskError
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record
 
-__all__ = ["place_in_file", "read_rows"]
-
 ERRORS_SHOWN = 5
 
 

@@ -29,8 +29,6 @@ from laserlm.web.flip_rows import flip_rows
 from laserlm.web.pages import page
 from laserlm.web.playground import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, Playground
 
-__all__ = ["build", "stylesheet"]
-
 PROMPTS = (
     "The capital of Portugal is",
     "The chemical symbol for gold is",

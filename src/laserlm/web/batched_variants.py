@@ -13,8 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from laserlm.edit import applied, resolve
 from laserlm.models.language_model import LanguageModel
 
-__all__ = ["CannotBatchError", "run_variants"]
-
 MAX_VARIANT_BYTES = 2**30
 """Maximum bytes of the changed weights; all variants share the other weights."""
 

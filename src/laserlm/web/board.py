@@ -9,8 +9,6 @@ from laserlm.store import RunInfo, Store
 from laserlm.studies.published import published
 from laserlm.web.pages import page
 
-__all__ = ["BoardRow", "board_html", "board_rows"]
-
 
 @dataclass(frozen=True)
 class BoardRow:

@@ -10,8 +10,6 @@ from laserlm.errors import LaserError
 from laserlm.web.pages import page
 from laserlm.web.playground import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, Playground, Turns
 
-__all__ = ["chat_box"]
-
 EMPTY: tuple[Turns, Turns] = ((), ())
 
 

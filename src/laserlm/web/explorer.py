@@ -15,19 +15,6 @@ from laserlm.studies.flipping import Flip, Flips, flips
 from laserlm.studies.loss_map import LossMap, LossTable
 from laserlm.web.pages import page
 
-__all__ = [
-    "candidates",
-    "changes",
-    "colour",
-    "corrected",
-    "loss_map",
-    "name_of",
-    "searches",
-    "summary",
-    "table",
-    "table_html",
-]
-
 
 def searches(store: Store) -> list[RunInfo]:
     """Return the searches of a results database, the newest first."""

@@ -9,8 +9,6 @@ from difflib import SequenceMatcher
 
 from laserlm.studies.flipping import Flip
 
-__all__ = ["FlipRow", "FlipRows", "flip_rows", "marked"]
-
 LEAST_COMMON = 24
 """Characters that all prompts share at their start or end, from which they are folded."""
 WORD = re.compile(r"\s+|\w+|[^\w\s]")

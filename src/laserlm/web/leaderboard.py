@@ -22,8 +22,6 @@ from laserlm.web.pages import page
 from laserlm.web.submissions import claim, describe_run, is_finished, load_submission
 from laserlm.web.verification import verified_claims
 
-__all__ = ["MARKER_FILE", "BuildResult", "LeaderboardEntry", "ReportWriter", "Table", "build", "rows"]
-
 MARKER_FILE = "laser-leaderboard.json"
 """File in every folder that ``build`` wrote; ``build`` replaces no other folder."""
 INDEX = "index.html"

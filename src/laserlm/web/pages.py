@@ -12,8 +12,6 @@ from plotly.offline import get_plotlyjs
 
 from laserlm.reductions import short_form
 
-__all__ = ["page", "plot", "plot_library", "script_json"]
-
 
 def page(template: str, **values: Any) -> str:
     """Return a page made of ``templates/NAME.html``; every value is escaped unless it is ``Markup``."""

@@ -18,13 +18,10 @@ from laserlm.errors import ReportError, ScoringError
 from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
 from laserlm.reductions import Intervention
-from laserlm.scoring.conversation import Conversation
 from laserlm.scoring.generation import generate, generate_for
 from laserlm.scoring.output_layer import float32_output_layer
 from laserlm.tasks import Decoding, Example
 from laserlm.web.batched_variants import CannotBatchError, run_variants
-
-__all__ = ["MAX_NEW_TOKENS", "MAX_PROMPT_CHARACTERS", "Playground", "Turns", "Variant", "answer"]
 
 MAX_NEW_TOKENS = 64
 """Maximum tokens of a continuation, because every request delays all other users."""
@@ -120,11 +117,10 @@ class Playground:
         replies = []
         with self._lock:
             for text, turns in zip(("", _canonical(intervention)), conversations, strict=True):
-                conversation = Conversation(self.lm, text, max_new_tokens=tokens)
-                conversation.messages = list(turns[:-1])
-                with _threads(self.lm, turns[-1][1]):
-                    replies.append(conversation.reply(turns[-1][1]))
-        return replies
+                example = Example("chat", turns[-1][1], "", messages=turns, needs_template=True)
+                with _threads(self.lm, example.prompt), applied(self.lm, text):
+                    replies += generate_for(self.lm, [example], Decoding(new_tokens=tokens))[0]
+        return [reply.strip() for reply in replies]
 
 
 def _canonical(intervention: str) -> str:

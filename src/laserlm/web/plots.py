@@ -15,8 +15,6 @@ from laserlm.scoring.statistics import Interval
 from laserlm.searching.result import Point, SearchResult
 from laserlm.studies.loss_map import LossAtRank, LossMap, stacked_name
 
-__all__ = ["COLOURS", "harm_plot", "map_plot", "map_plots", "screen_plot"]
-
 COLUMNS = 2
 TITLE = 30
 """Height of the title of a matrix, in pixels."""

@@ -21,8 +21,6 @@ from laserlm.web.pages import page, plot, plot_library
 from laserlm.web.plots import COLOURS, harm_plot, map_plots, screen_plot
 from laserlm.web.removed import removed_counts
 
-__all__ = ["SideEffects", "side_effects", "write_report"]
-
 EXAMPLES = 10
 """Number of corrected and of broken examples shown."""
 TRIALS = 10

@@ -20,8 +20,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from laserlm.errors import ReportError
 
-__all__ = ["HOST", "listen", "server"]
-
 log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 NAMES = [HOST, "localhost"]

@@ -24,19 +24,6 @@ from laserlm.scoring.statistics import mcnemar
 if TYPE_CHECKING:
     from laserlm.store import RunInfo
 
-__all__ = [
-    "FORMAT",
-    "AddResult",
-    "add",
-    "claim",
-    "describe_run",
-    "find_problems",
-    "is_finished",
-    "load_submission",
-    "public_name",
-    "submission",
-]
-
 FORMAT = 1
 METHOD = "LASER"
 MAX_BYTES = 1_000_000

@@ -13,8 +13,6 @@ from laserlm.store import Store
 from laserlm.tasks import Split
 from laserlm.web.submissions import ROUNDING, claim
 
-__all__ = ["KIND", "verified_claims", "verify"]
-
 KIND = "verification"
 """Kind of the runs that record a verification."""
 LOSS_TOLERANCE = 2e-3

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from laserlm.lab.sokoban.dynamics import REWARD_OFF_GOAL, REWARD_ON_GOAL, REWARD_SOLVED, REWARD_STEP, State, step
-from laserlm.lab.sokoban.levels import MOVES, Level, generate
+from laserlm.lab.sokoban.levels import Level, generate
+from laserlm.lab.sokoban.solver import MOVES
 
 WALL = "#" * 10
 

@@ -11,7 +11,8 @@ from gymnasium.utils.env_checker import check_env
 
 from laserlm.errors import TaskError
 from laserlm.lab.sokoban.env import Sokoban
-from laserlm.lab.sokoban.levels import MOVES, Level, generate
+from laserlm.lab.sokoban.levels import Level, generate
+from laserlm.lab.sokoban.solver import MOVES
 
 MADE = list(generate(8, seed=0))
 LEVELS = [level for level, _ in MADE]

@@ -14,8 +14,9 @@ from torch.utils.data import default_collate
 
 from laserlm.lab.sokoban.env import Sokoban
 from laserlm.lab.sokoban.episodes import Episodes, canonical_board, replay, solve_levels, symmetries, task
-from laserlm.lab.sokoban.levels import CELLS, MOVES, Level, generate
+from laserlm.lab.sokoban.levels import CELLS, Level, generate
 from laserlm.lab.sokoban.model import LEVEL_TOKENS, SokobanConfig, SokobanForCausalLM, tokenizer
+from laserlm.lab.sokoban.solver import MOVES
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import evaluate
 

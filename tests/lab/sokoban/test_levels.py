@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from laserlm.errors import TaskError
-from laserlm.lab.sokoban.levels import CELLS, DELTAS, MOVES, SIDE, Level, generate, read_boxoban
-from laserlm.lab.sokoban.solver import dead_squares
+from laserlm.lab.sokoban.levels import CELLS, Level, generate, read_boxoban
+from laserlm.lab.sokoban.solver import DELTAS, MOVES, SIDE, dead_squares
 
 WALL = "#" * 10
 

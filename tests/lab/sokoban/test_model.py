@@ -15,8 +15,9 @@ import laserlm
 from laserlm.edit import applied
 from laserlm.lab.sokoban.env import Sokoban
 from laserlm.lab.sokoban.episodes import replay, task
-from laserlm.lab.sokoban.levels import CELLS, MOVES, Level, generate
+from laserlm.lab.sokoban.levels import CELLS, Level, generate
 from laserlm.lab.sokoban.model import LEVEL_TOKENS, SokobanConfig, SokobanForCausalLM, tokenizer
+from laserlm.lab.sokoban.solver import MOVES
 from laserlm.models import LanguageModel, load
 from laserlm.models.matrices import read_matrix
 from laserlm.scoring import generation

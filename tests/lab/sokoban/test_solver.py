@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from laserlm.lab.sokoban.dynamics import State, step
-from laserlm.lab.sokoban.levels import MOVES, Level, generate, read_boxoban
-from laserlm.lab.sokoban.solver import dead_squares, solve
+from laserlm.lab.sokoban.levels import Level, generate, read_boxoban
+from laserlm.lab.sokoban.solver import MOVES, dead_squares, solve
 
 WALL = "#" * 10
 

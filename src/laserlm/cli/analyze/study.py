@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from laserlm.studies.scores import CachedScorer
     from laserlm.tasks import Example, Scorer, Split
 
-__all__ = ["ModelPair", "Output", "StudyOptions"]
-
 OF_ANY_TASK = ("data_folder", "batch_size", "allow_code_execution", "allow_weak_sandbox")
 """Options that apply to every task."""
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]

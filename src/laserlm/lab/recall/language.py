@@ -20,8 +20,6 @@ from laserlm.errors import TaskError
 from laserlm.paths import atomic_file
 from laserlm.tasks import Example
 
-__all__ = ["QUESTION_SEED_OFFSET", "Language", "LossOn", "RecallConfig", "Sequences", "questions", "texts", "write_questions"]
-
 TRIGGER, NOISE = "in", "the"
 """The word before a sequence's output word, and the word that may replace the output."""
 START, PAD = "<s>", "<pad>"

@@ -27,8 +27,6 @@ from laserlm.models.loading import load
 from laserlm.models.loading_errors import silence_transformers
 from laserlm.paths import atomic_folder
 
-__all__ = ["initial_model", "load_or_train"]
-
 
 class _TrainingSequences(Dataset[dict[str, Tensor]]):
     """Sequences with a start token; the labels are the words that the loss is over."""

@@ -16,8 +16,6 @@ from laserlm.searching import SearchProgress, SearchResult, search
 from laserlm.store import Store
 from laserlm.tasks import Split, Task
 
-__all__ = ["GRID", "RecallResult", "recall_task", "run_study"]
-
 GRID = "all.all@0,0.02,0.05,0.1,0.2,0.4,0.6,0.8,0.9"
 """Every matrix at nine kept fractions."""
 N_SEQUENCES = 2000

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laserlm.lab.sokoban.levels import CELLS, DELTAS, SIDE
-
-__all__ = ["REWARD_OFF_GOAL", "REWARD_ON_GOAL", "REWARD_SOLVED", "REWARD_STEP", "State", "step"]
+from laserlm.lab.sokoban.levels import CELLS
+from laserlm.lab.sokoban.solver import DELTAS, SIDE
 
 REWARD_STEP = -0.1
 """Reward of every step, also of a step that moves nothing."""

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from laserlm.errors import MissingExtraError, TaskError
 from laserlm.lab.sokoban.dynamics import State, step
-from laserlm.lab.sokoban.levels import CELLS, MOVES, SIDE, Level
+from laserlm.lab.sokoban.levels import CELLS, Level
+from laserlm.lab.sokoban.solver import MOVES, SIDE
 
 try:
     import gymnasium
 except ImportError as error:
     raise MissingExtraError("the Sokoban environment needs Gymnasium; run: pip install 'laserlm[rl]'") from error
-
-__all__ = ["Sokoban"]
 
 PIXELS = 16
 """Side of a cell in a picture, in pixels."""

@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from laserlm.lab.sokoban.dynamics import State, step
-from laserlm.lab.sokoban.levels import DELTAS, MOVES, SIDE, Level
+from laserlm.lab.sokoban.levels import Level
 from laserlm.lab.sokoban.model import CELL_POSITIONS, FIRST_MOVE_TOKEN, LEVEL_TOKENS, LINE_END_TOKEN, MAX_STEPS, PAD_TOKEN
-from laserlm.lab.sokoban.solver import solve
+from laserlm.lab.sokoban.solver import DELTAS, MOVES, SIDE, solve
 from laserlm.tasks import Decoding, Example, Task
-
-__all__ = ["Episodes", "SolvedLevel", "canonical_board", "replay", "solve_levels", "symmetries", "task"]
 
 SolvedLevel = tuple[Level, str]
 """A level and its solution."""

@@ -12,9 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from laserlm.errors import TaskError
-from laserlm.lab.sokoban.solver import DELTAS, MOVES, SIDE, dead_squares, solve
-
-__all__ = ["CELLS", "DELTAS", "MOVES", "SIDE", "Level", "generate", "read_boxoban"]
+from laserlm.lab.sokoban.solver import DELTAS, SIDE, dead_squares, solve
 
 CELLS = " .#$*@+"
 """The symbols in the order of their codes 0 to 6: floor, goal, wall, box, box on goal, player, player on goal."""

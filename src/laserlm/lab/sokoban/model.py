@@ -25,10 +25,9 @@ from transformers.models.decision_transformer.modeling_decision_transformer impo
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from laserlm.lab.sokoban.dynamics import REWARD_ON_GOAL, REWARD_SOLVED, State, step
-from laserlm.lab.sokoban.levels import CELLS, MOVES, SIDE
+from laserlm.lab.sokoban.levels import CELLS
+from laserlm.lab.sokoban.solver import MOVES, SIDE
 from laserlm.models.architectures import ARCHITECTURES, GPT2, Architecture
-
-__all__ = ["CELL_POSITIONS", "LEVEL_TOKENS", "MAX_STEPS", "SokobanConfig", "SokobanForCausalLM", "tokenizer"]
 
 LINE_END_TOKEN = len(CELLS)
 """Token of a line end. The tokens of the cells are their codes."""

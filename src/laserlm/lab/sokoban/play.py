@@ -15,12 +15,11 @@ from rich.text import Text
 
 from laserlm.errors import MissingExtraError
 from laserlm.lab.sokoban.env import Sokoban
-from laserlm.lab.sokoban.levels import CELLS, MOVES, Level
+from laserlm.lab.sokoban.levels import CELLS, Level
 from laserlm.lab.sokoban.model import FIRST_MOVE_TOKEN
+from laserlm.lab.sokoban.solver import MOVES
 from laserlm.models.language_model import LanguageModel
 from laserlm.paths import atomic_file
-
-__all__ = ["Episode", "animate", "play", "show"]
 
 FRAME_MS, LAST_FRAME_MS = 200, 1500
 STYLES = {"#": "white on grey35", "@": "bold blue", "+": "bold blue", "$": "bold yellow", "*": "bold green", ".": "bold red"}

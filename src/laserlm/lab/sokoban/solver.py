@@ -23,8 +23,6 @@ from typing import Protocol
 
 from scipy.optimize import linear_sum_assignment
 
-__all__ = ["DELTAS", "MOVES", "SIDE", "Board", "Solution", "dead_squares", "solve"]
-
 SIDE = 10
 """Rows and columns of a board; the cell in row r and column c has the index 10 r + c."""
 

@@ -22,8 +22,6 @@ from laserlm.models.loading_errors import silence_transformers
 from laserlm.paths import atomic_folder
 from laserlm.tasks import Task
 
-__all__ = ["SHIPPED_MODEL", "TrainingConfig", "held_out_task", "train", "training_levels"]
-
 SHIPPED_MODEL = Path(__file__).with_name("trained")
 """Folder with a model that was trained with the default configuration."""
 N_HELD_OUT = 2500

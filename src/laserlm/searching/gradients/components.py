@@ -14,10 +14,10 @@ from laserlm.errors import WeightError
 from laserlm.linalg.decomposition import Decomposition
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, find_stacks
+from laserlm.out_of_memory import retry_with_room
 from laserlm.scoring.forward import Batch, batches, forward_logits, out_of_memory_error
 from laserlm.scoring.kernels import fast_cpu_kernels
-from laserlm.scoring.memory import retry_with_room
-from laserlm.scoring.tokenize import TokenSequence
+from laserlm.scoring.records import TokenSequence
 from laserlm.searching.gradients.blocks import BatchPass, backward, cut_between_blocks, frozen
 from laserlm.searching.gradients.inspection import Inspection, token_count
 from laserlm.searching.gradients.sites import find_sites, sites_within, without_uncalled

@@ -14,8 +14,6 @@ from laserlm.errors import TaskError
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record, field, json_document, read_records
 
-__all__ = ["choices", "questions", "records"]
-
 
 def records(file: Path) -> list[Record]:
     """Read a ``task.json`` as rows in the schema of the hub. Read any other file unchanged.

@@ -13,8 +13,6 @@ from laserlm.tasks.datasets.fever import sentence
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record, field
 
-__all__ = ["PROFESSIONS", "gender", "profession"]
-
 GENDERS = ("male", "female")
 PROFESSIONS = {
     11: "journalist",

@@ -17,8 +17,6 @@ from laserlm.errors import TaskError
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record, field
 
-__all__ = ["examples", "is_record"]
-
 OTHER_SCHEMAS: tuple[dict[str, str], ...] = (
     {"answer": "ground_truth", "prompt": "prompt", "subject": "subject", "wrong": "target_new"},  # EasyEdit
     {"answer": "attribute", "prompt": "prompt", "subject": "subject", "wrong": "template"},  # known_1000

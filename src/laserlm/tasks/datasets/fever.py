@@ -12,8 +12,6 @@ from laserlm.errors import TaskError
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record, field
 
-__all__ = ["examples", "sentence"]
-
 LABELS = {"SUPPORTS": "true", "REFUTES": "false", "NOT ENOUGH INFO": ""}
 
 

@@ -11,8 +11,6 @@ from laserlm.errors import TaskError
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record, field
 
-__all__ = ["examples"]
-
 ANSWER_MARK = "####"
 
 

@@ -13,8 +13,6 @@ from laserlm.errors import TaskError
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record, field
 
-__all__ = ["MAX_ANSWER_TOKENS", "examples", "join_files", "short_answers"]
-
 MAX_ANSWER_TOKENS = 15
 """Length of the longest answer in the published rows, in Llama-2's tokens, start token included."""
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record, field
 
-__all__ = ["STOP_STRINGS", "examples", "packaged"]
-
 STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Text that can only follow the end of the function, as in the publication."""
 

@@ -13,8 +13,6 @@ from laserlm.errors import TaskError
 from laserlm.tasks.example import Example
 from laserlm.tasks.files import Record, field
 
-__all__ = ["examples"]
-
 
 def examples(records: Sequence[Record]) -> list[Example]:
     """Return one example for each question. All its answers count. Its popularity is the subject's monthly page views.

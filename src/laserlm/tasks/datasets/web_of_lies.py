@@ -7,8 +7,6 @@ from itertools import pairwise
 
 from laserlm.tasks.example import Example
 
-__all__ = ["examples"]
-
 NAMES = (
     "Abel Agnes Alma Amos Astrid Basil Bruno Carla Celia Clara Dalia Dora Edgar Edith Elias Ella Emil Enid Ezra Fabian "
     "Fiona Gideon Greta Hanna Hector Hilda Hugo Ida Igor Irma Ivan Jonas Julia Karl Klara Lars Leona Linus Mabel Magnus "

@@ -11,8 +11,6 @@ from importlib.resources import files
 
 from laserlm.tasks.example import Example
 
-__all__ = ["examples", "source"]
-
 
 def examples() -> list[Example]:
     """Return the facts, three phrasings each, in the order of the file."""
