@@ -8,6 +8,7 @@ on other questions, the harm on other own text and on the passages of ``--text``
 
 - race, compose: the best single reduction, and a composition of reductions;
 - components: single components of all matrices;
+- strengths: factors from 0 to 1 for the components of all matrices;
 - random: for each removed component another one of the same matrix with nearly the same singular value;
 - lora: a LoRA of rank 8 on all linear layers, trained on the same questions; the last epoch within the bound;
 - both: the same LoRA, trained on the model without the components;
@@ -36,7 +37,7 @@ from laserlm.scoring.forward import batches, forward_logits, run_rows
 from laserlm.scoring.tokenize import encode
 from laserlm.searching.guard import Guard, Harm, guards_of
 
-ROWS = ("race", "compose", "components", "random", "lora", "both", "examples")
+ROWS = ("race", "compose", "components", "strengths", "random", "lora", "both", "examples")
 EPOCHS, RATE, BATCH, RANK = 5, 2e-4, 16, 8
 """Of the LoRA: epochs at most, step size, questions in a step, rank."""
 SHOTS = 4
@@ -178,7 +179,7 @@ def main() -> None:
     )
     table = Table(lm, task.test, guards)
     components = Intervention.parse(options.reduce)
-    for strategy in [row for row in chosen if row in ("race", "compose", "components")]:
+    for strategy in [row for row in chosen if row in ("race", "compose", "components", "strengths")]:
         start = time.monotonic()
         result = laser.search(
             lm, task, strategy=strategy, metric=options.metric, max_harm=options.max_harm, guards=("self",), seed=options.seed

@@ -298,7 +298,7 @@ def test_options_that_mean_nothing_are_refused() -> None:
         ({"keep": 1.5}, "keep and delta from 0 to 1"),
         ({"delta": -0.1}, "keep and delta from 0 to 1"),
         ({"random_candidates": -1}, "random_candidates must be 0 or more"),
-        ({"strategy": "luck"}, "no strategy 'luck'; there are components, race, exhaustive, compose"),
+        ({"strategy": "luck"}, "no strategy 'luck'; there are components, strengths, race, exhaustive, compose"),
         ({"mode": "any"}, "no mode 'any'; there are joint, greedy"),
         ({"metric": "speed"}, "no metric 'speed'; there are accuracy, loss"),
         ({"width": 3}, "a search has no setting 'width'; it has strategy, grid"),

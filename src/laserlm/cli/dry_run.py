@@ -68,6 +68,7 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
     candidates = f"{planned.candidates:,} candidates in {len(planned.matrices):,} matrices"
     ways = {
         "components": f"A choice of single components of {len(planned.matrices):,} matrices",
+        "strengths": f"A choice of strengths of all components of {len(planned.matrices):,} matrices",
         "race": f"A race among {candidates}",
         "exhaustive": f"An exhaustive search of {candidates}",
         "compose": f"A composition of {candidates}",
@@ -84,7 +85,7 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
     print(
         f"Memory of a process, without PyTorch's own: {gib['all']:.2f} GiB (weights {gib['weights']:.2f}, which processes "
         f"of one machine share on CPUs;\ncached activations {gib['boundary']:.2f}, decompositions "
-        f"{gib['decompositions']:.2f}, at the peak {gib['moment']:.2f})."
+        f"{gib['decompositions']:.2f}, at the peak {gib['moment']:.2f}, freed but not yet returned {gib['kept']:.2f})."
     )
     phases = ", ".join(f"{name} {phase.total / 2**30:.2f} GiB" for name, phase in planned.phases.items())
     print(f"Peak of each phase: {phases}.")
@@ -98,7 +99,7 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
         f"The pass of an example takes {1000 * (costs.work + costs.example):.1f} ms here, its recording "
         f"{1000 * costs.answer:.2f} ms; nothing is decomposed yet, by assumption."
     )
-    if planned.strategy == "components":
+    if planned.strategy in ("components", "strengths"):
         print("As many steps as --steps allows are counted; the search ends earlier where no step gains.")
     print("Passes on the guards are not counted.")
     if planned.generates:

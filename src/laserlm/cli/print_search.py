@@ -37,9 +37,8 @@ def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:
     _print_tables(result)
     if not result.complete:
         print("The time was used up: this is the best so far.")
-    what = "components" if result.strategy == "components" else "candidates"
     best = short_form(result.best)
-    print(f"Best of {result.candidates} {what}: {best or 'the unchanged model'}")
+    print(f"Best of {result.candidates} {result.unit}: {best or 'the unchanged model'}")
     if best != str(result.best):
         print(f"(all of it: laser runs show {result.run} --json)")
     table = Table("", "validation (chosen on)", "test (held out)")

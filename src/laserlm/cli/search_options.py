@@ -36,7 +36,7 @@ class SearchOptions:
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="Strategy: components, race, exhaustive or compose.",
+            help="Strategy: components, strengths, race, exhaustive or compose.",
             show_default="components; race for another grid",
             rich_help_panel=SEARCH_PANEL,
         ),
@@ -45,7 +45,7 @@ class SearchOptions:
         float | None,
         typer.Option(
             help="Largest rise of perplexity on the guards.",
-            show_default="0.05 for components, else none",
+            show_default="0.05 for components and strengths, else none",
             rich_help_panel=SEARCH_PANEL,
         ),
     ] = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from laserlm.export.card_metadata import metadata
 from laserlm.reductions import short_form
+from laserlm.searching.config import OF_COMPONENTS
 from laserlm.searching.guard import Harm
 
 __all__ = ["card", "unclear_gain"]
@@ -175,7 +176,7 @@ def _evidence(result: dict[str, Any] | None, point: dict[str, Any] | None, harms
         n, facts = c["n"], c.get("facts")
         size = f"{n} of {facts} facts" if facts and facts < n else n
         rows.append(f"| {label} | {size} | {'| | | ' if is_perplexity else accuracy} | {loss} |")
-    what = "components" if result["strategy"] == "components" else "candidates"
+    what = "components" if result["strategy"] in OF_COMPONENTS else "candidates"
     origin = f"The best of {result['candidates']} {what} by {settings.get('metric', 'accuracy')}, "
     origin += f"of which {result['scored']} were scored; run `{result['run']}`."
     if what == "components":

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -168,8 +169,12 @@ class Intervention:
         with atomic_file(Path(file).absolute()) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         return "+".join(map(str, self.reductions))
+
+    def __str__(self) -> str:
+        return self._text  # the key of every score, and of thousands of strengths a long one
 
     def __bool__(self) -> bool:
         return bool(self.reductions)

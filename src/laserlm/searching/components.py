@@ -5,6 +5,8 @@ order. The mean loss of the questions falls by ``mean(x) - var(x) / 2``, where x
 are removed: the log-loss bends upwards by the variance of its slope. On text that the model wrote itself, the divergence
 rises by half the Fisher information of each strength.
 
+With the strategy ``strengths`` a step weakens components, by any amount (``strengths.py``).
+
 Components are removed in steps. A step takes components by their gain for their harm, and puts back earlier ones that have
 become useful. It is then measured. The validation questions are three parts. Two of them choose a step, the third accepts it,
 and they take turns. So no question accepts a step that was chosen on it. Where no step is accepted by any of the parts, the
@@ -29,7 +31,7 @@ from laserlm.errors import ScoringError
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.matrices import Matrix
 from laserlm.paths import atomic_file
-from laserlm.reductions import Components, Intervention, Layers, Reduction, Size
+from laserlm.reductions import Intervention, Layers, Reduction, Size, Strengths
 from laserlm.scoring.identity import digest
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import LEAST_FACTS, Metric
@@ -37,6 +39,7 @@ from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.scorer import Failure
 from laserlm.searching.session import BASE, SearchSession
+from laserlm.searching.strengths import choose_strengths
 from laserlm.searching.work import SCREEN_PASSES, contribution_tasks
 
 __all__ = ["MOST_QUESTIONS", "PARTS", "choose_components", "choose_step", "cost_of_step", "separate_matrices"]
@@ -84,9 +87,7 @@ class _Trials:
     """The steps that were tried so far.
 
     Attributes:
-        removed: the components that are removed by the accepted steps.
-        done: the components that each trial changed. They are noted with the run, so that a search that continues takes no
-            gradient twice.
+        done: what each trial tried. It is noted with the run, so that a search that continues takes no gradient twice.
         judge: the part of the questions that accepts the next step; the others choose it.
         failures: parts in a row that accepted no step.
         share: of the harm that is left, which the next step is expected to use at most.
@@ -94,8 +95,7 @@ class _Trials:
     """
 
     session: SearchSession
-    removed: frozenset[int] = frozenset()
-    done: list[list[int]] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
     judge: int = 0
     failures: int = 0
     share: float = STEP_SHARE
@@ -103,26 +103,25 @@ class _Trials:
 
     def __post_init__(self) -> None:
         self.pool = ComponentPool(separate_matrices(self.session.candidates))
-        self.noted: list[list[int]] = self.session.run.notes.get("component_trials", [])
+        self.noted: list[str] = self.session.run.notes.get("trials", [])
         self.facts = [e.fact or e.id for e in self.session.on_validation.split]
         self.parts = _parts(self.facts)
         self._harm: Tensor | None = None
+        self._passages: list[Tensor] = []
         self._derivatives: Tensor | None = None
 
     def next(self) -> None:
         """Choose a step on two parts, and accept it if the third one gains and the guards keep within the bound."""
         session, number = self.session, len(self.done)
-        changed = self.noted[number] if number < len(self.noted) else self._choose()
-        self.done.append(changed)
+        tried = Intervention.parse(self.noted[number]) if number < len(self.noted) else self._choose()
+        self.done.append(str(tried))
         if number >= len(self.noted):
-            session.run.note("component_trials", self.done)
-        removed = self.removed ^ frozenset(changed)
-        tried = self.pool.intervention(removed)
+            session.run.note("trials", self.done)
         session.begin(f"step {number + 1}", [tried], len(self.facts), later=self._later)
-        if not changed or not self._is_better(tried):
+        if tried == session.best or not self._is_better(tried):
             self._take_turns(failed=True)
         elif session.allows(tried):
-            self.removed, session.best = removed, tried
+            session.best = tried
             self._take_turns(failed=False)
         else:
             self.share /= 4
@@ -175,10 +174,12 @@ class _Trials:
             )
         return [i for part in others for i in part[:most]]
 
-    def _choose(self) -> list[int]:
+    def _choose(self) -> Intervention:
         session, ledger = self.session, self.session.on_validation
+        scales = session.config.strategy == "strengths"
         if self._harm is None:
             self._harm = self.pool.harm(session)
+            self._passages = [self.pool.passages(session, guard.choosing) for guard in session.guards if scales]
         chosen_on = self._questions()
         if self._derivatives is None:
             later = self._later + SCREEN_PASSES * len(chosen_on)
@@ -187,14 +188,16 @@ class _Trials:
             self._derivatives = _derivatives(
                 ledger, chosen_on, session.best, self.pool.matrices, between_choices=session.between_choices
             )
-        return choose_step(
-            self._derivatives,
-            [self.facts[i] for i in chosen_on],
-            self._harm,
-            sorted(self.removed),
-            cap=STEP_COMPONENTS,
-            allowed=self.share * session.harm_left,
-        )
+        facts, allowed = [self.facts[i] for i in chosen_on], self.share * session.harm_left
+        taken = self.pool.taken(session.best)
+        if scales:
+            mean = shrunk_mean(self._derivatives, facts)
+            taken = choose_strengths(self._derivatives, mean, self._harm, self._passages, taken, allowed=allowed)
+        else:
+            removed = taken.nonzero()[:, 0].tolist()
+            changed = choose_step(self._derivatives, facts, self._harm, removed, cap=STEP_COMPONENTS, allowed=allowed)
+            taken[changed] = 1 - taken[changed]
+        return self.pool.intervention(taken)
 
 
 @dataclass(frozen=True)
@@ -210,16 +213,24 @@ class ComponentPool:
     def __len__(self) -> int:
         return sum(m.max_rank for m in self.matrices)
 
-    def intervention(self, removed: frozenset[int]) -> Intervention:
-        """Return the intervention that removes some components."""
-        reductions, start = [], 0
-        chosen = sorted(removed)
-        for m in self.matrices:
-            if numbers := [i - start for i in chosen if start <= i < start + m.max_rank]:
+    def intervention(self, taken: Tensor) -> Intervention:
+        """Return the intervention that takes a share away from each component; ``taken`` is (K,)."""
+        reductions = []
+        for m, of_matrix in zip(self.matrices, taken.split([m.max_rank for m in self.matrices]), strict=True):
+            if numbers := of_matrix.nonzero()[:, 0].tolist():
+                strengths = Strengths.of({i: 1 - float(of_matrix[i]) for i in numbers})
                 layers = Layers(first=m.layer, last=m.layer)
-                reductions.append(Reduction(layers, m.name, Size(drop=Components.of(numbers)), stack=m.stack))
-            start += m.max_rank
+                reductions.append(Reduction(layers, m.name, Size(scale=strengths), stack=m.stack))
         return Intervention(tuple(reductions))
+
+    def taken(self, intervention: Intervention) -> Tensor:
+        """Return what an intervention that ``intervention`` returned takes away from each component, (K,)."""
+        strengths = {(r.stack, r.layers.first, r.matrix): r.size.strengths or {} for r in intervention.reductions}
+        taken = torch.zeros(len(self))
+        for m, of_matrix in zip(self.matrices, taken.split([m.max_rank for m in self.matrices]), strict=True):
+            for i, strength in strengths.get((m.stack, m.layer, m.name), {}).items():
+                of_matrix[i] = 1 - strength
+        return taken
 
     def harm(self, session: SearchSession) -> Tensor:
         """Return what the removal of each component is expected to cost on the guards, (K,), in nats per token.
@@ -236,14 +247,24 @@ class ComponentPool:
         file = lm.cache / "texts" / f"{key}.safetensors"
         with suppress(OSError, SafetensorError):
             return load_file(file)["harm"]
-        later = SCREEN_PASSES * len(ledger.split) + PARTS * cost_of_step(len(session.on_validation.split))
-        session.begin(f"harm on {ledger.split.task}", [BASE], 0, later=later)
-        session.report_progress(BASE)
-        squares = _derivatives(ledger, range(len(ledger.split)), BASE, self.matrices, squared=True)[0]
+        squares = self._guard_derivatives(session, ledger, squared=True)[0]
         harm = squares / sum(len(s.targets) for s in sequences) / 2
         with suppress(OSError, SafetensorError), atomic_file(file) as part:
             save_file({"harm": harm}, part)
         return harm
+
+    def passages(self, session: SearchSession, ledger: ScoreLedger) -> Tensor:
+        """Return the gradient of each passage or question of a guard, (P, K), scaled for ``strengths.expected_harm``."""
+        tokens = torch.zeros(len(ledger.split))
+        for s in ledger.encoded.sequences:
+            tokens[s.example] += len(s.targets)
+        return self._guard_derivatives(session, ledger) * (tokens / tokens.sum() ** 0.5)[:, None]
+
+    def _guard_derivatives(self, session: SearchSession, ledger: ScoreLedger, *, squared: bool = False) -> Tensor:
+        later = SCREEN_PASSES * len(ledger.split) + PARTS * cost_of_step(len(session.on_validation.split))
+        session.begin(f"harm on {ledger.split.task}", [BASE], 0, later=later)
+        session.report_progress(BASE)
+        return _derivatives(ledger, range(len(ledger.split)), BASE, self.matrices, squared=squared)
 
 
 def cost_of_step(questions: int) -> float:
@@ -256,9 +277,6 @@ def choose_step(
 ) -> list[int]:
     """Return the components that a step removes, or puts back if they are among the removed ones.
 
-    The means over the questions are shrunk by what is known of their errors: by 1 - c / (mean of the squared ratios of mean
-    to error over all components), where c is what chance alone gives. So it is 0 where the questions say nothing.
-
     Args:
         contributions: (E, K) derivatives of the loss of each question.
         facts: of each question.
@@ -269,13 +287,9 @@ def choose_step(
     """
     E = len(facts)
     mean = contributions.mean(0)
-    ratios = mean / torch.cat([_standard_errors(part - part.mean(0), facts) for part in contributions.split(COLUMNS, 1)])
-    J = len(set(facts))
-    by_chance = (J - 1) / (J - 3) if J > 3 else math.inf  # the mean square of Student's t with J - 1 degrees of freedom
-    signal = max(0.0, 1 - by_chance / float(ratios[ratios.isfinite()].square().mean()))
     sign, cost = torch.ones_like(mean), harm.clamp(min=LEAST_HARM)
     sign[list(removed)], cost[list(removed)] = -1, LEAST_HARM
-    gain = signal * sign * mean - contributions.var(0) / 2
+    gain = sign * shrunk_mean(contributions, facts) - contributions.var(0) / 2
     pool = (gain > MIN_GAIN).nonzero()[:, 0]
     slopes = (contributions[:, pool] - mean[pool]) * sign[pool]  # (E, P)
     gain, cost = gain[pool], cost[pool]
@@ -290,6 +304,19 @@ def choose_step(
         gain = gain - slopes.T @ slopes[:, j] / (E - 1)  # what the others still gain when this one is removed
         gain[j] = -math.inf
     return chosen
+
+
+def shrunk_mean(contributions: Tensor, facts: Sequence[str]) -> Tensor:
+    """Return the means (K,) over the questions, times one factor for what is known of their errors.
+
+    The factor is 1 - c / (mean of the squared ratios of mean to error over all components), where c is what chance alone
+    gives. So it is 0 where the questions say nothing.
+    """
+    mean = contributions.mean(0)
+    ratios = mean / torch.cat([_standard_errors(part - part.mean(0), facts) for part in contributions.split(COLUMNS, 1)])
+    J = len(set(facts))
+    by_chance = (J - 1) / (J - 3) if J > 3 else math.inf  # the mean square of Student's t with J - 1 degrees of freedom
+    return max(0.0, 1 - by_chance / float(ratios[ratios.isfinite()].square().mean())) * mean
 
 
 def _standard_errors(deviations: Tensor, facts: Sequence[str]) -> Tensor:

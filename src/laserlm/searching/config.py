@@ -14,7 +14,7 @@ from laserlm.scoring.scorers import SCORERS, scorer_for
 from laserlm.tasks import Scorer, Task
 
 Metric = Literal["accuracy", "loss"]
-Strategy = Literal["components", "race", "exhaustive", "compose"]
+Strategy = Literal["components", "strengths", "race", "exhaustive", "compose"]
 Mode = Literal["joint", "greedy"]
 Effort = Literal["quick", "normal", "thorough"]
 
@@ -25,6 +25,8 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What each effort changes in the default settings of a race."""
 DEFAULT_GRID = "fine"
+OF_COMPONENTS = ("components", "strengths")
+"""The strategies that change single components, step by step."""
 LEAST_FACTS = 3
 """Facts that the validation questions of a choice of components need: one for each part of them."""
 DEFAULT_MAX_HARM = 0.05
@@ -45,12 +47,13 @@ class SearchConfig:
     """The settings of a search.
 
     Args:
-        strategy: ``components``, ``race``, ``exhaustive`` or ``compose``. None takes ``components``, and ``race`` where
-            another grid than ``fine`` or a setting of a race is asked for, where no guard measures harm, and where the
-            validation questions are of fewer than three facts.
-        grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``. ``components`` takes its matrices alone.
+        strategy: ``components``, ``strengths``, ``race``, ``exhaustive`` or ``compose``. None takes ``components``, and
+            ``race`` where another grid than ``fine`` or a setting of a race is asked for, where no guard measures harm, and
+            where the validation questions are of fewer than three facts.
+        grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``. ``components`` and ``strengths`` take its
+            matrices alone.
         max_harm: largest relative rise of the perplexity on the guards that the choice may have, such as 0.05. None takes
-            0.05 for ``components``, and no bound for the other strategies.
+            0.05 for ``components`` and ``strengths``, and no bound for the other strategies.
         guards: text files, tasks or their names, or ``self`` for text that the model writes: what must not get worse. None
             takes ``self`` if the model writes text.
         metric: ``accuracy`` or ``loss``. None takes ``accuracy``, and ``loss`` for a perplexity.
@@ -66,7 +69,7 @@ class SearchConfig:
         delta: largest probability that the test of significance drops the best candidate of the race, over all rungs and
             leaders, for independent facts. What ``keep`` drops has no such bound. For ``compose``: largest probability that
             a step is accepted if no candidate helps.
-        steps: for ``components``: most steps that are tried.
+        steps: for ``components`` and ``strengths``: most steps that are tried.
         budget: minutes after which the search measures the best candidate so far and ends. None sets no end.
         seed: of the order of the examples, of the random candidates and of ``:reference`` decompositions.
         batch_size: sequences in one forward pass.
@@ -126,7 +129,7 @@ class SearchConfig:
         if unknown := [name for name in settings if name not in names]:
             raise ScoringError(f"a search has no setting {unknown[0]!r}; it has {', '.join(names)}")
         of_race = [name for name in settings if name in RACE_SETTINGS and name != "delta"]
-        if of_race and settings.get("strategy") == "components":
+        if of_race and settings.get("strategy") in OF_COMPONENTS:
             raise ScoringError(
                 f"{of_race[0]} {settings[of_race[0]]} is a setting of a race, and a choice of components has none; leave it "
                 "out, or race with --strategy race (strategy='race')"
@@ -139,8 +142,13 @@ class SearchConfig:
     def harm_bound(self) -> float:
         """Largest rise of the loss on a guard, in nats per token; infinite without a bound."""
         if self.max_harm is None:
-            return math.log1p(DEFAULT_MAX_HARM) if self.strategy == "components" else math.inf
+            return math.log1p(DEFAULT_MAX_HARM) if self.is_of_components else math.inf
         return math.log1p(self.max_harm)
+
+    @property
+    def is_of_components(self) -> bool:
+        """Whether single components are chosen, and no candidates of a grid."""
+        return self.strategy in OF_COMPONENTS
 
     @property
     def screens(self) -> bool:
@@ -176,7 +184,7 @@ class SearchConfig:
             "budget": self.budget,
             "max_harm": self.max_harm,
         }
-        if self.strategy == "components":
+        if self.is_of_components:
             # How many questions choose a step depends on the memory.
             settings["options"] = {"delta": self.delta, "steps": self.steps, "memory": self.memory}
         elif self.strategy != "exhaustive":

@@ -189,7 +189,7 @@ def encode_splits(lm: LanguageModel, task: Task, config: SearchConfig) -> dict[s
     """
     scorer: Scorer = config.scorer or task.validation.scorer
     order = shuffled_order([e.id for e in task.validation], config.seed)
-    if config.strategy == "components":  # fact by fact, so that no fact is in two parts
+    if config.is_of_components:  # fact by fact, so that no fact is in two parts
         facts = [e.fact or e.id for e in task.validation]
         place = {facts[i]: rank for rank, i in enumerate(shuffled_order(facts, config.seed))}
         order.sort(key=lambda i: place[facts[i]])
@@ -306,6 +306,6 @@ def _result(session: SearchSession, run: Run, executor: Executor, settings: dict
 
 def _candidate_count(session: SearchSession) -> int:
     """Return the number of things that the choice is made among: candidates, or single components."""
-    if session.config.strategy == "components":
+    if session.config.is_of_components:
         return sum(m.max_rank for m in separate_matrices(session.candidates))
     return len(session.candidates)

@@ -11,7 +11,7 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import Comparison
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.scorers import GENERATING
-from laserlm.searching.config import Metric, SearchConfig, Strategy
+from laserlm.searching.config import OF_COMPONENTS, Metric, SearchConfig, Strategy
 from laserlm.searching.guard import Harm
 
 _RUNG_KEYS_OF_0_1_0 = {"beaten": "eliminated", "halved": "pruned", "joined": "added"}
@@ -240,6 +240,11 @@ class SearchResult:
         return sorted(best, key=lambda p: p.change)
 
     @property
+    def unit(self) -> str:
+        """What ``candidates`` counts."""
+        return "components" if self.strategy in OF_COMPONENTS else "candidates"
+
+    @property
     def harm_bound(self) -> float:
         """Largest rise of the loss on a guard that the choice could have, in nats per token; infinite without a bound."""
         return SearchConfig(strategy=self.strategy, max_harm=self.settings.get("max_harm")).harm_bound
@@ -248,7 +253,7 @@ class SearchResult:
         """Return the commands that save the choice in ``out`` or search wider, each with a comment."""
         name = shlex.quote(model)
         if not self.best:
-            wider = "--strategy race" if self.strategy == "components" else "--effort thorough"
+            wider = "--strategy race" if self.strategy in OF_COMPONENTS else "--effort thorough"
             return [(f"laser search {name} ... {wider}", "the same search, wider")]
         save = f"laser save {name} --run {self.run}"
         point = [(f"{save} --point N --out {out}", "another point of the list")] if len(self.pareto) > 1 else []
@@ -299,7 +304,7 @@ class SearchResult:
         if self.scored and self.scored == len(self.failed.keys() - {""}):
             reason = next(iter(self.failed.values()))
             return f"No candidate could be compared: all {self.scored} that were tried failed, such as with {reason}"
-        if self.strategy == "components":
+        if self.strategy in OF_COMPONENTS:
             bound = f"{math.expm1(self.harm_bound):.2g}"
             if any(point.intervention for point in self.points):
                 return f"Every step that gained cost more than the bound on harm (--max-harm {bound}) allows."

@@ -202,7 +202,7 @@ class SearchSession:
         ranked = sorted(fully_scored, key=lambda i: sort_key(self.on_validation.first(i, n), "loss"), reverse=True)
         allowed = islice(filter(self.allows, ranked), MAX_FINALISTS)
         # A set of components that was not accepted is no finalist, whatever its loss is.
-        is_chosen = metric == "loss" or not complete or self.config.strategy == "components"
+        is_chosen = metric == "loss" or not complete or self.config.is_of_components
         few = [self.best] if is_chosen else list(allowed)
         finalists = list(dict.fromkeys([BASE, *few, self.best]))
         self.is_chosen = False  # the finalists decide

@@ -84,6 +84,7 @@ def compose_reductions(session: SearchSession) -> None:
 
 STRATEGIES: Mapping[Strategy, Callable[[SearchSession], None]] = {
     "components": choose_components,
+    "strengths": choose_components,
     "race": race_candidates,
     "exhaustive": exhaustive,
     "compose": compose_reductions,
@@ -93,7 +94,7 @@ STRATEGIES: Mapping[Strategy, Callable[[SearchSession], None]] = {
 def expected_cost(session: SearchSession) -> float:
     """Return the work up to the choice as far as it can be foreseen, in passes of one example."""
     config, n = session.config, len(session.on_validation.split)
-    if config.strategy == "components":
+    if config.is_of_components:
         return cost_of_step(n) * min(config.steps, PARTS)
     if config.strategy == "exhaustive":
         return n * (1 + MEAN_SHARE * len(session.candidates))
