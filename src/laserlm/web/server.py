@@ -130,6 +130,7 @@ def _theme() -> Any:
     return theme.set(
         block_info_text_color="*neutral_600",
         input_placeholder_color="*neutral_500",
+        button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
     )
 
