@@ -1,7 +1,8 @@
 """Compress the bundled model at several ratios in every way, and print the perplexity of each on held-out text.
 
-The text is cut as by ``laser compress``: calibration from its first four fifths, perplexity on its last.
-Run: python benchmarks/compression.py --text FILE [--ratios .9,.8,.6,.4] [--tokens 32768] [--held-out CHARACTERS]
+The text is cut as by ``laser compress``: calibration from its first four fifths, perplexity on its last. Another text can be
+named for the calibration, or ``self`` for text that the model writes.
+Run: python benchmarks/compression.py --text FILE [--calibration FILE] [--ratios .9,.8,.6,.4] [--held-out CHARACTERS]
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import laserlm as laser
-from laserlm.export.calibration_text import read_calibration_text
+from laserlm.export.calibration_text import own_calibration_text, read_calibration_text
 from laserlm.export.fitting import Allocation, Method, fit_ranks
 from laserlm.scoring.evaluate import text_perplexity
 
@@ -30,7 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--ratios", default=".9,.8,.6,.4")
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--calibration", help="a text file or self; default: the text")
+    parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--held-out", type=int, help="characters to measure perplexity on; default: as laser compress")
     parser.add_argument("--ways", default=",".join(map(str, range(len(WAYS)))), help="numbers of the rows to measure")
     arguments = parser.parse_args()
@@ -38,6 +40,10 @@ def main() -> None:
     ratios = [float(r) for r in arguments.ratios.split(",")]
     text = read_calibration_text(lm, arguments.text, tokens=arguments.tokens)
     held_out = text.held_out[: arguments.held_out]
+    if arguments.calibration == "self":
+        text = own_calibration_text(lm, tokens=arguments.tokens)
+    elif arguments.calibration:
+        text = read_calibration_text(lm, arguments.calibration, tokens=arguments.tokens)
     base = text_perplexity(lm, held_out)
     print(f"{sum(len(row.targets) for row in text.calibration)} tokens to calibrate on, {base.tokens} held out")
     print("|".join(["decomposition, ranks", *(f"{r:g}" for r in ratios), "calibration, s"]))

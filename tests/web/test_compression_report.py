@@ -23,4 +23,4 @@ def test_ranks_are_shares_by_block_and_matrix() -> None:
 def test_perplexities_are_in_order_of_the_ratio_above_the_unchanged_model() -> None:
     figure = perplexity_plot({"base": 10.0, "at": {"0.8": 12.0, "0.6": 20.0}})
     assert list(zip(figure.data[0].x, figure.data[0].y, strict=True)) == [(0.6, 20.0), (0.8, 12.0)]
-    assert figure.layout.shapes[0].y0 == 10.0
+    assert list(figure.data[1].y) == [10.0, 10.0]

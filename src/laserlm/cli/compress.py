@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from laserlm.cli.options import Json, ModelOptions, with_options
 from laserlm.cli.progress import progress_bar
 from laserlm.cli.save import FolderOptions, FormOption
+
+if TYPE_CHECKING:
+    from laserlm.export import CompressionResult
 
 
 @with_options(model_options=ModelOptions, folder=FolderOptions)
@@ -43,7 +48,7 @@ def compress(
     report = folder.out.expanduser().absolute()
     report = report.with_name(f"{report.name}.html")
     check_compression_report(report, overwrite=folder.overwrite)
-    with progress_bar("compress: loading", unit="matrices") as advance:
+    with progress_bar("compress: loading", unit="matrices") as advance, _resumable():
         result = compress(
             model_options.load(),
             folder.out,
@@ -62,8 +67,22 @@ def compress(
         )
     write_compression_report(result.saved.folder, report, overwrite=folder.overwrite)
     folder.finish(result.saved, json, result.as_dict() | {"report": str(report)})
-    if result.perplexity is not None and not json:
-        change = f"{result.base_perplexity:.2f} -> {result.perplexity:.2f}"
-        print(f"perplexity {change} on {result.tokens:,} held-out tokens")
     if not json:
+        _print_perplexity(result)
         print(f"Open {report} for the rank of every matrix")
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        interruption.add_note("Run the same command again to go on.")
+        raise
+
+
+def _print_perplexity(result: CompressionResult) -> None:
+    if result.perplexity is not None:
+        print(f"perplexity {result.base_perplexity:.2f} -> {result.perplexity:.2f} on {result.tokens:,} held-out tokens")
+    if (result.saved.record["compression"].get("text") or {}).get("own"):
+        print("The model wrote the calibration text. A text of the kind that it will read keeps more: --calibration FILE")

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,14 @@ def compress(
 ) -> CompressionResult:
     """Compress a model to a share of the parameters of its blocks' matrices, save it, and measure its perplexity.
 
-    Decompositions wait in the cache until the model is saved. A call with the same model and text that was interrupted goes
-    on where it was, also with another ratio.
+    A call with the same model and text that was interrupted goes on where it was, also with another ratio.
 
     Args:
         lm: the unchanged model.
         out: the folder.
         ratio: share of the parameters of the blocks' matrices to keep; embeddings and biases do not change.
         measure: further ratios whose perplexity is measured.
-        calibration: a text file. None lets the model write the text, which is saved with it. The plain method with uniform
-            ranks needs none.
+        calibration: a text file. None lets the model write the text, unless the plain method with uniform ranks needs none.
         method: ``plain``, ``whitened`` or ``two-sided``; see ``fit_ranks``.
         allocation: ``uniform``, ``sensitivity`` or ``curvature``; see ``fit_ranks``.
         tokens: maximum number of tokens for calibration.
@@ -86,8 +85,7 @@ def compress(
         on_step: is called with the stage, and how many gradients and decompositions of matrices are done, of how many.
 
     Raises:
-        ExportError: if an argument is invalid, the ratio cannot be reached, the folder cannot be written, or another process
-            compresses the model on the same text.
+        ExportError: if an argument is invalid, the ratio cannot be reached, or a folder cannot be written or is in use.
     """
     out = Path(out).expanduser().absolute()
     if form == "adapter":
@@ -98,32 +96,45 @@ def compress(
     on_step("text", 0, 0)
     text = _text(lm, calibration, tokens, method, allocation)
     rows = () if text is None else text.calibration
-    settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
-    arguments = ["--ratio", f"{ratio:g}", "--method", method, "--allocation", allocation]
     with _kept(lm, rows, method, allocation) as kept:
         compression = fit_ranks(lm, rows, method=method, allocation=allocation, folder=kept, on_step=on_step)
+        settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
         if text is not None:
             on_step("perplexity", 0, 0)
             settings["text"] = text.as_dict() | {"tokens": tokens}
-            settings["perplexity"] = _perplexities(lm, compression, ratio, measure, form, text.held_out)
-            arguments += ["--calibration", text.name, "--tokens", str(tokens)]
-            arguments += [word for other in measure for word in ("--measure", f"{other:g}")]
-        entries = {
-            "compression": settings,
-            "decomposition": {"algorithm": ALGORITHM, "seed": 0},
-            "command": command_of(lm, "compress", arguments, out, options),
-        }
-        files = {text.name: text.content} if text is not None and text.is_own else {}
+            settings["perplexity"] = _perplexities(lm, compression, [ratio, *measure], form, text.held_out)
         on_step("writing", 0, 0)
-        saved = write(lm, out, compression.applied(lm, ratio, form), options, entries, files=files)
+        saved = _write(lm, out, options, compression, settings, text)
     measured = settings.get("perplexity", {})
     return CompressionResult(saved, measured.get("base"), measured.get("compressed"), measured.get("held_out_tokens", 0))
+
+
+def _write(
+    lm: LanguageModel,
+    out: Path,
+    options: SaveOptions,
+    compression: Compression,
+    settings: dict[str, Any],
+    text: CalibrationText | None,
+) -> SavedModel:
+    arguments = ["--ratio", f"{settings['ratio']:g}", "--method", settings["method"], "--allocation", settings["allocation"]]
+    if text is not None:
+        arguments += ["--calibration", text.name, "--tokens", str(settings["text"]["tokens"])]
+        arguments += [word for ratio in [*settings["perplexity"]["at"]][1:] for word in ("--measure", ratio)]
+    entries = {
+        "compression": settings,
+        "decomposition": {"algorithm": ALGORITHM, "seed": 0},
+        "command": command_of(lm, "compress", arguments, out, options),
+    }
+    files = {text.name: text.content} if text is not None and text.is_own else {}
+    return write(lm, out, compression.applied(lm, settings["ratio"], options.form), options, entries, files=files)
 
 
 @contextmanager
 def _kept(lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allocation: Allocation) -> Iterator[Path]:
     """Yield the folder of what is computed for these arguments, for this process alone, and remove it after success."""
-    identity = [lm.hash, str(lm.dtype), str(lm.device), [row.ids for row in rows], method, allocation, ALGORITHM]
+    model = [lm.hash, str(lm.dtype), str(lm.device)]
+    identity = [*model, [row.ids for row in rows], method, allocation, version("laserlm")]
     folder = lm.cache / "compressions" / digest(identity)[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,11 +163,16 @@ def _text(
 
 
 def _perplexities(
-    lm: LanguageModel, compression: Compression, ratio: float, others: Sequence[float], form: Form, text: str
+    lm: LanguageModel, compression: Compression, ratios: Sequence[float], form: Form, text: str
 ) -> dict[str, Any]:
     measured = {}
-    for each in (ratio, *others):
-        with compression.applied(lm, each, form):
-            measured[f"{each:g}"] = text_perplexity(lm, text).perplexity
+    for ratio in ratios:
+        with compression.applied(lm, ratio, form):
+            measured[f"{ratio:g}"] = text_perplexity(lm, text).perplexity
     base = text_perplexity(lm, text)
-    return {"base": base.perplexity, "compressed": measured[f"{ratio:g}"], "at": measured, "held_out_tokens": base.tokens}
+    return {
+        "base": base.perplexity,
+        "compressed": measured[f"{ratios[0]:g}"],
+        "at": measured,
+        "held_out_tokens": base.tokens,
+    }

@@ -99,13 +99,15 @@ def perplexity_plot(perplexity: dict[str, Any]) -> Any:
         go.Scatter(
             x=[ratio for ratio, _ in points],
             y=[value for _, value in points],
+            name="compressed",
             mode="lines+markers",
             line={"color": "#0072b2"},
             marker={"size": 10},
             hovertemplate="kept %{x:.0%}<br>perplexity %{y:.2f}<extra></extra>",
         )
     )
-    figure.add_hline(y=perplexity["base"], line={"dash": "dash", "color": "#768390"}, annotation_text="unchanged model")
+    base = {"x": [points[0][0], points[-1][0]], "y": [perplexity["base"]] * 2, "name": "unchanged model"}
+    figure.add_scatter(**base, mode="lines", line={"dash": "dash", "color": "#768390"})
     figure.update_layout(height=360, margin=MARGIN)
     figure.update_xaxes(title="kept share of the blocks' parameters", tickformat=".0%")
     figure.update_yaxes(title="perplexity", type="log")
