@@ -52,7 +52,7 @@ def retry_with_room(run: Callable[[], T], make_room: Callable[[torch.OutOfMemory
                 return run()
         except torch.OutOfMemoryError as error:
             failure = error.with_traceback(None)  # the traceback holds the tensors of the failed run
-            failure.__context__ = None  # so does that of an error which this one stands for
+            failure.__context__ = None  # so does the context of an error that this one replaces
         make_room(failure)
         torch.cuda.empty_cache()
         if torch.backends.mps.is_available():

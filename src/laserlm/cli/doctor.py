@@ -54,7 +54,7 @@ def doctor(
             "bytes": {part: sum(map(size, files)) for part, files in cached_files(folder).items()},
         },
         "store": {"place": mask_credentials(store), "bytes": Path(store).stat().st_size if Path(store).is_file() else None},
-        "gpu_check": check_gpu(device, [found["device"] for found in devices()]),
+        "gpu_check": check_gpu(device, [entry["device"] for entry in devices()]),
     }
     if json:
         print_json(report)

@@ -64,7 +64,7 @@ def show(
 ) -> None:
     """Print examples as a model reads them, each token of the answer in square brackets.
 
-    Tokens that are parts of one character stand in one pair of brackets, with their number.
+    Tokens that are parts of one character share one pair of brackets, which shows their number.
 
     Example: laser tasks show worldfacts
     """
@@ -106,7 +106,7 @@ def _marked(lm: LanguageModel, example: Example, scorer: Scorer) -> str:
 
 
 def _pieces(decode: Callable[[Sequence[int]], str], tokens: Sequence[int]) -> Iterator[str]:
-    """Yield the text of each token in brackets. Tokens that are parts of one character stand together, with their number."""
+    """Yield the text of each token in brackets. Tokens that are parts of one character share a pair, with their number."""
     part: list[int] = []
     for i, token in enumerate(tokens):
         part.append(token)

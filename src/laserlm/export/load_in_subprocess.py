@@ -34,7 +34,7 @@ def fingerprint(model: Any) -> list[list[float]] | None:
     with torch.no_grad():
         out = model(**inputs)
     values = next(value for name, value in out.items() if name != "loss" and isinstance(value, torch.Tensor))
-    values = values[None] if values.ndim == 2 else values  # one row of labels for the whole text
+    values = values[None] if values.ndim == 2 else values  # one row of labels for the full text
     columns = torch.linspace(0, values.shape[-1] - 1, N_COLUMNS).long()
     sample: list[list[float]] = values[0, :, columns.to(values.device)].float().tolist()  # (T, 32)
     return sample

@@ -82,13 +82,13 @@ class Source:
         if folder is None or not stored:
             return None
         memory = lm.model.state_dict()
-        found = parameter_names(lm.model, stored)
+        by_name = parameter_names(lm.model, stored)
         if any(tensor.dtype.startswith("F8") for tensor in stored.values()):
             # Eight-bit floats count as converted because of their scales, which are no weights of the model.
-            same = {n: p for n, (p, _) in found.items() if stored[n].shape == tuple(memory[p].shape)}
-            found = {n: (p, False) for n, p in same.items()}
-        parameters = {name: parameter for name, (parameter, _) in found.items()}
-        converted = frozenset(name for name, (_, is_converted) in found.items() if is_converted)
+            same = {n: p for n, (p, _) in by_name.items() if stored[n].shape == tuple(memory[p].shape)}
+            by_name = {n: (p, False) for n, p in same.items()}
+        parameters = {name: parameter for name, (parameter, _) in by_name.items()}
+        converted = frozenset(name for name, (_, is_converted) in by_name.items() if is_converted)
         source = cls(folder, stored, parameters, converted, memory, {})
         source.base.update(source.named_as_stored(lm, memory))
         for name, tensor in source.base.items():
@@ -210,7 +210,7 @@ class Source:
             )
 
     def _second_factors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what low-rank layers have besides their weights, named after the weights that they were."""
+        """Return what low-rank layers have in addition to their weights, named after the weights that they were."""
         stored = {parameter: name for name, parameter in self.parameters.items() if name not in self.converted}
         added = {}
         for name, tensor in state.items():

@@ -235,8 +235,8 @@ def reference_truncation(weight: Tensor, rank: int, *, niter: int = 2, seed: int
     Args:
         weight: (m, n).
         rank: as for ``reference_decomposition``.
-        niter: likewise.
-        seed: likewise.
+        niter: as for ``reference_decomposition``.
+        seed: as for ``reference_decomposition``.
     """
     return reference_decomposition(weight, rank, niter=niter, seed=seed).truncate(rank)
 

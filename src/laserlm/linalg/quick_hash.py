@@ -18,7 +18,7 @@ def quick_hash(tensor: Tensor) -> str:
     """Return a hash of a tensor's shape and dtype and of sums of its values' bits along rows and columns.
 
     Sums of integers do not depend on their order or on the device. Only the sums leave the device. Two tensors with the
-    same hash can be made on purpose, so use it within a process, and the sha256 of all bytes for what is stored.
+    same hash can be constructed on purpose, so use it within a process, and the sha256 of all bytes for what is stored.
 
     Args:
         tensor: of any shape; more than two axes count as rows of the last one.

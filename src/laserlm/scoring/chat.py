@@ -16,7 +16,7 @@ from laserlm.tasks.example import Example
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"))
 """Tags between which models think."""
 NO_THINKING = {"enable_thinking": False, "thinking": False}
-"""Variables by which templates are told to close the thinking; other templates do not read them."""
+"""Variables that make templates close the thinking; other templates do not read them."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ChatTemplate:
             (_, system), (role, first), *rest = messages
             text = self._apply([(role, f"{system}\n\n{first}"), *rest], add_generation_prompt=True)
         for start, end in THOUGHTS:
-            if text.rfind(start) > text.rfind(end):  # a template that begins to think whatever it is told
+            if text.rfind(start) > text.rfind(end):  # a template that begins to think in spite of them
                 text = f"{text.rstrip()}\n{end}\n\n"
         return text
 

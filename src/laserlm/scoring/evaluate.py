@@ -43,7 +43,7 @@ def evaluate(
 
     Raises:
         ScoringError: if the split is empty, the model takes no such sequences, or a log-probability is not finite.
-        TokenizationError: if an answer's tokens cannot be told from its prompt's.
+        TokenizationError: if an answer's tokens cannot be separated from its prompt's.
         ModelError: if the model has no head or no tokenizer.
     """
     scorer = scorer or scorer_for(lm.kind, split.scorer)
@@ -208,7 +208,7 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
-        """Return what ``as_dict`` was made of, without what only a later version of laserlm knows."""
+        """Return the object that ``as_dict`` describes, without what only a later version of laserlm knows."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         loss_interval = Interval(*(known["loss_interval"] or (-math.inf, math.inf)))
         return cls(**known | {"interval": Interval(*known["interval"]), "loss_interval": loss_interval})

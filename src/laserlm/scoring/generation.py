@@ -44,7 +44,7 @@ def generate(
         max_new_tokens: largest number of new tokens, at least 1.
         stops: stop strings. A continuation is cut before the first one.
         temperature: sampling temperature. None decodes greedily.
-        end_tokens: tokens that end a text, besides the model's own.
+        end_tokens: tokens that end a text, in addition to the model's own.
         on_text: is called with each piece of the text of a single prompt as it is generated.
 
     Raises:

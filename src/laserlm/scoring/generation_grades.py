@@ -70,7 +70,7 @@ def _tested_function(example: Example) -> str:
 
 def grade_by_judge(split: Split, texts: Sequence[Sequence[str]]) -> list[Grade]:
     """Grade the first text of each example by the split's judge."""
-    assert split.judge is not None  # check_split has made sure
+    assert split.judge is not None  # check_split refuses others
     return [split.judge(e, [text[0]]) for e, text in zip(split.examples, texts, strict=True)]
 
 

@@ -47,7 +47,7 @@ def identity(
         "seed": seed,
     }
     asked = [e for split in splits for e in split.examples if e.messages]
-    if asked:  # the tokens above tell whether the model has a template, and what it makes of the messages
+    if asked:  # the tokens above show whether the model has a template, and what it makes of the messages
         values["chat"] = {"required": asked[0].needs_template, "system": dict(asked[0].messages).get("system")}
     if skipped := sum(split.skipped for split in splits):
         values["skipped"] = skipped

@@ -109,7 +109,7 @@ def _float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Float32Product(torch.autograd.Function):
-    """x (N, D) times a fixed weight (V, D) in float32, (N, V), without a float32 copy of the whole weight."""
+    """x (N, D) times a fixed weight (V, D) in float32, (N, V), without a float32 copy of the full weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Program:
     Args:
         source: the program. Nothing of it is trusted.
         function: name of the tested function.
-        reference: trusted source of what the tests may use beside the function. Its own definition of the function is not
+        reference: trusted source of what the tests may use next to the function. Its own definition of the function is not
             tested.
         tests: trusted source that calls the function, and raises an error if the function is wrong. Arguments and results
             are copied; they are numbers, texts, bytes, None, and collections of these.
@@ -105,16 +105,16 @@ def confinement(*, allow_weak: bool = False) -> Confinement:
     """
     if os.name != "posix":
         raise ScoringError(f"programs run only on Linux and macOS, where a process can be limited. {MACHINE}")
-    found = bubblewrap()
-    if isinstance(found, Confinement):
-        return found
+    way = bubblewrap()
+    if isinstance(way, Confinement):
+        return way
     if not allow_weak:
         raise ScoringError(
-            f"this system confines no programs: {found}. Install bubblewrap on Linux (apt-get install bubblewrap), use a "
+            f"this system confines no programs: {way}. Install bubblewrap on Linux (apt-get install bubblewrap), use a "
             "virtual machine, or accept with --allow-weak-sandbox (allow_code_execution='weakly') that a malicious program "
             "could read and change your files."
         )
-    log.warning("only the interpreter confines programs here (%s); a malicious program could read and change your files", found)
+    log.warning("only the interpreter confines programs here (%s); a malicious program could read and change your files", way)
     return Confinement(())
 
 
@@ -172,8 +172,8 @@ def _run(program: Program, seconds: int, memory: int, way: Confinement) -> str:
         for process in (solver, tester):
             if _read_pipe(process.stdout, len(READY), start + START_SECONDS) != READY:
                 process.kill()
-                said = _read_pipe(process.stderr, MAX_ANSWER_BYTES, start + START_SECONDS).decode(errors="replace").strip()
-                raise ScoringError(f"no confined process could be started with {sys.executable} ({said[-300:]}). {MACHINE}")
+                output = _read_pipe(process.stderr, MAX_ANSWER_BYTES, start + START_SECONDS).decode(errors="replace").strip()
+                raise ScoringError(f"no confined process could be started with {sys.executable} ({output[-300:]}). {MACHINE}")
         end = time.monotonic() + seconds
         verdict = _read_pipe(tester.stdout, MAX_ANSWER_BYTES, end)
     if not verdict:

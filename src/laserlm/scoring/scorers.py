@@ -227,7 +227,7 @@ def _grade_perplexity(x: ScoredExample) -> ExampleScore:
 
 
 def _grade_requests(x: ScoredExample) -> ExampleScore:
-    assert x.judge is not None  # check_split has made sure
+    assert x.judge is not None  # check_split refuses others
     responses = [(math.fsum(outcome.logprobs), x.is_greedy(i)) for i, outcome in enumerate(x.outcomes)]
     correct, metrics = x.judge(x.example, list(responses))
     totals = [total for total, _ in responses]
@@ -294,7 +294,7 @@ SCORERS: dict[str, ScorerDefinition] = {
         in_windows=True,
     ),
     "lm_eval": ScorerDefinition(
-        "lm-evaluation-harness says so, given the log-probabilities that it asks for",
+        "lm-evaluation-harness says so of the log-probabilities that it asks for",
         _grade_requests,
         requests=lambda e: e.pairs,
         gold_index=lambda e: e.right,
@@ -327,7 +327,7 @@ SCORERS: dict[str, ScorerDefinition] = {
         needs_judge=True,
     ),
     "lm_eval_text": ScorerDefinition(
-        "lm-evaluation-harness says so, given the generated text",
+        "lm-evaluation-harness says so of the generated text",
         grade_texts=grade_by_judge,
         is_short_answer=False,
         needs_judge=True,

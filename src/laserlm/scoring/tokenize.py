@@ -96,11 +96,11 @@ def _encode(
     for i, group in groupby(zip(requests, tokens, strict=True), key=lambda pair: pair[0].index):
         try:
             parts = [_checked(tokenizer, request, *split, prefix) for request, split in group]
-            found = encoder.encode(i, examples[i], parts)
-            for row in found:
+            sequences = encoder.encode(i, examples[i], parts)
+            for row in sequences:
                 _check_length(lm, examples[i], row)
                 check_known(lm, (*row.ids, *row.decoder, *row.targets, *row.choice_tokens), f"example {examples[i].id!r}")
-            rows += found
+            rows += sequences
         except (TokenizationError, ScoringError) as error:
             problems[i] = error
     return rows, dict(sorted(problems.items()))
@@ -115,11 +115,11 @@ def _encode_texts(
     for i, e in enumerate(examples):
         try:
             _check_example(lm, e, scorer)
-            found = encode_texts(lm, i, e)
-            for row in found:
+            sequences = encode_texts(lm, i, e)
+            for row in sequences:
                 _check_length(lm, e, row)
                 check_known(lm, row.ids, f"example {e.id!r}")
-            rows += found
+            rows += sequences
         except (TokenizationError, ScoringError) as error:
             problems[i] = error
     return rows, problems
@@ -144,7 +144,7 @@ def _of_all(problems: Sequence[LaserError], n: int) -> LaserError:
 
 @dataclass(frozen=True)
 class _Request:
-    """A text before an answer, the answer, and what stands between them, for the example at an index."""
+    """A text before an answer, the answer, and the text between them, for the example at an index."""
 
     index: int
     example: Example
@@ -164,7 +164,7 @@ class _Encoder:
     prefix: list[int]
 
     def encode(self, i: int, e: Example, requests: Sequence[tuple[list[int], Tokens]]) -> list[TokenSequence]:
-        """Return the sequences of the example at index ``i``, given the tokens of its contexts and continuations."""
+        """Return the sequences of the example at index ``i``, from the tokens of its contexts and continuations."""
         if self.scorer.in_windows:
             return self.windows(i, *requests[0])
         answers = [targets for _, targets in requests]

@@ -25,7 +25,7 @@ class Candidate:
 def expand(grid: str | Grid, matrices: Sequence[Matrix]) -> list[Candidate]:
     """Return the candidates of a grid, by block and matrix, each thing to try once.
 
-    Sizes that keep a whole matrix are left out (they are the unchanged model), of several that come to one rank the first
+    Sizes that keep all of a matrix are left out (they are the unchanged model), of several that come to one rank the first
     stays, and of tied weights the first block's.
 
     Raises:

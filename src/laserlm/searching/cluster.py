@@ -303,7 +303,7 @@ class RayExecutor:
 
 
 def _cause(error: Any) -> BaseException:
-    """Return the error that a worker raised, or the given error if the worker itself ended."""
+    """Return the error that a worker raised, or ``error`` if the worker itself ended."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error
 

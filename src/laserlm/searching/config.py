@@ -117,11 +117,11 @@ class SearchConfig:
 
     @classmethod
     def of(cls, effort: Effort = "normal", **settings: Any) -> SearchConfig:
-        """Return the settings of an effort, with those that are given in place of them.
+        """Return the settings of an effort, changed by ``settings``.
 
         Raises:
             ScoringError: if there is no such effort or setting, if a value is out of range, or if a setting of a race is
-                given to ``components``.
+                set for ``components``.
         """
         if effort not in EFFORTS:
             raise ScoringError(f"no effort {effort!r}; there are {', '.join(EFFORTS)}")
@@ -176,7 +176,7 @@ class SearchConfig:
         return replace(self, strategy=strategy, scorer=scorer, metric=metric)
 
     def choice_settings(self) -> dict[str, Any]:
-        """Return the settings on which the choice depends, besides the scores, as plain values for the database."""
+        """Return the settings on which the choice depends, in addition to the scores, as plain values for the database."""
         settings: dict[str, Any] = {
             "grid": str(Grid.parse(self.grid)),
             "metric": self.metric,

@@ -143,8 +143,8 @@ def check_mixed_placement(lm: LanguageModel, device: torch.device | str) -> list
     checks = [_check_scores("layers on two devices: choices", there, lm, tolerance)]
     for how, edited in (("applied", applied), ("factored", factored)):
         with edited(there, reduction, cache=cache):
-            found = _choice_logprobs(there)
-        checks.append(_compare_choices(f"layers on two devices: {how} reduction", found, expected, tolerance))
+            actual = _choice_logprobs(there)
+        checks.append(_compare_choices(f"layers on two devices: {how} reduction", actual, expected, tolerance))
     screens = _screened(there, len(EXAMPLES)), _screened(lm, len(EXAMPLES))
     return [*checks, _check_screen("layers on two devices: screen", *screens, tolerance)]
 
@@ -162,7 +162,7 @@ def check_out_of_memory(device: torch.device | str) -> list[DeviceCheck]:
         for i in range(10 if on_gpu else 1)
         for e in EXAMPLES
     )
-    split = Split("made", "validation", examples, "answer")
+    split = Split("device check", "validation", examples, "answer")
     rows = encode(lm, examples, "answer")
     candidates = expand("all.fc_out@0.5,0.1", lm.matrices)
 
@@ -173,11 +173,11 @@ def check_out_of_memory(device: torch.device | str) -> list[DeviceCheck]:
 
     expected = run()
     with _half_of_memory(lm, run) as failures:
-        found = run()
+        actual = run()
         n_failures = failures()
     tolerance = DTYPES[torch.float32]
-    difference = _worst(a - b for a, b in zip(expected[0], found[0], strict=True))
-    change = _difference(found[1], expected[1])
+    difference = _worst(a - b for a, b in zip(expected[0], actual[0], strict=True))
+    change = _difference(actual[1], expected[1])
     return [
         DeviceCheck(
             "out of memory",
@@ -233,19 +233,19 @@ def _choice_logprobs(lm: LanguageModel) -> list[list[float]]:
 def _check_scores(name: str, lm: LanguageModel, exact: LanguageModel, tolerance: Tolerance) -> DeviceCheck:
     """Compare the choices of the unchanged model and under a reduction of the first, the middle and the last block."""
     candidates = expand("all.fc_out@0.5", lm.matrices)
-    found, expected = _choice_logprobs(lm), _choice_logprobs(exact)
+    actual, expected = _choice_logprobs(lm), _choice_logprobs(exact)
     for candidate in (candidates[0], candidates[len(candidates) // 2], candidates[-1]):
-        for model, scores in ((lm, found), (exact, expected)):
+        for model, scores in ((lm, actual), (exact, expected)):
             with applied(model, candidate.intervention, cache=DecompositionCache()):
                 scores += _choice_logprobs(model)
-    return _compare_choices(name, found, expected, tolerance)
+    return _compare_choices(name, actual, expected, tolerance)
 
 
-def _compare_choices(name: str, found: list[list[float]], expected: list[list[float]], tolerance: Tolerance) -> DeviceCheck:
+def _compare_choices(name: str, actual: list[list[float]], expected: list[list[float]], tolerance: Tolerance) -> DeviceCheck:
     """Compare log-probabilities, and which choice is the likeliest wherever the difference allowed cannot decide that."""
-    difference = _worst(x - y for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True))
+    difference = _worst(x - y for a, b in zip(actual, expected, strict=True) for x, y in zip(a, b, strict=True))
     same, other = 0, 0
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         first, second, *_ = sorted(b, reverse=True)
         if a.index(max(a)) == b.index(first):
             same += 1
@@ -254,7 +254,7 @@ def _compare_choices(name: str, found: list[list[float]], expected: list[list[fl
     return DeviceCheck(
         name,
         not other and difference <= tolerance.logprob,
-        f"{same} of {len(found)} choices are the same, {other} differ clearly; log-probabilities differ by {difference:.1e} "
+        f"{same} of {len(actual)} choices are the same, {other} differ clearly; log-probabilities differ by {difference:.1e} "
         f"nats (allowed {tolerance.logprob:g})",
     )
 
@@ -262,8 +262,10 @@ def _compare_choices(name: str, found: list[list[float]], expected: list[list[fl
 def _screened(lm: LanguageModel, batch_size: int) -> dict[str, float]:
     """Return the change of loss that the screen expects of each candidate of ``GRID``."""
     rows = encode(lm, EXAMPLES, "answer")
-    found = screen(lm, EXAMPLES, rows, "answer", expand(GRID, lm.matrices), cache=DecompositionCache(), batch_size=batch_size)
-    return _expected(found.predictions)
+    screening = screen(
+        lm, EXAMPLES, rows, "answer", expand(GRID, lm.matrices), cache=DecompositionCache(), batch_size=batch_size
+    )
+    return _expected(screening.predictions)
 
 
 def _expected(predictions: Mapping[str, Prediction]) -> dict[str, float]:
@@ -313,8 +315,8 @@ def _gradient(lm: LanguageModel, batch_size: int) -> Tensor:
     for batch in batches(lm, rows, batch_size):
         with torch.enable_grad():
             loss = -forward_logits(lm, batch, scored_only=False).logprobs.sum()
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for one, gradient in zip(total, found, strict=True):
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for one, gradient in zip(total, gradients, strict=True):
             if gradient is not None:
                 one += gradient
     return torch.cat([one.flatten() for one in total])

@@ -37,7 +37,7 @@ from laserlm.tasks import Scorer, Task
 
 log = logging.getLogger(__name__)
 METHOD = 8
-"""Goes up when a change moves scores or the way a choice is made, so that no run mixes old with new ones."""
+"""Goes up when a change moves scores or the way of choosing, so that no run mixes old with new ones."""
 VALIDATION, TEST, FINALISTS = "validation", "test", "finalists"
 """Names of the splits of a search. The finalists are the validation split again, scored as the test split is."""
 CHOOSING, MEASURING = "guard {} choosing", "guard {} measuring"
@@ -67,7 +67,7 @@ def search(
 
     The unchanged model is always among those to choose from. The choice goes by accuracy, ties by lower loss (or by loss,
     ties by accuracy); of equals the earlier stays. If the scorer grades generated text, candidates are ranked by the loss of
-    the right answers. The model then generates under the best few and unchanged, and the choice is made among them. A
+    the right answers. The model then generates under the best few and unchanged, and the choice is among them. A
     candidate that cannot be scored is recorded with its reason and passed over.
 
     With a store, every score is saved at once. The same call continues an interrupted search, and returns the result of a
@@ -172,7 +172,7 @@ def _ledgers(
     config: SearchConfig,
     start: float,
 ) -> dict[str, ScoreLedger]:
-    """Return the scores on each split. Only those that a choice is made on have a deadline."""
+    """Return the scores on each split. Only the splits for choosing have a deadline."""
     deadline = math.inf if config.budget is None else start + 60 * config.budget
     timed = {VALIDATION, *(CHOOSING.format(i) for i in range(len(splits)))}
     return {
@@ -305,7 +305,7 @@ def _result(session: SearchSession, run: Run, executor: Executor, settings: dict
 
 
 def _candidate_count(session: SearchSession) -> int:
-    """Return the number of things that the choice is made among: candidates, or single components."""
+    """Return the number of things to choose from: candidates, or single components."""
     if session.config.is_of_components:
         return sum(m.max_rank for m in separate_matrices(session.candidates))
     return len(session.candidates)

@@ -183,7 +183,7 @@ def _best_first(ledger: ScoreLedger, interventions: Sequence[Intervention], metr
 def _promising(ledger: ScoreLedger, ranked: Sequence[Intervention], metric: Metric, n: int) -> list[Intervention]:
     """Return the order in which they stay: the best by the metric first; for accuracy, in turns with the best by loss.
 
-    Few examples tell losses apart far better than hit rates, whose leaders on 32 examples are often lucky ones.
+    On few examples, losses separate candidates far better than hit rates, whose leaders on 32 examples are often lucky ones.
     """
     if metric == "loss":
         return list(ranked)

@@ -192,7 +192,7 @@ class SearchResult:
         scored: number of interventions that were scored on some validation examples at least, the unchanged model not
             counted; a composition's trials are sets of candidates.
         failed: canonical text and reason of candidates that could not be scored.
-        validation: base against best on the validation examples that both were scored on; the choice was made on them, so
+        validation: base against best on the validation examples that both were scored on; the search chose on them, so
             it is biased upwards.
         test: base against best on examples that had no part in the choice.
         seconds: wall time of this call.

@@ -1,6 +1,6 @@
 """Which process does which items of work, when: decided here, carried out by an executor.
 
-Nothing here knows of processes, networks or clocks: who asks is told what to do, and says what came of it.
+Nothing here knows of processes, networks or clocks: who asks gets the next work, and reports its result.
 """
 
 from __future__ import annotations

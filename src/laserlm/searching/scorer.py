@@ -41,7 +41,7 @@ class EncodedSplit:
 
     Args:
         split: the examples, in the order in which they are scored.
-        sequences: what ``encode`` made of them.
+        sequences: what ``encode`` returns for them.
         scorer: how an example is scored.
     """
 

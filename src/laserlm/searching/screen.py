@@ -104,12 +104,12 @@ def screen(
     Examples whose gradient along a matrix is not finite are done again with a smaller factor of the loss, and without
     padding. Those that stay so are left out of that matrix. A matrix without any example has no prediction. Nor has one
     that cannot be decomposed: scoring tells the reason. Randomised decompositions are predicted by the exact ones, blocks
-    of rows by the matrix whole.
+    of rows by the full matrix.
 
     Args:
         lm: the unchanged model.
         examples: those to take the gradient over.
-        rows: what ``encode`` made of them.
+        rows: what ``encode`` returns for them.
         scorer: as they were encoded for.
         candidates: single matrices at single ranks.
         cache: decompositions to use.
@@ -192,7 +192,7 @@ def _take(
 
 def _screening(gradients: ComponentGradients, by_matrix: dict[str, list[Candidate]], changes: dict[str, _Changes]) -> Screening:
     """Return the predictions of all candidates with some known change, and the reason for each of the others."""
-    found = Screening()
+    screening = Screening()
     for name, candidates in by_matrix.items():
         known = changes[name].values[changes[name].is_known]  # (examples that are known, candidates)
         deviations = known.std(0).tolist() if len(known) > 1 else [None] * len(candidates)
@@ -203,10 +203,10 @@ def _screening(gradients: ComponentGradients, by_matrix: dict[str, list[Candidat
         for candidate, mean, deviation in zip(candidates, known.mean(0).tolist(), deviations, strict=True):
             text = str(candidate.intervention)
             if len(known):
-                found.predictions[text] = Prediction(mean, deviation, len(known))
+                screening.predictions[text] = Prediction(mean, deviation, len(known))
             else:
-                found.unranked[text] = reason
-    return found
+                screening.unranked[text] = reason
+    return screening
 
 
 def gradient_scales(lm: LanguageModel) -> Sequence[float]:

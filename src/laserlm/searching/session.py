@@ -42,7 +42,7 @@ class GuardScores:
         return self._harm(self.choosing, intervention)
 
     def measured_harm(self, intervention: Intervention) -> Harm:
-        """Return the harm on the part that no choice is made on."""
+        """Return the harm on the part that a search does not look at when it chooses."""
         return self._harm(self.measuring, intervention)
 
     def _harm(self, ledger: ScoreLedger, intervention: Intervention) -> Harm:

@@ -68,7 +68,7 @@ def simulate(
     failures: float = 0.0,
     seed: int = 0,
 ) -> Simulation:
-    """Let the schedule hand out the items of one stage after the other, and tell how long it takes.
+    """Let the schedule hand out the items of one stage after the other, and return how long it takes.
 
     A worker that comes to an affinity runs the blocks below its first item once. A matrix is decomposed by the first worker
     that needs it, for all. Answers reach the driver one after the other.
@@ -185,10 +185,10 @@ class _Simulator:
 
 def _seconds(item: WorkItem, walked: dict[Hashable, float], pace: CostModel) -> float:
     """Return how long a worker takes for the passes of a item, and note how far up it is then."""
-    found = item.cost * pace.work
+    seconds = item.cost * pace.work
     if isinstance(item, ScoreTask):
         examples, below = item.stop - item.start, 1 - item.share
         at = walked.get(item.affinity, 0.0)
-        found += examples * pace.example + max(0.0, below - at) * examples * pace.work
+        seconds += examples * pace.example + max(0.0, below - at) * examples * pace.work
         walked[item.affinity] = max(at, below)
-    return found
+    return seconds

@@ -111,7 +111,7 @@ def screen_size(examples: int, config: SearchConfig) -> int:
 
 
 def screen_candidates(session: SearchSession) -> tuple[Screening, float]:
-    """Return what the screen found, and its seconds; an earlier process may have made it.
+    """Return what the screen found, and its seconds; an earlier process may have run it.
 
     Raises:
         ScoringError: if workers ended at it, or if it could rank no candidate.
@@ -125,7 +125,7 @@ def screen_candidates(session: SearchSession) -> tuple[Screening, float]:
     session.begin("screen", [], 0, later=expected_cost(session))
     session.report_progress(BASE)
     start = time.perf_counter()
-    screening = _made_screening(session)
+    screening = _run_screening(session)
     session.count(SCREEN_PASSES * screen_size(len(session.on_validation.split), session.config))
     if not screening.predictions:
         if OUT_OF_TIME in screening.unranked.values():
@@ -143,7 +143,7 @@ def screen_candidates(session: SearchSession) -> tuple[Screening, float]:
     return screening, seconds
 
 
-def _made_screening(session: SearchSession) -> Screening:
+def _run_screening(session: SearchSession) -> Screening:
     ledger = session.on_validation
     n = screen_size(len(ledger.split), session.config)
     tasks = screen_tasks(
@@ -158,7 +158,7 @@ def _made_screening(session: SearchSession) -> Screening:
     screening = Screening()
     for _, result in ledger.executor.run(tasks, deadline=ledger.deadline, is_cancelled=lambda _: False):
         if isinstance(result, Failure):
-            raise ScoringError(f"the screen could not be made: {result.reason}")
+            raise ScoringError(f"the screen could not be run: {result.reason}")
         screening |= result
     return screening
 

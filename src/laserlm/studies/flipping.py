@@ -145,7 +145,7 @@ def flips(base: Evaluation, edited: Evaluation, examples: Sequence[Example]) -> 
         )
         for b, e in zip(base.scores, edited.scores, strict=True)
     )
-    base_texts, edited_texts = _answers_given(rows)
+    base_texts, edited_texts = _answers(rows)
     labels = _labels(rows, Counter(base_texts), Counter(edited_texts))
     known = {label.label for label in labels if label.answers}
     known |= {text.lower() for row in rows for text in (*by_id[row.id].choices, *by_id[row.id].aliases)}
@@ -205,7 +205,7 @@ def likeliest(
     return list(zip(*sides, strict=True))
 
 
-def _answers_given(rows: Sequence[Flip]) -> tuple[list[str], list[str]]:
+def _answers(rows: Sequence[Flip]) -> tuple[list[str], list[str]]:
     """Return what each model gives for each example, in lower case; a right text counts as the answer, however long it is."""
     base = [row.answer if row.change in ("right", "broken") else row.base for row in rows]
     edited = [row.answer if row.change in ("right", "corrected") else row.edited for row in rows]

@@ -240,7 +240,7 @@ def _differing(ranks: Any, facts: Any) -> int:
 def _estimates(
     statistics: Sequence[Callable[[Any], float]], has_enough: Sequence[bool], facts: Any, seed: int
 ) -> list[Estimate]:
-    """Return statistics of weighted examples, each with its 95 % interval over resampled facts where they tell one."""
+    """Return statistics of weighted examples, each with its 95 % interval over resampled facts where they give one."""
     n = int(facts.max()) + 1
     again = []
     for (drawn,) in bootstrap(n, RESAMPLES if any(has_enough) else 0, seed):

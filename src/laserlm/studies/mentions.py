@@ -176,8 +176,8 @@ def count_mentions(
     source = open_corpus(corpus)
     identity = {"kind": "mentions", "corpus": source.identity, "patterns": digest(asdict(patterns)), "method": METHOD}
     settings = {"model": "corpus", "task": corpus, "pairs": len(patterns.pairs), **identity}
-    made_by = provenance(device="cpu", dtype="none")
-    with store.run(kind="mentions", key=digest(identity), settings=settings, provenance=made_by) as run:
+    origin = provenance(device="cpu", dtype="none")
+    with store.run(kind="mentions", key=digest(identity), settings=settings, provenance=origin) as run:
         if run.outcome is None:
             tally = Tally(**run.notes["so far"]) if "so far" in run.notes else _empty_tally(patterns)
             begun, noted = tally.documents, time.monotonic()

@@ -157,7 +157,7 @@ def compare_with_published(
 
 
 def _accuracy(e: Evaluation) -> float:
-    """Return the accuracy with the answer looked for in the prompt too, where what is written is judged."""
+    """Return the accuracy with the answer looked for in the prompt too, where generated text is graded."""
     return e.figures.get("accuracy_reference", e.accuracy)
 
 

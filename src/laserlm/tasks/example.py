@@ -187,12 +187,12 @@ class Task:
     """A named task with its two splits.
 
     Args:
-        name: the name given to ``laserlm.task``.
+        name: the name that ``laserlm.task`` takes.
         validation: a search chooses by these examples.
         test: the chosen intervention is measured on these examples, once.
         every: all examples in file order.
         source: where the examples come from, with the licence.
-        split_by: how the splits were made.
+        split_by: how the splits were drawn.
         notes: how the data was read, one sentence each.
     """
 

@@ -92,7 +92,7 @@ def _harness_errors(name: str) -> Iterator[None]:
 
 
 def _example(task: Any, instances: Sequence[Any]) -> Example:
-    """Return the example of one document, given its requests."""
+    """Return the example of one document and its requests."""
     first = instances[0]
     target = task.doc_to_target(first.doc)
     if task.OUTPUT_TYPE == "generate_until":

@@ -54,7 +54,7 @@ def user_records(path: str, *, split: str | None, config: str | None, revision: 
     """Read one split of a user's data set: the named one, or the first of test, validation and train that there is.
 
     Returns:
-        The split's name, and its rows. Class labels are given by name.
+        The split's name, and its rows. Class labels are names.
 
     Raises:
         TaskError: if it cannot be downloaded or read.

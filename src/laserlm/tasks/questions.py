@@ -158,7 +158,7 @@ def examples(file: Path) -> list[Example]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Makes examples of rows: ``columns`` says where each field stands, ``choice_columns`` hold one choice each."""
+    """Makes examples of rows: ``columns`` says where each field is, ``choice_columns`` hold one choice each."""
 
     file: str
     columns: Mapping[str, str]
@@ -291,16 +291,16 @@ class _Reader:
 
     @property
     def file_is_table(self) -> bool:
-        """Whether numbers may stand for texts, as in a table."""
+        """Whether numbers are taken as texts, as in a table."""
         return kind_of(self.file) in (".csv", ".tsv", ".parquet")
 
-    def _asked(self, found: list[Example]) -> list[Example]:
+    def _asked(self, examples: list[Example]) -> list[Example]:
         """Return the examples, with a conversation for each if they are questions, not texts to be continued."""
-        if any(e.messages for e in found):
-            return [e if e.messages else _ask(e) for e in found]
-        ends = sum(e.prompt.rstrip()[-1] in ".?!。？！؟…" for e in found)
-        is_question = self.columns.get("prompt", "prompt") != "prompt" or 2 * ends > len(found)
-        return [_ask(e) for e in found] if is_question else found
+        if any(e.messages for e in examples):
+            return [e if e.messages else _ask(e) for e in examples]
+        ends = sum(e.prompt.rstrip()[-1] in ".?!。？！؟…" for e in examples)
+        is_question = self.columns.get("prompt", "prompt") != "prompt" or 2 * ends > len(examples)
+        return [_ask(e) for e in examples] if is_question else examples
 
 
 def _ask(e: Example) -> Example:

@@ -18,7 +18,7 @@ def read_rows(records: Sequence[Record], file: str, read: Callable[[Any, str], E
     Raises:
         TaskError: if rows cannot be used; the message counts them and shows the first.
     """
-    found: list[Example] = []
+    examples: list[Example] = []
     origin_of_id: dict[str, str] = {}
     problems: list[str] = []
     for origin, row in records:
@@ -30,14 +30,14 @@ def read_rows(records: Sequence[Record], file: str, read: Callable[[Any, str], E
             problems.append(str(error))
             continue
         origin_of_id[example.id] = place_in_file(origin)
-        found.append(example)
+        examples.append(example)
     if len(problems) == 1:
         raise TaskError(problems[0])
     if problems:
         shown = "\n  ".join(problems[:ERRORS_SHOWN])
         more = f"\n  and {len(problems) - ERRORS_SHOWN} more" if len(problems) > ERRORS_SHOWN else ""
         raise TaskError(f"{len(problems)} of {len(records)} rows of {file} cannot be used:\n  {shown}{more}")
-    return found
+    return examples
 
 
 def place_in_file(origin: str) -> str:

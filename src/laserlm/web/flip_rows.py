@@ -63,13 +63,13 @@ def marked(base: str, edited: str, answer: str) -> tuple[Pieces, Pieces]:
 
 def _with_answer(text: str, pieces: Pieces, answer: str) -> Pieces:
     """Return the pieces of a text with the first occurrence of the answer as a piece of its own."""
-    found = re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text, re.IGNORECASE) if answer.strip() else None
-    if found is None:
+    match = re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text, re.IGNORECASE) if answer.strip() else None
+    if match is None:
         return [piece for piece in pieces if piece[0]]
     cut, position = Pieces(), 0
     for piece, kind in pieces:
         end = position + len(piece)
-        first, last = (min(max(x, position), end) - position for x in found.span())
+        first, last = (min(max(x, position), end) - position for x in match.span())
         cut += [(piece[:first], kind), (piece[first:last], "answer"), (piece[last:], kind)]
         position = end
     return [piece for piece in cut if piece[0]]

@@ -173,21 +173,21 @@ def rows(store: Store | None = None, submissions: Path | None = None) -> list[Le
         ReportError: if a submission is invalid, or the folder does not exist.
     """
     verified = verified_claims(store)
-    found: dict[tuple[object, ...], LeaderboardEntry] = {}
+    entries: dict[tuple[object, ...], LeaderboardEntry] = {}
     for info in store.runs() if store is not None else ():
         if is_finished(info):
             document = describe_run(info)
             entry = _entry(document, origin="own run", credit=f"run {info.id}", run=_checked_id(info.id))
-            found.setdefault(entry.identity, replace(entry, verified=claim(document) in verified))  # the newest comes first
+            entries.setdefault(entry.identity, replace(entry, verified=claim(document) in verified))  # the newest comes first
     for file in _files(submissions):
         document = load_submission(file)
         entry = replace(_submitted_entry(document), verified=claim(document) in verified)
-        same = found.get(entry.identity)
+        same = entries.get(entry.identity)
         if same is not None:  # several people may hand in one result; each is named
             credits = dict.fromkeys((*same.credit.split("; "), entry.credit))
             entry = replace(same, credit="; ".join(credits), report=same.report or entry.report)
-        found[entry.identity] = entry
-    return [*(_published_entry(p) for p in published()), *found.values()]
+        entries[entry.identity] = entry
+    return [*(_published_entry(p) for p in published()), *entries.values()]
 
 
 def build(

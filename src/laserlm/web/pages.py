@@ -14,7 +14,7 @@ from laserlm.reductions import short_form
 
 
 def page(template: str, **values: Any) -> str:
-    """Return a page made of ``templates/NAME.html``; every value is escaped unless it is ``Markup``."""
+    """Return a page from ``templates/NAME.html``; every value is escaped unless it is ``Markup``."""
     return _environment().get_template(f"{template}.html").render(**values)
 
 

@@ -138,7 +138,7 @@ def answer(lm: LanguageModel, prompt: str, intervention: str, tokens: int) -> Va
     Args:
         lm: the unchanged model.
         prompt: some text; for a masked model, with its mask token, or else the mask is appended.
-        intervention: text of a reduction, or of several joined by ``+``.
+        intervention: text of a reduction, or of several with ``+`` between them.
         tokens: maximum number of new tokens; for a masked model, the number of masks.
 
     Raises:

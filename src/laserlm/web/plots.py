@@ -24,7 +24,7 @@ ROW = 17
 MAX_TICKS = 8
 """Labels of blocks below the cells; more of them overlap on a telephone."""
 COLOURS = ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"]
-"""From a fall of the loss to a rise: ColorBrewer's RdBu, which colour-blind readers can tell apart."""
+"""From a fall of the loss to a rise: ColorBrewer's RdBu, which colour-blind readers can distinguish."""
 FRAME = {"showgrid": False, "showline": True, "mirror": True, "linecolor": "#8c959f"}
 MARGIN = {"t": 50, "r": 20, "b": 50, "l": 60}
 POINT_COLOURS = {"chosen": "#d55e00", "not dominated": "#0072b2", "dominated": "#8c959f"}

@@ -42,7 +42,7 @@ def verify(document: dict[str, Any], store: Store, lm: LanguageModel, split: Spl
     task = document["task"]
     _check_same("test examples", task.get("test"), split.hash, "give its --task, --data and other task options")
     if task.get("validation") in (None, task["test"]):
-        raise ReportError("the test split had a part in the choice, or it is not said; such a result cannot be verified")
+        raise ReportError("the test split had a part in the choice, or the file does not say; such a result cannot be verified")
     seed = int(document.get("search", {}).get("seed", 0))
     evaluations = []
     for intervention in ("", document["intervention"]):
@@ -53,8 +53,8 @@ def verify(document: dict[str, Any], store: Store, lm: LanguageModel, split: Spl
         raise ReportError(f"the figures do not hold: {'; '.join(differences)}. The row stays reported")
     name = claim(document)
     settings = {"model": lm.name, "model_hash": lm.hash, "task": split.task, "scorer": task["scorer"], "claim": name}
-    made_by = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
-    with store.run(kind=KIND, key=name, settings=settings, provenance=made_by) as run:
+    origin = provenance(device=str(lm.device), dtype=str(lm.dtype), seed=seed)
+    with store.run(kind=KIND, key=name, settings=settings, provenance=origin) as run:
         if run.outcome is None:
             run.finish({"best": document["intervention"], "test": again.as_dict()})
     return again

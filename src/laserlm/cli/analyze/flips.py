@@ -104,6 +104,6 @@ def _frequent(result: Flips) -> list[dict[str, Any]]:
     """Return the most frequent answers, and the most frequent texts that are no answer."""
     answers = [x for x in result.labels if x.answers]
     return [
-        {"answer": x.label, "is right": x.answers, "given before": x.base, "given after": x.edited}
+        {"answer": x.label, "is right": x.answers, "answered before": x.base, "answered after": x.edited}
         for x in [*answers[:8], *(x for x in result.labels if not x.answers)]
     ]

@@ -276,7 +276,7 @@ class StudyOptions(LoadOptions, TaskOptions):
             if scorer == "rollout":
                 raise AnalysisError(f"{base.task} is played, which is not begun again from a search; see 'laser lab --help'")
             if scorer in ("lm_eval", "lm_eval_text"):
-                raise AnalysisError(f"{base.task} is judged by its own library; give the model, --task and --reduce")
+                raise AnalysisError(f"{base.task} is graded by its own library; give the model, --task and --reduce")
             how = dict(info.settings.get("decoding", {}))
             how |= {"stops": tuple(how.get("stops", ())), "run_programs": self.allow_code_execution}
             return Split(base.task, base.split, examples, scorer, Decoding(**how))

@@ -24,7 +24,7 @@ def records(file: Path) -> list[Record]:
     document = json_document(file) if file.name.endswith((".json", ".json.gz")) else None
     if not isinstance(document, dict):
         return read_records(file)
-    # These defaults are those of BIG-bench's definition of the format.
+    # These are the defaults of BIG-bench's definition of the format.
     before = document.get("task_prefix", "") + document.get("example_input_prefix", "\nQ: ")
     after = document.get("example_output_prefix", "\nA: ")
     rows: list[Record] = []

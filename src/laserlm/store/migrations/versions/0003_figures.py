@@ -1,4 +1,4 @@
-"""Add what scorers measure besides right or wrong, and what examples hold besides prompt and answer."""
+"""Add what scorers measure in addition to right or wrong, and what examples hold in addition to prompt and answer."""
 
 import sqlalchemy as sa
 from alembic import op
