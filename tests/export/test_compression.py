@@ -251,7 +251,8 @@ def test_what_was_interrupted_goes_on_where_it_was(stage: str, llama: LanguageMo
     rows = read_calibration_text(llama, file, tokens=500).calibration
     stages: list[str] = []
     result = fit_ranks(llama, rows, folder=folder, on_step=lambda at, *_: stages.append(at))
-    assert stages == ["gradients"] * 21 + ["decompositions"] * 21 if stage == "gradients" else ["decompositions"] * 3
+    decompositions = 21 if stage == "gradients" else 3  # 18 of 21 are there
+    assert stages == ["gradients"] * (decompositions == 21) * 21 + ["decompositions"] * decompositions
     expected = fit_ranks(llama, rows)
     assert result.ranks(0.7) == expected.ranks(0.7)
     for name, decomposition in expected.decompositions.items():
