@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 from gguf_files import write_gguf
 
-from laserlm.cli import app
 from laserlm.models import LanguageModel, load
 from laserlm.scoring.evaluate import evaluate, evaluate_rows
 from laserlm.tasks import task
@@ -391,22 +390,6 @@ def test_an_interruption_leaves_130_and_says_how_to_go_on(
     assert calls[:6] == ["", "", "1.fc_in@0.5", "1.fc_up@0.5", "1.fc_out@0.5", "1.fc_out@0.5"]
     assert len(calls) in (7, 9)
     assert "without --restart" in err
-
-
-def commands() -> dict[str, Any]:
-    by_name = {("", c.name or c.callback.__name__.replace("_", "-")): c.callback for c in app.registered_commands if c.callback}
-    for group in app.registered_groups:
-        assert group.typer_instance is not None
-        for c in group.typer_instance.registered_commands:
-            assert c.callback is not None
-            by_name[str(group.name), c.name or c.callback.__name__.replace("_", "-")] = c.callback
-    return {" ".join(filter(None, names)): callback for names, callback in by_name.items()}
-
-
-@pytest.mark.parametrize("name", list(commands()))
-def test_every_command_is_documented_with_an_example_of_itself(name: str) -> None:
-    text = commands()[name].__doc__
-    assert f"Example: laser {name}" in text
 
 
 def test_setup_says_where_the_bundled_model_is(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ RESET, QUIT = "/reset", "/quit"
 def chat(
     model_options: ModelOptions,
     reduce: Annotated[list[str] | None, typer.Option(help="Reduction such as 27.fc_in@0.01; may be repeated.")] = None,
-    run: Annotated[str | None, typer.Option(help="Search whose result replies: id, start of an id, or 'last'.")] = None,
+    run: Annotated[str | None, typer.Option(help="Search whose result replies: id, its start, or 'last'.")] = None,
     system: Annotated[str | None, typer.Option(help="System text of the conversation.", show_default="the template's")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of a reply.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature.", show_default="greedy")] = None,

@@ -63,7 +63,7 @@ class LoadOptions:
     kind: Annotated[
         str | None,
         typer.Option(
-            help="Head to load: causal, masked, encoder-decoder, classifier, reward, embedding or headless.",
+            help="Head: causal, masked, encoder-decoder, classifier, reward, embedding or headless.",
             show_default="the checkpoint's",
             rich_help_panel=MODEL_PANEL,
         ),
@@ -208,7 +208,7 @@ class DataOptions:
         typer.Option(help="Commit, tag or branch of hub:ORG/NAME.", show_default="main", rich_help_panel=TASK_PANEL),
     ] = None
     max_rows: Annotated[
-        int, typer.Option(help="Most rows of a file of questions; of more, a sample.", min=1, rich_help_panel=TASK_PANEL)
+        int, typer.Option(help="Most rows of a file of questions; more are sampled.", min=1, rich_help_panel=TASK_PANEL)
     ] = 20_000
     chat: Annotated[
         bool | None,
@@ -309,7 +309,7 @@ class TaskOptions(DataOptions):
     task: Annotated[
         str,
         typer.Option(
-            help="Task of 'laser tasks', a file of questions, hub:ORG/NAME, perplexity:FILE or lm-eval:NAME.",
+            help="Name ('laser tasks'), file, hub:ORG/NAME, perplexity:FILE or lm-eval:NAME.",
             autocompletion=task_names,
         ),
     ] = "worldfacts"

@@ -20,10 +20,7 @@ MAX_DENSE_LINES = 8
 
 FormOption = Annotated[
     str,
-    typer.Option(
-        help="Form: dense (loads without laserlm), factored (smaller; import laserlm to load it), and of laser save adapter "
-        "(only the change, as a LoRA for peft) or gguf (for llama.cpp and Ollama)."
-    ),
+    typer.Option(help="Form: dense, factored (smaller), adapter (LoRA) or gguf (llama.cpp)."),
 ]
 
 
@@ -73,14 +70,12 @@ def save(
     model_options: ModelOptions,
     folder: FolderOptions,
     reduce: Annotated[list[str] | None, typer.Option(help="Reduction such as 27.fc_in@0.01; may be repeated.")] = None,
-    run: Annotated[
-        str | None, typer.Option(help="Search whose result is saved with its gain: id, start of an id, or 'last'.")
-    ] = None,
+    run: Annotated[str | None, typer.Option(help="Search to save: id, start of an id, or 'last'.")] = None,
     point: Annotated[
         int | None, typer.Option(min=1, help="With --run: number in its Pareto list.", show_default="the chosen one")
     ] = None,
     form: FormOption = "dense",
-    outtype: Annotated[str, typer.Option(help="With --form gguf: type of the weights: f32, f16, bf16 or q8_0.")] = "f16",
+    outtype: Annotated[str, typer.Option(help="Weights of --form gguf: f32, f16, bf16 or q8_0.")] = "f16",
     seed: Annotated[
         int | None, typer.Option(help="Seed of ':reference' decompositions.", show_default="the search's, else 0")
     ] = None,

@@ -59,9 +59,7 @@ class SearchOptions:
     ] = None
     mode: Annotated[
         str,
-        typer.Option(
-            help="Order of compose: joint (by the screen) or greedy (last block first).", rich_help_panel=SEARCH_PANEL
-        ),
+        typer.Option(help="Order of compose: joint (screen) or greedy (last block first).", rich_help_panel=SEARCH_PANEL),
     ] = "joint"
     candidates: Annotated[
         int | None,

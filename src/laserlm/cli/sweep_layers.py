@@ -15,9 +15,7 @@ def sweep_layers(
     model_options: ModelOptions,
     task_options: TaskOptions,
     table: TableOptions,
-    ratios: Annotated[
-        str, typer.Option(help="Kept fractions of the singular values, separated by commas or spaces.")
-    ] = "0.1,0.25,0.5",
+    ratios: Annotated[str, typer.Option(help="Kept fractions of the singular values, by commas or spaces.")] = "0.1,0.25,0.5",
     more: Annotated[list[str] | None, typer.Argument(help="More ratios.", hidden=True)] = None,
     from_top: Annotated[int, typer.Option(min=1, help="Number of last blocks to reduce at most.")] = 4,
     stack: Annotated[str, typer.Option(help="Stack, encoder or decoder, if the model has both.")] = "",

@@ -23,12 +23,12 @@ def components(
     output: Output,
     fractions: Annotated[
         str | None,
-        typer.Option(help="Fractions kept of the smallest singular values, by commas; default: fifteen from 0 to 1."),
+        typer.Option(help="Fractions of the smallest singular values, by commas; default: fifteen from 0 to 1."),
     ] = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="Text whose most frequent words count as generic; default: English stop words.")
+        Path | None, typer.Option(help="Text whose frequent words count as generic; default: English stop words.")
     ] = None,
-    chunk: Annotated[int, typer.Option(min=0, help="Singular values of a run of the chunk map; 0 leaves it out.")] = 32,
+    chunk: Annotated[int, typer.Option(min=0, help="Singular values per run of the chunk map; 0: none.")] = 32,
 ) -> None:
     """Show what the smallest singular values answer alone, which runs are signal or noise, and what is read and written.
 

@@ -24,10 +24,7 @@ def frequency(
     output: Output,
     corpus: Annotated[
         str | None,
-        typer.Option(
-            help="Count documents that mention subject and answer: a folder, a .jsonl or .txt file, or "
-            "hub:NAME[:CONFIG[:SPLIT]]; default: the task's popularity."
-        ),
+        typer.Option(help="Corpus: folder, .jsonl or .txt file, or hub:NAME[:CONFIG[:SPLIT]]; default: the task's popularity."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that read the corpus.")] = 1,
     bins: Annotated[int, typer.Option(min=1, help="Bins of examples by how often their facts occur.")] = 5,

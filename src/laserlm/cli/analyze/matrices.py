@@ -20,9 +20,7 @@ def matrices(
     output: Output,
     model: Annotated[str, typer.Argument(help="Hub id, local folder with safetensors, or 'bundled'.")],
     types: Annotated[list[str] | None, typer.Option("--type", help="Only this type or name; may be repeated.")] = None,
-    thresholds: Annotated[
-        str, typer.Option(help="Magnitudes below which an entry counts as zero in the shared-subspace share, by commas.")
-    ] = "0.03,0.06,0.12",
+    thresholds: Annotated[str, typer.Option(help="Magnitudes of entries that count as zero, by commas.")] = "0.03,0.06,0.12",
     side: Annotated[str, typer.Option(help="Singular vectors that layers share: right (inputs) or left (outputs).")] = "right",
     run: Annotated[str | None, typer.Option(help="Correlate every metric with the gains that this search measured.")] = None,
     metric: Annotated[str, typer.Option(help="Metric of the figure.")] = "effective_rank",

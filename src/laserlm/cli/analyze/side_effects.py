@@ -23,7 +23,7 @@ def side_effects(
     output: Output,
     also: Annotated[
         list[str] | None,
-        typer.Option("--with", help="Another search's run of the same model, scored by the same scorer; may be repeated."),
+        typer.Option("--with", help="Another search's run, same model and scorer; may be repeated."),
     ] = None,
     on: Annotated[list[str] | None, typer.Option(help="Another task to score on; may be repeated.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Test examples of each of these other tasks.")] = 200,

@@ -32,9 +32,7 @@ Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 class Output(TableOptions):
     """How a study shows its result: tables, JSON or CSV, and a figure."""
 
-    figure: Annotated[
-        Path | None, typer.Option(help="Also draw it: .html (self-contained), .png, .svg or .pdf (with a browser).")
-    ] = None
+    figure: Annotated[Path | None, typer.Option(help="Also draw it: .html, or .png, .svg, .pdf (with browser).")] = None
 
     def check(self) -> None:
         """Raise an error if the result cannot be shown this way, before it is computed."""
@@ -174,13 +172,11 @@ class ModelPair:
 class StudyOptions(LoadOptions, TaskOptions):
     """A search's run, or a model with a task and a reduction."""
 
-    run_or_model: Annotated[str, typer.Argument(help="A search's run (an id, the start of one, or 'last'), or a model.")]
-    reduce: Annotated[
-        list[str] | None, typer.Option(help="A reduction such as 27.fc_in@0.01, if a model is named; may be repeated.")
-    ] = None
-    split_name: Annotated[
-        str, typer.Option("--split", help="validation, test or all; of a run always the test split, which was not chosen on.")
-    ] = "test"
+    run_or_model: Annotated[str, typer.Argument(help="Run of a search (id or 'last'), or a model.")]
+    reduce: Annotated[list[str] | None, typer.Option(help="With a model: a reduction, as 27.fc_in@0.01; may be repeated.")] = (
+        None
+    )
+    split_name: Annotated[str, typer.Option("--split", help="validation, test or all; of a run always test.")] = "test"
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the split.")] = None
     store: Store = STORE_DEFAULT
 
