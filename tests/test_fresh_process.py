@@ -127,7 +127,7 @@ def test_neither_torch_nor_transformers_is_imported(after: str, command: dict[st
     assert command["heavy"][after] == []
 
 
-def test_the_shell_is_told_what_there_is(command: dict[str, Any]) -> None:
+def test_the_shell_learns_what_there_is(command: dict[str, Any]) -> None:
     assert set(command["proposed"]) == {"web-of-lies", "wikidata-qa", "worldfacts"}
 
 

@@ -261,7 +261,7 @@ EXTREMES = {
 @pytest.mark.parametrize(
     "name", [name for name in PARSERS if name not in ("reductions", "layers and sizes", "grids", "configs")]
 )
-def test_extreme_files_are_told(name: str, content: bytes, tmp_path: Path) -> None:
+def test_extreme_files_are_reported(name: str, content: bytes, tmp_path: Path) -> None:
     with pytest.raises(LaserError):
         PARSERS[name][1](tmp_path, content)
 

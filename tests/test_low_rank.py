@@ -145,7 +145,7 @@ def test_it_loads_without_its_head_in_another_dtype_and_spread_over_devices(fold
     assert model.half().dtype == torch.float16  # which transformers forbids for weights that are truly quantised
 
 
-def test_a_head_of_another_kind_of_model_is_told_what_is_missing(folder: Path, make: Make, tmp_path: Path) -> None:
+def test_a_head_of_another_kind_of_model_learns_what_is_missing(folder: Path, make: Make, tmp_path: Path) -> None:
     other = make("gptj").model
     other.config.quantization_config = {"quant_method": "laserlm", "modules": {"model.layers.0.mlp.up_proj": {}}}
     other.save_pretrained(tmp_path / "other")

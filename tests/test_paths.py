@@ -50,7 +50,7 @@ def interrupted_folder(target: Path, error: BaseException) -> None:
 INTERRUPTIONS = pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError("disk full")], ids=repr)
 
 
-def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "er" / "runs.json"
     with atomic_file(target) as part:
         assert part.parent == target.parent
@@ -59,7 +59,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"deep/er/runs.json": "new"}
 
 
-def test_the_old_file_stands_until_the_new_one_replaces_it(tmp_path: Path) -> None:
+def test_the_old_file_stays_until_the_new_one_replaces_it(tmp_path: Path) -> None:
     target = tmp_path / "runs.json"
     target.write_text("old")
     with atomic_file(target) as part:
@@ -93,7 +93,7 @@ def test_two_writers_of_one_file_do_not_meet_in_one_part(tmp_path: Path) -> None
     assert contents(tmp_path) == {"runs.json": "first"}
 
 
-def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
     with atomic_folder(target) as part:
         assert part.parent == target.parent
@@ -161,7 +161,7 @@ def test_what_is_written_has_the_mode_that_an_ordinary_new_one_has(tmp_path: Pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="these variables name the folders on Linux")
-def test_cache_and_results_stand_in_the_users_folders_and_are_not_made_by_asking(
+def test_cache_and_results_are_in_the_users_folders_and_are_not_made_by_asking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -171,7 +171,7 @@ def test_cache_and_results_stand_in_the_users_folders_and_are_not_made_by_asking
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     target = tmp_path / "out"
     for name in ("old", "new"):
         with atomic_folder(target, existing="replace") as part:
@@ -324,7 +324,7 @@ def test_an_error_of_another_file_passes_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", "folder", "folder/"])
-def test_a_folder_in_the_place_of_a_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_folder_in_the_place_of_a_file_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     for act in (lambda: atomic_file(Path(name)).__enter__(), lambda: check_new_file(Path(name), kind="x", is_ours=bool)):

@@ -41,7 +41,7 @@ def test_versions_are_those_of_the_imported_packages() -> None:
     assert {"tokenizers", "safetensors"} <= set(by_package)
 
 
-def test_a_package_that_is_missing_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_is_reported_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACKAGES", ("torch", "no-such-package-of-laserlm"))
     assert versions()["no-such-package-of-laserlm"] == "not installed"
     assert versions()["torch"] == torch.__version__

@@ -364,7 +364,7 @@ def test_a_grid_keeps_its_parts_and_sizes_in_the_order_written() -> None:
     assert str(grid) == "29.mlp@r5,0.5+27-28.attn@0.05:bottom"
 
 
-def test_a_misspelt_grid_name_is_told_the_names_there_are() -> None:
+def test_a_misspelt_grid_name_gets_the_names_there_are() -> None:
     message = spec_error(Grid.parse, "papper")
     assert all(name in message for name in ("'papper'", "paper", "mlp", "fine"))
 

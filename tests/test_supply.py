@@ -64,7 +64,7 @@ def test_what_is_unsafe_is_found(source: str) -> None:
     assert not list(unsafe("torch.load(f, weights_only=True); numpy.load(f); from pickle import PicklingError", "a.py"))
 
 
-def test_weights_are_read_from_safetensors_unless_told_otherwise() -> None:
+def test_weights_are_read_from_safetensors_unless_asked_otherwise() -> None:
     loading = (SOURCE / "models" / "loading.py").read_text(encoding="utf-8")
     assert re.search(r'\{\} if allow_pickle else \{"use_safetensors": True\}', loading)
 

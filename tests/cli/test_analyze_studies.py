@@ -212,7 +212,7 @@ def test_what_cannot_be_done_names_what_was_given(
     assert named in err
 
 
-def test_a_model_without_a_reduction_is_told_what_is_missing(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_reduction_learns_what_is_missing(run: Run, folder: Path, tmp_path: Path) -> None:
     code, _, err = run("analyze", "flips", folder, "--task", "worldfacts", "--store", tmp_path / "runs.db")
     assert code == 1
     assert "--reduce SPEC" in err
@@ -234,7 +234,7 @@ def test_a_search_whose_scorer_judges_what_is_written_can_be_studied(
         assert "NaN" not in out
 
 
-def test_text_beside_a_task_is_scored_as_text_whatever_the_task_s_scorer(
+def test_text_next_to_a_task_is_scored_as_text_whatever_the_task_s_scorer(
     run: Run, study_options: tuple[object, ...], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"

@@ -14,7 +14,7 @@ from laserlm.store import Store
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_what_a_search_will_take_is_told_and_leaves_no_database(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_what_a_search_will_take_is_reported_and_leaves_no_database(run: Run, folder: Path, tmp_path: Path) -> None:
     command = ("search", folder, "--task", "worldfacts", "--limit", 70, "--dry-run", "--store", tmp_path / "runs.db")
     values = json.loads(run(*command, "--executor", "ray", "--workers", 3, "--json")[1])
     assert [row["workers"] for row in values["on_ray"]] == [3]
@@ -28,7 +28,7 @@ def test_what_a_search_will_take_is_told_and_leaves_no_database(run: Run, folder
     assert not (tmp_path / "runs.db").exists()
 
 
-def test_options_that_do_not_fit_are_told(run: Run, folder: Path) -> None:
+def test_options_that_do_not_fit_are_reported(run: Run, folder: Path) -> None:
     for options, expected, message in (
         (("--executor", "dask"), 2, "no executor 'dask'; there are local and ray"),
         (("--workers", 2), 2, "add --executor ray"),

@@ -31,7 +31,7 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_reduction_is_saved_checked_and_made_again(
+def test_a_reduction_is_saved_checked_and_rebuilt(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_here(monkeypatch)
@@ -65,7 +65,7 @@ def test_a_reduction_is_saved_checked_and_made_again(
     assert "does not load" in err
 
 
-def test_matrices_that_stay_whole_are_named(run: Run, make: Make, tmp_path: Path) -> None:
+def test_matrices_that_stay_unreduced_are_named(run: Run, make: Make, tmp_path: Path) -> None:
     lm = make("mixtral")
     lm.model.save_pretrained(tmp_path / "model")
     lm.require_tokenizer().save_pretrained(tmp_path / "model")
@@ -114,7 +114,7 @@ def test_nothing_or_two_things_to_save_is_an_error(run: Run, folder: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_whole_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, tmp_path: Path) -> None:
+def test_a_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--ratio", 0.5, "--measure", 0.8, "--calibration", text, "--out", out, "--json")
     code, printed, err = run("compress", folder, *options)

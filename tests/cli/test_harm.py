@@ -152,7 +152,7 @@ def test_every_point_is_saved_and_its_card_says_whether_it_was_tested(
     assert run("save", folder, "--reduce", "0.fc_in@0.5", "--point", "1", "--out", tmp_path / "none")[0] == 2
 
 
-def test_evaluate_measures_the_harm_beside_the_comparison(run: Run, folder: Path, questions: Path, tmp_path: Path) -> None:
+def test_evaluate_measures_the_harm_next_to_the_comparison(run: Run, folder: Path, questions: Path, tmp_path: Path) -> None:
     command = ("evaluate", folder, "--task", questions, "--reduce", "1.fc_in@0.1", "--compare")
     lm = load(folder, cache=tmp_path / "cache")
     expected = [measure_harm(lm, guard, "1.fc_in@0.1") for guard in guards_of(lm, ["self", str(questions)])]
@@ -166,7 +166,7 @@ def test_evaluate_measures_the_harm_beside_the_comparison(run: Run, folder: Path
     assert "add --reduce" in err
 
 
-def test_harm_that_was_not_measured_is_said_to_be(points: SearchResult) -> None:
+def test_harm_that_was_not_measured_is_reported_as_such(points: SearchResult) -> None:
     assert replace(points, harms=()).harm_sentences() == [
         "Harm: not measured. Name a text or a task that must not get worse with --guard."
     ]

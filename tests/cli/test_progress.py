@@ -59,7 +59,7 @@ def test_without_a_terminal_a_line_comes_every_minute(monkeypatch: pytest.Monkey
     assert "left, best 1.fc_in@0.5; 3/12, " in lines[-1]
 
 
-def test_a_bar_keeps_its_colours_and_messages_stand_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_keeps_its_colours_and_messages_are_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr("sys.stderr", out)
     monkeypatch.setattr(progress, "stderr", Console(stderr=True, force_terminal=True, width=80, highlight=False))

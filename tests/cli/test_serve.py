@@ -40,7 +40,7 @@ def test_the_app_is_served_until_it_is_interrupted(folder: Path, tmp_path: Path)
     assert err.splitlines() == [f"loading {folder}", "Press Ctrl-C to stop."]
 
 
-def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_reported_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         code, out, err = run("app", "no/such/model", "--port", port, "--store", tmp_path / "runs.db")

@@ -68,9 +68,7 @@ def logged(name: str, calls: Calls) -> list[tuple[dict[str, float], int]]:
 
 
 @pytest.mark.parametrize("name", list(tracking.TRACKERS))
-def test_a_tracker_is_told_the_options_the_progress_and_the_result(
-    name: str, run: Run, command: list[Any], calls: Calls
-) -> None:
+def test_a_tracker_gets_the_options_the_progress_and_the_result(name: str, run: Run, command: list[Any], calls: Calls) -> None:
     code, out, err = run(*command, "--track", name)
     assert code == 0, err
     result = json.loads(out)

@@ -276,7 +276,7 @@ def test_a_fused_matrix_and_its_part_exclude_each_other_but_two_parts_do_not(mak
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_broken_weights_are_told_and_what_was_edited_before_comes_back(bad: float, llama: LanguageModel) -> None:
+def test_broken_weights_are_reported_and_what_was_edited_before_comes_back(bad: float, llama: LanguageModel) -> None:
     with torch.no_grad():
         llama.model.model.layers[2].mlp.up_proj.weight[3, 4] = bad
     pointers = {name: p.data_ptr() for name, p in llama.model.named_parameters()}
@@ -341,7 +341,7 @@ def test_an_edit_and_its_complement_add_up_block_by_block(make: Make) -> None:
     torch.testing.assert_close(halves[0] + halves[1], original, atol=1e-5, rtol=1e-4)
 
 
-def test_rows_that_cannot_be_cut_into_equal_blocks_are_told(make: Make) -> None:
+def test_rows_that_cannot_be_cut_into_equal_blocks_are_reported(make: Make) -> None:
     with pytest.raises(MatrixError, match=r"48 rows of 1\.fc_in cannot be cut into 5 equal blocks"):
         resolve(make("llama").matrices, "1.fc_in@0.25:split5")
 

@@ -53,7 +53,7 @@ def test_the_same_bytes_of_another_dtype_have_another_key() -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped bits", "cut short", "no file of this kind", "empty"])
-def test_a_damaged_file_is_said_and_made_again(
+def test_a_damaged_file_is_reported_and_rebuilt(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = DecompositionCache(tmp_path).get(matrix())
@@ -153,7 +153,7 @@ def test_a_weight_that_is_changed_in_place_is_decomposed_again(folder: bool, tmp
         torch.testing.assert_close(full, weight.detach(), atol=1e-5, rtol=0)
 
 
-def test_a_reference_decomposition_is_made_once_for_each_matrix_rank_seed_and_iterations(
+def test_a_reference_decomposition_is_computed_once_for_each_matrix_rank_seed_and_iterations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache, calls = DecompositionCache(), counted(monkeypatch, "reference_decomposition")
@@ -228,7 +228,7 @@ def test_what_killed_processes_left_is_removed_with_the_next_write(tmp_path: Pat
     assert not part.exists()
 
 
-def test_memory_is_given_up_where_it_is_needed() -> None:
+def test_memory_is_freed_where_it_is_needed() -> None:
     caches = [DecompositionCache(), DecompositionCache()]
     free_decompositions()
     held = [cache.get(matrix()) for cache in caches]

@@ -117,7 +117,7 @@ def test_weights_that_the_dtype_cannot_hold_are_not_saved(form: str, llama: Lang
 
 
 @pytest.mark.parametrize("problem", ["missing", "unexpected"])
-def test_a_folder_with_fewer_or_more_tensors_than_its_model_is_told(problem: str, make: Make, tmp_path: Path) -> None:
+def test_a_folder_with_fewer_or_more_tensors_than_its_model_is_reported(problem: str, make: Make, tmp_path: Path) -> None:
     file = save(make("llama"), "1.fc_in@0.5", tmp_path / "out").folder / "model.safetensors"
     tensors = load_file(file)
     weight = tensors.pop("model.layers.1.mlp.up_proj.weight")

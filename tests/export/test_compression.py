@@ -113,7 +113,7 @@ def test_allocation_expects_less_loss_than_uniform_ranks_of_the_same_budget(
 
 
 @pytest.mark.parametrize("form", ["factored", "dense"])
-def test_a_compressed_model_is_saved_told_and_made_again(form: str, llama: LanguageModel, file: Path, tmp_path: Path) -> None:
+def test_a_compressed_model_is_saved_reported_and_rebuilt(form: str, llama: LanguageModel, file: Path, tmp_path: Path) -> None:
     result = compress(llama, tmp_path / "out", ratio=0.6, calibration=file, tokens=1000, form=form)
     assert result.perplexity is not None
     held_out = tmp_path / "held_out.txt"
@@ -145,7 +145,7 @@ def test_plain_and_uniform_needs_no_text(llama: LanguageModel, tmp_path: Path) -
     assert reproduce(result.saved.folder, llama).identical
 
 
-def test_what_cannot_be_compressed_is_told(llama: LanguageModel, make: Make, file: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_compressed_is_reported(llama: LanguageModel, make: Make, file: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="causal"):
         compress(make("bert"), tmp_path / "out", ratio=0.5)
     llama.require_tokenizer().bos_token = llama.require_tokenizer().eos_token = None

@@ -147,7 +147,7 @@ def test_what_a_search_found_is_saved_with_its_gain(llama: LanguageModel, tmp_pa
         save(llama, other, tmp_path / "other")
 
 
-def test_a_folder_that_is_there_is_left_alone_unless_told(llama: LanguageModel, tmp_path: Path) -> None:
+def test_a_folder_that_is_there_is_left_alone_unless_asked(llama: LanguageModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     save(llama, "1.fc_in@0.25", out)
     with pytest.raises(ExportError, match=r"exists already.*overwrite"):
@@ -285,7 +285,7 @@ def test_load_check_sees_what_was_changed(
         load_check(saved.folder)
 
 
-def test_a_folder_without_a_record_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_a_record_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"no laser\.json"):
         load_check(tmp_path)
 

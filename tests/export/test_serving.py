@@ -101,7 +101,7 @@ def test_an_adapter_is_never_merged_into_factors(safe: bool, llama: LanguageMode
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
-def test_adapters_that_read_the_whole_weight_are_refused(options: dict[str, Any], llama: LanguageModel, tmp_path: Path) -> None:
+def test_adapters_that_read_the_full_weight_are_refused(options: dict[str, Any], llama: LanguageModel, tmp_path: Path) -> None:
     folder = save(llama, SPEC, tmp_path / "factored", form="factored").folder
     with pytest.raises(RuntimeError, match="size"):
         with_adapter(folder, **options)

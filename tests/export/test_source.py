@@ -339,7 +339,7 @@ def test_stored_dtypes_stay_unless_another_is_asked_for(tmp_path: Path) -> None:
     assert "--dtype float16" in on_loading.record["command"]
 
 
-def test_a_head_stored_beside_tied_embeddings_stays(tmp_path: Path) -> None:
+def test_a_head_stored_next_to_tied_embeddings_stays(tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
     source = write_folder(tmp_path / "source", model, **{"lm_head.weight": torch.randn(VOCAB, 32)})
     out = save(load(source), "0.fc_up@r4", tmp_path / "out").folder
@@ -451,7 +451,7 @@ def with_adapter(folder: Path, base: Path) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_an_adapter_in_the_folder_is_merged_and_the_user_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_adapter_in_the_folder_is_merged_and_the_user_sees_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_folder(tmp_path / "both", llama())
     base = weights(source)
     merged = with_adapter(source, source)

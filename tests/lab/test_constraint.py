@@ -316,12 +316,12 @@ def test_training_goes_on_with_a_fresh_record_of_the_model(make: Make, train: An
         ("7.fc_in@0.5", MatrixError, "no layer 7"),
     ],
 )
-def test_what_cannot_be_held_is_told(text: str, error: type[Exception], said: str, make: Make) -> None:
+def test_what_cannot_be_held_is_reported(text: str, error: type[Exception], said: str, make: Make) -> None:
     with pytest.raises(error, match=said):
         RankConstraint(make("opt"), text)
 
 
-def test_steps_and_penalties_out_of_range_are_told(make: Make) -> None:
+def test_steps_and_penalties_out_of_range_are_reported(make: Make) -> None:
     lm = make("opt")
     with pytest.raises(ValueError, match="every must be 1 or more, got 0"):
         RankConstraint(lm, "1.fc_in@r4", every=0)
@@ -330,7 +330,7 @@ def test_steps_and_penalties_out_of_range_are_told(make: Make) -> None:
             RankConstraint(lm, "1.fc_in@r4", penalty=penalty)
 
 
-def test_another_model_a_frozen_matrix_and_an_applied_reduction_are_told_before_any_step(make: Make, train: Any) -> None:
+def test_another_model_a_frozen_matrix_and_an_applied_reduction_are_reported_before_any_step(make: Make, train: Any) -> None:
     lm, other = make("opt"), make("opt")
     before = parameters(lm)
     with pytest.raises(ModelError, match=r"OPTForCausalLM, is not the .* give the Trainer model=lm\.model"):
@@ -350,7 +350,7 @@ def test_a_penalty_needs_an_optimizer_that_trains_the_matrix(make: Make, train: 
         train(lm, RankConstraint(lm, "1.fc_in@r4", penalty=1), optimizer=optimizer)
 
 
-def test_weights_that_training_broke_are_told(make: Make, train: Any) -> None:
+def test_weights_that_training_broke_are_reported(make: Make, train: Any) -> None:
     lm = make("opt")
     with pytest.raises(WeightError, match=r"cannot constrain 1\.fc_in .*NaN or inf"):
         train(lm, RankConstraint(lm, "1.fc_in@r4"), steps=1, learning_rate=float("inf"))

@@ -189,7 +189,7 @@ def test_the_loss_is_over_the_words_after_triggers_or_over_all(
         assert label == (language.vocabulary.index(word) if asked else -100)
 
 
-def test_a_whole_sequence_is_scored_in_one_window() -> None:
+def test_a_full_sequence_is_scored_in_one_window() -> None:
     lm, language = initial_model(SMALL), Language(SMALL)
     rows = encode(lm, texts(language, language.draw(5, seed=0), "t"), "perplexity")
     assert [len(row.targets) for row in rows] == [SMALL.length] * 5
@@ -248,7 +248,7 @@ def test_its_questions_are_read_back_from_a_file(tmp_path: Path) -> None:
         ]
 
 
-def test_texts_are_whole_sequences() -> None:
+def test_texts_are_full_sequences() -> None:
     language = Language(SMALL)
     drawn = language.draw(3, seed=0)
     assert [e.answer.split() for e in texts(language, drawn, "t")] == [

@@ -27,7 +27,7 @@ def test_every_matrix_is_read_from_the_files_as_from_the_model(family: str, make
         assert torch.equal(stored.read(m), read_matrix(lm.model, m)), m.id
 
 
-def test_a_layout_of_its_own_is_told(make: Make, tmp_path: Path) -> None:
+def test_a_layout_of_its_own_is_reported(make: Make, tmp_path: Path) -> None:
     lm = make("mixtral")  # whose experts are stored one by one and stacked when loaded
     lm.model.save_pretrained(tmp_path)
     stored = open_checkpoint(tmp_path)
@@ -46,7 +46,7 @@ def test_factors_are_not_taken_for_the_matrix(llama: LanguageModel, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "no-such-org/no-such-model"])
-def test_what_is_not_there_is_told(name: str, tmp_path: Path) -> None:
+def test_what_is_not_there_is_reported(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot open"):
         open_checkpoint(name)
     with pytest.raises(ModelError, match="no safetensors"):

@@ -69,7 +69,7 @@ def test_of_many_damaged_tensors_the_first_are_named_and_the_others_counted(chec
         load(checkpoint)
 
 
-def test_weights_that_only_the_dtype_makes_infinite_are_told_with_a_wider_one(checkpoint: Path) -> None:
+def test_weights_that_only_the_dtype_makes_infinite_are_reported_with_a_wider_one(checkpoint: Path) -> None:
     change(checkpoint, {MLP: [1e5, -1e6]})
     with pytest.raises(WeightError, match=r"2 infinite of 1,536 values\)\. The file holds larger values than float16 does"):
         load(checkpoint, dtype="float16")

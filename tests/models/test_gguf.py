@@ -140,7 +140,7 @@ def test_a_file_that_changes_while_it_is_converted_is_not_kept(
     assert folders(cache) == []
 
 
-def test_a_full_disk_is_told_before_anything_is_written(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("laserlm.models.gguf.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ModelError, match=r"takes 1\d\d\.\d kB, .* has 1\.0 kB left; free space there, or give --cache"):
         load(file, cache=cache)
@@ -208,7 +208,7 @@ def test_headers_are_enough_to_list_the_matrices(llama: LanguageModel, file: Pat
     assert folders(cache) == []
 
 
-def test_a_damaged_copy_in_the_cache_is_told_with_the_command_that_removes_it(file: Path, cache: Path) -> None:
+def test_a_damaged_copy_in_the_cache_is_reported_with_the_command_that_removes_it(file: Path, cache: Path) -> None:
     load(file, cache=cache)
     weights = folders(cache)[0] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -221,7 +221,7 @@ def test_a_damaged_copy_in_the_cache_is_told_with_the_command_that_removes_it(fi
     assert len(json.loads(record.read_text())["files"]) == 1
 
 
-def test_tensors_that_the_model_does_not_take_are_told(
+def test_tensors_that_the_model_does_not_take_are_reported(
     llama: LanguageModel, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = write_gguf(llama, tmp_path / "tiny.gguf", extra={"blk.0.attn_q.bias": np.ones(32, np.float32)})

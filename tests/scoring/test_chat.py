@@ -67,7 +67,7 @@ def text_of(lm: LanguageModel, e: Example) -> str:
         (ALWAYS_THINKS, "<s>user\nThe capital of Norway?</s>\n<s>assistant\n<think>\n</think>\n\nOslo"),
     ],
 )
-def test_the_answer_stands_where_the_template_has_it_and_the_text_begins_once(make: Make, template: str, expected: str) -> None:
+def test_the_answer_is_where_the_template_has_it_and_the_text_begins_once(make: Make, template: str, expected: str) -> None:
     assert text_of(with_template(make("llama"), template), QUESTION) == expected
 
 
@@ -151,7 +151,7 @@ def test_thoughts_are_no_answer(text: str, answer: str) -> None:
     assert without_thoughts(text) == answer
 
 
-def test_all_examples_that_cannot_be_scored_are_told_and_can_be_left_out(lm: LanguageModel) -> None:
+def test_all_examples_that_cannot_be_scored_are_reported_and_can_be_left_out(lm: LanguageModel) -> None:
     good = [Example(f"g{i}", f"The capital of {c} is", "Rome") for i, c in enumerate(("Italy", "France", "Spain"))]
     bad = [Example(f"b{i}", "The cap", "ital", joint="") for i in range(7)]
     split = Split("t", "all", (good[0], *bad, *good[1:]), "answer")

@@ -44,7 +44,7 @@ def forwards(lm: LanguageModel) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_every_candidate_scores_as_in_a_whole_pass(family: str, make: Make) -> None:
+def test_every_candidate_scores_as_in_a_full_pass(family: str, make: Make) -> None:
     lm = make(family)
     before = forwards(lm)
     rows = encode(lm, EXAMPLES, "answer")
@@ -139,7 +139,7 @@ def test_an_error_inside_a_pass_puts_the_blocks_back(llama: LanguageModel, monke
     }
 
 
-def test_a_model_that_passes_things_by_its_blocks_is_run_whole_and_said_so(
+def test_a_model_that_passes_things_by_its_blocks_is_run_in_full_and_reported(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     lm = make("gptj")
@@ -200,7 +200,7 @@ def test_a_boundary_from_which_scores_differ_is_not_used(
     assert not frontier.is_enabled
 
 
-def test_a_block_that_runs_twice_is_run_whole(make: Make) -> None:
+def test_a_block_that_runs_twice_is_run_in_full(make: Make) -> None:
     lm = make("llama")
     lm.model.model.layers[2] = lm.model.model.layers[1]
     rows = encode(lm, EXAMPLES, "answer")

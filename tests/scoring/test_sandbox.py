@@ -355,14 +355,14 @@ def test_without_bubblewrap_the_interpreter_still_refuses(weak: None, tmp_path: 
     assert fails("while True: pass", seconds=1) == "not done after 1 seconds"
 
 
-def test_a_system_without_bubblewrap_runs_nothing_unless_told_to(weak: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_system_without_bubblewrap_runs_nothing_unless_asked_to(weak: None, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ScoringError, match=r"bwrap.* is not installed.*--allow-weak-sandbox"):
         run_program(program(GOOD))
     assert not confinement(allow_weak=True).has_own_files
     assert "only the interpreter confines programs" in caplog.text
 
 
-def test_bubblewrap_that_does_not_work_is_told_with_what_it_said(
+def test_bubblewrap_that_does_not_work_is_reported_with_its_output(
     weak: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     broken = tmp_path / "bwrap"

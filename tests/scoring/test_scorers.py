@@ -40,7 +40,7 @@ def test_an_answer_within_the_text_is_right_whatever_its_case() -> None:
     assert [figures["exact_match"] for _, figures in judged] == [0, 0, 0, 0]
 
 
-def test_exact_match_takes_the_whole_text_or_an_alias() -> None:
+def test_exact_match_takes_the_full_text_or_an_alias() -> None:
     rows = split(Example("a", "Q", "Rufus", aliases=("Mr Firefly",)))
     for text, right in ((" rufus ", True), ("mr firefly", True), ("Rufus.", False)):
         ((result, figures),) = grade_texts(rows, "exact_match", [[text]])
@@ -106,7 +106,7 @@ def test_programs_run_only_where_that_is_allowed() -> None:
         grade_texts(split(PROBLEM, scorer="program", decoding=Decoding()), "program", [["    return 1"]])
 
 
-def test_programs_are_judged_by_their_tests() -> None:
+def test_programs_are_graded_by_their_tests() -> None:
     rows = split(PROBLEM, replace(PROBLEM, id="q"), scorer="program")
     grades = grade_texts(rows, "program", [["    return 1"], ["    return 2"]])
     assert grades == [

@@ -140,7 +140,7 @@ def test_a_killed_worker_loses_nothing(on_cluster: Callable[..., Scored], local:
     same(ours, local[1])
 
 
-def test_what_ends_every_worker_is_given_up_with_its_reason_and_the_rest_goes_on(
+def test_what_ends_every_worker_is_abandoned_with_its_reason_and_the_rest_goes_on(
     on_cluster: Callable[..., Scored], local: Scored, met: Meets, tmp_path: Path
 ) -> None:
     killed = met(die, once=False)
@@ -283,7 +283,7 @@ def test_idle_workers_that_end_are_not_blamed_on_what_they_are_given_next(
     same(ours, expected)
 
 
-def test_an_unchanged_model_that_ends_every_worker_is_told_and_can_go_on(
+def test_an_unchanged_model_that_ends_every_worker_is_reported_and_can_go_on(
     on_cluster: Callable[..., Scored],
     lm: LanguageModel,
     task: Task,
@@ -299,7 +299,7 @@ def test_an_unchanged_model_that_ends_every_worker_is_told_and_can_go_on(
     same(ours, local[1])
 
 
-def test_workers_that_end_before_they_have_the_model_are_told(
+def test_workers_that_end_before_they_have_the_model_are_reported(
     on_cluster: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(laserlm.models, "load", lambda *_, **__: die())
@@ -410,13 +410,13 @@ def test_as_many_workers_as_there_is_room_for_have_as_many_threads_as_cpus(
     same(ours, local[1])
 
 
-def test_a_task_that_cannot_be_sent_is_told(ray: FakeRay, lm: LanguageModel, task: Task, tmp_path: Path) -> None:
+def test_a_task_that_cannot_be_sent_is_reported(ray: FakeRay, lm: LanguageModel, task: Task, tmp_path: Path) -> None:
     bound = replace(task, validation=replace(task.validation, judge=threading.Lock()))  # type: ignore[arg-type]
     with pytest.raises(ScoringError, match=r"the task cannot be sent to other processes .* search on this machine alone"):
         search(lm, bound, tmp_path / "ray.db", executor=Ray("auto", workers=1), **GIVEN["exhaustive"])
 
 
-def test_what_cannot_be_done_is_told(
+def test_what_cannot_be_done_is_reported(
     ray: FakeRay, llama: LanguageModel, lm: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for options, message in (
@@ -452,7 +452,7 @@ def test_what_cannot_be_done_is_told(
         ({"gpus": 0}, 4, {"device": "cpu"}),
     ],
 )
-def test_workers_of_a_cluster_with_gpus_get_them_unless_told_otherwise(
+def test_workers_of_a_cluster_with_gpus_get_them_unless_asked_otherwise(
     given: dict[str, Any],
     workers: int,
     place: dict[str, str],

@@ -362,7 +362,7 @@ def test_a_setting_of_a_race_asks_for_a_race() -> None:
         SearchConfig.of(keep=0.5, strategy="components")
 
 
-def test_too_few_facts_are_told(llama: LanguageModel) -> None:
+def test_too_few_facts_are_reported(llama: LanguageModel) -> None:
     task = questions(20, 20, per_fact=10)
     with pytest.raises(ScoringError, match=r"20 validation questions are of 2 facts; .* needs 3 at least.*: give more facts"):
         search(llama, task, **SETTINGS)

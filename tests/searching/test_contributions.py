@@ -160,7 +160,7 @@ def test_tasks_share_the_matrices_among_the_processes(workers: int, llama: Langu
         torch.testing.assert_close(values, whole[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_is_told(llama: LanguageModel) -> None:
+def test_a_gradient_that_is_not_finite_is_reported(llama: LanguageModel) -> None:
     def spoil(_module: object, _args: object, output: Tensor) -> None:
         if output.requires_grad:
             output.register_hook(lambda d: d * float("nan"))

@@ -91,7 +91,7 @@ def test_what_is_there_at_the_same_time_is_added_up(llama: LanguageModel, task: 
     assert plan(llama, task, replace(few, guards=("self",))).phases["scoring"].work > scoring.work
 
 
-def test_a_disk_without_room_for_the_decompositions_is_told(
+def test_a_disk_without_room_for_the_decompositions_is_reported(
     llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     needed = plan(llama, task, SearchConfig(grid=GRID)).disk

@@ -54,7 +54,7 @@ def test_the_order_depends_on_the_seed_and_the_ids_alone() -> None:
 
 
 @pytest.mark.parametrize(("ahead", "behind"), [(1, 0), (7, 1), (12, 2), (3, 9)])
-def test_accuracy_is_beaten_by_the_exact_one_sided_test(ahead: int, behind: int) -> None:
+def test_accuracy_is_compared_by_the_exact_one_sided_test(ahead: int, behind: int) -> None:
     leader = make_evaluation([True] * ahead + [False] * behind + [True, False])
     other = make_evaluation([False] * ahead + [True] * behind + [True, False])
     p = stats.binomtest(ahead, ahead + behind, alternative="greater").pvalue
@@ -63,7 +63,7 @@ def test_accuracy_is_beaten_by_the_exact_one_sided_test(ahead: int, behind: int)
     assert not is_significantly_worse(leader, leader, "accuracy", 0.99)
 
 
-def test_loss_is_beaten_by_the_paired_test() -> None:
+def test_loss_is_compared_by_the_paired_test() -> None:
     a, b = [0.5, 1.2, 0.8, 2.0, 0.1], [0.9, 1.3, 1.6, 2.2, 0.6]
     p = stats.ttest_rel(b, a, alternative="greater").pvalue
     assert is_significantly_worse(make_evaluation([True] * 5, a), make_evaluation([True] * 5, b), "loss", p + 1e-9)
@@ -75,7 +75,7 @@ def test_loss_is_beaten_by_the_paired_test() -> None:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_equals_are_beaten_no_more_often_than_stated(metric: Metric) -> None:
+def test_equals_are_eliminated_no_more_often_than_stated(metric: Metric) -> None:
     draw = random.Random(0)
     delta, runs, n = 0.05, 2000, 60
     lost = 0
@@ -214,7 +214,7 @@ def test_harmful_leaders_drop_nobody_and_take_no_place(candidates: list[Candidat
     assert len(set(asked)) < len(texts)  # the harm of what leaves anyhow is not measured
 
 
-def test_what_is_beaten_leaves_at_once_and_the_best_stays(candidates: list[Candidate]) -> None:
+def test_what_is_significantly_worse_leaves_at_once_and_the_best_stays(candidates: list[Candidate]) -> None:
     texts = [str(c.intervention) for c in candidates]
     losses = {"": noisy(3, 0)} | {t: noisy(5.0, i) for i, t in enumerate(texts, 1)} | {"1.fc_up@0.6": noisy(2, 99)}
     table = Table(losses)
@@ -308,7 +308,7 @@ def test_options_that_mean_nothing_are_refused() -> None:
             SearchConfig.of(**wrong)  # type: ignore[arg-type]
 
 
-def test_an_effort_sets_what_is_not_given() -> None:
+def test_an_effort_sets_only_what_no_option_sets() -> None:
     assert SearchConfig.of() == SearchConfig.of("normal") == SearchConfig()
     quick, thorough = SearchConfig.of("quick"), SearchConfig.of("thorough")
     for name in ("candidates", "sizes_per_matrix", "screen_examples", "first_rung", "keep"):
@@ -316,7 +316,7 @@ def test_an_effort_sets_what_is_not_given() -> None:
     assert SearchConfig.of("quick", candidates=99, metric="loss").candidates == 99
 
 
-def test_an_effort_beside_a_config_is_refused_and_not_dropped(llama: LanguageModel, task: Task) -> None:
+def test_an_effort_next_to_a_config_is_refused_and_not_dropped(llama: LanguageModel, task: Task) -> None:
     with pytest.raises(ScoringError, match=r"exclude each other; write SearchConfig\.of\('quick', \.\.\.\)"):
         search(llama, task, SearchConfig(), effort="quick")
 

@@ -75,7 +75,7 @@ def test_what_a_lost_worker_had_goes_to_others_and_what_it_was_at_goes_alone() -
     assert names(schedule.take("c", 1)) == ["2", "3", "4"]
 
 
-def test_a_piece_that_ends_every_worker_is_given_up_and_the_rest_goes_on() -> None:
+def test_a_piece_that_ends_every_worker_is_abandoned_and_the_rest_goes_on() -> None:
     schedule = Schedule(1)
     schedule.want(jobs(5))
     lost: list[str] = []

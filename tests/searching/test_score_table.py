@@ -28,7 +28,7 @@ def test_scores_are_added_after_those_that_are_there_and_times_add_up() -> None:
     assert table[""] == replace(evaluation("", 0, 9), seconds=3.0)
 
 
-def test_scores_that_differ_in_more_than_the_log_probability_are_told_apart() -> None:
+def test_scores_that_differ_in_more_than_the_log_probability_are_distinguished() -> None:
     whole = evaluation("", 0, 5)
     other = replace(
         whole, intervention="b", scores=tuple(replace(s, figures={"f1": s.logprob}, tied=None) for s in whole.scores)

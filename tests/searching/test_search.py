@@ -279,7 +279,7 @@ def test_a_seed_gives_the_same_search_again(name: str, make: Make) -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_found_survives_json(name: str) -> None:
+def test_a_result_survives_json(name: str) -> None:
     result, _ = undisturbed(name)
     assert SearchResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result
 
@@ -370,7 +370,7 @@ def test_memory_that_runs_out_in_the_screen_halves_its_batch(llama: LanguageMode
             search(llama, task, **options)
 
 
-def test_where_the_boundary_does_not_fit_passes_are_whole(
+def test_where_the_boundary_does_not_fit_passes_are_full(
     llama: LanguageModel, task: Task, before_scoring: BeforeScoring
 ) -> None:
     expected = search(llama, task)
@@ -397,7 +397,7 @@ def test_where_the_boundary_does_not_fit_passes_are_whole(
     assert texts(GRID, llama)[-1] in lowest  # in block 1, yet block 0 was run
 
 
-def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
+def test_steps_are_reported(llama: LanguageModel, task: Task) -> None:
     steps: list[SearchProgress] = []
     result = search(llama, task, grid="1.fc_in@0.5,0.1", on_step=steps.append)
     n, m = len(task.validation), len(task.test)
@@ -416,7 +416,7 @@ def test_steps_are_told(llama: LanguageModel, task: Task) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["race", "compose", "exhaustive", "components"])
-def test_every_stage_is_told_when_it_begins_and_the_work_ends_with_the_last(
+def test_every_stage_is_reported_when_it_begins_and_the_work_ends_with_the_last(
     strategy: str, llama: LanguageModel, task: Task
 ) -> None:
     stages: list[SearchProgress] = []
@@ -522,7 +522,7 @@ def test_without_any_time_the_unchanged_model_is_measured(strategy: str, llama: 
     assert ("by the screen" in result.verdict()[0]) == (strategy == "race")
 
 
-def test_rows_that_cannot_be_scored_on_test_are_told_before_the_search(llama: LanguageModel, task: Task) -> None:
+def test_rows_that_cannot_be_scored_on_test_are_reported_before_the_search(llama: LanguageModel, task: Task) -> None:
     long = replace(task.test, examples=(*task.test.examples, Example("x", "The" + " capital" * 200, "Paris")))
     steps: list[SearchProgress] = []
     with pytest.raises(ScoringError, match="example 'x'"):
@@ -554,7 +554,7 @@ def test_a_leader_that_fails_later_is_not_what_is_found_when_time_is_up(
     assert str(result.best) != leader
 
 
-def test_an_unchanged_model_that_cannot_be_scored_is_told(
+def test_an_unchanged_model_that_cannot_be_scored_is_reported(
     llama: LanguageModel, task: Task, tmp_path: Path, before_scoring: BeforeScoring
 ) -> None:
     def broken(text: str, split: Split) -> None:
@@ -611,7 +611,7 @@ def test_another_tokenizer_or_config_is_another_search(make: Make, task: Task, t
     assert len(runs) == 3
 
 
-def test_a_winner_that_fails_on_test_is_told(llama: LanguageModel, task: Task, before_scoring: BeforeScoring) -> None:
+def test_a_winner_that_fails_on_test_is_reported(llama: LanguageModel, task: Task, before_scoring: BeforeScoring) -> None:
     def broken(text: str, split: Split) -> None:
         if split.name == "test" and text:
             raise ScoringError("a log-probability of nan")
@@ -653,7 +653,7 @@ def test_a_screen_that_ranks_nothing_ends_the_search(strategy: str, llama: Langu
 
 
 @pytest.mark.parametrize("strategy", ["race", "exhaustive"])
-def test_where_all_candidates_fail_none_is_said_to_have_lost(
+def test_where_all_candidates_fail_none_is_reported_as_lost(
     strategy: str, llama: LanguageModel, task: Task, before_scoring: BeforeScoring
 ) -> None:
     def broken(text: str, split: Split) -> None:
@@ -705,7 +705,9 @@ def test_a_search_needs_both_splits(llama: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"metric": "f1"}, {"strategy": "sweep"}, {"mode": "up"}])
-def test_a_word_that_means_nothing_is_told_with_those_that_do(wrong: dict[str, Any], llama: LanguageModel, task: Task) -> None:
+def test_a_word_that_means_nothing_is_reported_with_those_that_do(
+    wrong: dict[str, Any], llama: LanguageModel, task: Task
+) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(ScoringError, match=f"no {name} {value!r}; there are"):
         search(llama, task, **wrong)

@@ -95,7 +95,7 @@ def test_a_stopped_process_that_wakes_up_finds_that_it_lost_its_run(store, start
     assert store.runs()[0].outcome == {"by": "this process"}
 
 
-def test_a_process_that_lost_its_run_is_told_before_it_writes(store, sql, sample, monkeypatch, caplog):
+def test_a_process_that_lost_its_run_learns_it_before_it_writes(store, sql, sample, monkeypatch, caplog):
     monkeypatch.setattr(claim, "HEARTBEAT_SECONDS", 0.01)
     with caplog.at_level(logging.WARNING), store.run(**sample.work()):
         sql("update runs set owner_token = 'other'")

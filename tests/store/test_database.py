@@ -161,7 +161,7 @@ def test_another_database_is_refused_without_the_password(driver):
     assert "secret" not in str(raised.value)
 
 
-def test_a_missing_driver_is_said(monkeypatch):
+def test_a_missing_driver_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(MissingExtraError, match=r"results in PostgreSQL need psycopg .*pip install 'laserlm\[cluster\]'"):
         Store.open("postgresql://me:secret@host/runs")
@@ -290,7 +290,7 @@ def _try_damage(path, run, content, places):
             _queries(path, run)
 
 
-def test_a_flipped_byte_in_the_schema_is_told_as_damage(path, sample):
+def test_a_flipped_byte_in_the_schema_is_reported_as_damage(path, sample):
     run, content = _damaged_copies(path, sample)
     place = content.index(b"CREATE TABLE runs") + 8
     _try_damage(path, run, content, [(place, 0x80), (place, 0x01), (40, 0x80), (100, 0x10)])

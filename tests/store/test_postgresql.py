@@ -45,19 +45,19 @@ def test_the_driver_need_not_be_named(store_url, sample, driver):
         assert run.evaluation("validation", "a") == sample.evaluation("a")
 
 
-def test_a_missing_database_is_said_without_the_password(store_url):
+def test_a_missing_database_is_reported_without_the_password(store_url):
     url = make_url(store_url).set(password="secret", database="nosuch").update_query_dict({"sslpassword": "secret"})
     with pytest.raises(StoreError, match=r'could not open .*/nosuch: .*"nosuch" does not exist; create it on the') as raised:
         Store.open(url.render_as_string(hide_password=False))
     assert "secret" not in str(raised.value)
 
 
-def test_a_missing_server_is_said():
+def test_a_missing_server_is_reported():
     with pytest.raises(StoreError, match=r"could not open .*refused.*; check that it can be reached"):
         Store.open("postgresql://127.0.0.1:1/runs")
 
 
-def test_a_role_without_rights_is_told_what_it_needs(store_url, sql):
+def test_a_role_without_rights_learns_what_it_needs(store_url, sql):
     sql("revoke create on schema public from public")
     sql(f"alter database {make_url(store_url).database} set role pg_monitor")
     with pytest.raises(StoreError, match=r"could not open .*permission denied for schema public; ask for the right"):
@@ -97,7 +97,7 @@ def test_waiting_for_another_writer_ends(store_url, sample, monkeypatch):
         run.record(sample.evaluation("a"), sample.EXAMPLES)
 
 
-def test_a_connection_that_the_server_ended_is_made_again(store_url, sample, end_connections):
+def test_a_connection_that_the_server_ended_is_opened_again(store_url, sample, end_connections):
     with Store.open(store_url) as store, store.run(**sample.work()) as run:
         end_connections()
         run.record(sample.evaluation("a"), sample.EXAMPLES)

@@ -75,7 +75,7 @@ def test_two_processes_record_different_runs_together(store_url, start, go, samp
                 assert store.evaluation(run.id, "validation", name) == sample.evaluation(name)
 
 
-def test_a_second_process_on_a_run_is_told_who_works_on_it(store_url, start, go, sample):
+def test_a_second_process_on_a_run_learns_who_works_on_it(store_url, start, go, sample):
     process = start("claim")
     go(process)
     assert process.stdout.readline() == "claimed\n"

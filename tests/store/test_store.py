@@ -65,7 +65,7 @@ def test_an_example_that_changed_under_its_id_is_another(store, sample):
         assert run.evaluation("validation", "new").scores[0].answer == "City X"
 
 
-def test_an_example_may_stand_in_a_split_twice(store, sample):
+def test_an_example_may_be_in_a_split_twice(store, sample):
     twice = sample.EXAMPLES[:2] * 2
     with store.run(**sample.work()) as run:
         run.record(sample.evaluation("a", examples=twice), twice)
@@ -163,7 +163,7 @@ def test_scores_must_belong_to_the_examples(store, sample):
     assert store.trials(run.id) == []
 
 
-def test_what_cannot_be_stored_is_said(store, sample):
+def test_what_cannot_be_stored_is_reported(store, sample):
     with pytest.raises(StoreError, match="not JSON serializable"), store.run(**sample.work(provenance={"a": object()})):
         pass
     with pytest.raises(StoreError, match="lack task"), store.run(**sample.work(settings={"model": "tiny"})):
@@ -233,7 +233,7 @@ def test_runs_are_listed_newest_first(store, sample):
     assert newest.created.tzinfo is UTC
 
 
-def test_a_run_is_found_by_a_prefix(store, sql, sample):
+def test_a_run_is_named_by_a_prefix(store, sql, sample):
     with pytest.raises(StoreError, match=r"no run 'last' among 0 .*laser runs list"):
         store.find("last")
     for key, id in (("one", "abc000000000"), ("two", "abd000000000"), ("three", "123456789abc")):

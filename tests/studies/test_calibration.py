@@ -109,13 +109,13 @@ def test_a_tie_between_choices_is_wrong(llama: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("scorer", ["perplexity", "lm_eval", "lm_eval_text", "program", "rollout"])
-def test_what_has_no_answer_to_be_confident_of_is_told(scorer: Scorer, llama: LanguageModel) -> None:
+def test_what_has_no_answer_to_be_confident_of_is_reported(scorer: Scorer, llama: LanguageModel) -> None:
     with pytest.raises(AnalysisError, match=f"and scorer {scorer} reads neither. Give a model, --reduce SPEC and --scorer"):
         confidences(llama, split(scorer))
 
 
 @pytest.mark.parametrize(("scorer", "choices"), [("answer", ()), ("choice", SHORT), ("choice", LONG)])
-def test_a_probability_that_is_no_number_is_told(scorer: Scorer, choices: tuple[str, ...], llama: LanguageModel) -> None:
+def test_a_probability_that_is_no_number_is_reported(scorer: Scorer, choices: tuple[str, ...], llama: LanguageModel) -> None:
     with torch.no_grad():
         llama.model.model.norm.weight.fill_(float("nan"))
     with applied(llama, "1.fc_in@0.5"), pytest.raises(ScoringError, match=r"1\.fc_in@0\.5 gives a probability of nan on"):
@@ -213,7 +213,7 @@ def test_a_single_example_tells_nothing() -> None:
     assert to_json(result.change)["ece"] == {"value": pytest.approx(0.1), "interval": None, "n": 1}
 
 
-def test_what_makes_no_pairs_is_told(llama: LanguageModel) -> None:
+def test_what_makes_no_pairs_is_reported(llama: LanguageModel) -> None:
     with pytest.raises(AnalysisError, match="0 examples before and 0 after are no pairs"):
         calibration([], [])
     assert confidences(llama, replace(split("answer"), examples=())) == []

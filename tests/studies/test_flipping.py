@@ -31,7 +31,7 @@ AFTER = [("1", "Paris", "Paris", "a"), ("2", "Paris", "Rome", "a"), ("3", "Rome"
 EXAMPLES = [Example(i, f"prompt {i}", right) for i, _, right, _ in BEFORE]
 
 
-def test_what_was_corrected_broken_and_said_instead_worked_out_by_hand() -> None:
+def test_what_was_corrected_broken_and_answered_instead_worked_out_by_hand() -> None:
     result = flips(evaluation(BEFORE), replace(evaluation(AFTER), intervention="1.fc_in@0.1"), EXAMPLES)
     assert [f.id for f in result.of("corrected")] == ["1", "3"]
     assert [f.id for f in result.of("broken")] == ["2"]
@@ -56,7 +56,7 @@ def test_what_was_corrected_broken_and_said_instead_worked_out_by_hand() -> None
     assert to_json(result)["counts"] == {"corrected": 2, "broken": 1, "right": 0, "wrong": 1}
 
 
-def test_an_example_that_is_not_there_is_told() -> None:
+def test_an_example_that_is_not_there_is_reported() -> None:
     with pytest.raises(AnalysisError, match="no example '4'"):
         flips(evaluation(BEFORE), evaluation(AFTER), EXAMPLES[:3])
 
@@ -84,7 +84,7 @@ def split() -> Split:
     return Task.of("t", [Example(c, f"The capital of {c} is", "Paris") for c in "abcdef"]).every
 
 
-def test_scores_are_made_once_and_kept(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
+def test_scores_are_computed_once_and_kept(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
     with applied(llama, "1.fc_in@0.1"):
         expected = evaluate(llama, split)
     passes: list[str] = []
@@ -119,7 +119,7 @@ def test_scores_under_edits_of_tied_weights_start_below_the_first_of_them(make: 
         assert score("2.fc_up@0.1").loss == pytest.approx(expected.loss, abs=1e-5)
 
 
-def test_examples_come_back_whole_from_the_store(llama: LanguageModel, tmp_path: Path) -> None:
+def test_examples_come_back_complete_from_the_store(llama: LanguageModel, tmp_path: Path) -> None:
     examples = [Example("1", "The capital is", "Paris", ("Paris", "Rome"), aliases=("x", "y"), masked="{mask}", popularity=2.0)]
     split = Task.of("t", examples).every
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as score:

@@ -189,7 +189,7 @@ def test_popularity_is_that_of_the_examples() -> None:
         popularity(examples[1:2])
 
 
-def test_what_cannot_be_studied_is_told() -> None:
+def test_what_cannot_be_studied_is_reported() -> None:
     examples = [Example("1", "p", "a"), Example("2", "p", "a")]
     scores = tuple(ExampleScore(e.id, True, -1.0, 1, "a", "a") for e in examples)
     base = Evaluation("m", "t", "test", "answer", "", scores, 0.0)

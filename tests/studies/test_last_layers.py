@@ -48,7 +48,7 @@ def test_a_stack_is_named_where_there_are_two(make: Make, split: Split) -> None:
         sweep_layers(lm, split, ratios=["0.1"], from_top=1)
 
 
-def test_what_cannot_be_is_told(llama: LanguageModel, split: Split) -> None:
+def test_what_cannot_be_done_is_reported(llama: LanguageModel, split: Split) -> None:
     with pytest.raises(SpecError):
         sweep_layers(llama, split, ratios=["much"], from_top=1)
     with pytest.raises(MatrixError, match="more blocks"):

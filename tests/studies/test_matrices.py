@@ -70,7 +70,7 @@ def test_what_layers_share_is_compared_with_the_layer_before(stored: CheckpointR
         assert one.shared["0.25"] == pytest.approx(np.linalg.matrix_rank(together) / min(together.shape), abs=0.04)
 
 
-def test_what_cannot_be_looked_at_is_told(stored: CheckpointReader) -> None:
+def test_what_cannot_be_looked_at_is_reported(stored: CheckpointReader) -> None:
     with pytest.raises(AnalysisError, match="this model has q_proj"):
         list(matrix_metrics(stored, types=["wheel"]))
     with pytest.raises(AnalysisError, match="no side"):
@@ -156,7 +156,7 @@ class Loaded:
         return read_matrix(self.lm.model, matrix)
 
 
-def test_a_matrix_that_cannot_be_read_is_left_out_and_told(make: Make, tmp_path: Path) -> None:
+def test_a_matrix_that_cannot_be_read_is_left_out_and_reported(make: Make, tmp_path: Path) -> None:
     make("mixtral").model.save_pretrained(tmp_path)
     source = open_checkpoint(tmp_path)
     messages: list[str] = []

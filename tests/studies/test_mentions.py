@@ -68,7 +68,7 @@ def test_counts_worked_out_by_hand(store: Store, tmp_path: Path) -> None:
         ("Côte d'", False),
     ],
 )
-def test_a_mention_stands_alone_in_any_case(store: Store, tmp_path: Path, text: str, mentioned: bool) -> None:
+def test_a_mention_is_alone_in_any_case(store: Store, tmp_path: Path, text: str, mentioned: bool) -> None:
     example = Example("1", "p", "Yamoussoukro", subject="Côte d'Ivoire")
     assert count_mentions(write(tmp_path / "c.jsonl", [text]), [example], store).subject["1"] == mentioned
 
@@ -251,7 +251,7 @@ def test_a_stream_that_breaks_off_says_how_to_go_on() -> None:
         ("c.csv", b"a", r"is no corpus; give a file that ends in .txt, .md, .jsonl"),
     ],
 )
-def test_what_is_no_corpus_is_told(store: Store, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_what_is_no_corpus_is_reported(store: Store, tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AnalysisError, match=message):
         count_mentions(str(tmp_path / name), [PARIS], store)
@@ -260,12 +260,12 @@ def test_what_is_no_corpus_is_told(store: Store, tmp_path: Path, name: str, cont
 @pytest.mark.parametrize(
     ("corpus", "message"), [("nowhere.txt", "no corpus"), ("hub:", "write hub:NAME"), ("hub:/no/such", "cannot reach")]
 )
-def test_a_corpus_that_is_not_there_is_told(store: Store, corpus: str, message: str) -> None:
+def test_a_corpus_that_is_not_there_is_reported(store: Store, corpus: str, message: str) -> None:
     with pytest.raises(AnalysisError, match=message):
         count_mentions(corpus, [PARIS], store)
 
 
-def test_a_folder_without_documents_and_no_workers_are_told(store: Store, tmp_path: Path) -> None:
+def test_a_folder_without_documents_and_no_workers_are_reported(store: Store, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(AnalysisError, match="no file below"):
         count_mentions(str(tmp_path / "empty"), [PARIS], store)
@@ -273,7 +273,7 @@ def test_a_folder_without_documents_and_no_workers_are_told(store: Store, tmp_pa
         count_mentions(str(tmp_path), [PARIS], store, workers=0)
 
 
-def test_examples_without_a_subject_are_left_out_or_told(store: Store, tmp_path: Path) -> None:
+def test_examples_without_a_subject_are_left_out_or_reported(store: Store, tmp_path: Path) -> None:
     corpus = write(tmp_path / "c.jsonl", DOCUMENTS)
     bare = Example("bare", "p", "Paris", subject=" ")
     assert count_mentions(corpus, [bare, PARIS], store).both == {"paris": 1}

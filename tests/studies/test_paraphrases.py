@@ -102,7 +102,7 @@ def test_a_fact_asked_from_its_other_side_is_another_fact() -> None:
     assert (result.facts, result.single, [t.phrasings for t in result.tables]) == (4, 2, [2, 3])
 
 
-def test_what_cannot_be_grouped_is_told() -> None:
+def test_what_cannot_be_grouped_is_reported() -> None:
     with pytest.raises(AnalysisError, match=r"no fact of the 12 of t/test has two phrasings; study a task with several"):
         paraphrases(BEFORE, AFTER, [replace(e, fact="") for e in EXAMPLES])
     with pytest.raises(AnalysisError, match="no example '11' that was scored"):

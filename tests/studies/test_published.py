@@ -39,7 +39,7 @@ def test_every_published_model_and_task_of_the_paper_is_there() -> None:
     assert not published("decision-transformer")
 
 
-def test_ours_stand_beside_what_is_published(make: Make) -> None:
+def test_ours_are_next_to_what_is_published(make: Make) -> None:
     lm = make("gptj")
     questions = facts("counterfact", "next_token")
     messages: list[int] = []

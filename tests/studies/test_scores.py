@@ -31,7 +31,7 @@ def logprobs(lm: LanguageModel, store: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("method", ["move_to", "run"])
-def test_passes_are_whole_ones_where_the_prefix_cache_runs_out_of_memory(
+def test_passes_are_full_ones_where_the_prefix_cache_runs_out_of_memory(
     method: str, llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = logprobs(llama, tmp_path / "cached.db")

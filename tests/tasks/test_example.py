@@ -162,7 +162,7 @@ def test_an_example_without_a_fact_is_a_fact_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_equal_questions_stand_in_one_shuffled_split(seed: int) -> None:
+def test_equal_questions_are_in_one_shuffled_split(seed: int) -> None:
     examples = [Example(id=f"{i}", prompt=f"Question {i % 20}:", answer=f"answer {i % 20}") for i in range(100)]
     task = Task.of("t", examples, seed=seed)
     assert (len(task.validation), len(task.test)) == (20, 80)

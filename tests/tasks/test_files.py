@@ -184,7 +184,7 @@ def test_a_file_that_is_no_json_list_says_so_with_its_line(tmp_path: Path, conte
     assert message in str(caught.value)
 
 
-def test_a_json_list_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_a_json_list_is_read_as_it_is(tmp_path: Path) -> None:
     file = tmp_path / "facts.json"
     file.write_text('[{"name": "Ceará"}, {"n": 2}]', encoding="utf-8")
     assert read_records(file) == [(f"{file}, record 1", {"name": "Ceará"}), (f"{file}, record 2", {"n": 2})]

@@ -168,7 +168,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         task(f"jsonl:{tmp_path / 'nothing.jsonl'}")
 
 
-def test_a_file_with_equal_rows_is_told_and_each_stays_on_one_side(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_with_equal_rows_is_reported_and_each_stays_on_one_side(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [{"prompt": f"Question {i % 5}:", "answer": "yes", "choices": ["yes", "no"]} for i in range(15)]
     questions = task(f"jsonl:{write_rows(tmp_path, *rows)}")
     assert not {e.prompt for e in questions.validation} & {e.prompt for e in questions.test}
@@ -179,7 +181,7 @@ def test_a_file_with_equal_rows_is_told_and_each_stays_on_one_side(tmp_path: Pat
 CSV = 'question,answer,category,notes\n"Who, or what, rules Freedonia?",Firefly,rule,x\nWho rules Sylvania?,Trentino,rule,y\n'
 
 
-def test_a_table_s_columns_are_found_by_their_usual_names_and_told(tmp_path: Path) -> None:
+def test_a_table_s_columns_are_found_by_their_usual_names_and_reported(tmp_path: Path) -> None:
     file = tmp_path / "qa.csv"
     file.write_text(CSV)
     made = task(str(file))
@@ -338,7 +340,7 @@ def test_scripts_without_spaces_get_none_before_the_answer(tmp_path: Path, promp
     assert examples(write_rows(tmp_path, {"prompt": prompt, "answer": "x", "joint": "_"}))[0].joint == "_"
 
 
-def test_of_many_rows_a_seeded_sample_is_taken_and_told(tmp_path: Path) -> None:
+def test_of_many_rows_a_seeded_sample_is_taken_and_reported(tmp_path: Path) -> None:
     file = write_rows(tmp_path, *(GOOD | {"prompt": f"Town {i} is"} for i in range(40)))
     made, again, other = (task(str(file), max_rows=10, seed=seed) for seed in (3, 3, 4))
     assert len(made.every) == 10
@@ -347,7 +349,7 @@ def test_of_many_rows_a_seeded_sample_is_taken_and_told(tmp_path: Path) -> None:
     assert "40 rows: a random sample of 10 is used (seed 3)" in made.notes[0]
 
 
-def test_few_questions_are_told_with_the_narrowest_interval(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_few_questions_are_reported_with_the_narrowest_interval(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task(str(write_rows(tmp_path, *(GOOD | {"prompt": f"Town {i} is"} for i in range(20)))))
     low, high = paired_difference(0, 0, 16)
     assert "has 4 questions to choose on and 16 to measure on" in caplog.text

@@ -64,7 +64,7 @@ def test_ids_are_unique(dataset: Task) -> None:
     assert len({e.id for e in dataset.every}) == len(dataset.every)
 
 
-def test_no_prompt_stands_twice(dataset: Task) -> None:
+def test_no_prompt_is_there_twice(dataset: Task) -> None:
     assert [prompt for prompt, n in Counter(e.prompt.lower() for e in dataset.every).items() if n > 1] == []
 
 

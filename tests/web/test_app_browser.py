@@ -222,7 +222,7 @@ def test_a_chat_goes_on_in_two_conversations(visit: Callable[..., Visit], served
     expect(user.page.get_by_role("alert").filter(has_text="must end with a message")).to_be_visible()
 
 
-def test_what_cannot_be_answered_is_told_as_text(visit: Callable[..., Visit]) -> None:
+def test_what_cannot_be_answered_is_reported_as_text(visit: Callable[..., Visit]) -> None:
     user = visit()
     user.tab("Playground")
     for text, said in ((HOSTILE, "cannot read the reduction"), ("7.fc_in@0.5", "no layer 7")):
@@ -260,7 +260,7 @@ def test_a_cell_of_the_map_shows_what_its_candidate_changed(visit: Callable[...,
     assert cells.evaluate_all("all => all.map(b => b.ariaPressed)") == ["false", "false", "true"]
 
 
-def test_sizes_and_candidates_are_chosen_beside_the_map(visit: Callable[..., Visit]) -> None:
+def test_sizes_and_candidates_are_chosen_next_to_the_map(visit: Callable[..., Visit]) -> None:
     user = visit()
     user.tab("Explorer")
     cells = user.page.locator(".laser-map button")

@@ -156,7 +156,7 @@ def test_searches_are_listed_newest_first_by_name(results: Store, record: Callab
     assert explorer.name_of(record(BASE, best="")).endswith("the unchanged model")
 
 
-def test_what_has_no_map_is_told(results: Store, record: Callable[..., RunInfo]) -> None:
+def test_what_has_no_map_is_reported(results: Store, record: Callable[..., RunInfo]) -> None:
     with pytest.raises(ReportError, match="has not scored the unchanged model yet"):
         explorer.loss_map(results, record().id)
     with pytest.raises(ReportError, match="nothing to map"):

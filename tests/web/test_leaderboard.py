@@ -139,7 +139,7 @@ def test_own_runs_come_first_and_claims_last(store: Store, record: Record, tmp_p
     assert len(sorted_heads) == len(page.tables) - 1  # the order of fever's rows is not that of the gain
 
 
-def test_a_row_shows_its_harm_beside_its_gain(store: Store, record: Record, tmp_path: Path) -> None:
+def test_a_row_shows_its_harm_next_to_its_gain(store: Store, record: Record, tmp_path: Path) -> None:
     comparison = {"n": 64, "base_loss": 2.0, "edited_loss": 2.006}
     harm = {"kind": "text", "ratio": 1.006, "interval": [1.003, 1.0101], "comparison": comparison}
     found = {"harms": [harm | {"guard": "self"}, harm | {"guard": "/home/ann/letters.txt", "ratio": 1.2, "interval": None}]}
@@ -229,7 +229,7 @@ def test_a_wrong_submission_stops_the_build_and_is_named(tmp_path: Path) -> None
         rows(submissions=tmp_path / "nowhere")
 
 
-def test_rows_stand_by_gain_and_those_of_a_perplexity_by_loss(store: Store, record: Record, tmp_path: Path) -> None:
+def test_rows_are_sorted_by_gain_and_those_of_a_perplexity_by_loss(store: Store, record: Record, tmp_path: Path) -> None:
     record("1.fc_in@0.5", numbers=(1000, 185, 10, 40))
     record("2.fc_in@0.5", numbers=(1000, 185, 40, 10))
     record("3.fc_in@0.5", numbers=(1000, 185, 10, 10))
@@ -281,7 +281,7 @@ def test_many_reductions_are_all_there(store: Store, record: Record, tmp_path: P
     assert "20 reductions" in cell
 
 
-def test_a_forged_row_stands_below_what_is_published_or_measured_here(store: Store, record: Record, tmp_path: Path) -> None:
+def test_a_forged_row_is_below_what_is_published_or_measured_here(store: Store, record: Record, tmp_path: Path) -> None:
     record("2.fc_in@0.5", task="counterfact", numbers=(1000, 185, 40, 39))
     forged = submission(store.find(record(numbers=(1000, 0, 900, 0))), credit="Mallory")
     forged["task"]["name"] = "counterfact"

@@ -128,7 +128,7 @@ def test_a_weight_that_is_read_past_its_module_is_reduced_too(make: Make) -> Non
     assert sides[1].top != sides[0].top
 
 
-def test_what_cannot_be_answered_is_told_and_leaves_the_model_as_it_was(make: Make) -> None:
+def test_what_cannot_be_answered_is_reported_and_leaves_the_model_as_it_was(make: Make) -> None:
     lm = make("llama")
     before = weights(lm)
     shared_playground = Playground(lm)

@@ -16,7 +16,7 @@ def evaluation(intervention: str, loss: float) -> Evaluation:
     return replace(Evaluation("m", "t", "validation", "answer", "x", tuple(scores), 0.0), intervention=intervention)
 
 
-def test_cells_of_the_loss_map_are_as_wide_as_one_block_and_panels_stand_in_the_order_of_a_block() -> None:
+def test_cells_of_the_loss_map_are_as_wide_as_one_block_and_panels_are_in_the_order_of_a_block() -> None:
     trials = {text: evaluation(text, loss) for text, loss in LOSSES.items()}
     loss_map = LossMap.of(trials.pop(""), trials)
     assert [name for _, name in loss_map.matrices] == ["q_proj", "v_proj", "fc_in"]

@@ -114,7 +114,7 @@ def test_one_point_is_a_table_without_a_picture(llama: LanguageModel, tmp_path: 
     assert '"harm",' not in page
 
 
-def test_harm_stands_beside_the_gain_as_figures_and_as_a_picture(llama: LanguageModel, tmp_path: Path) -> None:
+def test_harm_is_next_to_the_gain_as_figures_and_as_a_picture(llama: LanguageModel, tmp_path: Path) -> None:
     result = searched(llama, tmp_path / "runs.db", task(), max_harm=0.5)
     (harm,) = result.harms
     other = Point("0.fc_in@drop" + ",".join(map(str, range(0, 80, 2))), result.validation, (replace(harm, guard=HOSTILE),))

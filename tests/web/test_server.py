@@ -97,7 +97,7 @@ def test_a_body_without_a_length_is_read_up_to_the_limit(port: int) -> None:
 
 
 @pytest.mark.parametrize("body", ['{"data": [NaN]}', '{"data": [-Infinity]}', '{"data": [1e999]}', "[" * 100_000, "{", "\x00"])
-def test_what_is_no_json_is_told_and_raises_nothing(port: int, body: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_json_is_reported_and_raises_nothing(port: int, body: str, capfd: pytest.CaptureFixture[str]) -> None:
     status, text = post(port, body)
     assert status == 400
     assert "the body is no JSON" in json.loads(text)["detail"]

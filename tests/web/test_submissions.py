@@ -111,7 +111,7 @@ def test_it_names_no_folder_user_or_machine(store: Store, record: Record) -> Non
         (".", "a local folder"),
     ],
 )
-def test_of_a_path_the_last_part_is_told(name: str, shown: str) -> None:
+def test_of_a_path_the_last_part_is_reported(name: str, shown: str) -> None:
     assert public_name(name) == shown
 
 
@@ -133,7 +133,7 @@ def test_a_perplexity_has_no_accuracy(store: Store, record: Record) -> None:
     }
 
 
-def test_how_a_model_writes_is_told(store: Store, record: Record) -> None:
+def test_how_a_model_writes_is_reported(store: Store, record: Record) -> None:
     how = {"new_tokens": 20, "stops": ["/x"], "masks": 5, "samples": 1, "temperature": 0.8, "seed": 0, "run_programs": True}
     entry = submission(store.find(record(scorer="contains", decoding=how)))
     assert entry["task"]["decoding"] == {"new_tokens": 20, "samples": 1, "temperature": 0.8, "masks": 5}
@@ -149,7 +149,7 @@ def test_how_a_model_writes_is_told(store: Store, record: Record) -> None:
         ({"model_hash": "abc"}, "model.sha256: 'abc' is not allowed; write text of 64 characters"),
     ],
 )
-def test_what_cannot_be_submitted_is_told(store: Store, record: Record, changed: dict[str, Any], told: str) -> None:
+def test_what_cannot_be_submitted_is_reported(store: Store, record: Record, changed: dict[str, Any], told: str) -> None:
     info = store.find(record(**changed))
     with pytest.raises(ReportError) as raised:
         submission(info)
@@ -253,7 +253,7 @@ WRONG: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("path", "value", "told"), WRONG, ids=[f"{p}={v!r:.30}" for p, v, _ in WRONG])
-def test_each_wrong_value_is_told_with_its_place(good: dict[str, Any], path: str, value: Any, told: str) -> None:
+def test_each_wrong_value_is_reported_with_its_place(good: dict[str, Any], path: str, value: Any, told: str) -> None:
     document = copy.deepcopy(good)
     *above, last = path.split(".")
     place = document
@@ -266,7 +266,7 @@ def test_each_wrong_value_is_told_with_its_place(good: dict[str, Any], path: str
 
 
 @pytest.mark.parametrize("path", ["format", "method", "model.name", "task.name", "task.scorer", "intervention", "result.n"])
-def test_each_missing_value_is_told(good: dict[str, Any], path: str) -> None:
+def test_each_missing_value_is_reported(good: dict[str, Any], path: str) -> None:
     *above, last = path.split(".")
     place = good
     for name in above:
@@ -276,11 +276,11 @@ def test_each_missing_value_is_told(good: dict[str, Any], path: str) -> None:
 
 
 @pytest.mark.parametrize("document", [None, [], 3, "x", True])
-def test_what_is_no_object_is_told(document: Any) -> None:
+def test_what_is_no_object_is_reported(document: Any) -> None:
     assert "is not allowed; write an object" in find_problems(document)[0]
 
 
-def test_all_problems_of_a_file_are_told_at_once(good: dict[str, Any]) -> None:
+def test_all_problems_of_a_file_are_reported_at_once(good: dict[str, Any]) -> None:
     good["format"], good["result"]["n"], good["more"] = 2, 0, 1
     assert [line.partition(":")[0] for line in find_problems(good)] == ["format", "result.n", "the document"]
 
@@ -291,7 +291,7 @@ def test_rounded_figures_are_allowed(good: dict[str, Any]) -> None:
     assert find_problems(good) == []
 
 
-def test_an_interval_of_no_value_is_told(good: dict[str, Any]) -> None:
+def test_an_interval_of_no_value_is_reported(good: dict[str, Any]) -> None:
     del good["result"]["base"]["loss"]
     assert find_problems(good) == ["result.loss_interval: there is no value that it is the interval of; leave it out"]
 
@@ -378,7 +378,7 @@ def test_a_hostile_file_is_refused_and_does_no_harm(tmp_path: Path, name: str) -
         load_submission(write(tmp_path, content))
 
 
-def test_a_document_deeper_than_it_can_be_shown_is_told(good: dict[str, Any]) -> None:
+def test_a_document_deeper_than_it_can_be_shown_is_reported(good: dict[str, Any]) -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]

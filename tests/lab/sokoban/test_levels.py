@@ -63,7 +63,7 @@ def test_the_cells_of_a_level_have_the_index_ten_times_row_plus_column() -> None
     assert len(level.walls) == 36
 
 
-def test_a_player_on_a_goal_stands_on_a_goal() -> None:
+def test_a_player_on_a_goal_is_on_a_goal() -> None:
     level = Level(rows(r1="#+  $    #", r2="#        #"))
     assert (level.player, level.goals, level.boxes) == (11, {11}, {14})
 
@@ -221,7 +221,7 @@ def test_what_cannot_be_generated_is_refused_at_once(asked: dict[str, object]) -
         generate(**{"count": 1, "seed": 0, **asked})  # type: ignore[arg-type]
 
 
-def test_levels_that_are_too_rare_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_that_are_too_rare_are_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("laserlm.lab.sokoban.levels.MAX_REFUSALS", 50)
     with pytest.raises(TaskError, match="found 0 of 1 levels"):
         list(generate(1, seed=0, boxes=1, room=3, steps=(200, 300)))

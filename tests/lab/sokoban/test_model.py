@@ -338,7 +338,7 @@ def test_a_reduction_changes_scores_and_is_undone(lm: LanguageModel) -> None:
     assert [s.logprob for s in evaluate(lm, questions).scores] == [s.logprob for s in before.scores]
 
 
-def test_the_frontier_moves_through_its_blocks_and_scores_as_whole_passes_do(lm: LanguageModel) -> None:
+def test_the_frontier_moves_through_its_blocks_and_scores_as_full_passes_do(lm: LanguageModel) -> None:
     rows = encode(lm, task(MADE).every.examples, "answer")
     checks = PrefixCheck(lm, rows)
     assert checks.block_order == [("", 0), ("", 1)]

@@ -119,7 +119,7 @@ def test_the_loss_on_a_few_levels_falls_and_more_of_them_are_solved(trained: Pat
     assert after.accuracy > before.accuracy
 
 
-def test_every_step_is_told_and_equal_configurations_give_equal_weights(tmp_path: Path) -> None:
+def test_every_step_is_reported_and_equal_configurations_give_equal_weights(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     first = train(SMALL, tmp_path / "first", save_every=None, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(step, 14) for step in range(1, 15)]
@@ -154,7 +154,7 @@ def test_a_training_that_was_ended_after_its_last_step_takes_no_further_one(
     assert not seen
 
 
-def test_where_held_out_levels_leave_too_few_others_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_held_out_levels_leave_too_few_others_that_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(N_HELD_OUT, 100)
     with pytest.raises(TaskError, match="of 50 levels that are not held out"):
         train(replace(SMALL, room=3, levels=50), tmp_path / "model")
