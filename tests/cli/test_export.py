@@ -122,6 +122,7 @@ def test_a_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, t
     output = json.loads(printed)
     report = (tmp_path / "out.html").read_text()
     assert output["report"] == str(tmp_path / "out.html")
+    assert str(tmp_path) not in report
     for perplexity in (output["base_perplexity"], output["perplexity"]):
         assert f"{perplexity:.2f}" in report
     assert all(f'id="{name}"' in report for name in ("ranks", "perplexity"))

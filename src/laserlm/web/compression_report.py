@@ -42,6 +42,8 @@ def write_compression_report(folder: Path, out: Path, *, overwrite: bool = False
         "compression",
         library=plot_library(),
         folder=folder.name,
+        base=record["base"]["hub"] or Path(record["base"]["name"]).name,  # no path of this machine
+        text=Path(settings["text"]["name"]).name if settings.get("text") else "",
         record=record,
         settings=settings,
         perplexity=perplexity,
