@@ -18,23 +18,6 @@ import platformdirs
 
 from laserlm.errors import LaserError, WriteError
 
-__all__ = [
-    "BASIS",
-    "DISK_VARIABLE",
-    "atomic_file",
-    "atomic_folder",
-    "cache_folder",
-    "cached_files",
-    "check_new_file",
-    "check_new_folder",
-    "default_store",
-    "disk_limit",
-    "lab_folder",
-    "network_disk",
-    "remove_leftovers",
-    "similar_paths",
-]
-
 DISK_VARIABLE = "LASER_CACHE_GIB"
 """Environment variable with the most GiB of decompositions on disk."""
 MOUNTS = Path("/proc/mounts")

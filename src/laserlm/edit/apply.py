@@ -29,19 +29,6 @@ STRENGTH_STEP = Decimal("1e-6")
 InterventionLike = str | Iterable[str] | Intervention
 """An intervention or its text; several texts are joined, and ``@FILE`` is read from a file."""
 
-__all__ = [
-    "Edit",
-    "InterventionLike",
-    "applied",
-    "default_cache",
-    "label_as_edited",
-    "removed_part",
-    "replaced_parameters",
-    "replaced_weights",
-    "resolve",
-    "truncation",
-]
-
 
 @dataclass(frozen=True)
 class Edit:

@@ -22,8 +22,6 @@ from laserlm.linalg.decomposition import ALGORITHM, Decomposition, as_float_matr
 from laserlm.linalg.quick_hash import quick_hash
 from laserlm.paths import BASIS, DISK_VARIABLE, atomic_file, disk_limit, remove_leftovers
 
-__all__ = ["DecompositionCache", "free_decompositions"]
-
 log = logging.getLogger(__name__)
 
 GIB = 2.0**30

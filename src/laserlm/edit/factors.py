@@ -23,16 +23,6 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
 from laserlm.reductions import Intervention
 
-__all__ = [
-    "Factors",
-    "StoredMatrix",
-    "difference_factors",
-    "factored",
-    "low_rank_layer",
-    "reason_not_factorable",
-    "replaced_modules",
-]
-
 
 @dataclass(frozen=True)
 class StoredMatrix:

@@ -34,8 +34,6 @@ from laserlm.models.loading_errors import silence_transformers
 from laserlm.models.matrices import Matrix, view
 from laserlm.reductions import Intervention
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "Difference"]
-
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TASK_TYPES = {
     "causal": "CAUSAL_LM",

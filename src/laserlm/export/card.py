@@ -11,8 +11,6 @@ from laserlm.reductions import short_form
 from laserlm.searching.config import OF_COMPONENTS
 from laserlm.searching.guard import Harm
 
-__all__ = ["card", "unclear_gain"]
-
 MAX_MATRICES = 40
 """Number of matrices that a card lists; the record lists all."""
 

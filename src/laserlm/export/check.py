@@ -37,8 +37,6 @@ from laserlm.models.weight_files import stored_tensors
 from laserlm.paths import cache_folder
 from laserlm.reductions import Intervention
 
-__all__ = ["LoadCheck", "Reproduction", "load_check", "reproduce"]
-
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 """Largest relative difference that rounding explains, by dtype: of weights, and of outputs computed in that dtype."""
 FLOAT32_TOLERANCE = 1e-3

@@ -39,8 +39,6 @@ from laserlm.models.loading import dtype_named
 from laserlm.paths import atomic_folder, check_new_folder
 from laserlm.provenance import provenance
 
-__all__ = ["Form", "SaveOptions", "SavedModel", "check_request", "check_target", "command_of", "write"]
-
 Form = Literal["dense", "factored", "adapter"]
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 

@@ -18,18 +18,6 @@ from laserlm.models.bundled import HUB_ID
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.source import source_folder
 
-__all__ = [
-    "CARD",
-    "FORMAT",
-    "RECORD",
-    "describe_base",
-    "file_hashes",
-    "paths_here",
-    "read_record",
-    "without_folders",
-    "without_paths",
-]
-
 RECORD = "laser.json"
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")

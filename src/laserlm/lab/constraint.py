@@ -18,8 +18,6 @@ from laserlm.linalg.decomposition import decompose
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import read_matrix, view
 
-__all__ = ["RankConstraint"]
-
 
 class RankConstraint(TrainerCallback):
     """Constrain or penalise the rank of chosen matrices while a ``transformers.Trainer`` trains the model.

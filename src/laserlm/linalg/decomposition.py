@@ -15,21 +15,6 @@ from laserlm.errors import WeightError
 from laserlm.linalg.precision import full_precision
 from laserlm.reductions import Keep, Size
 
-__all__ = [
-    "ALGORITHM",
-    "Decomposition",
-    "as_float64",
-    "as_float_matrix",
-    "basis_of",
-    "component_losses",
-    "decompose",
-    "rank_at",
-    "rank_of",
-    "reference_decomposition",
-    "reference_truncation",
-    "whitened",
-]
-
 ALGORITHM = "gram64-1"
 """Version of the algorithm of ``basis_of``, a part of the cache key of a basis."""
 DAMPING = 1e-6

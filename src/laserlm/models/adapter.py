@@ -18,8 +18,6 @@ from laserlm.errors import MissingExtraError, ModelError, WeightError
 from laserlm.models.finite import describe, not_finite
 from laserlm.models.language_model import LanguageModel
 
-__all__ = ["LOCAL", "base_of", "has_adapter", "is_beside_a_model", "is_gone", "local_paths", "model_alone", "with_adapter"]
-
 log = logging.getLogger(__name__)
 
 CONFIG, RECORD = "adapter_config.json", "laser.json"

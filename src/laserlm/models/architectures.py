@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["ARCHITECTURES", "GPT2", "SHARED", "Architecture", "Fused"]
-
 Layout = Literal["halves", "qkv", "qkv per head"]
 
 

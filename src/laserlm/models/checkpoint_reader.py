@@ -24,8 +24,6 @@ from laserlm.models.quantised import way_out
 from laserlm.models.weight_files import parameter_names, tensor_files
 from laserlm.paths import cache_folder
 
-__all__ = ["CheckpointReader", "list_matrices", "open_checkpoint"]
-
 
 @dataclass(frozen=True)
 class CheckpointReader:

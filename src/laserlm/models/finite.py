@@ -7,8 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["describe", "is_finite", "not_finite", "overflow"]
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_NAMED = 4
 """Number of parameters that an error names."""

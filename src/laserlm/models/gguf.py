@@ -35,24 +35,6 @@ from transformers.utils.hub import extract_commit_hash
 from laserlm.errors import ModelError
 from laserlm.paths import atomic_file, cached_files
 
-__all__ = [
-    "check_space",
-    "conversion_folder",
-    "find_conversion",
-    "find_files",
-    "is_gguf",
-    "merge",
-    "parsed_once",
-    "read_config_from_header",
-    "read_header",
-    "read_record",
-    "remember",
-    "remove_outdated",
-    "restore_rope_scaling",
-    "stamps_of",
-    "unread_tensors",
-]
-
 RECORD = "gguf.json"
 """Name of the record in a converted folder."""
 ROPE_FACTORS = "rope_freqs.weight"

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
-__all__ = ["Role", "role_of", "unclear"]
-
 Role = Literal["attn", "mlp", "mixer", "other", "unknown"]
 """What a matrix is part of.
 

@@ -20,8 +20,6 @@ from transformers.models.auto.modeling_auto import (
 from laserlm.errors import ModelError
 from laserlm.models.matrices import language_config
 
-__all__ = ["CLASSES", "TEXT_KINDS", "Kind", "check_head", "head_kinds", "model_class"]
-
 Kind = Literal["causal", "masked", "encoder-decoder", "classifier", "reward", "embedding", "headless"]
 TEXT_KINDS: tuple[Kind, ...] = ("classifier", "reward", "embedding")
 """Kinds of models that give one output for a text: the logits of labels, one number, or a vector."""

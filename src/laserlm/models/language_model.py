@@ -19,8 +19,6 @@ from laserlm.models.matrices import Matrix, find_matrices
 from laserlm.models.pooling import Pooling
 from laserlm.paths import cache_folder
 
-__all__ = ["LanguageModel"]
-
 
 @dataclass(eq=False)
 class LanguageModel:

@@ -30,8 +30,6 @@ from laserlm.models.tokenizers import load_tokenizer, pad_with_a_known_token
 from laserlm.models.weight_files import parameter_names, read_tensor, tensor_files
 from laserlm.paths import atomic_folder, cache_folder
 
-__all__ = ["check_no_adapter", "check_no_wrappers", "dequantise", "dtype_named", "load", "locate", "set_up_bundled"]
-
 log = logging.getLogger(__name__)
 
 COMPUTED = re.compile(r"(inv_freq|position_ids|\battn(ention)?\.(masked_)?bias)$")

@@ -15,8 +15,6 @@ from laserlm.errors import ModelError
 from laserlm.models import bundled, gguf
 from laserlm.out_of_memory import is_out_of_memory
 
-__all__ = ["as_model_error", "silence_transformers"]
-
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:

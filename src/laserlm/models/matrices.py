@@ -24,18 +24,6 @@ from laserlm.models.architectures import ARCHITECTURES, SHARED, Architecture
 from laserlm.models.groups import Role, role_of, unclear
 from laserlm.reductions import GROUPS, Layers
 
-__all__ = [
-    "Matrix",
-    "Rows",
-    "default_matrices",
-    "find_matrices",
-    "find_stacks",
-    "language_config",
-    "read_matrix",
-    "select",
-    "view",
-]
-
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values are the weights. Eight-bit floats are excluded because they need separate scales."""
 MAX_NAMED = 4

@@ -14,8 +14,6 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-__all__ = ["read_config"]
-
 GROUP = "laserlm.models"
 
 

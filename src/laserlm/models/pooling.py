@@ -11,8 +11,6 @@ from transformers.utils.hub import cached_file
 
 from laserlm.errors import ModelError
 
-__all__ = ["Pooling", "read_pooling"]
-
 Mode = Literal["mean", "cls", "max", "lasttoken"]
 MODES: dict[str, Mode] = {
     "mean_tokens": "mean",

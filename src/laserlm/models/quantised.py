@@ -6,8 +6,6 @@ from typing import Any
 
 from laserlm.low_rank import METHOD
 
-__all__ = ["packing_of", "way_out"]
-
 EDITED = ("fp8", METHOD)
 """Methods whose weights are numbers once they are loaded."""
 COPIES = {

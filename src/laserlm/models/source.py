@@ -10,8 +10,6 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 
 from laserlm.models import adapter, gguf
 
-__all__ = ["side_files", "source_folder"]
-
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz")
 """Suffixes of weights, and of the state of a training."""
 REPLACED = {"config.json", "README.md", "laser.json", adapter.LOCAL, "model.safetensors.index.json"}

@@ -13,8 +13,6 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from laserlm.models.kinds import TEXT_KINDS, Kind
 
-__all__ = ["load_tokenizer", "pad_with_a_known_token"]
-
 log = logging.getLogger(__name__)
 
 FIX_REGEX = ' Here, write "fix_mistral_regex": true in its tokenizer_config.json, and load it again.'

@@ -18,8 +18,6 @@ from transformers.modeling_utils import PreTrainedModel
 
 from laserlm.errors import ModelError
 
-__all__ = ["StoredTensor", "parameter_names", "read_tensor", "stored_tensors", "tensor_files"]
-
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes whose values are the weights, by their names in safetensors."""
 

@@ -8,8 +8,6 @@ from decimal import Decimal, InvalidOperation
 from laserlm.errors import SpecError
 from laserlm.reductions.reduction import FORM_HINT, Reduction, format_sizes, parse_sizes
 
-__all__ = ["FINE_RHO", "Grid", "from_rate"]
-
 PAPER_RHO = "0.9,0.8,0.6,0.4,0.2,0.1,0.05,0.01"
 FINE_RHO = "0.9,0.75,0.6,0.5,0.4,0.25,0.1,0.075,0.05,0.025,0.02,0.015,0.01,0.005,0.0025"
 NAMED_GRIDS = {

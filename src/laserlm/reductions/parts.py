@@ -9,8 +9,6 @@ from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 
 from laserlm.errors import MatrixError, SpecError
 
-__all__ = ["DROP", "SCALE", "Components", "Layers", "Size", "Strengths"]
-
 RANGE_PATTERN = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 LAST_LAYERS_PATTERN = re.compile(r"top(\d{1,9})", re.ASCII)
 RANK_PATTERN = re.compile(r"r(\d{1,9})", re.ASCII)

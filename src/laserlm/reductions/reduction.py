@@ -14,8 +14,6 @@ from laserlm.errors import SpecError
 from laserlm.paths import atomic_file
 from laserlm.reductions.parts import DROP, SCALE, Layers, Size
 
-__all__ = ["FORM_HINT", "GROUPS", "Intervention", "Keep", "Method", "Reduction", "format_sizes", "parse_sizes", "short_form"]
-
 Keep = Literal["top", "bottom"]
 Method = Literal["exact", "reference"]
 

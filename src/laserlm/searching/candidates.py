@@ -11,8 +11,6 @@ from laserlm.errors import MatrixError
 from laserlm.models.matrices import Matrix, select
 from laserlm.reductions import Grid, Intervention, Layers
 
-__all__ = ["Candidate", "expand"]
-
 
 @dataclass(frozen=True)
 class Candidate:

@@ -42,8 +42,6 @@ from laserlm.searching.session import BASE, SearchSession
 from laserlm.searching.strengths import choose_strengths
 from laserlm.searching.work import SCREEN_PASSES, contribution_tasks
 
-__all__ = ["MOST_QUESTIONS", "PARTS", "choose_components", "choose_step", "cost_of_step", "separate_matrices"]
-
 log = logging.getLogger(__name__)
 STEP_COMPONENTS = 150
 """Components that a step changes at most."""

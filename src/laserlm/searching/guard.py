@@ -35,8 +35,6 @@ from laserlm.searching.scorer import EncodedSplit
 from laserlm.tasks import Example, Split, Task, task
 from laserlm.tasks.files import local_file, read_text
 
-__all__ = ["OWN_TEXT", "Guard", "Harm", "guards_of", "is_text", "measure_harm"]
-
 GuardKind = Literal["text", "questions"]
 OWN_TEXT = "self"
 """Name of the guard that the model writes itself."""

@@ -30,8 +30,6 @@ from laserlm.searching.contributions import contributions_of_examples
 from laserlm.searching.gradients import Coefficients, ComponentGradients, Decomposed
 from laserlm.tasks import Example, Scorer
 
-__all__ = ["Prediction", "Screening", "gradient_scales", "loss_coefficients", "screen", "sensitivities"]
-
 CURVATURE = 0.5
 """Weight of the variance: half of the Fisher information along the edit, which is how the log-loss bends to second order."""
 HALF_PRECISION_SCALES = (1024.0, 32.0, 1.0, 2.0**-5, 2.0**-10)

@@ -13,8 +13,6 @@ from laserlm.errors import AnalysisError
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix
 
-__all__ = ["ComponentTokens", "component_tokens"]
-
 PARTNERS = {
     "fc_in": ("fc_out",),
     "fc_up": ("fc_out",),

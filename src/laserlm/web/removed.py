@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from laserlm.reductions import Intervention
 from laserlm.studies.loss_map import matrix_order, stacked_name
 
-__all__ = ["RemovedCounts", "removed_counts"]
-
 
 @dataclass(frozen=True)
 class RemovedCounts:

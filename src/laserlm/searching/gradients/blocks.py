@@ -15,25 +15,6 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import find_stacks
 from laserlm.scoring.forward import Batch
 
-__all__ = [
-    "BatchPass",
-    "BlockCall",
-    "backward",
-    "copied",
-    "cut_between_blocks",
-    "floats",
-    "frozen",
-    "id_lengths",
-    "leaf_of",
-    "leaves_for",
-    "mapped",
-    "padding_of",
-    "put_back",
-    "replaced_forwards",
-    "shifted",
-    "without_padding",
-]
-
 
 @dataclass
 class BlockCall:

@@ -23,8 +23,6 @@ from laserlm.searching.gradients.inspection import Inspection, token_count
 from laserlm.searching.gradients.sites import find_sites, sites_within, without_uncalled
 from laserlm.searching.gradients.sums import ComponentSums, MixedRowsError, watched
 
-__all__ = ["Coefficients", "ComponentGradients", "Decomposed"]
-
 Decomposed = Callable[[Matrix], Decomposition]
 Coefficients = tuple[float, list[float]]
 """By what the log-probabilities of a row, of its targets and of its options, enter the sum of losses."""

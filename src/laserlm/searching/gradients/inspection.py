@@ -29,8 +29,6 @@ from laserlm.searching.gradients.blocks import (
 )
 from laserlm.searching.gradients.sites import Site
 
-__all__ = ["Inspection", "token_count"]
-
 log = logging.getLogger(__name__)
 CLOSE = 0.05
 """Largest difference of what a layer or block gets or gives out in two passes, as a share of the largest value."""

@@ -12,8 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix
 
-__all__ = ["Site", "find_sites", "sites_within", "without_uncalled"]
-
 Kind = Literal["linear", "experts", "other"]
 
 

@@ -17,8 +17,6 @@ from laserlm.scoring.forward import Batch
 from laserlm.searching.gradients.blocks import id_lengths, padding_of, put_back, without_padding
 from laserlm.searching.gradients.sites import Site
 
-__all__ = ["ComponentSums", "MixedRowsError", "watched"]
-
 
 class MixedRowsError(Exception):
     """Ends a chunk in which the rows of a batch cannot be told apart."""
