@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import Json, ModelOptions, TaskOptions, print_json, with_options
+from laserlm.cli.options import Json, TaskOptions, UpdatedModelOptions, print_json, with_options
 from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from laserlm.searching.guard import Harm
 
 
-@with_options(model_options=ModelOptions, task_options=TaskOptions)
+@with_options(model_options=UpdatedModelOptions, task_options=TaskOptions)
 def evaluate(
-    model_options: ModelOptions,
+    model_options: UpdatedModelOptions,
     task_options: TaskOptions,
     reduce: Annotated[list[str] | None, typer.Option(help="Reduction such as 27.fc_in@0.01; may be repeated.")] = None,
     split: Annotated[str, typer.Option(help="Split to score: validation, test or all.")] = "test",

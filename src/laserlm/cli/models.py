@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from laserlm.cli.options import Cache, Json, ModelOptions, TableOptions, print_json, with_options
+from laserlm.cli.options import Cache, Json, ModelOptions, TableOptions, UpdatedModelOptions, print_json, with_options
 from laserlm.cli.progress import print_stderr
 from laserlm.paths import cache_folder
 
@@ -30,16 +30,17 @@ def setup(
         print(f"The bundled model is ready in {folder}. Go on with: laser demo")
 
 
-@with_options(model_options=ModelOptions, table=TableOptions)
-def matrices(model_options: ModelOptions, table: TableOptions) -> None:
-    """List the weight matrices of a model by the names that reductions use. No weights are read.
+@with_options(model_options=UpdatedModelOptions, table=TableOptions)
+def matrices(model_options: UpdatedModelOptions, table: TableOptions) -> None:
+    """List the weight matrices of a model by the names that reductions use. Only --adapter reads weights.
 
     Example: laser matrices bundled --json
     """
     from laserlm.models.checkpoint_reader import list_matrices
 
     wanted = {name: getattr(model_options, name) for name in ("kind", "revision", "allow_remote_code", "cache")}
-    matrices = list_matrices(model_options.model, **wanted)
+    listed = model_options.load().matrices if model_options.adapter else list_matrices(model_options.model, **wanted)
+    matrices = tuple(listed)
     has_fused, has_tied = any(m.parts for m in matrices), any(m.tied_to for m in matrices)
     rows: list[dict[str, Any]] = [
         {

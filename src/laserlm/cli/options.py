@@ -100,11 +100,11 @@ class LoadOptions:
     ] = False
     cache: Cache = None
 
-    def load_named(self, name: str) -> LanguageModel:
-        """Load a model by name."""
+    def load_named(self, name: str, adapter: str | Path | None = None) -> LanguageModel:
+        """Load a model by name, and the update of an adapter with it."""
         from laserlm.models import load
 
-        return load(name, **{f.name: getattr(self, f.name) for f in fields(LoadOptions)})
+        return load(name, adapter=adapter, **{f.name: getattr(self, f.name) for f in fields(LoadOptions)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,20 @@ class ModelOptions(LoadOptions):
     def load(self) -> LanguageModel:
         """Load the model."""
         return self.load_named(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatedModelOptions(ModelOptions):
+    """A model, how to load it, and the adapter whose update is reduced."""
+
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a LoRA adapter whose update is reduced.", rich_help_panel=MODEL_PANEL),
+    ] = None
+
+    def load(self) -> LanguageModel:
+        """Load the model with its adapter."""
+        return self.load_named(self.model, self.adapter)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ def reproduce(
     from laserlm.errors import ExportError
     from laserlm.export.check import reproduce
     from laserlm.export.record import read_record
-    from laserlm.models.adapter import is_gone
+    from laserlm.models.adapter import LOCAL, is_gone
 
     record = read_record(folder)
     name = base or str(record["base"]["name"])
@@ -52,8 +52,14 @@ def reproduce(
         dtype=load_options.dtype or record["dtype"]["base"],
         kind=load_options.kind or record["base"]["kind"],
     )
+    adapter = record["update"]["name"] if "update" in record else None
+    if adapter is not None and not Path(adapter).is_absolute():
+        raise ExportError(
+            f"{folder} was made with the adapter {adapter!r}, which is not where it was; write where it is into "
+            f'{folder / LOCAL}, as {{"adapter": "PATH"}}'
+        )
     with progress_bar("rebuilding", unit="matrices"):
-        lm = load_options.load_named(name)
+        lm = load_options.load_named(name, adapter)
         reproduction = reproduce(folder, lm, calibration=calibration)
     is_tested = record.get("found") and record["found"]["best"] == record["intervention"]  # another point was not
     test = _test_again(lm, record, task, data_options) if score and is_tested else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, print_json, with_options
+from laserlm.cli.options import STORE_DEFAULT, Json, Store, UpdatedModelOptions, print_json, with_options
 from laserlm.cli.progress import progress_bar
 from laserlm.cli.search_result import search_result
 
@@ -65,9 +65,9 @@ class FolderOptions:
             print(f"Go on with: laser load-check {saved.folder}")
 
 
-@with_options(model_options=ModelOptions, folder=FolderOptions)
+@with_options(model_options=UpdatedModelOptions, folder=FolderOptions)
 def save(
-    model_options: ModelOptions,
+    model_options: UpdatedModelOptions,
     folder: FolderOptions,
     reduce: Annotated[list[str] | None, typer.Option(help="Reduction such as 27.fc_in@0.01; may be repeated.")] = None,
     run: Annotated[str | None, typer.Option(help="Search to save: id, start of an id, or 'last'.")] = None,

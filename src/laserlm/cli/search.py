@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, Json, ModelOptions, Store, TaskOptions, print_json, with_options
+from laserlm.cli.options import STORE_DEFAULT, Json, Store, TaskOptions, UpdatedModelOptions, print_json, with_options
 from laserlm.cli.print_search import DONE_EARLIER, print_end, print_result
 from laserlm.cli.progress import print_stderr, search_progress_bar
 from laserlm.cli.search_options import SEARCH_PANEL, ClusterOptions, Restart, SearchOptions, load_guards
@@ -48,9 +48,11 @@ DryRun = Annotated[
 ]
 
 
-@with_options(model_options=ModelOptions, task_options=TaskOptions, options=SearchOptions, cluster_options=ClusterOptions)
+@with_options(
+    model_options=UpdatedModelOptions, task_options=TaskOptions, options=SearchOptions, cluster_options=ClusterOptions
+)
 def search(
-    model_options: ModelOptions,
+    model_options: UpdatedModelOptions,
     task_options: TaskOptions,
     options: SearchOptions,
     cluster_options: ClusterOptions,
@@ -148,7 +150,7 @@ def _print(result: SearchResult, task: Task, model: str, store: str, seconds: fl
     print_end(result, model, store, seconds)
 
 
-def _on_driver(options: ModelOptions, cluster: Ray | None, *, dry_run: bool) -> ModelOptions:
+def _on_driver(options: UpdatedModelOptions, cluster: Ray | None, *, dry_run: bool) -> UpdatedModelOptions:
     """Return how this process loads the model: on the CPU where only workers run it."""
     only_workers_run_it = cluster is not None and not (dry_run and cluster.gpus != 0)
     if only_workers_run_it and not (options.device or options.device_map):

@@ -19,7 +19,8 @@ from laserlm.linalg.decomposition import Decomposition, as_float_matrix, rank_of
 from laserlm.linalg.precision import full_precision
 from laserlm.models.architectures import ARCHITECTURES
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix, read_matrix, select, view
+from laserlm.models.matrices import Matrix, matrix_in, read_matrix, select, view
+from laserlm.models.update import WeightUpdate
 from laserlm.out_of_memory import OutOfMemoryError, retry_with_room
 from laserlm.reductions import Components, Intervention, Layers, Reduction, Size, Strengths, short_form
 
@@ -53,18 +54,20 @@ class Edit:
         Raises:
             MatrixError: if ``:splitK`` does not divide the number of rows, or a component to drop does not exist.
         """
-        m, n = matrix.shape
+        m = matrix.shape[0]
         if m % reduction.split:
             raise MatrixError(
                 f"{reduction}: the {m} rows of {matrix.id} cannot be cut into {reduction.split} equal blocks; "
                 f"write a divisor of {m} after ':split'"
             )
-        max_rank = min(m // reduction.split, n)
+        if matrix.update_rank is not None and (reduction.split > 1 or reduction.method == "reference"):
+            raise MatrixError(f"{reduction}: ':split' and ':reference' are not for the update of an adapter; leave them out")
+        max_rank = min(m // reduction.split, matrix.max_rank)
         named = reduction.size.drop or reduction.size.scale
         if named is not None and named.last >= max_rank:
             raise MatrixError(
-                f"{matrix.id} has no component {named.last}; its components are 0 to {max_rank - 1}, by falling singular value: "
-                f"leave the others out of {short_form(str(reduction))!r}"
+                f"{matrix.id} has no component {named.last}; its components are 0 to {max_rank - 1}, by falling singular "
+                f"value: leave the others out of {short_form(str(reduction))!r}"
             )
         return cls(matrix, rank_of(reduction.size, max_rank), max_rank, reduction)
 
@@ -158,6 +161,8 @@ def applied(
     """
     intervention = Intervention.read(intervention)
     edits = resolve(lm.matrices, intervention) if intervention else ()  # a quantised model has no matrices, but scores
+    if edits and lm.active and lm.update is not None:
+        raise MatrixError(f"the update of an adapter is reduced once; leave the block of {lm.intervention} first")
     decompositions = cache or default_cache(lm.cache)
     with (
         replaced_weights(lm, edits, lambda edit: truncation(lm, edit, decompositions, seed)),
@@ -257,6 +262,8 @@ def label_as_edited(lm: LanguageModel, intervention: Intervention | str) -> Iter
 @torch.no_grad()
 def truncation(lm: LanguageModel, edit: Edit, cache: DecompositionCache, seed: int = 0) -> Tensor:
     """Return the reduced matrix of an edit, (out, in), in float32 or float64."""
+    if edit.matrix.update_rank is not None:
+        return _with_reduced_update(lm, edit)
     weight = read_matrix(lm.model, edit.matrix)
     try:
         if edit.reduction.method == "reference":
@@ -279,6 +286,32 @@ def _reduced(block: Tensor, edit: Edit, cache: DecompositionCache) -> Tensor:
     # Subtracting the few components that change rounds less than adding up the many others.
     left, right = edit.changed_factors(decomposition)
     return as_float_matrix(block) - left @ right
+
+
+@full_precision()
+def _with_reduced_update(lm: LanguageModel, edit: Edit) -> Tensor:
+    """Return the base weight (out, in) plus what the edit keeps of the update of an adapter."""
+    left, right = edit.kept_factors(decomposition_of(lm, edit.matrix, default_cache(lm.cache)))
+    base = as_float_matrix(matrix_in(update_of(lm, edit.matrix).base, edit.matrix))
+    return base + left.to(base) @ right.to(base)
+
+
+def decomposition_of(lm: LanguageModel, matrix: Matrix, cache: DecompositionCache) -> Decomposition:
+    """Return the decomposition of a matrix, or of the update of an adapter that is reduced in its place.
+
+    Raises:
+        WeightError: as ``read_matrix``, or if the matrix holds NaN or inf.
+    """
+    if matrix.update_rank is None:
+        return cache.get(read_matrix(lm.model, matrix))
+    return update_of(lm, matrix).decomposition(matrix)
+
+
+def update_of(lm: LanguageModel, matrix: Matrix) -> WeightUpdate:
+    """Return the update of the weight that holds a matrix."""
+    if lm.update is None:
+        raise AssertionError(f"{matrix.id} has an update, and its model has none")
+    return lm.update.weights[matrix.path]
 
 
 def removed_part(matrices: Sequence[Matrix], intervention: InterventionLike) -> Intervention:

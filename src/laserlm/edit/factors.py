@@ -20,7 +20,7 @@ from laserlm.linalg.decomposition import Decomposition, as_float64, as_float_mat
 from laserlm.linalg.pivots import parameters, pivot_rows
 from laserlm.low_rank import LowRankLinear, Part
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix, read_matrix
+from laserlm.models.matrices import Matrix, read_matrix, rows_of
 from laserlm.reductions import Intervention
 
 
@@ -141,7 +141,7 @@ def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]]) ->
     places: list[Tensor] = []  # rows of the weight, in the order of the parts
     rest = torch.ones(m, dtype=torch.bool)
     for matrix, factors in reduced:
-        rows = _rows_of(matrix, m)
+        rows = rows_of(matrix, m)
         rest[rows] = False
         for block, (up, down) in zip(rows.split([len(up) for up, _ in factors]), factors, strict=True):
             order, coefficient = pivot_rows(up)
@@ -163,15 +163,6 @@ def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]]) ->
     return new.train(old.training)
 
 
-def _rows_of(matrix: Matrix, m: int) -> Tensor:
-    """Return the numbers of a matrix's rows among the m rows of its weight."""
-    rows = torch.arange(m)
-    if (r := matrix.rows) is None:
-        return rows
-    by_group: Tensor = rows.unflatten(0, (r.groups, r.stride))
-    return by_group[:, r.start : r.start + r.length].flatten()
-
-
 def _pivots(matrix: Matrix, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
     """Return rows (r, n) of the product of two factors, rounded once."""
     rows = (as_float64(up) @ as_float64(down)).to(dtype)
@@ -184,6 +175,8 @@ def _pivots(matrix: Matrix, up: Tensor, down: Tensor, dtype: torch.dtype) -> Ten
 
 def reason_not_factorable(lm: LanguageModel, matrix: Matrix) -> str:
     """Return why a matrix cannot be stored as two factors, or empty text if it can."""
+    if matrix.update_rank is not None:
+        return "a base weight of full rank, to which the adapter adds its update"
     if not isinstance(lm.model.get_submodule(matrix.path.rpartition(".")[0]), nn.Linear | Conv1D):
         return "not the weight of a linear layer"
     if any(m.tied_to == matrix.path or (m.path == matrix.path and m.tied_to) for m in lm.matrices):

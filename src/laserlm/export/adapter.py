@@ -159,7 +159,7 @@ class Adapter:
             raise ExportError(f"the factors hold values that are too large for {dtype}; save them in bfloat16 or float32")
         ranks = {difference.path: difference.rank for difference in differences}
         matrices = tuple(_stored(lm, edit, ranks[edit.matrix.path]) for edit in edits)
-        return cls(differences, matrices, _config(lm, differences))
+        return cls(differences, matrices, peft_config(lm, differences))
 
     @property
     def parameters(self) -> int:
@@ -180,9 +180,11 @@ class Adapter:
         config = folder / ADAPTER_CONFIG
         config.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         (folder / ADAPTER_WEIGHTS).chmod(config.stat().st_mode)  # safetensors makes it unreadable for other users
-        model = type(lm.model)
+        model, state = type(lm.model), lm.model.state_dict()
+        if lm.update is not None:  # the new adapter is added to the base model
+            state |= {path: weight.base for path, weight in lm.update.weights.items()}
         with silence_transformers():
-            changed = model.from_pretrained(None, config=lm.model.config, state_dict=lm.model.state_dict(), dtype=lm.dtype)
+            changed = model.from_pretrained(None, config=lm.model.config, state_dict=state, dtype=lm.dtype)
         compute_in_float32(changed)
         self.add_to(changed)
         return fingerprint(changed.eval())
@@ -300,11 +302,11 @@ def _pair(
     for edit in edits:
         blocks = difference_factors(lm, edit, cache, seed)
         downs += [down for _, down in blocks]
-        ups.append(_in_all_rows(torch.block_diag(*(up for up, _ in blocks)), edit.matrix, m))
+        ups.append(in_all_rows(torch.block_diag(*(up for up, _ in blocks)), edit.matrix, m))
     return torch.cat(downs), torch.cat(ups, 1)
 
 
-def _in_all_rows(up: Tensor, matrix: Matrix, m: int) -> Tensor:
+def in_all_rows(up: Tensor, matrix: Matrix, m: int) -> Tensor:
     """Return the factor of a matrix, or of a part of a fused matrix, in the m rows of the parameter."""
     if matrix.rows is None:
         return up
@@ -313,7 +315,7 @@ def _in_all_rows(up: Tensor, matrix: Matrix, m: int) -> Tensor:
     return whole
 
 
-def _config(lm: LanguageModel, differences: Sequence[Difference]) -> dict[str, Any]:
+def peft_config(lm: LanguageModel, differences: Sequence[Difference]) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``."""
     rank = next((d.rank for d in differences if not d.is_layer), max(d.rank for d in differences))
     layers = sorted(d.target for d in differences if d.is_layer)

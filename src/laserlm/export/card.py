@@ -49,6 +49,7 @@ def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
         "|---|---|",
         f"| base model | {name} |",
         f"| sha256 of its weights | `{base['hash']}` |",
+        *([f"| adapter whose update is reduced | {record['update']['name']} |"] if "update" in record else []),
         *([f"| reductions | `{short_form(record['intervention']) or 'none'}` |"] if "intervention" in record else []),
         *([f"| compression | {_compression(record['compression'])} |"] if "compression" in record else []),
         *(f"| harm | {harm} |" for harm in _harms(record)),

@@ -21,13 +21,13 @@ from torch import Tensor
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import ExportError, ModelError
 from laserlm.export import load_in_subprocess
-from laserlm.export.adapter import Adapter
 from laserlm.export.calibration_text import OWN_TEXT_FILE
 from laserlm.export.compression import compress
 from laserlm.export.load_in_subprocess import REPORTS
 from laserlm.export.record import file_hashes, read_record
 from laserlm.export.saving import save
 from laserlm.export.source_check import differences
+from laserlm.export.update_adapter import adapter_of
 from laserlm.low_rank import LowRankLinear, Part
 from laserlm.models.adapter import LOCAL, is_gone
 from laserlm.models.language_model import LanguageModel
@@ -209,9 +209,10 @@ def reproduce(folder: str | Path, lm: LanguageModel, *, calibration: str | Path 
     """
     folder = Path(folder)
     record = read_record(folder)
-    if lm.hash != record["base"]["hash"]:
+    expected = (record.get("update") or record["base"])["hash"]
+    if lm.hash != expected:
         raise ExportError(
-            f"{folder} was made from {record['base']['name']} with weights {record['base']['hash'][:12]}; "
+            f"{folder} was made from {record['base']['name']} with weights {expected[:12]}; "
             f"{lm.name} has {lm.hash[:12]}; load the recorded revision in {record['dtype']['base']}"
         )
     keeps_dtypes = "source" in record and record["source"]["dtype"] is None
@@ -271,7 +272,7 @@ def _compare_adapter(folder: Path, lm: LanguageModel, record: dict[str, Any]) ->
     """Compare the difference of each changed parameter, multiplied out, with that of a new adapter."""
     saved_dtype, seed = record["dtype"]["saved"], record["decomposition"]["seed"]
     intervention = Intervention.parse(record["intervention"])
-    rebuilt = Adapter.of(lm, intervention, cache=DecompositionCache(), seed=seed, dtype=dtype_named(saved_dtype))
+    rebuilt = adapter_of(lm, intervention, cache=DecompositionCache(), seed=seed, dtype=dtype_named(saved_dtype))
     saved = rebuilt.read(folder)
     pairs = [(a.dense(), b.dense()) for a, b in zip(rebuilt.differences, saved.differences, strict=True)]
     identical = all(torch.equal(a, b) for a, b in pairs)

@@ -24,6 +24,7 @@ from laserlm.export.record import (
     FORMAT,
     RECORD,
     describe_base,
+    describe_update,
     file_hashes,
     paths_here,
     without_folders,
@@ -160,6 +161,8 @@ def check_request(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
     if options.dtype is not None:
         dtype_named(options.dtype)
     check_target(out, options.overwrite, lm.loaded["name"] if lm.loaded else lm.name)
+    if lm.update is not None:
+        check_target(out, options.overwrite, str(lm.update.folder))
     low_rank = [path for path, module in lm.model.named_modules() if isinstance(module, LowRankLinear)]
     if low_rank:
         raise ExportError(
@@ -202,6 +205,7 @@ def write(
     saved_dtype = source.dtype if source is not None and keeps_dtypes else dtype
     described = {
         "base": describe_base(lm),
+        **({} if lm.update is None else {"update": describe_update(lm)}),
         "dtype": {"base": dtype_name(lm.dtype), "saved": dtype_name(saved_dtype)},
         "shard_size": options.shard_size,
         **entries,
@@ -284,6 +288,7 @@ def command_of(
     load += ["--allow-pickle"] if (lm.loaded or {}).get("allow_pickle") else []
     load += ["--revision", lm.revision] if lm.revision else []
     load += ["--kind", lm.kind] if lm.kind != "causal" else []
+    load += ["--adapter", str(lm.update.folder)] if lm.update is not None else []
     save = ["--form", form or options.form, "--shard-size", options.shard_size]
     save += ["--save-dtype", str(options.dtype).removeprefix("torch.")] if options.dtype is not None else []
     return shlex.join(map(without_folders, ["laser", command, lm.name, *load, *arguments, *save, "--out", out.name]))

@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
+from laserlm.edit.apply import replaced_parameters
 from laserlm.errors import ExportError
 from laserlm.models.adapter import LOCAL, local_paths
 from laserlm.models.bundled import HUB_ID
@@ -53,6 +55,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     paths = local_paths(folder)
     if "base" in paths and isinstance(record.get("base"), dict):
         record["base"]["name"] = paths["base"]
+    if "adapter" in paths and isinstance(record.get("update"), dict):
+        record["update"]["name"] = paths["adapter"]
     text = (record.get("compression") or {}).get("text") if isinstance(record.get("compression"), dict) else None
     if "calibration" in paths and isinstance(text, dict):
         text["name"] = paths["calibration"]
@@ -77,17 +81,31 @@ def describe_base(lm: LanguageModel) -> dict[str, Any]:
         "name": lm.name,
         "hub": HUB_ID if lm.name == "bundled" else None if Path(lm.name).exists() else "/".join(lm.name.split("/")[:2]),
         "revision": lm.revision,
-        "hash": lm.hash,
+        "hash": _base_hash(lm),
         "family": lm.family,
         "kind": lm.kind,
         "licence": _licence_of(lm),
     }
 
 
+def describe_update(lm: LanguageModel) -> dict[str, Any] | None:
+    """Return the adapter whose update is reduced as plain values for the record; None without one."""
+    return None if lm.update is None else {"name": str(lm.update.folder), "hash": lm.hash}
+
+
+def _base_hash(lm: LanguageModel) -> str:
+    """Return the hash of the weights without the update of an adapter."""
+    weights = {} if lm.update is None else lm.update.weights
+    with replaced_parameters(lm, weights, lambda path: weights[path].base):
+        return (lm if lm.update is None else replace(lm, update=None)).hash
+
+
 def paths_here(lm: LanguageModel, record: dict[str, Any]) -> dict[str, str]:
     """Return the paths of the base model and the calibration text on this machine, which the record does not hold."""
     is_local = lm.name != "bundled" and Path(lm.name).expanduser().exists()
     paths = {"base": str(Path(lm.name).absolute())} if is_local else {}
+    if lm.update is not None:
+        paths["adapter"] = str(lm.update.folder.absolute())
     text = record.get("compression", {}).get("text")
     if text and not text["own"]:
         paths["calibration"] = str(Path(text["name"]).absolute())

@@ -18,10 +18,10 @@ from laserlm.edit.apply import InterventionLike, applied, resolve
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.edit.factors import StoredMatrix, factored
 from laserlm.errors import ExportError
-from laserlm.export.adapter import Adapter
 from laserlm.export.card import unclear_gain
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.export.gguf_file import OutType, check_gguf_request, write_gguf
+from laserlm.export.update_adapter import adapter_of
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.adapter import LOCAL
 from laserlm.models.language_model import LanguageModel
@@ -51,7 +51,8 @@ def save(
 
     ``dense`` is an ordinary checkpoint with the shapes of the base model. ``factored`` stores each reduced matrix as two
     factors if that takes fewer parameters; it loads after ``import laserlm``. ``adapter`` stores only what changes, W' - W, as
-    a LoRA that ``peft.PeftModel.from_pretrained`` adds to the unchanged model. ``gguf`` is a file for llama.cpp, written by its
+    a LoRA that ``peft.PeftModel.from_pretrained`` adds to the unchanged model; of a model with the update of an adapter it
+    stores what the reduction leaves of the update. ``gguf`` is a file for llama.cpp, written by its
     own converter (the extra ``gguf``), with a ``Modelfile`` for Ollama. The folder also holds a model card and
     ``laser.json``, which records how to rebuild the model. It is written next to ``out`` and moved there at the end.
 
@@ -100,7 +101,7 @@ def save(
     }
     if form == "adapter":
         adapter_dtype = None if dtype is None else dtype_named(dtype)
-        adapter = Adapter.of(lm, intervention, cache=cache, seed=seed, dtype=adapter_dtype)
+        adapter = adapter_of(lm, intervention, cache=cache, seed=seed, dtype=adapter_dtype)
         return write(lm, out, nullcontext(adapter.matrices), options, entries, adapter)
     if form == "gguf":
         command = command_of(lm, "save", [*arguments, "--outtype", outtype], out, options, form)

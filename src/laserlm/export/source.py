@@ -77,7 +77,8 @@ class Source:
         Raises:
             ExportError: if a tensor of the model has another shape than in its checkpoint.
         """
-        folder = None if lm.loaded is None else source_folder(lm.loaded["name"], lm.loaded["revision"])
+        # With the update of an adapter, the checkpoint has other weights than the model.
+        folder = None if lm.loaded is None or lm.update is not None else source_folder(lm.loaded["name"], lm.loaded["revision"])
         stored = {} if folder is None else stored_tensors(folder)
         if folder is None or not stored:
             return None

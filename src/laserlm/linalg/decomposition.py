@@ -131,6 +131,16 @@ def decompose(weight: Tensor) -> Decomposition:
     return Decomposition.from_basis(weight, basis_of(weight))
 
 
+def decompose_product(up: Tensor, down: Tensor) -> Decomposition:
+    """Decompose a product of two factors, (m, r) and (r, n), without the product; k = min(m, n, r). The left factor has the
+    singular values."""
+    Q, R = torch.linalg.qr(as_float64(up))
+    P, T = torch.linalg.qr(as_float64(down).T)
+    U, S, Vh = torch.linalg.svd(R @ T.T, full_matrices=False)  # (min(m, r), min(n, r))
+    like = up if up.dtype == torch.float64 else up.float()
+    return Decomposition(_as_before(Q @ U * S, like), _as_before(Vh @ P.T, like))
+
+
 def whitened(weight: Tensor, moments: Tensor, output_moments: Tensor | None = None) -> Decomposition:
     """Decompose a matrix W (m, n) so that each truncation minimises the mean squared change of the outputs W x.
 

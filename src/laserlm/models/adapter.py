@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from laserlm.errors import MissingExtraError, ModelError, WeightError
 from laserlm.models.finite import describe, not_finite
 from laserlm.models.language_model import LanguageModel
+from laserlm.models.update import AdapterUpdate, factors_of, update_of
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +90,13 @@ def model_alone(folder: str | Path) -> Iterator[Path]:
         yield Path(alone)
 
 
-def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
+def with_adapter(lm: LanguageModel, folder: str | Path, *, keeps_update: bool = False) -> LanguageModel:
     """Return the model that a base model becomes with the adapter of a folder; the base model must not be used again.
+
+    Args:
+        lm: the base model.
+        folder: the adapter's folder.
+        keeps_update: keep what a LoRA adds to each weight, and the weight without it. Reductions then change the update.
 
     Raises:
         MissingExtraError: if peft is not installed.
@@ -98,7 +104,7 @@ def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
         WeightError: if the adapter makes weights that are not finite.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise MissingExtraError("an adapter is loaded by peft: pip install peft") from error
     _check_base(lm, Path(folder))
@@ -111,7 +117,11 @@ def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would go on with a part of it
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            model: Any = PeftModel.from_pretrained(lm.model, str(folder)).merge_and_unload()
+            wrapped: Any = PeftModel.from_pretrained(lm.model, str(folder))
+            factors = factors_of(wrapped) if keeps_update else {}
+            names = get_peft_model_state_dict(wrapped, save_embedding_layers=False) if keeps_update else {}
+            bases = {path: _base_layer(wrapped, path).weight.detach().clone() for path in factors}
+            model: Any = wrapped.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot load the adapter {str(folder)!r} on {lm.name}: {reason}; save the adapter again") from error
@@ -120,10 +130,40 @@ def with_adapter(lm: LanguageModel, folder: str | Path) -> LanguageModel:
             f"the adapter {str(folder)!r} makes weights of {lm.name} that are not finite: {describe(counts)}. It is damaged or "
             "overflows the dtype; load it with --dtype float32 (dtype=...), or save the adapter again"
         )
+    if keeps_update:
+        return _with_update(lm, Path(folder), update_of(Path(folder), _others(names, factors), model, bases, factors), model)
     log.warning("the adapter in %s is merged into the weights of its base model", folder)
     model.config._name_or_path = str(folder) if is_beside_a_model(folder) else model.config._name_or_path
     loaded = {**(lm.loaded or {}), "name": str(Path(folder).absolute()), "revision": None}
     return replace(lm, model=model, name=str(folder), revision=None, loaded=loaded)
+
+
+def _with_update(lm: LanguageModel, folder: Path, update: AdapterUpdate, model: Any) -> LanguageModel:
+    """Return the merged model, whose reductions change the update.
+
+    Raises:
+        ModelError: if the adapter updates no weight matrix of a block.
+    """
+    loaded = {**(lm.loaded or {}), "adapter": str(folder.absolute())}
+    merged = replace(lm, model=model, update=update, loaded=loaded)
+    if not merged.matrices:
+        raise ModelError(f"the adapter {str(folder)!r} updates no weight matrix of a block; there is nothing to reduce")
+    if update.others:
+        first = ", ".join(update.others[:3])
+        log.warning("%d tensors of the adapter %s are merged and not reduced: %s ...", len(update.others), folder, first)
+    return merged
+
+
+def _base_layer(wrapped: Any, path: str) -> Any:
+    return wrapped.get_base_model().get_submodule(path.removesuffix(".weight")).get_base_layer()
+
+
+def _others(names: Iterable[str], factors: Mapping[str, Any]) -> list[str]:
+    """Return the names of an adapter's tensors that are not factors of an update."""
+    modules = {path.removesuffix(".weight") for path in factors}
+    prefix = "base_model.model."
+    own = {f"{prefix}{module}.lora_{side}.weight" for module in modules for side in "AB"}
+    return sorted(set(names) - own)
 
 
 def _check_base(lm: LanguageModel, folder: Path) -> None:

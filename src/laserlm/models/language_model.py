@@ -17,6 +17,7 @@ from laserlm.linalg.quick_hash import quick_hash
 from laserlm.models.kinds import Kind
 from laserlm.models.matrices import Matrix, find_matrices
 from laserlm.models.pooling import Pooling
+from laserlm.models.update import AdapterUpdate
 from laserlm.paths import cache_folder
 
 
@@ -36,6 +37,7 @@ class LanguageModel:
         reads_positions: whether the output layer can compute the scored positions alone; None until it is tested.
         active: interventions that are applied now, outermost first.
         pooling: how an embedding model makes one vector of a text; None takes the mean of its tokens.
+        update: of an adapter that is merged; reductions then change the update in place of the weights. None without one.
         loaded: arguments of ``load`` that give another process the same model (without its device); None if the model was
             not made by ``load``.
     """
@@ -50,6 +52,7 @@ class LanguageModel:
     reads_positions: bool | None = None
     active: list[str] = field(default_factory=list)
     pooling: Pooling | None = None
+    update: AdapterUpdate | None = field(default=None, repr=False)
     loaded: dict[str, Any] | None = field(default=None, repr=False)
     _hashed: tuple[tuple[str, ...], str] | None = field(default=None, init=False, repr=False)
 
@@ -88,8 +91,9 @@ class LanguageModel:
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """Every weight matrix of every block."""
-        return find_matrices(self.model)
+        """Every weight matrix of every block; with the update of an adapter, those that it updates."""
+        matrices = find_matrices(self.model)
+        return matrices if self.update is None else self.update.matrices(matrices)
 
     @property
     def hash(self) -> str:
@@ -104,7 +108,11 @@ class LanguageModel:
         if self.active:
             raise ModelError(f"the weights are changed by {self.intervention}; leave the 'with applied' block first")
         self.require_evaluation_mode()
-        tensors = sorted(self.model.state_dict().items())
+        state = self.model.state_dict()
+        for path, weight in ({} if self.update is None else self.update.weights).items():
+            # The same weights without an update have other results of a search.
+            state |= {f"update up {path}": weight.up, f"update down {path}": weight.down}
+        tensors = sorted(state.items())
         for name, tensor in tensors:
             if tensor.device.type == "meta":
                 raise WeightError(f"{name} is offloaded and not in memory; load the model with a device_map that holds it")

@@ -18,7 +18,8 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from transformers.utils.quantization_config import GgufConfig
 
 from laserlm.errors import ModelError, WeightError
-from laserlm.models import adapter, bundled, gguf
+from laserlm.models import bundled, gguf
+from laserlm.models.adapter import base_of, has_adapter, is_beside_a_model, model_alone, with_adapter
 from laserlm.models.finite import describe, is_finite, not_finite
 from laserlm.models.kinds import CLASSES, Kind, check_head, head_kinds, model_class
 from laserlm.models.language_model import LanguageModel
@@ -46,6 +47,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     allow_pickle: bool = False,
     allow_remote_code: bool = False,
+    adapter: str | Path | None = None,
     cache: str | Path | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer in evaluation mode. For the folder of a peft adapter, load its base model and merge it.
@@ -61,9 +63,12 @@ def load(
         device_map: accelerate's placement for models larger than one device; excludes ``device``.
         allow_pickle: also read pickled weights, which can run code when loaded.
         allow_remote_code: run modelling code that comes with the checkpoint.
+        adapter: folder of a LoRA adapter of peft for this model. It is merged, and reductions change its update of the weights
+            in place of the weights.
         cache: folder for converted models and decompositions; None uses the user's cache folder.
 
     Raises:
+        MissingExtraError: if an adapter is to be loaded and peft is not installed.
         ModelError: if the model cannot be found or loaded, or lacks the requested kind of head.
         WeightError: if weights are not finite (NaN or infinite).
     """
@@ -74,11 +79,15 @@ def load(
     name = os.path.expanduser(name)  # a shell leaves a ~ in quotes as it is
     options: dict[str, Any] = {"device": device, "device_map": device_map, "cache": cache}
     options |= {"kind": kind, "dtype": dtype, "allow_pickle": allow_pickle, "allow_remote_code": allow_remote_code}
-    if (base := adapter.base_of(name)) is not None:
-        return adapter.with_adapter(load(base[0], revision=base[1], **options), name)
-    if adapter.is_beside_a_model(name):
-        with adapter.model_alone(name) as folder:
-            return adapter.with_adapter(load(folder, **options), name)
+    if adapter is not None:
+        if not has_adapter(adapter := Path(adapter).expanduser()):
+            raise ModelError(f"{str(adapter)!r} is no folder with an {ADAPTER_CONFIG_NAME}; give the folder of a LoRA adapter")
+        return with_adapter(load(name, revision=revision, **options), adapter, keeps_update=True)
+    if (base := base_of(name)) is not None:
+        return with_adapter(load(base[0], revision=base[1], **options), name)
+    if is_beside_a_model(name):
+        with model_alone(name) as folder:
+            return with_adapter(load(folder, **options), name)
     target = _device(device)
     dtype = None if dtype is None else dtype_named(dtype)
     user_cache = None if cache is None else Path(cache).expanduser().absolute()

@@ -58,6 +58,7 @@ class Matrix:
         tied_to: path of the same tensor in an earlier block, or None.
         role: what it is part of, such as ``attn``, if it is named by its module path; None if its family names it.
         in_tower: whether it belongs to a part of a language model that reads images or sound.
+        update_rank: rank of the update of an adapter that is reduced in place of the matrix; None if there is none.
     """
 
     stack: str
@@ -73,6 +74,7 @@ class Matrix:
     tied_to: str | None = None
     role: Role | None = None
     in_tower: bool = False
+    update_rank: int | None = None
 
     @property
     def id(self) -> str:
@@ -86,8 +88,8 @@ class Matrix:
 
     @property
     def max_rank(self) -> int:
-        """min(out, in)."""
-        return min(self.shape)
+        """Number of components: min(out, in), or the rank of the update of an adapter."""
+        return min(self.shape) if self.update_rank is None else min(*self.shape, self.update_rank)
 
     def overlaps(self, other: Matrix) -> bool:
         """Whether the two share weights: the same matrix, a fused matrix and its part, or tied matrices."""
@@ -111,8 +113,14 @@ def read_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
     """Return a matrix of the model as an (out, in) tensor that may share memory with the model.
 
     Raises:
-        WeightError: if the weight is quantised, held as two factors, or offloaded by accelerate.
+        WeightError: if the weight is quantised, held as two factors, or offloaded by accelerate, or if the update of an adapter
+            is reduced in its place.
     """
+    if matrix.update_rank is not None:
+        raise WeightError(
+            f"of {matrix.id} only the update of an adapter can be changed here, by a search, an evaluation or a save; for "
+            "anything else, load the adapter's folder as the model, which merges it"
+        )
     if isinstance(model.get_submodule(matrix.path.rpartition(".")[0]), LowRankLinear):
         raise WeightError(f"{matrix.id} is held as two factors; load the base model, which the folder's laser.json names")
     parameter = model.get_parameter(matrix.path).detach()
@@ -122,8 +130,22 @@ def read_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
         raise WeightError(
             f"{matrix.id} is quantised ({parameter.dtype}); load the model without quantisation, reduce it, then quantise"
         )
+    return matrix_in(parameter, matrix)
+
+
+def matrix_in(parameter: Tensor, matrix: Matrix) -> Tensor:
+    """Return a matrix (out, in) of a parameter tensor; it may share memory with the parameter."""
     value = view(parameter, matrix)
     return value.flatten(0, 1) if matrix.rows is not None else value
+
+
+def rows_of(matrix: Matrix, m: int) -> Tensor:
+    """Return the numbers of a matrix's rows among the m rows of its weight."""
+    rows = torch.arange(m)
+    if (r := matrix.rows) is None:
+        return rows
+    by_group: Tensor = rows.unflatten(0, (r.groups, r.stride))
+    return by_group[:, r.start : r.start + r.length].flatten()
 
 
 def language_config(config: Any) -> Any:

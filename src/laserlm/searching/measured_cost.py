@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from laserlm.edit.apply import decomposition_of
 from laserlm.errors import ScoringError
 from laserlm.linalg.decomposition import as_float_matrix, basis_of
 from laserlm.models.language_model import LanguageModel
@@ -47,11 +48,16 @@ def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchCon
     scorer = PrefixScorer(lm, {VALIDATION: encoded}, batch_size=config.batch_size, memory=config.memory)
     by_size = sorted(planned.matrices, key=decomposition_flop)
     middle = next((m for m in by_size[len(by_size) // 2 :] if decomposition_flop(m) < MAX_TIMED_FLOP), by_size[0])
-    weight = as_float_matrix(read_matrix(lm.model, middle))
+    weight = None if middle.update_rank is not None else as_float_matrix(read_matrix(lm.model, middle))
     n = min(len(task.validation), 4 * config.batch_size)
     top = max((i for stage in planned.stages for i in stage.items if isinstance(i, ScoreTask)), key=lambda item: -item.share)
     full, high = (ScoreTask(VALIDATION, 0, n, i) for i in (Intervention(), top.intervention))
     times: dict[str, list[float]] = {}
+
+    def decompose() -> float:  # a value, so that a GPU has done it
+        factor = decomposition_of(lm, middle, scorer.decompositions).left if weight is None else basis_of(weight)
+        return float(factor[0, 0])
+
     with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder) / "runs.db") as store:
         settings = {"model": lm.name, "task": task.name}
         with store.run(kind="search", key="measure", settings=settings, provenance={}) as run:
@@ -67,7 +73,7 @@ def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchCon
                 seconds = {
                     "full": _timed(lambda: full.execute(scorer)),
                     "high": _timed(lambda: high.execute(scorer)),
-                    "decompose": _timed(lambda: float(basis_of(weight)[0, 0])),  # the value, so that a GPU has done it
+                    "decompose": _timed(decompose),
                     "record": _timed(partial(run.record, answer, encoded.split.examples[:n])),
                 }
                 for name, value in seconds.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laserlm.edit import applied, resolve
+from laserlm.edit.apply import decomposition_of
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import ScoringError, WeightError
 from laserlm.linalg.decomposition import Decomposition
@@ -204,10 +205,13 @@ class PrefixScorer:
         self._caches.clear()
         edited = {edit.matrix.id for edit in resolve(self.lm.matrices, intervention)}
         # A copy, for the weights of stacked experts are changed in place.
-        unchanged = {m.id: read_matrix(self.lm.model, m).clone() for m in matrices if m.id in edited}
+        weights = [m for m in matrices if m.id in edited and m.update_rank is None]
+        unchanged = {m.id: read_matrix(self.lm.model, m).clone() for m in weights}
 
         def decomposed(m: Matrix) -> Decomposition:
-            return self.decompositions.get(unchanged[m.id] if m.id in edited else read_matrix(self.lm.model, m))
+            if m.id in unchanged:
+                return self.decompositions.get(unchanged[m.id])
+            return decomposition_of(self.lm, m, self.decompositions)
 
         with applied(self.lm, intervention, cache=self.decompositions, seed=self._seed):
             gradients = ComponentGradients(

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laserlm.edit.apply import Edit
+from laserlm.edit.apply import Edit, decomposition_of
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.linalg.precision import full_precision
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix, read_matrix
+from laserlm.models.matrices import Matrix
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import SCORERS
@@ -128,7 +128,7 @@ def screen(
         rows,
         loss_coefficients(lm, examples, rows, scorer, batch_size, between_choices),
         list({c.matrix.id: c.matrix for c in candidates}.values()),
-        lambda m: cache.get(read_matrix(lm.model, m)),
+        lambda m: decomposition_of(lm, m, cache),
         batch_size=batch_size,
         memory=memory,
         deadline=deadline,

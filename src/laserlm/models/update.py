@@ -1,0 +1,119 @@
+"""The update of a LoRA adapter: the product of low rank that it adds to each of its weights.
+
+A model with an update is the base model with the adapter merged. The update of a weight is what a reduction changes, in place
+of the weight: the base stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laserlm.errors import ModelError
+from laserlm.linalg.decomposition import Decomposition, decompose_product
+from laserlm.models.matrices import Matrix, rows_of
+
+ROUNDING = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
+"""Largest difference, as a share of the largest weight, between a merged weight and base plus update; 1e-5 in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightUpdate:
+    """What an adapter adds to one weight, as the product of two factors.
+
+    Args:
+        base: the weight without the update, as its parameter stores it.
+        up: (m, r), with the scale of the adapter.
+        down: (r, n).
+    """
+
+    base: Tensor
+    up: Tensor
+    down: Tensor
+
+    def decomposition(self, matrix: Matrix) -> Decomposition:
+        """Return the decomposition of the update of a matrix; a part of a fused weight has some of its rows."""
+        up = self.up if matrix.rows is None else self.up[rows_of(matrix, len(self.up)).to(self.up.device)]
+        return decompose_product(up, self.down)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterUpdate:
+    """The updates of an adapter.
+
+    Args:
+        folder: the adapter's folder.
+        weights: the update of each weight, by the path of its parameter.
+        others: names of the adapter's other tensors, which are merged and cannot be reduced.
+    """
+
+    folder: Path
+    weights: Mapping[str, WeightUpdate]
+    others: tuple[str, ...] = ()
+
+    def matrices(self, matrices: Iterable[Matrix]) -> tuple[Matrix, ...]:
+        """Return the matrices that have an update, with its rank."""
+        ranks = {path: weight.down.shape[0] for path, weight in self.weights.items()}
+        return tuple(replace(m, update_rank=ranks[m.path]) for m in matrices if m.path in ranks and m.expert is None)
+
+
+def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return both factors, up (m, r) with its scale and down (r, n), of each weight that a peft model with one LoRA adapts.
+
+    Raises:
+        ModelError: if the adapter is no LoRA, or adds something else than a product.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    config = model.active_peft_config
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA" or getattr(config, "use_dora", False):
+        kind = "DoRA" if kind == "LORA" else kind
+        raise ModelError(
+            f"the adapter is of type {kind}, whose update is no product of two factors; load its folder as the model, which "
+            "merges it, and reduce the merged weights"
+        )
+    name, factors = model.active_adapter, {}
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A:
+            layer: Any = module.get_base_layer()
+            if isinstance(layer, nn.Embedding) or not hasattr(module.lora_A[name], "weight"):
+                continue
+            up, down = module.lora_B[name].weight.detach(), module.lora_A[name].weight.detach()
+            if up.ndim == 2 and down.ndim == 2:
+                factors[f"{path}.weight"] = (up * module.scaling[name], down)
+    return factors
+
+
+def update_of(
+    folder: Path, others: Iterable[str], merged: Any, bases: Mapping[str, Tensor], factors: Mapping[str, Any]
+) -> AdapterUpdate:
+    """Return the update that merging has added.
+
+    Args:
+        folder: the adapter's folder.
+        others: names of the adapter's other tensors.
+        merged: the model with the adapter merged.
+        bases: the weights before, by path.
+        factors: what ``factors_of`` returned.
+
+    Raises:
+        ModelError: if a weight is not its base plus its update.
+    """
+    weights = {path: WeightUpdate(bases[path], *factors[path]) for path in factors}
+    for path, weight in weights.items():
+        parameter = merged.get_parameter(path)
+        delta = weight.up.float() @ weight.down.float()
+        expected = weight.base.float() + (delta if delta.shape == parameter.shape else delta.T)
+        limit = ROUNDING.get(parameter.dtype, 1e-5) * float(expected.abs().max())
+        if float((parameter.float() - expected).abs().max()) > limit:
+            raise ModelError(
+                f"the adapter {str(folder)!r} does more to {path} than add a product of two factors; load its folder as the "
+                "model, which merges it, and reduce the merged weights"
+            )
+    return AdapterUpdate(folder, weights, tuple(others))

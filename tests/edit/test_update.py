@@ -1,0 +1,160 @@
+"""The update of a LoRA adapter, reduced in place of the weights: loading, editing, searching and saving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from in_process import check_here
+from peft import LoraConfig, get_peft_model
+
+from laserlm.edit import applied
+from laserlm.errors import ExportError, MatrixError, ModelError, WeightError
+from laserlm.export import load_check, reproduce, save
+from laserlm.models import load, read_matrix
+from laserlm.models.matrices import matrix_in
+from laserlm.searching import SearchConfig, search
+from laserlm.searching.plan import plan
+from laserlm.tasks import Example, Task
+
+# Of peft with transformers 5, when a model gets an adapter.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+RANK = 4
+TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+Folders = tuple[Path, Path]
+
+
+def saved_adapter(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Folders:
+    """Save a model and a random LoRA of it, and return both folders."""
+    base, adapter = folder / "base", folder / "lora"
+    lm = build(family)
+    lm.model.to(dtype).save_pretrained(base)
+    lm.require_tokenizer().save_pretrained(base)
+    settings = {"r": RANK, "lora_alpha": 6, "target_modules": TARGETS[family], "fan_in_fan_out": family == "gpt2", **settings}
+    wrapped: Any = get_peft_model(load(base).model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) / 5
+    wrapped.save_pretrained(adapter)
+    return base, adapter
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_reduction_changes_the_update_and_leaves_the_base(family: str, tmp_path: Path) -> None:
+    base, folder = saved_adapter(tmp_path, family)
+    lm, plain, merged = load(base, adapter=folder), load(base), load(folder)
+    assert {m.max_rank for m in lm.matrices} == {RANK}
+    assert lm.hash != merged.hash  # results of the two are kept apart
+    for m in lm.matrices:
+        torch.testing.assert_close(lm.model.get_parameter(m.path), merged.model.get_parameter(m.path))
+    with applied(lm, "all.all@r0"):
+        for path in lm.update.weights:
+            assert torch.equal(lm.model.get_parameter(path), plain.model.get_parameter(path))
+    m = next(m for m in lm.matrices if not m.parts)
+    W = {x: read_matrix(x.model, next(o for o in x.matrices if o.id == m.id)) for x in (plain, merged)}
+    U, S, Vh = torch.linalg.svd((W[merged] - W[plain]).double(), full_matrices=False)
+    expected = W[plain].double() + U[:, :2] * S[:2] @ Vh[:2]
+    with applied(lm, f"{m.id}@r2"):
+        value = lm.model.get_parameter(m.path).detach()
+        torch.testing.assert_close(matrix_in(value, m), expected.float(), atol=1e-5, rtol=0)
+
+
+def questions() -> Task:
+    examples = [Example(id=str(i), prompt=f"The city {i} is", answer=a) for i, a in enumerate(["red", "blue", "big"] * 8)]
+    return Task.of("cities", examples, scorer="answer")
+
+
+@pytest.mark.parametrize("strategy", ["race", pytest.param("components", marks=pytest.mark.slow)])
+def test_a_search_reduces_the_update(strategy: Any, tmp_path: Path) -> None:
+    base, folder = saved_adapter(tmp_path)
+    lm = load(base, adapter=folder)
+    config = SearchConfig(strategy=strategy, metric="loss", steps=2, candidates=4, random_candidates=1)
+    result = search(lm, questions(), config)
+    assert plan(lm, questions(), config).disk == 0
+    assert result.candidates > 0
+    assert {f"{r.layers}.{r.matrix}" for r in result.best.reductions} <= {m.id for m in lm.matrices}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_saved_dense_and_as_a_smaller_adapter_the_weights_are_the_same(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_here(monkeypatch)
+    base, folder = saved_adapter(tmp_path, family)
+    lm = load(base, adapter=folder)
+    text = "0.all@r2" if family == "llama" else "0.q_proj@r1+1.fc_in@drop0"
+    dense = save(lm, text, tmp_path / "dense")
+    small = save(lm, text, tmp_path / "small", form="adapter")
+    with applied(lm, text):
+        for saved in (dense, small):
+            weights = load(saved.folder).model.state_dict()
+            for name, tensor in lm.model.state_dict().items():
+                torch.testing.assert_close(weights[name], tensor, atol=2e-6, rtol=1e-5, msg=name)
+    assert small.parameters < sum(w.up.numel() + w.down.numel() for w in lm.update.weights.values()) or family == "gpt2"
+    for saved in (dense, small):
+        assert load_check(saved.folder).agrees
+        assert reproduce(saved.folder, lm).agrees
+    assert f"--adapter {folder.name}" in dense.record["command"]
+    assert dense.record["base"]["hash"] == load(base).hash
+
+
+def test_the_base_keeps_its_bits_in_half_precision_too(tmp_path: Path) -> None:
+    base, folder = saved_adapter(tmp_path, dtype=torch.bfloat16)
+    lm, plain = load(base, adapter=folder), load(base)
+    with applied(lm, "all.all@r0"):
+        for path in lm.update.weights:
+            assert torch.equal(lm.model.get_parameter(path), plain.model.get_parameter(path))
+
+
+@pytest.mark.slow
+def test_the_command_line_searches_lists_and_saves_an_update(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    base, folder = saved_adapter(tmp_path)
+    rows = [{"prompt": f"The city {i} is", "answer": "red" if i % 2 else "blue"} for i in range(16)]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with_adapter = [str(base), "--adapter", str(folder)]
+    code, out, _ = run("matrices", *with_adapter, "--json")
+    assert code == 0
+    assert {m["max_rank"] for m in json.loads(out)} == {RANK}
+    store = str(tmp_path / "runs.db")
+    code, out, _ = run("search", *with_adapter, "--task", f"jsonl:{file}", "--strategy", "race", "--store", store, "--json")
+    assert code == 0
+    assert json.loads(out)["candidates"] > 0
+    code, _, _ = run("save", *with_adapter, "--reduce", "0.q_proj@r1", "--form", "adapter", "--out", str(tmp_path / "out"))
+    assert code == 0
+    code, out, _ = run("evaluate", str(tmp_path / "out"), "--task", f"jsonl:{file}")
+    assert code == 0
+
+
+def test_what_cannot_be_done_with_an_update_is_refused(tmp_path: Path) -> None:
+    base, folder = saved_adapter(tmp_path)
+    lm = load(base, adapter=folder)
+    saved = save(lm, "0.q_proj@r1", tmp_path / "dense", form="factored")
+    assert [m.reason_kept_dense for m in saved.matrices] == ["a base weight of full rank, to which the adapter adds its update"]
+    with pytest.raises(MatrixError, match="':split' and ':reference' are not for the update"):
+        save(lm, "0.q_proj@r1:reference", tmp_path / "out")
+    with pytest.raises(MatrixError, match="no matrix 'k_proj'"):
+        save(lm, "0.k_proj@r1", tmp_path / "out")
+    with pytest.raises(WeightError, match="only the update of an adapter can be changed here"):
+        read_matrix(lm.model, lm.matrices[0])
+    with applied(lm, "0.q_proj@r1"), pytest.raises(MatrixError, match="is reduced once"), applied(lm, "0.q_proj@r2"):
+        pass
+    with pytest.raises(ModelError, match=r"is no folder with an adapter_config\.json"):
+        load(base, adapter=base)
+
+
+def test_what_an_adapter_holds_besides_is_merged_and_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, folder = saved_adapter(tmp_path, modules_to_save=["norm"])
+    lm = load(base, adapter=folder)
+    assert "7 tensors of the adapter" in caplog.text
+    with pytest.raises(ExportError, match=r"a smaller adapter would lose .*layernorm\.weight"):
+        save(lm, "0.q_proj@r1", tmp_path / "small", form="adapter")
+    other, dora = saved_adapter(tmp_path / "dora", use_dora=True)
+    with pytest.raises(ModelError, match="of type DoRA"):
+        load(other, adapter=dora)
