@@ -146,6 +146,7 @@ def main() -> None:
         model = options.model or str(folder / "model")
         if options.model is None:
             build(folder / "model", vars(options))
+        laser.load(model, cache=folder / "cache", device="cpu")  # here, for a conversion leaves memory to the C library
         print("phase|part|seconds|peak, GiB|plan, GiB|plan / peak")
         for phase in options.only:
             words = ["--phase", phase, "--model", model, "--folder", name, "--questions", str(options.questions)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import families
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from laserlm.edit import DecompositionCache
 from laserlm.models.matrices import Matrix
-from laserlm.searching.memory_plan import decomposed_bytes, decomposing_bytes
+from laserlm.searching.memory_plan import LOGITS_OF_A_DRAW, MemoryPlanner, decomposed_bytes, decomposing_bytes
 
 WIDTH, INNER = 192, 512
 
@@ -62,3 +63,12 @@ def test_a_decomposition_takes_what_is_planned(shape: tuple[int, int]) -> None:
         kept = DecompositionCache().get(weight)
     assert kept.bytes == decomposed_bytes(matrix)
     assert live.most - weight.nbytes == pytest.approx(decomposing_bytes(matrix, weight.dtype), rel=0.1)
+
+
+def test_the_writing_of_texts_takes_two_copies_of_all_keys_and_values() -> None:
+    lm = families.build("llama")
+    n, tokens = 2, 5
+    output: Any = lm.model(torch.zeros(n, tokens, dtype=torch.int64), use_cache=True)
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    planned = MemoryPlanner(lm, lm.matrices, memory=0, batch_size=1).writing(n, tokens)
+    assert planned == 2 * cached + LOGITS_OF_A_DRAW * output.logits[:, -1].nbytes

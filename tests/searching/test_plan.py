@@ -28,8 +28,8 @@ Make = Callable[..., LanguageModel]
 GRID = "0-2.mlp@0.5,0.3,0.1"
 
 
-def of(made: Plan, name: str) -> float:
-    return sum(stage.passes for stage in made.stages if stage.name == name)
+def of(built: Plan, name: str) -> float:
+    return sum(stage.passes for stage in built.stages if stage.name == name)
 
 
 def test_an_exhaustive_search_takes_what_was_planned(llama: LanguageModel, task: Task) -> None:
@@ -77,7 +77,7 @@ def test_what_is_there_at_the_same_time_is_added_up(llama: LanguageModel, task: 
     _, rows = encoded.part(range(n - screen_size(n, SearchConfig()), n))
     assert estimate.phases["gradient"].activations == 4 * 32 * 4 * sum(len(row.ids) for row in rows)
     memory = estimate.as_dict()["memory"]
-    assert memory["all"] == sum(memory[name] for name in ("weights", "boundary", "decompositions", "moment"))
+    assert memory["all"] == sum(memory[name] for name in ("weights", "boundary", "decompositions", "moment", "kept"))
     assert memory["all"] == max(estimate.as_dict()["memory_of_phases"].values())
     assert estimate.disk == without.disk == sum(4 * min(m.shape) ** 2 for m in estimate.matrices)
     assert estimate.as_dict()["disk"] == estimate.disk

@@ -9,15 +9,17 @@ from functools import cached_property
 import torch
 
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.matrices import Matrix
+from laserlm.models.matrices import Matrix, language_config
 from laserlm.scoring.forward import MAX_SCORED_POSITIONS
 from laserlm.scoring.output_layer import CHUNK_BYTES, HALF
 from laserlm.scoring.records import TokenSequence
 
-LOGITS = 4
+LOGITS = 3
 """Copies of a batch's logits (N, V) in a pass without its gradient, measured: the logits, and steps of their normalisation."""
 LOGITS_WITH_GRADIENT = 5
 """Copies of them in a pass with its gradient: the logits, their gradient so far, and three intermediate results."""
+LOGITS_OF_A_DRAW = 4
+"""Copies of the last token's logits in float32: the logits, those of the sampler, their probabilities, and their sums."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,24 @@ class PhaseMemory:
         activations: cached activations or inputs of blocks, and derivatives by components.
         decompositions: in memory.
         work: of a pass, of a decomposition, or of edited weights, whichever takes most at that time.
+        kept: freed before the phase, but not yet returned to the system.
     """
 
     weights: int
     activations: int = 0
     decompositions: int = 0
     work: int = 0
+    kept: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.weights + self.activations + self.decompositions + self.work
+        return self.weights + self.activations + self.decompositions + self.work + self.kept
 
 
 def decomposed_bytes(matrix: Matrix) -> int:
     """Return the bytes of both factors of a matrix in float32."""
-    return 4 * min(matrix.shape) * sum(matrix.shape)
+    return 4 * matrix.max_rank * sum(matrix.shape)
 
 
 def decomposing_bytes(matrix: Matrix, dtype: torch.dtype) -> int:
@@ -53,6 +57,8 @@ def decomposing_bytes(matrix: Matrix, dtype: torch.dtype) -> int:
     They are a copy of a half-precision weight in float32, the weight in float64, and LAPACK's eigensolver (syevd): the Gram
     matrix, the eigenvectors, and twice as much to work in, all in float64.
     """
+    if matrix.update_rank is not None:  # both factors in float64, orthonormal ones, and the result
+        return 3 * 8 * matrix.max_rank * sum(matrix.shape)
     small, large = sorted(matrix.shape)
     copy = 4 * small * large if dtype in HALF else 0
     return copy + 8 * small * large + 4 * 8 * small**2
@@ -155,6 +161,23 @@ class MemoryPlanner:
             of_block[m.stack, m.layer] = of_block.get((m.stack, m.layer), 0) + decomposed_bytes(m)
         return list(of_block.values())
 
+    def writing(self, texts: int, tokens: int) -> int:
+        """Return the bytes that texts take while the model writes them.
+
+        They are the keys and values of all tokens, twice while a token is added, and the last token's logits with the steps
+        of a draw. A process on a CPU keeps them after that, because each piece is too small for the C library to return.
+        """
+        config = language_config(self.lm.model.config)
+        heads = int(getattr(config, "num_attention_heads", 1) or 1)
+        shared = int(getattr(config, "num_key_value_heads", None) or heads)
+        of_head = int(getattr(config, "head_dim", None) or self.lm.width // heads)
+        values = 2 * self.n_blocks * tokens * shared * of_head
+        return texts * (2 * values * self.lm.dtype.itemsize + 4 * LOGITS_OF_A_DRAW * self._vocabulary)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(getattr(self.lm.model.config, "vocab_size", 0) or 0)
+
     def _pass(self, batch: Sequence[TokenSequence]) -> int:
         """Return the bytes of what a block holds of a batch, about."""
         longest = max(map(_tokens, batch))
@@ -168,7 +191,7 @@ class MemoryPlanner:
         most = max(len(row.positions) for row in batch)
         positions = most * max(1, min(len(batch), MAX_SCORED_POSITIONS // most))
         part = CHUNK_BYTES if self.lm.dtype in HALF else 0
-        return copies * positions * int(getattr(self.lm.model.config, "vocab_size", 0) or 0) * 4 + part
+        return copies * positions * self._vocabulary * 4 + part
 
     def _sums(self, batch: Sequence[TokenSequence]) -> int:
         """Return the bytes of a matrix's inputs, gradients of outputs, and their products with both factors, in float32."""

@@ -23,7 +23,7 @@ from laserlm.searching.candidates import Candidate, expand
 from laserlm.searching.components import DERIVATIVE_BYTES, MOST_QUESTIONS, PARTS, STEP_COMPONENTS, separate_matrices
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
-from laserlm.searching.guard import OWN_TEXT, PASSAGE_TOKENS, PASSAGES, has_guard, is_text
+from laserlm.searching.guard import BATCH, OWN_TEXT, PASSAGE_TOKENS, PASSAGES, has_guard, is_text
 from laserlm.searching.ledger import cut, max_sequences
 from laserlm.searching.memory_plan import MemoryPlanner, PhaseMemory
 from laserlm.searching.race import rung_sizes
@@ -177,6 +177,7 @@ class Plan:
                 "boundary": self.memory.activations,
                 "decompositions": self.memory.decompositions,
                 "moment": self.memory.work,
+                "kept": self.memory.kept,
                 "all": self.memory.total,
             },
             "memory_of_phases": {name: phase.total for name, phase in self.phases.items()},
@@ -206,7 +207,7 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
     sequences = splits[VALIDATION].sequences
     tokens = sum(len(s.ids) + len(s.decoder) for s in sequences) / len(task.validation)
     gradients = sum(stage.name in GRADIENTS for stage in builder.stages(1))
-    disk = sum((8 if lm.dtype == torch.float64 else 4) * min(m.shape) ** 2 for m in matrices)
+    disk = sum((8 if lm.dtype == torch.float64 else 4) * min(m.shape) ** 2 for m in matrices if m.update_rank is None)
     _warn_of_full_disk(lm.cache, disk)
     return Plan(
         strategy=config.strategy,
@@ -252,8 +253,9 @@ class _PlanBuilder:
     @property
     def screen_size(self) -> int:
         """Number of questions over which a gradient is taken."""
-        if self.config.strategy == "components":
-            return min(MOST_QUESTIONS, len(self.splits[VALIDATION].split) * (PARTS - 1) // PARTS)
+        if self.config.is_of_components:
+            n, choosing = len(self.splits[VALIDATION].split), PARTS if self.config.strategy == "strengths" else PARTS - 1
+            return min(MOST_QUESTIONS, n * choosing // PARTS)
         return screen_size(len(self.splits[VALIDATION].split), self.config)
 
     def stages(self, workers: int) -> tuple[Stage, ...]:
@@ -265,7 +267,7 @@ class _PlanBuilder:
             cost = SCREEN_PASSES * self.screen_size
             tasks = screen_tasks(self.candidates, VALIDATION, n - self.screen_size, cost, workers)
             stages.append(Stage(SCREEN, tuple(tasks)))
-        if config.strategy == "components":
+        if config.is_of_components:
             stages += self._steps(workers)
         elif config.strategy == "exhaustive":
             stages.append(self._scores("exhaustive", VALIDATION, [BASE, *interventions], 0, n, workers))
@@ -293,7 +295,7 @@ class _PlanBuilder:
         n, matrices = len(self.splits[VALIDATION].split), list(dict.fromkeys(c.matrix for c in self.candidates))
         scores = self._scores("trial", VALIDATION, [BASE], 0, n, workers)
         gradient = Stage(GRADIENT, tuple(contribution_tasks(VALIDATION, range(self.screen_size), BASE, matrices, workers)))
-        return [scores, *[gradient, scores] * self.config.steps]
+        return [scores, *[gradient, scores] * (1 if self.config.strategy == "strengths" else self.config.steps)]
 
     def _scores(
         self, name: str, split: str, interventions: Sequence[Intervention], start: int, stop: int, workers: int
@@ -311,25 +313,33 @@ class _PlanBuilder:
         matrices = separate_matrices(self.candidates)
         planner = MemoryPlanner(self.lm, matrices, config.memory, config.batch_size)
         passages, phases, derivatives = self._guard_rows(), dict[str, PhaseMemory](), 0
-        if config.strategy == "components":
+        if config.is_of_components:
             n_components = sum(m.max_rank for m in matrices)
             n = max(1, min(self.screen_size, int(config.memory / DERIVATIVE_BYTES / n_components)))
-            derivatives = 4 * n * n_components
+            passages_kept = PASSAGES if config.strategy == "strengths" else 0
+            derivatives = 4 * (n + passages_kept) * n_components
             gradients = [planner.gradient(encoded.part(range(n))[1], config.memory / 4, results=n)]
             gradients += [planner.gradient(passages, config.memory / 4, results=1)] if passages else []
             phases["gradient"] = max(gradients, key=lambda phase: phase.total)
         elif config.screens:
             _, rows = encoded.part(range(len(encoded.split) - self.screen_size, len(encoded.split)))
             phases["gradient"] = planner.gradient(rows, config.memory / 2)
+        n_edited = {"components": min(len(matrices), STEP_COMPONENTS), "strengths": len(matrices)}
         scored: list[Sequence[TokenSequence]] = [passages] if passages else []
         scored += [encoded.sequences for name, encoded in self.splits.items() if name != FINALISTS]
         phases["scoring"] = planner.scoring(
             [sorted(rows, key=lambda s: -len(s.ids) - len(s.decoder))[: config.batch_size] for rows in scored],
             derivatives + max(self.activation_bytes(name) for name in (VALIDATION, TEST)),
-            n_edited=min(len(matrices), STEP_COMPONENTS) if config.strategy == "components" else 1,
+            n_edited=n_edited.get(config.strategy or "", 1),
             is_decomposed=bool(phases),
         )
-        return phases
+        kept = planner.writing(BATCH, len(passages[0].ids)) if self._writes_guard and self.lm.device.type == "cpu" else 0
+        return {name: replace(phase, kept=kept) for name, phase in phases.items()}
+
+    @property
+    def _writes_guard(self) -> bool:
+        """Whether a guard is text that the model writes."""
+        return has_guard(self.lm, self.config.guards) and OWN_TEXT in (self.config.guards or (OWN_TEXT,))
 
     def _guard_rows(self) -> list[TokenSequence]:
         """Return rows of the size of a text guard's passages; none where no text is a guard."""
@@ -351,6 +361,8 @@ class _PlanBuilder:
 
 def decomposition_flop(matrix: Matrix) -> float:
     """Return the floating-point operations of a decomposition: Gram matrix, its eigenvectors, and the other factor."""
+    if matrix.update_rank is not None:  # two factors, each made orthonormal, and their small product
+        return 8.0 * matrix.max_rank**2 * sum(matrix.shape)
     small, large = sorted(matrix.shape)
     return 4.0 * small * small * large + EIGENSOLVER_CUBES * float(small) ** 3
 
