@@ -233,7 +233,7 @@ def test_no_fact_accepts_a_step_that_it_had_a_part_in_choosing(
     task = questions(45, 20, per_fact)
     search(llama, task, **SETTINGS | {"steps": 4}, seed=per_fact)
     fact_of = {e.id: e.fact for e in task.validation}
-    judged: list[frozenset[str]] = []
+    graded: list[frozenset[str]] = []
     chosen_on: set[str] = set()
     for event in events:
         if isinstance(event, Gradient) and not event.squared:
@@ -244,8 +244,8 @@ def test_no_fact_accepts_a_step_that_it_had_a_part_in_choosing(
             facts = {fact_of[id] for id in event.ids}
             assert not facts & chosen_on
             assert facts | chosen_on == set(fact_of.values())
-            judged.append(frozenset(facts))
-    assert len(set(judged)) > 1  # the parts take turns
+            graded.append(frozenset(facts))
+    assert len(set(graded)) > 1  # the parts take turns
 
 
 def test_a_step_is_chosen_on_as_many_questions_as_memory_has_room_for(
@@ -256,7 +256,7 @@ def test_a_step_is_chosen_on_as_many_questions_as_memory_has_room_for(
     (gradient,) = [e for e in events if isinstance(e, Gradient) and not e.squared]
     (trial,) = [e for e in events if isinstance(e, Trial)]
     assert (len(gradient.ids), len(trial.ids)) == (22, 15)
-    assert "a step is chosen on 22 of 30 questions" in caplog.text
+    assert "components are chosen on 22 of 30 questions" in caplog.text
 
 
 def test_the_harm_of_components_is_of_the_choosing_part_of_the_guard(

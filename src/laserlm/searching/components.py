@@ -5,8 +5,6 @@ order. The mean loss of the questions falls by ``mean(x) - var(x) / 2``, where x
 are removed: the log-loss bends upwards by the variance of its slope. On text that the model wrote itself, the divergence
 rises by half the Fisher information of each strength.
 
-With the strategy ``strengths`` a step weakens components, by any amount (``strengths.py``).
-
 Components are removed in steps. A step takes components by their gain for their harm, and puts back earlier ones that have
 become useful. It is then measured. The validation questions are three parts. Two of them choose a step, the third accepts it,
 and they take turns. So no question accepts a step that was chosen on it. Where no step is accepted by any of the parts, the
@@ -39,7 +37,6 @@ from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.scorer import Failure
 from laserlm.searching.session import BASE, SearchSession
-from laserlm.searching.strengths import choose_strengths
 from laserlm.searching.work import SCREEN_PASSES, contribution_tasks
 
 log = logging.getLogger(__name__)
@@ -103,9 +100,8 @@ class _Trials:
         self.pool = ComponentPool(separate_matrices(self.session.candidates))
         self.noted: list[str] = self.session.run.notes.get("trials", [])
         self.facts = [e.fact or e.id for e in self.session.on_validation.split]
-        self.parts = _parts(self.facts)
+        self.parts = parts_of(self.facts)
         self._harm: Tensor | None = None
-        self._passages: list[Tensor] = []
         self._derivatives: Tensor | None = None
 
     def next(self) -> None:
@@ -158,43 +154,28 @@ class _Trials:
 
     def _questions(self) -> list[int]:
         """Return the questions that choose the next step: as many as their derivatives have room for."""
-        memory = self.session.config.memory
-        room = min(MOST_QUESTIONS, int(memory / (DERIVATIVE_BYTES * len(self.pool))))
         others = [part for number, part in enumerate(self.parts) if number != self.judge]
-        most = max(LEAST_QUESTIONS, room // len(others))
-        if room < MOST_QUESTIONS and not self.warned and any(len(part) > most for part in others):
-            self.warned = True
-            log.warning(
-                "a step is chosen on %d of %d questions, for whose derivatives %.1f GiB have room; give more with --memory",
-                sum(min(len(part), most) for part in others),
-                sum(map(len, others)),
-                memory / 2**30,
-            )
-        return [i for part in others for i in part[:most]]
+        asked = questions_with_room(self.session.config.memory, len(self.pool), others, warn=not self.warned)
+        self.warned = True
+        return asked
 
     def _choose(self) -> Intervention:
         session, ledger = self.session, self.session.on_validation
-        scales = session.config.strategy == "strengths"
         if self._harm is None:
             self._harm = self.pool.harm(session)
-            self._passages = [self.pool.passages(session, guard.choosing) for guard in session.guards if scales]
         chosen_on = self._questions()
         if self._derivatives is None:
             later = self._later + SCREEN_PASSES * len(chosen_on)
             session.begin(f"gradient {len(self.done) + 1}", [session.best], 0, later=later)
             session.report_progress(session.best)
-            self._derivatives = _derivatives(
+            self._derivatives = derivatives_of(
                 ledger, chosen_on, session.best, self.pool.matrices, between_choices=session.between_choices
             )
         facts, allowed = [self.facts[i] for i in chosen_on], self.share * session.harm_left
         taken = self.pool.taken(session.best)
-        if scales:
-            mean = shrunk_mean(self._derivatives, facts)
-            taken = choose_strengths(self._derivatives, mean, self._harm, self._passages, taken, allowed=allowed)
-        else:
-            removed = taken.nonzero()[:, 0].tolist()
-            changed = choose_step(self._derivatives, facts, self._harm, removed, cap=STEP_COMPONENTS, allowed=allowed)
-            taken[changed] = 1 - taken[changed]
+        removed = taken.nonzero()[:, 0].tolist()
+        changed = choose_step(self._derivatives, facts, self._harm, removed, cap=STEP_COMPONENTS, allowed=allowed)
+        taken[changed] = 1 - taken[changed]
         return self.pool.intervention(taken)
 
 
@@ -262,12 +243,27 @@ class ComponentPool:
         later = SCREEN_PASSES * len(ledger.split) + PARTS * cost_of_step(len(session.on_validation.split))
         session.begin(f"harm on {ledger.split.task}", [BASE], 0, later=later)
         session.report_progress(BASE)
-        return _derivatives(ledger, range(len(ledger.split)), BASE, self.matrices, squared=squared)
+        return derivatives_of(ledger, range(len(ledger.split)), BASE, self.matrices, squared=squared)
 
 
 def cost_of_step(questions: int) -> float:
     """Return the work of a step, in passes of one example: the gradient over the questions that choose, and the trial."""
     return SCREEN_PASSES * min(MOST_QUESTIONS, questions * (PARTS - 1) / PARTS) + questions
+
+
+def questions_with_room(memory: float, components: int, parts: Sequence[range], *, warn: bool = True) -> list[int]:
+    """Return the questions of parts, as many of each as ``memory`` bytes have room for the derivatives of."""
+    room = min(MOST_QUESTIONS, int(memory / (DERIVATIVE_BYTES * components)))
+    most = max(LEAST_QUESTIONS, room // len(parts))
+    asked = [i for part in parts for i in part[:most]]
+    if warn and room < MOST_QUESTIONS and any(len(part) > most for part in parts):
+        log.warning(
+            "components are chosen on %d of %d questions, for whose derivatives %.1f GiB have room; give more with --memory",
+            len(asked),
+            sum(map(len, parts)),
+            memory / 2**30,
+        )
+    return asked
 
 
 def choose_step(
@@ -326,7 +322,7 @@ def _standard_errors(deviations: Tensor, facts: Sequence[str]) -> Tensor:
     return (correction * sums.square().sum(0)).sqrt() / len(facts)
 
 
-def _derivatives(
+def derivatives_of(
     ledger: ScoreLedger,
     examples: Sequence[int],
     intervention: Intervention,
@@ -376,7 +372,7 @@ def separate_matrices(candidates: Sequence[Candidate]) -> list[Matrix]:
     return separate
 
 
-def _parts(facts: Sequence[str]) -> list[range]:
+def parts_of(facts: Sequence[str]) -> list[range]:
     """Return parts of about equal size of questions that stand fact by fact, so that no fact is in two parts.
 
     Raises:

@@ -228,13 +228,16 @@ class SearchSession:
         """
         if not intervention or math.isinf(self.config.harm_bound):
             return True
-        return all(harm.change + harm.error <= self.config.harm_bound for harm in self.harm_of(intervention))
+        return self.harm_used(intervention) <= self.config.harm_bound
 
     @property
     def harm_left(self) -> float:
         """What the best so far leaves of the bound, in nats per token."""
-        used = max((harm.change + harm.error for harm in self.harm_of(self.best)), default=0.0) if self.best else 0.0
-        return max(0.0, self.config.harm_bound - used)
+        return max(0.0, self.config.harm_bound - (self.harm_used(self.best) if self.best else 0.0))
+
+    def harm_used(self, intervention: Intervention) -> float:
+        """Return the harm of an intervention and one standard error more, on the guard where this is largest."""
+        return max((harm.change + harm.error for harm in self.harm_of(intervention)), default=0.0)
 
     @property
     def points(self) -> tuple[Point, ...]:

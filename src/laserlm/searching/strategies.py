@@ -21,6 +21,7 @@ from laserlm.searching.result import ScreenReport
 from laserlm.searching.scorer import Failure
 from laserlm.searching.screen import OUT_OF_TIME, Prediction, Screening
 from laserlm.searching.session import BASE, MEAN_SHARE, SearchSession
+from laserlm.searching.strengths import weaken_components
 from laserlm.searching.work import SCREEN_PASSES, screen_tasks
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def compose_reductions(session: SearchSession) -> None:
 
 STRATEGIES: Mapping[Strategy, Callable[[SearchSession], None]] = {
     "components": choose_components,
-    "strengths": choose_components,
+    "strengths": weaken_components,
     "race": race_candidates,
     "exhaustive": exhaustive,
     "compose": compose_reductions,
@@ -95,7 +96,7 @@ def expected_cost(session: SearchSession) -> float:
     """Return the work up to the choice as far as it can be foreseen, in passes of one example."""
     config, n = session.config, len(session.on_validation.split)
     if config.is_of_components:
-        return cost_of_step(n) * min(config.steps, PARTS)
+        return cost_of_step(n) * (min(config.steps, PARTS) if config.strategy == "components" else 1)
     if config.strategy == "exhaustive":
         return n * (1 + MEAN_SHARE * len(session.candidates))
     cost = float(SCREEN_PASSES * screen_size(n, config)) if config.screens else 0.0

@@ -1,20 +1,42 @@
-"""Choose strengths between 0 and 1 for all components of a step at once: what a natural gradient asks for, weakened to that.
+"""Choose strengths between 0 and 1 for all components at once: what a natural gradient asks for, weakened to that range.
 
 With x_e the sum of c_ei times what is taken away from component i, the mean loss falls by ``mean(x) - var(x) / 2``, and the
 guards are expected to lose ``sum(harm * taken**2)``. The largest difference of the two, with a price for harm, is the solution
-of linear equations, of as many unknowns as there are questions. The price is such that the harm keeps within what is allowed.
+of linear equations, of as many unknowns as there are questions.
 
-Many small changes can add up in one direction, which a sum over components does not see. So the harm that is held against the
-bound is half the mean squared change along the gradients of the guard's passages. The choice does not know these gradients, so
-it cannot hide from them.
+Many small changes can add up in one direction, which a sum over components does not see. So the price follows from another
+estimate: half the mean squared change along the gradients of the guard's passages. The choice does not know these gradients,
+so it cannot hide from them. The harm is then measured, and the price corrected, a few times.
+
+Whether such a choice helps is tested by cross-fitting. For each part of the validation questions the strengths are chosen on
+the other parts and scored on it. The parts are looked at one after the other, each time with all scores so far. If the loss is
+significantly lower at one of these looks, all questions choose the strengths. The guards alone decide the price.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from laserlm.reductions import Intervention
+from laserlm.scoring.records import ExampleScore
+from laserlm.searching.components import (
+    PARTS,
+    ComponentPool,
+    cost_of_step,
+    derivatives_of,
+    parts_of,
+    questions_with_room,
+    separate_matrices,
+    shrunk_mean,
+)
+from laserlm.searching.config import Metric
+from laserlm.searching.race import is_significantly_worse
+from laserlm.searching.session import BASE, SearchSession
 
 STEP = 0.05
 """To what strengths are rounded. Components that change less stay as they are."""
@@ -22,6 +44,98 @@ LEAST_HARM = 2e-6
 """Harm that a component counts with at least, in nats per token, so that the equations can be solved."""
 LEAST_PRICE, MOST_PRICE, HALVINGS = 1e-2, 1e8, 16
 """Between what the price of harm is looked for, in nats per nat, and how often the interval is halved."""
+CORRECTIONS, CLOSE, MOST_FACTOR = 8, 0.8, 4.0
+"""Measurements of the harm at most, the share of the bound that is near enough, and the largest factor between two of them."""
+BACK = 1.5
+"""Power of the ratio of bound to harm by which less is allowed: the harm falls more slowly than what is allowed."""
+NOTE = "strengths"
+
+
+def weaken_components(session: SearchSession) -> None:
+    """Choose strengths of all components, and keep them if they help questions that had no part in choosing them.
+
+    Raises:
+        ScoringError: if the questions are of too few facts.
+        WeightError: if derivatives are not finite.
+        OutOfTimeError: if the time is used up.
+    """
+    ledger = session.on_validation
+    n = len(ledger.split)
+    session.begin("strengths", [BASE], n, later=cost_of_step(n) + n)
+    ledger.extend([BASE], n)
+    facts = [e.fact or e.id for e in ledger.split]
+    parts = parts_of(facts)
+    noted = session.run.notes.get(NOTE)
+    if noted is None:
+        noted = [str(i) for i in _choose(session, facts, parts)]
+        session.run.note(NOTE, noted)
+    chosen, *cross_fitted = map(Intervention.parse, noted)
+    if chosen and _helps(session, parts, cross_fitted):
+        session.begin("strengths", [chosen], n)
+        ledger.extend([chosen], n)
+        if not ledger.fails(chosen, n):
+            session.best = chosen
+
+
+def _choose(session: SearchSession, facts: Sequence[str], parts: Sequence[range]) -> list[Intervention]:
+    """Return the strengths that all questions choose, and for each part those that the others choose at the same price."""
+    ledger, pool = session.on_validation, ComponentPool(separate_matrices(session.candidates))
+    harm = pool.harm(session)
+    passages = [pool.passages(session, guard.choosing) for guard in session.guards]
+    asked = questions_with_room(session.config.memory, len(pool), parts)
+    session.begin("gradient", [BASE], 0, later=cost_of_step(len(facts)))
+    session.report_progress(BASE)
+    derivatives = derivatives_of(ledger, asked, BASE, pool.matrices, between_choices=session.between_choices)
+
+    def choose(rows: Sequence[int], allowed: float) -> Intervention:
+        of_rows = derivatives[list(rows)]
+        mean = shrunk_mean(of_rows, [facts[asked[row]] for row in rows])
+        return pool.intervention(choose_strengths(of_rows, mean, harm, passages, allowed=allowed))
+
+    rows = range(len(asked))
+    allowed = _allowed(session, lambda allowed: choose(rows, allowed))
+    others = [[row for row in rows if asked[row] not in part] for part in parts]
+    return [choose(rows, allowed), *(choose(part, allowed) for part in others)]
+
+
+def _allowed(session: SearchSession, choose: Callable[[float], Intervention]) -> float:
+    """Return the harm to allow for, in nats per token, such that the measured harm is within the bound, and near it."""
+    bound, within = session.config.harm_bound, 0.0
+    if math.isinf(bound):
+        return bound
+    allowed, last = bound, BASE
+    for _ in range(CORRECTIONS):
+        tried = choose(allowed)
+        if tried == last:  # nothing, or all that there is to take
+            break
+        last = tried
+        used = session.harm_used(tried)
+        if used <= bound:
+            within = max(within, allowed)
+            if used >= CLOSE * bound:
+                break
+            factor = (1 + CLOSE) / 2 * bound / used if used > 0 else MOST_FACTOR
+        else:
+            factor = ((1 + CLOSE) / 2 * bound / used) ** BACK
+        allowed *= min(MOST_FACTOR, factor)
+    return within
+
+
+def _helps(session: SearchSession, parts: Sequence[range], cross_fitted: Sequence[Intervention]) -> bool:
+    """Return whether the strengths that the other parts chose lower the loss of each part, in one of as many looks as parts."""
+    ledger = session.on_validation
+    metric: Metric = "accuracy" if session.between_choices else "loss"
+    after: list[ExampleScore] = []
+    for number, (part, tried) in enumerate(zip(parts, cross_fitted, strict=True), start=1):
+        session.begin(f"part {number}", [tried], part.stop, later=len(ledger.split))
+        ledger.extend([tried], part.stop)
+        if ledger.fails(tried, part.stop):
+            return False
+        before = ledger.first(BASE, part.stop)
+        after += ledger.first(tried, part.stop).scores[part.start :]
+        if is_significantly_worse(replace(before, scores=tuple(after)), before, metric, session.config.delta / PARTS):
+            return True
+    return False
 
 
 def expected_harm(passages: Sequence[Tensor], taken: Tensor) -> float:
@@ -35,33 +149,31 @@ def expected_harm(passages: Sequence[Tensor], taken: Tensor) -> float:
 
 
 def choose_strengths(
-    contributions: Tensor, mean: Tensor, harm: Tensor, passages: Sequence[Tensor], taken: Tensor, *, allowed: float
+    contributions: Tensor, mean: Tensor, harm: Tensor, passages: Sequence[Tensor], *, allowed: float
 ) -> Tensor:
-    """Return what a step takes away from each component, (K,), from 0 to 1 in multiples of ``STEP``.
+    """Return what is taken away from each component, (K,), from 0 to 1 in multiples of ``STEP``.
 
     Args:
-        contributions: (E, K) derivatives of the loss of each question, where ``taken`` is taken away.
+        contributions: (E, K) derivatives of the loss of each question.
         mean: (K,) their means, shrunk.
         harm: (K,) of each component, in nats per token.
         passages: see ``expected_harm``.
-        taken: (K,) what is taken away before the step.
-        allowed: harm that may be added, in nats per token.
+        allowed: largest expected harm, in nats per token.
     """
     inverse = 1 / (2 * harm.clamp(min=LEAST_HARM))  # (K,)
     slopes = (contributions - contributions.mean(0)) / max(1, len(contributions) - 1) ** 0.5  # (E, K)
     gram = (slopes * inverse) @ slopes.T  # (E, E)
     towards = inverse * mean
-    along, along_taken = slopes @ towards, slopes @ taken  # (E,)
-    most = expected_harm(passages, taken) + allowed
+    along = slopes @ towards  # (E,)
 
     def at(price: float) -> Tensor:
-        dual = torch.linalg.solve(torch.eye(len(gram)) + gram / price, along / price - along_taken)
+        dual = torch.linalg.solve(torch.eye(len(gram)) + gram / price, along / price)
         steps: Tensor = (towards - inverse * (slopes.T @ dual)).div(price * STEP).round()
         return (steps * STEP).clamp(0, 1)
 
     low, high = LEAST_PRICE, MOST_PRICE
     for _ in range(HALVINGS):
         price = (low * high) ** 0.5
-        low, high = (price, high) if expected_harm(passages, at(price)) > most else (low, price)
+        low, high = (price, high) if expected_harm(passages, at(price)) > allowed else (low, price)
     chosen = at(high)
-    return chosen if expected_harm(passages, chosen) <= most else taken
+    return chosen if expected_harm(passages, chosen) <= allowed else torch.zeros_like(mean)
