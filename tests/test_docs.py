@@ -464,26 +464,26 @@ def load_here(start: Callable[..., Any]) -> Callable[..., Any]:
 
 def short(words: list[str], *, whole: bool) -> list[str]:
     """Return the options that make a command quick; a later option holds where one is given twice."""
-    joined = " ".join(words)
-    if "--strategy exhaustive" in joined or "perplexity:" in joined:
+    merged = " ".join(words)
+    if "--strategy exhaustive" in merged or "perplexity:" in merged:
         return ["--limit", "2", *(["--grid", "29.v_proj@0.75"] if words[0] == "search" else [])]
-    is_wide = not re.search(r"--grid 2[89]\.", joined)
-    grid = ["--grid", GRID] if joined.startswith("search bundled") and is_wide and not whole else []
-    takes_default = words[0] == "search" and "--strategy" not in joined and "--grid" not in joined
-    options = next((options.split() for start, options in SHORT.items() if joined.startswith(f"{start} ")), [])
+    is_wide = not re.search(r"--grid 2[89]\.", merged)
+    grid = ["--grid", GRID] if merged.startswith("search bundled") and is_wide and not whole else []
+    takes_default = words[0] == "search" and "--strategy" not in merged and "--grid" not in merged
+    options = next((options.split() for start, options in SHORT.items() if merged.startswith(f"{start} ")), [])
     if takes_default and grid:  # else a race
         width = options.index("--width")
         return [*options[:width], *options[width + 2 :], *grid, "--steps", "2", "--strategy", "components"]
     return [*options, *grid, *(["--steps", "2"] if takes_default else [])]
 
 
-def served(words: list[str], said: str) -> None:
+def served(words: list[str], message: str) -> None:
     """Start the app, ask it for its page, and end it."""
     code = "from laserlm.cli import main; main()"
     with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             with urllib.request.urlopen(process.stdout.readline().strip(), timeout=60) as reply:
-                assert reply.status == 200, said
+                assert reply.status == 200, message
         finally:
             process.terminate()

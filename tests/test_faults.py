@@ -40,9 +40,9 @@ def test_faults_go_by_different_names() -> None:
     assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 48
 
 
-@pytest.mark.parametrize(("old", "said"), [("x", "2 times"), ("z", "0 times"), ("y", "the new text is the old one")])
-def test_a_fault_that_does_not_apply_is_reported(old: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("old", "message"), [("x", "2 times"), ("z", "0 times"), ("y", "the new text is the old one")])
+def test_a_fault_that_does_not_apply_is_reported(old: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         SCRIPT.Fault("a fault", "file.py", old, "y", ("tests",)).put_into("x = y + x")
 
 

@@ -31,9 +31,9 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "c
 LEVELS = [level.text + moves for level, moves in generate(3, seed=5, boxes=1, room=4)]
 
 
-def fresh(code: str, given: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
+def fresh(code: str, inputs: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in an interpreter of its own, which finds what it is given as JSON in its environment."""
-    env = os.environ | {"GIVEN": json.dumps(given), **environment}
+    env = os.environ | {"GIVEN": json.dumps(inputs), **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
 
 
@@ -211,8 +211,8 @@ def recorded(folder: str) -> Any:
     return json.loads((Path(folder) / "laser.json").read_text())["fingerprint"]
 
 
-def complete(told: dict[str, Any]) -> bool:
-    return not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+def complete(output: dict[str, Any]) -> bool:
+    return not any(output[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_the_dense_form_loads_with_transformers_alone(transformers_first: dict[str, Any], folders: dict[str, str]) -> None:

@@ -241,10 +241,10 @@ def test_questions_are_split_and_tokenized_alike(tmp_path: Path, make: Any) -> N
     )
     names = execute(model, file, tmp_path / "out", {"WIDTH, SIZES = 48, 3": "WIDTH, SIZES = 1, 1"})
     lm = laserlm.load(model, device="cpu", cache=tmp_path)
-    materials = encode_splits(lm, laserlm.task(f"jsonl:{file}"), SearchConfig(scorer="answer"))
+    encoded = encode_splits(lm, laserlm.task(f"jsonl:{file}"), SearchConfig(scorer="answer"))
     validation, test = ([(ids[0].tolist(), place) for ids, place in names[split]] for split in ("validation", "test"))
-    assert validation == tokens(materials["validation"].sequences)
-    assert sorted(test) == sorted(tokens(materials["test"].sequences))
+    assert validation == tokens(encoded["validation"].sequences)
+    assert sorted(test) == sorted(tokens(encoded["test"].sequences))
 
 
 def test_where_no_copy_is_better_the_unchanged_model_stays_and_nothing_is_saved(tmp_path: Path) -> None:

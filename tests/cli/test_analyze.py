@@ -49,11 +49,11 @@ def test_metrics_are_held_against_what_a_search_measured(
     assert "nothing" in err
 
 
-@pytest.mark.parametrize("given", [("--type", "wheel"), ("--side", "upper")])
-def test_what_cannot_be_studied_is_an_error(run: Run, folder: Path, given: tuple[str, str]) -> None:
-    code, _, err = run("analyze", "matrices", folder, *given)
+@pytest.mark.parametrize("inputs", [("--type", "wheel"), ("--side", "upper")])
+def test_what_cannot_be_studied_is_an_error(run: Run, folder: Path, inputs: tuple[str, str]) -> None:
+    code, _, err = run("analyze", "matrices", folder, *inputs)
     assert code == 1
-    assert given[1] in err
+    assert inputs[1] in err
 
 
 def test_flips_of_a_run_and_of_a_reduction(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -130,6 +130,6 @@ def test_the_run_of_a_search_replies(
     ],
 )
 def test_what_cannot_chat_is_refused(run: Run, folder: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
-    found, _, err = run("chat", folder, *arguments)
-    assert found == code
+    result, _, err = run("chat", folder, *arguments)
+    assert result == code
     assert message in " ".join(err.replace("│", " ").split())

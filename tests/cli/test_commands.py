@@ -217,7 +217,7 @@ def test_what_is_typed_by_others_shows_as_text(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["evaluate", "MODEL", "--reduce", "1.fc_in"], 1, "cannot read the reduction '1.fc_in'"),
         (["evaluate", "MODEL", "--reduce", "1.fc_in@2"], 1, "rho 2 is out of range"),
@@ -240,11 +240,11 @@ def test_what_is_typed_by_others_shows_as_text(run: Run, folder: Path) -> None:
     ],
 )
 def test_errors_say_the_next_step_and_leave_their_code(
-    arguments: list[str], code: int, said: str, run: Run, folder: Path
+    arguments: list[str], code: int, message: str, run: Run, folder: Path
 ) -> None:
     left, out, err = run(*(a.replace("MODEL", str(folder)) for a in arguments))
     assert left == code
-    assert said in err
+    assert message in err
     assert out == ""
     assert "Traceback" not in err
 
@@ -295,7 +295,7 @@ def test_race_and_composition_print_how_they_went(run: Run, folder: Path, questi
 
 
 @pytest.mark.parametrize(
-    ("kills", "grid", "given"),
+    ("kills", "grid", "inputs"),
     [
         pytest.param(1, "all.mlp@0.5,0.1", ["--strategy", "exhaustive"], id="once"),
         pytest.param(3, "all.all@0.5,0.1", ["--strategy", "exhaustive"], id="exhaustive", marks=pytest.mark.slow),
@@ -305,7 +305,7 @@ def test_race_and_composition_print_how_they_went(run: Run, folder: Path, questi
 def test_a_search_that_is_killed_ends_as_an_undisturbed_one(
     kills: int,
     grid: str,
-    given: list[str],
+    inputs: list[str],
     run: Run,
     folder: Path,
     questions: Path,
@@ -324,11 +324,11 @@ def test_a_search_that_is_killed_ends_as_an_undisturbed_one(
         grid,
         "--metric",
         "loss",
-        *given,
+        *inputs,
         "--json",
     ]
     expected = json.loads(run(*arguments, "--store", tmp_path / "whole.db")[1])
-    whole = json.loads(run("runs", "export", "last", "--store", tmp_path / "whole.db")[1])
+    full = json.loads(run("runs", "export", "last", "--store", tmp_path / "whole.db")[1])
     command = [sys.executable, "-c", "from laserlm.cli import main; main()", *arguments, "--store", str(tmp_path / "runs.db")]
     seen = 0
     for _ in range(kills):
@@ -351,7 +351,7 @@ def test_a_search_that_is_killed_ends_as_an_undisturbed_one(
             (t["split"], t["intervention"]): [(ids[s["example"]], s["logprob"]) for s in t["scores"]] for t in export["trials"]
         }
 
-    assert kept(after) == kept(whole)
+    assert kept(after) == kept(full)
 
 
 def _scores(file: Path) -> int:

@@ -57,7 +57,7 @@ def points(search: Run, folder: Path, tmp_path: Path) -> SearchResult:
         assert info.outcome is not None
         result = SearchResult.from_dict(info.outcome)
         base = store.evaluation(run, "validation", "")
-        found = []
+        results = []
         for i, text in enumerate(["0.fc_in@0.5", "1.fc_in@0.5", "0.fc_in@0.1", "1.fc_in@0.1"]):
             edited = store.evaluation(run, "validation", text)
             assert base is not None
@@ -65,10 +65,10 @@ def points(search: Run, folder: Path, tmp_path: Path) -> SearchResult:
             gain, loss = min(i, 2) / 10, base.loss - min(i, 2)
             harm = measure_harm(lm, guard, text)
             harm = replace(harm, comparison=replace(harm.comparison, edited_loss=harm.comparison.base_loss + i / 100))
-            found.append(Point(text, replace(compare(base, edited), gain=gain, edited_loss=loss), (harm,)))
+            results.append(Point(text, replace(compare(base, edited), gain=gain, edited_loss=loss), (harm,)))
         best = Intervention.parse("1.fc_in@0.5")
         with store.run(kind="search", key="points", settings=info.settings, provenance=info.provenance) as again:
-            result = replace(result, run=again.id, best=best, points=tuple(found))
+            result = replace(result, run=again.id, best=best, points=tuple(results))
             again.finish(result.as_dict())
     return result
 

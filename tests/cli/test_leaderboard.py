@@ -74,17 +74,17 @@ def test_a_submission_is_verified_by_measuring_it_again(
     forged.parent.mkdir()
     forged.write_text(json.dumps(document))
     other = tmp_path / "other.db"
-    given = ("--model", folder, "--task", f"jsonl:{tmp_path / 'questions.jsonl'}", "--store", other)
-    code, _, err = run("leaderboard", "verify", forged, *given)
+    inputs = ("--model", folder, "--task", f"jsonl:{tmp_path / 'questions.jsonl'}", "--store", other)
+    code, _, err = run("leaderboard", "verify", forged, *inputs)
     assert code == 1
     assert "the figures do not hold: edited loss is" in err
     code, _, err = run("leaderboard", "verify", file, "--model", folder, "--task", "worldfacts", "--store", other)
     assert code == 1
     assert "the test examples here have sha256" in err
-    code, out, err = run("leaderboard", "verify", file, *given)
+    code, out, err = run("leaderboard", "verify", file, *inputs)
     assert code == 0, err
     assert out.startswith(f"{file}: verified; test: ")
-    assert run("leaderboard", "verify", file, *given, "--json")[0] == 0
+    assert run("leaderboard", "verify", file, *inputs, "--json")[0] == 0
     assert run("runs", "show", "last", "--store", other)[0] == 0
     (forged.parent / "true.json").write_bytes(file.read_bytes())
     code, out, _ = run(
@@ -96,7 +96,7 @@ def test_a_submission_is_verified_by_measuring_it_again(
     assert page.count("<tr data-claim") == 1
     document["model"]["sha256"] = "0" * 64
     forged.write_text(json.dumps(document))
-    code, _, err = run("leaderboard", "verify", forged, *given)
+    code, _, err = run("leaderboard", "verify", forged, *inputs)
     assert (code, "the weights here have sha256" in err) == (1, True)
 
 

@@ -29,7 +29,7 @@ def test_an_unusable_place_is_named_with_the_next_step(
     store = ("--store", finished_search[1])
     notes, fresh = tmp_path / "notes.txt", tmp_path / "new.out"
     notes.write_text("mine")
-    for out, said in (
+    for out, message in (
         ("", f"{Path.cwd()} is a folder; give a file"),
         ("/", "/ is a folder; give a file"),
         (tmp_path, f"{tmp_path} is a folder; give a file"),
@@ -39,7 +39,7 @@ def test_an_unusable_place_is_named_with_the_next_step(
         code, printed, err = run(*command, "--out", out, *store)
         assert (code, printed) == (1, "")
         assert err.startswith("Error: ")
-        assert said in err
+        assert message in err
         assert len(err.splitlines()) == 1
     assert notes.read_text() == "mine"
     assert run(*command, "--out", fresh, *store)[0] == 0

@@ -85,9 +85,9 @@ def test_a_tracker_gets_the_options_the_progress_and_the_result(name: str, run: 
     assert figures["harm_low/self"] < figures["harm/self"] < figures["harm_high/self"]
     assert {"best/loss", "best/accuracy", "best/questions", "validation/base_loss"} <= set(figures)
     names = [call for call, _, _ in calls]
-    told = str(calls)
-    assert result["run"] in told
-    assert "'grid'" in told or "options/grid" in told
+    output = str(calls)
+    assert result["run"] in output
+    assert "'grid'" in output or "options/grid" in output
     first, last = {
         "trackio": ("init", "finish"),
         "wandb": ("init", "finish"),

@@ -307,7 +307,7 @@ def test_training_goes_on_with_a_fresh_record_of_the_model(make: Make, train: An
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "said"),
+    ("text", "error", "message"),
     [
         ("1.fc_in@r4:bottom", SpecError, "write 1.fc_in@r4, without ':bottom'"),
         ("1.fc_in@0.5:reference", SpecError, "cannot constrain training"),
@@ -316,8 +316,8 @@ def test_training_goes_on_with_a_fresh_record_of_the_model(make: Make, train: An
         ("7.fc_in@0.5", MatrixError, "no layer 7"),
     ],
 )
-def test_what_cannot_be_held_is_reported(text: str, error: type[Exception], said: str, make: Make) -> None:
-    with pytest.raises(error, match=said):
+def test_what_cannot_be_held_is_reported(text: str, error: type[Exception], message: str, make: Make) -> None:
+    with pytest.raises(error, match=message):
         RankConstraint(make("opt"), text)
 
 

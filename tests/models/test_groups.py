@@ -75,43 +75,43 @@ def paths(selected: tuple[Matrix, ...]) -> set[str]:
 @pytest.mark.parametrize("model_type", list(COVERED))
 def test_the_groups_of_a_model_without_a_row_are_complete(model_type: str) -> None:
     settings, attention, mlp = COVERED[model_type]
-    found = matrices(model_type, **settings)
-    assert paths(select(found, ALL, "attn")) == set(attention)
-    assert paths(select(found, ALL, "mlp")) == set(mlp)
-    left = paths(found) - set(attention) - set(mlp)
+    result = matrices(model_type, **settings)
+    assert paths(select(result, ALL, "attn")) == set(attention)
+    assert paths(select(result, ALL, "mlp")) == set(mlp)
+    left = paths(result) - set(attention) - set(mlp)
     assert left <= {"mlp.gate.weight"}  # the router
 
 
 def test_every_expert_is_in_the_group() -> None:
-    found = matrices("qwen3_next", **COVERED["qwen3_next"][0])
-    assert {m.expert for m in select(found, ALL, "mlp")} == {None, 0, 1}
+    result = matrices("qwen3_next", **COVERED["qwen3_next"][0])
+    assert {m.expert for m in select(result, ALL, "mlp")} == {None, 0, 1}
 
 
 @pytest.mark.parametrize("model_type", list(HYBRID))
 def test_a_mixer_that_is_no_attention_is_named_and_the_group_refused(model_type: str) -> None:
     settings, mixers = HYBRID[model_type]
-    found = matrices(model_type, **settings)
+    result = matrices(model_type, **settings)
     with pytest.raises(MatrixError, match=f"the group 'attn' is not defined.*{mixers}; name the matrices, or write 'all'"):
-        select(found, ALL, "attn")
-    assert {p.removeprefix("feed_forward.") for p in paths(select(found, ALL, "mlp"))} >= {"up_proj", "down_proj"}
-    assert paths(select(found, ALL, "self_attn.q_proj")) == {"self_attn.q_proj"}
-    assert set(select(found, ALL, "all")) == set(found)
+        select(result, ALL, "attn")
+    assert {p.removeprefix("feed_forward.") for p in paths(select(result, ALL, "mlp"))} >= {"up_proj", "down_proj"}
+    assert paths(select(result, ALL, "self_attn.q_proj")) == {"self_attn.q_proj"}
+    assert set(select(result, ALL, "all")) == set(result)
 
 
 def test_a_state_space_model_has_no_groups() -> None:
-    found = matrices("mamba", hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=40, time_step_rank=4)
+    result = matrices("mamba", hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=40, time_step_rank=4)
     for group in ("attn", "mlp"):
         with pytest.raises(MatrixError, match=f"'{group}' is not defined for this model.*mixer.in_proj"):
-            select(found, ALL, group)
+            select(result, ALL, group)
 
 
 def test_cross_attention_belongs_to_the_attention() -> None:
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 40}
     sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-    found = find_matrices(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **sizes)))
-    assert len(select(found, ALL, "attn", "model.decoder.layers")) == 8
-    assert len(select(found, ALL, "mlp", "model.decoder.layers")) == 2
-    assert len(select(found, ALL, "attn")) + len(select(found, ALL, "mlp")) == len(found)
+    result = find_matrices(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **sizes)))
+    assert len(select(result, ALL, "attn", "model.decoder.layers")) == 8
+    assert len(select(result, ALL, "mlp", "model.decoder.layers")) == 2
+    assert len(select(result, ALL, "attn")) + len(select(result, ALL, "mlp")) == len(result)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from searching.support import made_task
+from searching.support import build_task
 from torch import nn
 
 import laserlm as laser
@@ -86,7 +86,7 @@ def test_an_applied_intervention_leaves_the_hash_as_it_was(llama: LanguageModel)
 def test_a_search_after_a_change_is_a_new_run_and_its_model_is_saved_with_its_hash(
     change: Callable[[nn.Parameter], None], make: Make, tmp_path: Path
 ) -> None:
-    lm, task, weight = make("llama"), made_task(), None
+    lm, task, weight = make("llama"), build_task(), None
 
     def search() -> Any:
         return laser.search(lm, task, strategy="exhaustive", grid="1.fc_in@0.5", store=tmp_path / "runs.db", metric="loss")
@@ -107,7 +107,7 @@ def test_a_search_after_a_change_is_a_new_run_and_its_model_is_saved_with_its_ha
 
 @pytest.mark.parametrize("path", ["", "model.layers.1.mlp"])
 def test_in_training_mode_a_model_is_neither_scored_nor_searched_nor_saved(path: str, make: Make, tmp_path: Path) -> None:
-    lm, task = make("llama"), made_task()
+    lm, task = make("llama"), build_task()
     lm.model.get_submodule(path).train()
     uses: list[Callable[[], object]] = [
         lambda: lm.hash,

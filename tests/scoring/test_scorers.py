@@ -33,11 +33,11 @@ def test_an_answer_within_the_text_is_right_whatever_its_case() -> None:
         Example("d", "The mayor is", "Rufus", aliases=("Firefly",)),
     )
     texts = [[" rufus t. firefly, who"], [" Trentino."], [" Trentino"], [" a firefly"]]
-    judged = grade_texts(rows, "contains", texts)
-    assert [right for right, _ in judged] == [True, False, False, True]
+    graded = grade_texts(rows, "contains", texts)
+    assert [right for right, _ in graded] == [True, False, False, True]
     # As published, what the question says counts as said by the model.
-    assert [figures["accuracy_reference"] for _, figures in judged] == [1, 0, 1, 1]
-    assert [figures["exact_match"] for _, figures in judged] == [0, 0, 0, 0]
+    assert [figures["accuracy_reference"] for _, figures in graded] == [1, 0, 1, 1]
+    assert [figures["exact_match"] for _, figures in graded] == [0, 0, 0, 0]
 
 
 def test_exact_match_takes_the_full_text_or_an_alias() -> None:

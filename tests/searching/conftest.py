@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from families import build
 from searching.fake_ray import FakeRay, instead_of_ray
-from searching.support import GIVEN, Scored, made_task, search
+from searching.support import GIVEN, Scored, build_task, search
 
 from laserlm.models import LanguageModel, load
 from laserlm.scoring.evaluate import evaluate_rows
@@ -42,7 +42,7 @@ def before_scoring(monkeypatch: pytest.MonkeyPatch) -> BeforeScoring:
 
 @pytest.fixture
 def task() -> Task:
-    return made_task()
+    return build_task()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, S
     """What the searches find in one process, by their names."""
     place = tmp_path_factory.mktemp("alone")
     lm = load(folder, cache=place / "cache", device="cpu")
-    return {name: search(lm, made_task(), place / f"{name}.db", **options) for name, options in GIVEN.items()}
+    return {name: search(lm, build_task(), place / f"{name}.db", **options) for name, options in GIVEN.items()}
 
 
 @pytest.fixture

@@ -189,29 +189,29 @@ class Worker:
             except _Ended:
                 return
 
-    def _do(self, name: str, sent: list[Any], found: Ref | Stream) -> None:
+    def _do(self, name: str, sent: list[Any], results: Ref | Stream) -> None:
         with self._made:
             self._instance = self._instance or self._make()
         arguments = [one.get() if isinstance(one, Ref) else pickle.loads(one) for one in sent]
         try:
             result = getattr(self._instance, name)(*arguments)
-            if isinstance(found, Ref):
-                self._tell(found, partial(found.give, pickle.dumps(result)))
+            if isinstance(results, Ref):
+                self._tell(results, partial(results.give, pickle.dumps(result)))
                 return
             for value in result:
-                self._tell(found, partial(found.give, pickle.dumps(value)), last=False)
-            self._tell(found, partial(setattr, found, "over", True))
+                self._tell(results, partial(results.give, pickle.dumps(value)), last=False)
+            self._tell(results, partial(setattr, results, "over", True))
         except Exception as error:  # noqa: BLE001 - whatever it is, the driver is told
-            self._tell(found, partial(found.fail, RayTaskError(pickle.loads(pickle.dumps(error)))))
+            self._tell(results, partial(results.fail, RayTaskError(pickle.loads(pickle.dumps(error)))))
 
-    def _tell(self, found: Ref | Stream, do: Callable[[], None], *, last: bool = True) -> None:
+    def _tell(self, results: Ref | Stream, do: Callable[[], None], *, last: bool = True) -> None:
         """Hand something on to the driver, unless this worker has ended."""
         with self.ray.news:
             if self.ended.is_set():
                 raise _Ended
             do()
             if last:
-                self._open.remove(found)
+                self._open.remove(results)
             self.ray.news.notify_all()
 
 
@@ -293,7 +293,7 @@ class FakeRay:
         return there, [source for source in sources if source not in there]
 
     def remote(self, *, num_cpus: float, num_gpus: float = 0, concurrency_groups: dict[str, int], **_: Any) -> Any:
-        def made(cls: type) -> Any:
+        def built(cls: type) -> Any:
             def start() -> Handle:
                 worker = Worker(self, cls, num_cpus, num_gpus, ["", *concurrency_groups])
                 with self.news:
@@ -303,7 +303,7 @@ class FakeRay:
 
             return SimpleNamespace(remote=start)
 
-        return made
+        return built
 
     def kill(self, handle: Handle) -> None:
         handle.worker.end()

@@ -36,7 +36,7 @@ GIVEN: dict[str, dict[str, Any]] = {
 """Searches that are made on a cluster and in one process."""
 
 
-def made_task() -> Task:
+def build_task() -> Task:
     """Return a task whose prompts have one length and whose answers are one of five."""
     cities = ["Paris", "Rome", "Oslo", "Lisbon", "Madrid"]
     pairs = [(x, y) for x in "abcdef" for y in "uvwxyz"]
@@ -61,13 +61,13 @@ def search(lm: LanguageModel, task: Task, store: Path, **options: Any) -> Scored
     return result, scores(store, result)
 
 
-def scores(store: Path, found: SearchResult) -> Scores:
+def scores(store: Path, outcome: SearchResult) -> Scores:
     """Return what a store holds of a search."""
     with Store.open(store) as results:
         return {
             (split, text): evaluation
             for split in ("validation", "test")
-            for text, evaluation in results.evaluations(found.run, split).items()
+            for text, evaluation in results.evaluations(outcome.run, split).items()
         }
 
 

@@ -189,16 +189,16 @@ def test_a_worker_that_cannot_go_on_is_replaced(
 def test_a_worker_whose_batch_does_not_fit_halves_it_and_the_run_keeps_that(
     on_cluster: Callable[..., Scored], tmp_path: Path, local: Scored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found_there = laserlm.models.load
+    result_there = laserlm.models.load
     tried: list[int] = []
 
-    def tight(_module: Any, _args: Any, given: dict[str, Any]) -> None:
-        tried.append(len(given["input_ids"]))
+    def tight(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        tried.append(len(inputs["input_ids"]))
         if tried[-1] > 2:
             raise torch.OutOfMemoryError("no room")
 
     def loaded(*arguments: Any, **options: Any) -> LanguageModel:
-        lm = found_there(*arguments, **options)
+        lm = result_there(*arguments, **options)
         lm.model.register_forward_pre_hook(tight, with_kwargs=True)
         return lm
 
@@ -310,14 +310,14 @@ def test_workers_that_end_before_they_have_the_model_are_reported(
 def test_a_worker_that_could_not_start_is_tried_again(
     on_cluster: Callable[..., Scored], local: Scored, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found_there = laserlm.models.load
+    result_there = laserlm.models.load
     tried: list[Any] = []
 
     def loaded(*arguments: Any, **options: Any) -> LanguageModel:
         tried.append(here())
         if len(tried) == 1:
             die()
-        return found_there(*arguments, **options)
+        return result_there(*arguments, **options)
 
     monkeypatch.setattr(laserlm.models, "load", loaded)
     monkeypatch.setattr(cluster, "RETRY_SECONDS", 0.0)
@@ -444,7 +444,7 @@ def test_what_cannot_be_done_is_reported(
 
 
 @pytest.mark.parametrize(
-    ("given", "workers", "place"),
+    ("inputs", "workers", "place"),
     [
         ({}, 2, {"device": "cuda"}),  # one GPU each
         ({"workers": 3}, 3, {"device": "cuda"}),  # two of them share one
@@ -453,7 +453,7 @@ def test_what_cannot_be_done_is_reported(
     ],
 )
 def test_workers_of_a_cluster_with_gpus_get_them_unless_asked_otherwise(
-    given: dict[str, Any],
+    inputs: dict[str, Any],
     workers: int,
     place: dict[str, str],
     ray: FakeRay,
@@ -473,7 +473,7 @@ def test_workers_of_a_cluster_with_gpus_get_them_unless_asked_otherwise(
         return load_model(*arguments, **options, device="cpu")
 
     monkeypatch.setattr(laserlm.models, "load", load_on_cpu)
-    _, ours = search(lm, task, tmp_path / "ray.db", executor=Ray("auto", **given), **GIVEN["exhaustive"])
+    _, ours = search(lm, task, tmp_path / "ray.db", executor=Ray("auto", **inputs), **GIVEN["exhaustive"])
     assert len(ray.workers) == workers
     assert all(worker.node is not None for worker in ray.workers)
     assert places

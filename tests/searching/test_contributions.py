@@ -90,14 +90,14 @@ def check_both(lm: LanguageModel, examples: tuple[Example, ...] = EXAMPLES, scor
     changed = [matrices[0], *(m for m in matrices[1:] if m.name == matrices[-1].name)]
     drops = "+".join(f"{f'{m.stack}.' if m.stack else ''}{m.layer}.{m.name}@drop0,2-3" for m in changed)
     for text in ("", drops):
-        found = state.contributions(
+        result = state.contributions(
             "some", range(len(examples)), Intervention.parse(text), matrices, between_choices=scorer == "choice"
         )
         assert lm.intervention == ""
         with applied(lm, text):
             expected = by_strength(lm, rows, len(examples), matrices, parts, scorer)
         for m in matrices:
-            values = found.get(m.id, torch.zeros_like(expected[m.id]))  # of an expert that no token comes to
+            values = result.get(m.id, torch.zeros_like(expected[m.id]))  # of an expert that no token comes to
             scale = float(expected[m.id].abs().max())
             torch.testing.assert_close(values, expected[m.id], rtol=1e-3, atol=1e-6 + 1e-4 * scale)
     assert all(float(expected[m.id].abs().max()) > 1e-4 for m in changed)
@@ -136,13 +136,13 @@ def test_squares_are_summed_over_all_tokens(llama: LanguageModel) -> None:
     texts = Split("made", "some", tuple(Example(str(i), "", f"{i}") for i in range(3)), "perplexity")
     matrices = matrices_of(llama)
     state = PrefixScorer(llama, {"some": EncodedSplit(texts, rows, "perplexity")}, batch_size=2)
-    found = state.contributions("some", range(3), Intervention(), matrices, squared=True)
+    result = state.contributions("some", range(3), Intervention(), matrices, squared=True)
     parts = {m.id: decompose(read_matrix(llama.model, m)) for m in matrices}
     # Of the mean loss of a row: a square is divided by that of its 8 tokens, and the sum by 3 rows and by 2.
     of_means = sensitivities(llama, rows, matrices, lambda m: parts[m.id])
     for m in matrices:
-        assert found[m.id].shape == (1, m.max_rank)
-        torch.testing.assert_close(found[m.id][0] / 8**2 / 3 / 2, of_means[m.id], rtol=1e-3, atol=1e-9)
+        assert result[m.id].shape == (1, m.max_rank)
+        torch.testing.assert_close(result[m.id][0] / 8**2 / 3 / 2, of_means[m.id], rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 50])
@@ -153,11 +153,11 @@ def test_tasks_share_the_matrices_among_the_processes(workers: int, llama: Langu
     tasks = contribution_tasks("some", (0, 2), Intervention(), matrices, workers)
     assert len(tasks) == min(workers, len(matrices))
     assert sum(task.cost for task in tasks) == pytest.approx(3 * 2)
-    whole = state.contributions("some", (0, 2), Intervention(), matrices)
+    full = state.contributions("some", (0, 2), Intervention(), matrices)
     shares = [task.execute(state) for task in tasks[:3]]
     assert sum(len(task.matrices) for task in tasks) == len({m.id for task in tasks for m in task.matrices}) == len(matrices)
     for name, values in (pair for share in shares for pair in share.items()):
-        torch.testing.assert_close(values, whole[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(values, full[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_is_reported(llama: LanguageModel) -> None:

@@ -118,35 +118,35 @@ def test_the_harm_on_own_text_is_the_divergence_of_the_reduced_model(
     divergence = (p.exp() * (p - q)).sum(-1)  # at each token, of the reduced model from the unchanged one
     of_samples = (p - q).gather(2, targets[..., None])[..., 0]
     error = float((of_samples - divergence).std() / of_samples.numel() ** 0.5)
-    found = measure_harm(llama, guard, "all.mlp@0.1")
-    assert found.change == pytest.approx(float(of_samples.mean()), abs=1e-5)
-    assert abs(found.change - float(divergence.mean())) < 4 * error < found.change
-    assert found.as_dict()["divergence"] == found.change
+    result = measure_harm(llama, guard, "all.mlp@0.1")
+    assert result.change == pytest.approx(float(of_samples.mean()), abs=1e-5)
+    assert abs(result.change - float(divergence.mean())) < 4 * error < result.change
+    assert result.as_dict()["divergence"] == result.change
 
 
 def test_harm_is_a_ratio_of_perplexities_and_survives_json(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "PASSAGES", 60)
     (guard,) = guards_of(llama, None)
-    found = measure_harm(llama, guard, "all.mlp@0.1")
-    low, high = found.interval
-    assert found.ratio == pytest.approx(math.exp(found.comparison.edited_loss) / math.exp(found.comparison.base_loss))
-    assert low < found.ratio < high
+    result = measure_harm(llama, guard, "all.mlp@0.1")
+    low, high = result.interval
+    assert result.ratio == pytest.approx(math.exp(result.comparison.edited_loss) / math.exp(result.comparison.base_loss))
+    assert low < result.ratio < high
     before = evaluation(llama, guard.measuring)
     with applied(llama, "all.mlp@0.1"):
         after = evaluation(llama, guard.measuring)
     changes = torch.tensor([b.loss - a.loss for a, b in zip(before.scores, after.scores, strict=True)])
-    assert found.error == pytest.approx(float(changes.std() / len(changes) ** 0.5), rel=0.05)
-    assert Harm.from_dict(json.loads(json.dumps(found.as_dict()))) == found
-    assert f"perplexity x{found.ratio:.3f} [{low:.3f}, {high:.3f}] on text that the model wrote" in str(found)
+    assert result.error == pytest.approx(float(changes.std() / len(changes) ** 0.5), rel=0.05)
+    assert Harm.from_dict(json.loads(json.dumps(result.as_dict()))) == result
+    assert f"perplexity x{result.ratio:.3f} [{low:.3f}, {high:.3f}] on text that the model wrote" in str(result)
 
 
 def test_the_harm_of_one_passage_has_no_bound(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "PASSAGES", 1)
     (guard,) = guards_of(llama, None)
-    found = measure_harm(llama, guard, "all.mlp@0.1")
-    assert math.isinf(found.error)
-    assert found.interval == (0.0, math.inf)
-    assert Harm.from_dict(json.loads(json.dumps(found.as_dict(), allow_nan=False))) == found
+    result = measure_harm(llama, guard, "all.mlp@0.1")
+    assert math.isinf(result.error)
+    assert result.interval == (0.0, math.inf)
+    assert Harm.from_dict(json.loads(json.dumps(result.as_dict(), allow_nan=False))) == result
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
@@ -240,9 +240,9 @@ def test_a_task_guards_with_its_validation_and_its_test_split(
     (fewer,) = guards_of(llama, [task])
     assert (len(fewer.choosing.split), len(fewer.measuring.split)) == (5, 5)
     assert fewer.identity != guard.identity
-    found = measure_harm(llama, guard, "all.mlp@0.1")
-    assert f"on made, accuracy {found.comparison.base:.1%}" in str(found)
-    assert found.as_dict()["divergence"] is None
+    result = measure_harm(llama, guard, "all.mlp@0.1")
+    assert f"on made, accuracy {result.comparison.base:.1%}" in str(result)
+    assert result.as_dict()["divergence"] is None
     lines = [json.dumps({"prompt": e.prompt, "answer": e.answer}) for e in task.every]
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(lines))

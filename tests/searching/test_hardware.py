@@ -99,8 +99,8 @@ def test_a_run_that_goes_on_with_something_else_warns_once_and_names_both(
 def test_a_batch_that_was_halved_is_noted_and_is_no_reason_to_warn(
     search_here: Callable[..., SearchResult], llama: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def tight(_module: Any, _args: Any, given: dict[str, Any]) -> None:
-        if len(given["input_ids"]) > 2:
+    def tight(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        if len(inputs["input_ids"]) > 2:
             raise torch.OutOfMemoryError("no room")
 
     llama.model.register_forward_pre_hook(tight, with_kwargs=True)

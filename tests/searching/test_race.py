@@ -333,13 +333,13 @@ def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama
     task = replace(task, test=task.test.limit(30))
     for metric in ("accuracy", "loss"):
         chosen: Metric = metric  # type: ignore[assignment]
-        whole = search(llama, task, strategy="exhaustive", grid="all.mlp@0.5,0.2", metric=chosen)
+        full = search(llama, task, strategy="exhaustive", grid="all.mlp@0.5,0.2", metric=chosen)
         options = SearchConfig(candidates=99, keep=1, first_rung=8)
         store = tmp_path / f"{metric}.db"
         result = search(llama, task, grid="all.mlp@0.5,0.2", metric=chosen, config=options, store=store)
-        assert result.best == whole.best
-        assert result.test.corrected == whole.test.corrected
-        assert result.validation.n == whole.validation.n
+        assert result.best == full.best
+        assert result.test.corrected == full.test.corrected
+        assert result.validation.n == full.validation.n
         with Store.open(store) as results:
             on_test = {t.intervention for t in results.trials(result.run) if t.split == "test"}
         assert on_test == {"", str(result.best)}
@@ -358,9 +358,9 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
         work = {"kind": "search", "key": "k", "settings": {"model": "m", "task": "t"}, "provenance": {}}
         with store.run(**work) as run_:  # type: ignore[arg-type]
             rows = encode(llama, split.examples, "answer")
-            material = EncodedSplit(split, rows, "answer")
-            local = LocalExecutor(PrefixScorer(llama, {"made": material}))
-            trials = ScoreLedger(llama, run_, "made", material, local)
+            encoded = EncodedSplit(split, rows, "answer")
+            local = LocalExecutor(PrefixScorer(llama, {"made": encoded}))
+            trials = ScoreLedger(llama, run_, "made", encoded, local)
             trials.extend(parts, 2)
             trials.extend(parts[:2], 5)
             assert [trials.n(i) for i in parts] == [5, 5, 2]
@@ -369,7 +369,7 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
             # Of three blocks: all for the unchanged model, two above block 0, one above block 1.
             assert trials.cost == pytest.approx(6 * (1 + 1 / 3 + 2 / 3))
         with store.run(**{**work, "key": "other"}) as run_:  # type: ignore[arg-type]
-            at_once = ScoreLedger(llama, run_, "made", material, local)
+            at_once = ScoreLedger(llama, run_, "made", encoded, local)
             at_once.extend(parts[::-1], 6)
             for text, result in at_once.scores.items():
                 assert [s.logprob for s in stepwise[text].scores] == pytest.approx([s.logprob for s in result.scores], abs=1e-5)

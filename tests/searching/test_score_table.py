@@ -29,13 +29,11 @@ def test_scores_are_added_after_those_that_are_there_and_times_add_up() -> None:
 
 
 def test_scores_that_differ_in_more_than_the_log_probability_are_distinguished() -> None:
-    whole = evaluation("", 0, 5)
-    other = replace(
-        whole, intervention="b", scores=tuple(replace(s, figures={"f1": s.logprob}, tied=None) for s in whole.scores)
-    )
-    table = ScoreTable([whole, other])
+    full = evaluation("", 0, 5)
+    other = replace(full, intervention="b", scores=tuple(replace(s, figures={"f1": s.logprob}, tied=None) for s in full.scores))
+    table = ScoreTable([full, other])
     assert table["b"] == other
-    assert [s.figures for s in table["b"].scores] == [{"f1": s.logprob} for s in whole.scores]
+    assert [s.figures for s in table["b"].scores] == [{"f1": s.logprob} for s in full.scores]
     assert {s.tied for s in table["b"].scores} == {None}
 
 

@@ -73,12 +73,12 @@ def by_hand(lm: LanguageModel, grid: str, examples: Sequence[Example] = EXAMPLES
     return {t: (float(torch.tensor(c).mean()), float(torch.tensor(c).std() / n**0.5)) for t, c in changes.items()}
 
 
-def check(found: dict[str, Prediction], expected: dict[str, tuple[float, float]]) -> None:
+def check(results: dict[str, Prediction], expected: dict[str, tuple[float, float]]) -> None:
     """See that predictions are the gradient along the edit, example by example."""
-    assert set(found) == set(expected)
+    assert set(results) == set(expected)
     for text, (change, error) in expected.items():
-        assert found[text].change == pytest.approx(change, abs=2e-5, rel=1e-3), text
-        assert found[text].error == pytest.approx(error, abs=2e-5, rel=1e-3), text
+        assert results[text].change == pytest.approx(change, abs=2e-5, rel=1e-3), text
+        assert results[text].error == pytest.approx(error, abs=2e-5, rel=1e-3), text
 
 
 @pytest.mark.parametrize("family", [*EVERY, *UNUSUAL])
@@ -150,8 +150,8 @@ def test_little_memory_gives_the_same_predictions_in_more_passes(family: str, ma
     lm = make(family)
     passes: list[int] = []
 
-    def count(_module: object, _args: object, given: dict[str, torch.Tensor]) -> None:
-        passes.append(len(given["input_ids"]))
+    def count(_module: object, _args: object, inputs: dict[str, torch.Tensor]) -> None:
+        passes.append(len(inputs["input_ids"]))
 
     expected = predict(lm, "all.all@0.5", batch_size=5)
     with lm.model.register_forward_pre_hook(count, with_kwargs=True):
@@ -230,7 +230,7 @@ def test_nothing_that_kernels_leave_at_padded_positions_enters_the_sums(make: Ma
     expected = by_hand(lm, "all.all@0.5")
     padding: list[torch.Tensor] = []
     lm.model.register_forward_pre_hook(
-        lambda _module, _args, given: padding.append(given["attention_mask"] == 0), with_kwargs=True
+        lambda _module, _args, inputs: padding.append(inputs["attention_mask"] == 0), with_kwargs=True
     )
     spoilt: list[int] = []
 

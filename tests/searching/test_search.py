@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import TOKENIZERS, UNUSUAL, build
 from searching.conftest import BeforeScoring
-from searching.support import EVERY, harm_on, made_task
+from searching.support import EVERY, build_task, harm_on
 
 from laserlm.edit import applied
 from laserlm.edit.decomposition_cache import DecompositionCache
@@ -104,22 +104,22 @@ def test_every_score_is_that_of_brute_force(memory: int, llama: LanguageModel, t
     result = search(llama, task, memory=memory, store=tmp_path / "runs.db")
     everything = brute_force(llama, task.validation, ["", *texts(GRID, llama)])
     with Store.open(tmp_path / "runs.db") as store:
-        for text, whole in everything.items():
+        for text, full in everything.items():
             scored = store.evaluation(result.run, "validation", text)
             assert scored is not None
             ours = {s.id: s for s in scored.scores}
             assert len(ours) == len(task.validation)
-            for s in whole.scores:
+            for s in full.scores:
                 assert ours[s.id].correct == s.correct
                 assert ours[s.id].logprob == pytest.approx(s.logprob, abs=1e-4)
     assert result.boundary_bytes <= memory
 
 
 def test_a_bound_on_memory_is_kept_by_smaller_chunks(llama: LanguageModel, task: Task) -> None:
-    whole = search(llama, task, grid="2.fc_in@0.5")
-    small = search(llama, task, grid="2.fc_in@0.5", memory=whole.boundary_bytes // 3)
-    assert 0 < small.boundary_bytes <= whole.boundary_bytes // 3
-    assert (small.best, small.validation.corrected) == (whole.best, whole.validation.corrected)
+    full = search(llama, task, grid="2.fc_in@0.5")
+    small = search(llama, task, grid="2.fc_in@0.5", memory=full.boundary_bytes // 3)
+    assert 0 < small.boundary_bytes <= full.boundary_bytes // 3
+    assert (small.best, small.validation.corrected) == (full.best, full.validation.corrected)
 
 
 def easy(lm: LanguageModel, task: Task) -> Task:
@@ -145,9 +145,9 @@ def test_a_race_runs_on_every_family(family: str, make: Make, task: Task) -> Non
     result = search(lm, task, strategy="race", grid="all.all@0.6,0.3", metric="loss", config=options, scorer="answer")
     assert result.failed == {}
     assert result.complete
-    whole = brute_force(lm, replace(task.validation, scorer="answer"), ["", str(result.best)])
-    assert result.validation.base_loss == pytest.approx(whole[""].loss, abs=1e-4)
-    assert result.validation.edited_loss == pytest.approx(whole[str(result.best)].loss, abs=1e-4)
+    full = brute_force(lm, replace(task.validation, scorer="answer"), ["", str(result.best)])
+    assert result.validation.base_loss == pytest.approx(full[""].loss, abs=1e-4)
+    assert result.validation.edited_loss == pytest.approx(full[str(result.best)].loss, abs=1e-4)
     assert result.validation.edited_loss <= result.validation.base_loss
 
 
@@ -173,7 +173,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 def short_task() -> Task:
     """Return the task with few examples to test on."""
-    task = made_task()
+    task = build_task()
     return replace(task, test=task.test.limit(6))
 
 
@@ -195,7 +195,7 @@ def exported(lm: LanguageModel, **options: Any) -> tuple[SearchResult, list[Any]
 def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
     name: str, llama: LanguageModel, tmp_path: Path, before_scoring: BeforeScoring
 ) -> None:
-    options, (whole, needed), task = STRATEGIES[name], undisturbed(name), short_task()
+    options, (full, needed), task = STRATEGIES[name], undisturbed(name), short_task()
     scored: list[tuple[str, ...]] = []
     stops: list[int] = []
 
@@ -221,7 +221,7 @@ def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
     pairs = [(text, split, id) for text, split, *ids in scored for id in ids]
     assert len(pairs) == len(set(pairs))
     own: dict[str, Any] = {"run": "", "seconds": 0, "screened": None, "boundary_bytes": 0, "decomposition_bytes": 0}
-    assert replace(result, **own) == replace(whole, **own)
+    assert replace(result, **own) == replace(full, **own)
     count_before = len(scored)
     again = search(llama, task, store=tmp_path / "runs.db", **options)
     assert len(scored) == count_before
@@ -232,7 +232,7 @@ def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
 
 
 def test_an_interruption_within_a_pass_or_after_a_step_loses_nothing(llama: LanguageModel, tmp_path: Path) -> None:
-    (whole, _), task = undisturbed("race"), short_task()
+    (full, _), task = undisturbed("race"), short_task()
     passes: list[int] = []
     limit = [1]
 
@@ -261,7 +261,7 @@ def test_an_interruption_within_a_pass_or_after_a_step_loses_nothing(llama: Lang
     own: dict[str, Any] = {"run": "", "seconds": 0, "screened": None, "boundary_bytes": 0, "decomposition_bytes": 0}
     assert len(messages) > 6
     for each in (result, messages[-1]):
-        assert replace(each, **own) == replace(whole, **own)
+        assert replace(each, **own) == replace(full, **own)
 
 
 def _tried(lm: LanguageModel, task: Task, store: Path, **options: Any) -> SearchResult | None:
@@ -335,8 +335,8 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(llama: Language
     expected = search(llama, task)
     tried: list[int] = []
 
-    def tight(_module: Any, _args: Any, given: dict[str, Any]) -> None:
-        tried.append(len(given["input_ids"]))
+    def tight(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        tried.append(len(inputs["input_ids"]))
         if tried[-1] > 2:
             raise torch.OutOfMemoryError("no room")
 
@@ -378,11 +378,11 @@ def test_where_the_boundary_does_not_fit_passes_are_full(
     sizes: list[int] = []
     lowest: list[str] = []
 
-    def tight(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+    def tight(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
         if scoring:
             return
         # Outside of scoring, the model is run to move the boundary, and before that in twos, to see whether it can be.
-        sizes.append(len(given["input_ids"]))
+        sizes.append(len(inputs["input_ids"]))
         if sizes[-1] > 2 or len(sizes) > 12:
             raise torch.OutOfMemoryError("no room")
 

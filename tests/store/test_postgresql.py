@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from searching.support import made_task
+from searching.support import build_task
 from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.orm import Session
 
@@ -141,12 +141,12 @@ def test_a_search_that_goes_on_with_other_hardware_warns_there_too(store_url, ll
     options = {"strategy": "exhaustive", "grid": "0-1.mlp@0.5", "store": store_url}
 
     def interrupt(step):
-        if step.scored > len(made_task().test):
+        if step.scored > len(build_task().test):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(llama, made_task(), on_step=interrupt, **options)
-    result = search(llama, made_task(), batch_size=4, **options)
+        search(llama, build_task(), on_step=interrupt, **options)
+    result = search(llama, build_task(), batch_size=4, **options)
     assert [r.message for r in caplog.records if f"run {result.run} goes on with cpu" in r.message]
     with Store.open(store_url) as store:
         assert [one["batch_size"] for one in store.notes(result.run)["computed_on"]] == [32, 4]

@@ -121,14 +121,14 @@ def test_runs_of_the_spectrum_are_taken_out_one_by_one(make: Make, split: Split,
 def test_a_fused_matrix_and_a_split_one_are_cut_too(make: Make, split: Split, tmp_path: Path) -> None:
     lm = make("gpt2")
     with Store.open(tmp_path / "runs.db") as store, cached_scorer(lm, split, store) as score:
-        whole = chunk_map("1.q_proj@0.25", score, chunk=1000)
+        full = chunk_map("1.q_proj@0.25", score, chunk=1000)
         parts = chunk_map("1.fc_in@0.25:split2", score, chunk=1000)
         with applied(lm, "1.q_proj@0"):
             zero = evaluate(lm, split)
         with applied(lm, "1.fc_in@0"):
             none = evaluate(lm, split)
         base = score("")
-    assert whole[0].loss_change.value == pytest.approx(zero.loss - base.loss, abs=1e-5)
+    assert full[0].loss_change.value == pytest.approx(zero.loss - base.loss, abs=1e-5)
     assert parts[0].loss_change.value == pytest.approx(none.loss - base.loss, abs=1e-5)
     assert parts[0].energy == pytest.approx(1)
 

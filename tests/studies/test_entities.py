@@ -41,7 +41,7 @@ def test_counts_and_shares_worked_out_by_hand() -> None:
         "removed part alone": ["Romeo", "nothing", "nothing"],
     }
     sets = {"1": ("A",), "2": ("A", "B"), "3": ("B",)}
-    rows, said = entities(texts, examples, sets, lambda given: [of[t] for t in given])
+    rows, said = entities(texts, examples, sets, lambda inputs: [of[t] for t in inputs])
     by_name = {(r.set, r.model): (r.entities.value, r.with_answer.value, r.without.value, r.entities.n) for r in rows}
     assert by_name["A", "base"] == (0, 0, 1, 2)
     assert by_name["A", "reduced"] == (1.5, 1, 0, 2)  # an alias counts
@@ -52,11 +52,11 @@ def test_counts_and_shares_worked_out_by_hand() -> None:
     assert said[0].entities["reduced"] == ("Rome", "Oslo")
     assert all(r.entities.is_small for r in rows)
     with pytest.raises(AnalysisError, match="corrects nothing"):
-        entities({"base": []}, [], {}, lambda given: [])
+        entities({"base": []}, [], {}, lambda inputs: [])
 
 
 def test_an_empty_set_has_no_figures() -> None:
-    rows, _ = entities({"base": ["x"]}, [Example("1", "p", "Rome")], {"1": ("A",)}, lambda given: [[]])
+    rows, _ = entities({"base": ["x"]}, [Example("1", "p", "Rome")], {"1": ("A",)}, lambda inputs: [[]])
     assert rows[1].set == "B"
     assert to_json(rows[1])["entities"] == {"value": None, "interval": None, "n": 0}
 

@@ -22,7 +22,7 @@ Make = Callable[..., LanguageModel]
 
 
 def evaluation(rows: list[tuple[str, str, str, str]]) -> Evaluation:
-    scores = tuple(ExampleScore(i, said == right, -1.0, 1, said, right, group) for i, said, right, group in rows)
+    scores = tuple(ExampleScore(i, message == right, -1.0, 1, message, right, group) for i, message, right, group in rows)
     return Evaluation("m", "t", "test", "next_token", "", scores, 0.0)
 
 
@@ -130,7 +130,7 @@ def test_examples_come_back_complete_from_the_store(llama: LanguageModel, tmp_pa
 
 def of(scorer: str, rows: list[tuple[str, bool, str]], examples: list[Example]) -> tuple[int, list[tuple[str, int, int]]]:
     scores = tuple(
-        ExampleScore(e.id, right, -1.0, 1, said, answer) for e, (said, right, answer) in zip(examples, rows, strict=True)
+        ExampleScore(e.id, right, -1.0, 1, message, answer) for e, (message, right, answer) in zip(examples, rows, strict=True)
     )
     one = Evaluation("m", "t", "test", scorer, "", scores, 0.0)
     result = flips(one, one, examples)

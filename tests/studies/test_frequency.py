@@ -155,8 +155,8 @@ def test_phrasings_of_one_fact_are_no_independent_examples() -> None:
     facts = [f"f{i // 4}" for i in range(120)]
     grouped, loose = study(*many, facts=facts), study(*many)
 
-    def width(found: Frequency) -> float:
-        return found.difference.interval.high - found.difference.interval.low
+    def width(results: Frequency) -> float:
+        return results.difference.interval.high - results.difference.interval.low
 
     assert (once.facts, grouped.facts, loose.facts) == (30, 30, 120)
     assert grouped.difference.value == pytest.approx(once.difference.value)

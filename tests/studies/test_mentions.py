@@ -41,8 +41,8 @@ def write(file: Path, documents: list[str]) -> str:
     return str(file)
 
 
-def counts(found: Mentions, id_: str) -> tuple[int, int, int]:
-    return found.subject[id_], found.answer[id_], found.both[id_]
+def counts(matches: Mentions, id_: str) -> tuple[int, int, int]:
+    return matches.subject[id_], matches.answer[id_], matches.both[id_]
 
 
 def test_counts_worked_out_by_hand(store: Store, tmp_path: Path) -> None:
@@ -181,11 +181,11 @@ def test_a_corpus_is_a_folder_or_a_file(tmp_path: Path) -> None:
     (folder / "c.jsonl").write_text('{"text": "three"}\n\n{"text": ""}\n')
     (folder / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "five", "more": 1}'))
     (folder / "e.csv").write_text("no,document")
-    whole = open_corpus(str(folder))
-    assert list(whole.documents()) == ["one\n\nstill one", "two", "three", "", "five"]
-    assert whole.count() == 5
+    full = open_corpus(str(folder))
+    assert list(full.documents()) == ["one\n\nstill one", "two", "three", "", "five"]
+    assert full.count() == 5
     for start in range(6):
-        assert list(whole.documents(start)) == list(whole.documents())[start:]
+        assert list(full.documents(start)) == list(full.documents())[start:]
     assert list(open_corpus(str(folder / "a.txt")).documents()) == ["one\n", "still one"]
     assert list(open_corpus(str(folder / "d.jsonl.gz")).documents()) == ["five"]
     paragraphs = tmp_path / "p.txt"

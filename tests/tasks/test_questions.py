@@ -184,13 +184,13 @@ CSV = 'question,answer,category,notes\n"Who, or what, rules Freedonia?",Firefly,
 def test_a_table_s_columns_are_found_by_their_usual_names_and_reported(tmp_path: Path) -> None:
     file = tmp_path / "qa.csv"
     file.write_text(CSV)
-    made = task(str(file))
-    assert [(e.prompt, e.answer, e.group, e.id) for e in made.every] == [
+    built = task(str(file))
+    assert [(e.prompt, e.answer, e.group, e.id) for e in built.every] == [
         ("Who, or what, rules Freedonia?", "Firefly", "rule", "record 1"),
         ("Who rules Sylvania?", "Trentino", "rule", "record 2"),
     ]
-    assert made.name == "questions:qa"
-    (note,) = made.notes
+    assert built.name == "questions:qa"
+    (note,) = built.notes
     assert note == f"{file}: prompt from 'question', answer from 'answer', group from 'category'; not used: 'notes'"
 
 
@@ -229,11 +229,11 @@ def rows_of(kind: str, rows: list[dict[str, Any]], folder: Path) -> Path:
 @pytest.mark.parametrize("kind", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
 def test_every_format_gives_the_same_questions(tmp_path: Path, kind: str) -> None:
     rows = [{"question": f"Who is {i}?", "choices": [f"Ann {i}", f"Bob {i}"], "label": 1, "relation": "name"} for i in range(9)]
-    found = task(str(rows_of(kind, rows, tmp_path))).every
-    assert [(e.prompt, e.answer, e.choices, e.group) for e in found] == [
+    result = task(str(rows_of(kind, rows, tmp_path))).every
+    assert [(e.prompt, e.answer, e.choices, e.group) for e in result] == [
         (f"Who is {i}?", f"Bob {i}", (f"Ann {i}", f"Bob {i}"), "name") for i in range(9)
     ]
-    assert found.scorer == "choice"
+    assert result.scorer == "choice"
 
 
 def test_an_array_around_which_there_is_an_object_and_columns_of_pandas_are_lists_of_rows(tmp_path: Path) -> None:
@@ -342,11 +342,11 @@ def test_scripts_without_spaces_get_none_before_the_answer(tmp_path: Path, promp
 
 def test_of_many_rows_a_seeded_sample_is_taken_and_reported(tmp_path: Path) -> None:
     file = write_rows(tmp_path, *(GOOD | {"prompt": f"Town {i} is"} for i in range(40)))
-    made, again, other = (task(str(file), max_rows=10, seed=seed) for seed in (3, 3, 4))
-    assert len(made.every) == 10
-    assert made == again
-    assert {e.id for e in made.every} != {e.id for e in other.every}
-    assert "40 rows: a random sample of 10 is used (seed 3)" in made.notes[0]
+    built, again, other = (task(str(file), max_rows=10, seed=seed) for seed in (3, 3, 4))
+    assert len(built.every) == 10
+    assert built == again
+    assert {e.id for e in built.every} != {e.id for e in other.every}
+    assert "40 rows: a random sample of 10 is used (seed 3)" in built.notes[0]
 
 
 def test_few_questions_are_reported_with_the_narrowest_interval(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -364,10 +364,10 @@ TRACING = {"prompt": "Trentino governs", "subject": "Trentino", "target_true": "
 @pytest.mark.parametrize("record", [KNOWN, EASY_EDIT, TRACING], ids=["known_1000", "EasyEdit", "counterfact-tracing"])
 def test_other_schemas_of_counterfact_are_recognised(tmp_path: Path, record: dict[str, Any]) -> None:
     file = rows_of(".json", [record], tmp_path)
-    for made in (task(str(file)), task("counterfact", data=file)):
-        (e,) = made.every
+    for built in (task(str(file)), task("counterfact", data=file)):
+        (e,) = built.every
         assert (e.prompt, e.answer, e.subject, e.messages) == ("Trentino governs", "Sylvania", "Trentino", ())
-        assert (made.every.scorer, made.split_by) == ("next_token", "paper")
+        assert (built.every.scorer, built.split_by) == ("next_token", "paper")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -382,9 +382,9 @@ def test_questions_of_a_data_set_of_the_hub_are_read_with_their_labels(tmp_path:
         "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n      class_label:\n"
         "        names:\n          '0': good\n          '1': bad\n---\n"
     )
-    made = task(f"hub:{folder}")
-    assert [(e.prompt, e.answer) for e in made.every] == [(f"test {i} was fine.", ("good", "bad")[i % 2]) for i in range(4)]
-    assert made.notes[0] == f"hub:{folder}, split test, 4 rows"
+    built = task(f"hub:{folder}")
+    assert [(e.prompt, e.answer) for e in built.every] == [(f"test {i} was fine.", ("good", "bad")[i % 2]) for i in range(4)]
+    assert built.notes[0] == f"hub:{folder}, split test, 4 rows"
     assert task(f"hub:{folder}", hub={"split": "train"}).every.examples[0].prompt == "train 0 was fine."
     with pytest.raises(TaskError, match=r"from the hub: .*--hub-split"):
         task(f"hub:{folder}", hub={"split": "dev"})

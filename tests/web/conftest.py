@@ -92,7 +92,7 @@ def record(store: Store) -> Callable[..., str]:
         found: dict[str, Any] | None = None,
         **settings: Any,
     ) -> str:
-        whole: dict[str, Any] = {
+        full: dict[str, Any] = {
             "model": "some/model",
             "model_hash": "a" * 64,
             "config": "b" * 64,
@@ -108,7 +108,7 @@ def record(store: Store) -> Callable[..., str]:
         } | settings
         made_by = {"versions": {"python": "3.11.7", "laserlm": "0.1"}, "command": ["/home/ann/laser"], "machine": "Linux"}
         name = key or f"{best} {numbers} {kind} {sorted(settings.items())}"
-        with store.run(kind=kind, key=name, settings=whole, provenance=made_by, restart=True) as run:
+        with store.run(kind=kind, key=name, settings=full, provenance=made_by, restart=True) as run:
             if finish:
                 run.finish(outcome(best, *numbers) | (found or {}))
         return run.id

@@ -95,12 +95,12 @@ def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
     results: Store, record: Callable[..., RunInfo]
 ) -> None:
     run = record(BASE, *TRIALS)
-    whole = explorer.changes(results, run.id, "0.fc_in@0.5")
-    assert [f.id for f in whole.of("corrected")] == ["e3"]
-    assert [(f.prompt, f.answer, f.base, f.edited) for f in whole.of("corrected")] == [
+    full = explorer.changes(results, run.id, "0.fc_in@0.5")
+    assert [f.id for f in full.of("corrected")] == ["e3"]
+    assert [(f.prompt, f.answer, f.base, f.edited) for f in full.of("corrected")] == [
         (EXAMPLES[3].prompt, "answer 3", "said 3 base", "said 3 0.fc_in@0.5")
     ]
-    assert whole.of("broken") == []
+    assert full.of("broken") == []
     dropped = explorer.changes(results, run.id, "2.fc_in@r3")
     assert (dropped.comparison.n, dropped.comparison.base, dropped.comparison.edited) == (2, 1.0, 0.5)
     assert [f.id for f in dropped.of("broken")] == ["e0"]

@@ -132,7 +132,7 @@ def test_what_cannot_be_answered_is_reported_and_leaves_the_model_as_it_was(make
     lm = make("llama")
     before = weights(lm)
     shared_playground = Playground(lm)
-    for options, error, said in [
+    for options, error, message in [
         (("", "1.fc_in@0.5", 4), ReportError, "must have 1 to 4000 characters, got 0"),
         (("a" * 4001, "1.fc_in@0.5", 4), ReportError, "must have 1 to 4000 characters, got 4001"),
         ((PROMPT, "1.fc_in@0.5", 0), ReportError, "must be 1 to 64"),
@@ -142,7 +142,7 @@ def test_what_cannot_be_answered_is_reported_and_leaves_the_model_as_it_was(make
         ((PROMPT, "9.fc_in@0.5", 4), MatrixError, "no layer 9"),
         (("word " * 300, "1.fc_in@0.5", 4), ScoringError, "takes 128"),
     ]:
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             shared_playground.answer(*options)
     assert same(lm, before)
     assert not lm.active
@@ -165,8 +165,8 @@ def test_a_conversation_is_answered_by_the_unchanged_and_by_the_edited_model(mak
         with applied(lm, text):
             assert reply == generate(lm, [prompt], max_new_tokens=5)[0].strip()
     assert same(lm, before)
-    for conversation, said in (((("user", " "),), "must end with a message"), ((("user", "a" * 4001),), "got 4001")):
-        with pytest.raises(ReportError, match=said):
+    for conversation, message in (((("user", " "),), "must end with a message"), ((("user", "a" * 4001),), "got 4001")):
+        with pytest.raises(ReportError, match=message):
             talk.chat([conversation] * 2, "1.fc_in@0.2", 5)
     with pytest.raises(ReportError, match="no reduction"):
         talk.chat([turns] * 2, "", 5)

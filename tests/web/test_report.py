@@ -28,9 +28,9 @@ def task(name: str = "capitals", extra: str = "") -> Task:
     return Task.of(name, [Example(str(i), f"The capital {extra}{i} is", a, group=f"{extra}{a}") for i, a in enumerate(cities)])
 
 
-def searched(lm: LanguageModel, store: Path, made: Task, **settings: object) -> SearchResult:
+def searched(lm: LanguageModel, store: Path, built: Task, **settings: object) -> SearchResult:
     options = {"grid": "all.mlp@0.2,0.5", "metric": "loss", "strategy": "exhaustive", "store": store} | settings
-    return search(lm, made, **options)  # type: ignore[arg-type]
+    return search(lm, built, **options)  # type: ignore[arg-type]
 
 
 class Tags(HTMLParser):
@@ -67,7 +67,7 @@ def test_the_report_holds_what_the_search_found(llama: LanguageModel, tmp_path: 
         assert write_report(store, result.run, tmp_path / "r.html") == tmp_path / "r.html"
     page = parse_page(tmp_path / "r.html")
     text = re.sub(r"\s+", " ", page.text)
-    for said in (
+    for message in (
         result.run,
         str(result.best),
         f"{result.test.base_loss:.3f}",
@@ -81,7 +81,7 @@ def test_the_report_holds_what_the_search_found(llama: LanguageModel, tmp_path: 
         "Not measured yet",
         *result.verdict(),
     ):
-        assert said in text, said
+        assert message in text, message
     assert "src=" not in (tmp_path / "r.html").read_text(encoding="utf-8").replace(HOSTILE, "")[:3000]
     assert not re.findall(
         r"<(?:link|script|img)[^>]+(?:href|src)=[\"'](?!data:)", (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -89,11 +89,11 @@ def test_the_report_holds_what_the_search_found(llama: LanguageModel, tmp_path: 
 
 
 def test_a_race_with_its_screen_a_composition_and_no_gain(llama: LanguageModel, tmp_path: Path) -> None:
-    for strategy, said in (("race", "The screen against what was measured"), ("compose", "What was asked")):
+    for strategy, message in (("race", "The screen against what was measured"), ("compose", "What was asked")):
         result = searched(llama, tmp_path / "runs.db", task(), strategy=strategy)
         with Store.open(tmp_path / "runs.db") as store:
             write_report(store, result.run, tmp_path / "r.html", overwrite=True)
-        assert said in parse_page(tmp_path / "r.html").text
+        assert message in parse_page(tmp_path / "r.html").text
     none = searched(llama, tmp_path / "runs.db", task("other"), grid="0.fc_in@0", metric="accuracy")
     if not none.best:
         with Store.open(tmp_path / "runs.db") as store:
@@ -127,7 +127,7 @@ def test_harm_is_next_to_the_gain_as_figures_and_as_a_picture(llama: LanguageMod
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     text = re.sub(r"\s+", " ", parse_page(tmp_path / "r.html").text)
     low, high = harm.interval
-    for said in (
+    for message in (
         f"Harm: {harm}.",
         f"perplexity on its own text ×{harm.ratio:.3f} [{low:.3f} to {high:.3f}], n {harm.comparison.size}",
         "Gain against harm",
@@ -135,7 +135,7 @@ def test_harm_is_next_to_the_gain_as_figures_and_as_a_picture(llama: LanguageMod
         "winner's curse",
         f"--run {run.id} --point N",
     ):
-        assert said in text, said
+        assert message in text, message
     assert page.index("Gain against harm") < page.index("What was asked")
     figure = re.search(r'Plotly\.newPlot\(\s*"harm",\s*(\[.*?\])\s*,\s*\{"', page, re.DOTALL)
     assert figure is not None

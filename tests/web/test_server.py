@@ -65,7 +65,7 @@ def event(data: Any, session: str = "s", fn_index: int = 0) -> str:
     return json.dumps({"fn_index": fn_index, "data": data, "session_hash": session})
 
 
-def told(port: int, session: str) -> str:
+def output(port: int, session: str) -> str:
     """Return what a page hears of its event."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
@@ -108,7 +108,7 @@ def test_what_is_no_json_is_reported_and_raises_nothing(port: int, body: str, ca
 def test_values_that_no_page_sends_get_an_answer(port: int, data: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
     session = f"s{abs(hash(json.dumps(data)))}"
     assert post(port, event(data, session))[0] == 200
-    assert '"success":false' in told(port, session).replace(" ", "")
+    assert '"success":false' in output(port, session).replace(" ", "")
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
@@ -120,7 +120,7 @@ def test_requests_of_another_form_get_an_answer(port: int, body: str, capfd: pyt
 
 def test_a_plain_request_is_answered(port: int) -> None:
     assert post(port, event([7], "plain"))[0] == 200
-    assert "it is 7" in told(port, "plain")
+    assert "it is 7" in output(port, "plain")
 
 
 def test_a_full_queue_says_what_to_do() -> None:

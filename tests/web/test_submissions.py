@@ -140,7 +140,7 @@ def test_how_a_model_writes_is_reported(store: Store, record: Record) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "output"),
     [
         ({"best": ""}, "found nothing better than the unchanged model"),
         ({"finish": False}, "it is a search, interrupted"),
@@ -149,11 +149,11 @@ def test_how_a_model_writes_is_reported(store: Store, record: Record) -> None:
         ({"model_hash": "abc"}, "model.sha256: 'abc' is not allowed; write text of 64 characters"),
     ],
 )
-def test_what_cannot_be_submitted_is_reported(store: Store, record: Record, changed: dict[str, Any], told: str) -> None:
+def test_what_cannot_be_submitted_is_reported(store: Store, record: Record, changed: dict[str, Any], output: str) -> None:
     info = store.find(record(**changed))
     with pytest.raises(ReportError) as raised:
         submission(info)
-    assert told in str(raised.value)
+    assert output in str(raised.value)
     assert info.id in str(raised.value)
 
 
@@ -252,8 +252,8 @@ WRONG: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "told"), WRONG, ids=[f"{p}={v!r:.30}" for p, v, _ in WRONG])
-def test_each_wrong_value_is_reported_with_its_place(good: dict[str, Any], path: str, value: Any, told: str) -> None:
+@pytest.mark.parametrize(("path", "value", "output"), WRONG, ids=[f"{p}={v!r:.30}" for p, v, _ in WRONG])
+def test_each_wrong_value_is_reported_with_its_place(good: dict[str, Any], path: str, value: Any, output: str) -> None:
     document = copy.deepcopy(good)
     *above, last = path.split(".")
     place = document
@@ -261,8 +261,8 @@ def test_each_wrong_value_is_reported_with_its_place(good: dict[str, Any], path:
         place = place[name]
     place[last] = value
     problems = find_problems(document)
-    assert bool(problems) == bool(told)
-    assert any(line.startswith(told) for line in problems) or not told, problems
+    assert bool(problems) == bool(output)
+    assert any(line.startswith(output) for line in problems) or not output, problems
 
 
 @pytest.mark.parametrize("path", ["format", "method", "model.name", "task.name", "task.scorer", "intervention", "result.n"])

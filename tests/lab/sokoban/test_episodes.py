@@ -273,8 +273,8 @@ def test_a_perfect_player_solves_all_that_the_steps_suffice_for(monkeypatch: pyt
     known = {level.text: moves for level, moves in MADE}
 
     def generate(input_ids: Tensor, *, max_new_tokens: int, **_: object) -> Tensor:
-        said = [known[TOKENS.decode(ids)][:max_new_tokens] for ids in input_ids]
-        written = torch.tensor([TOKENS(s).input_ids + [TOKENS.pad_token_id] * (max_new_tokens - len(s)) for s in said])
+        message = [known[TOKENS.decode(ids)][:max_new_tokens] for ids in input_ids]
+        written = torch.tensor([TOKENS(s).input_ids + [TOKENS.pad_token_id] * (max_new_tokens - len(s)) for s in message])
         return torch.cat([input_ids, written], 1)
 
     monkeypatch.setattr(lm.model, "generate", generate)

@@ -91,7 +91,7 @@ def test_levels_are_equal_if_their_boards_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [
         (ROWS[:9], "9 rows"),
         ((*ROWS, WALL), "11 rows"),
@@ -107,10 +107,10 @@ def test_levels_are_equal_if_their_boards_are() -> None:
         (rows(r0="##### ####"), "open at row 0, column 5"),
     ],
 )
-def test_a_malformed_level_is_refused_with_what_is_wrong(broken: tuple[str, ...], said: str) -> None:
+def test_a_malformed_level_is_refused_with_what_is_wrong(broken: tuple[str, ...], message: str) -> None:
     with pytest.raises(TaskError) as caught:
         Level(broken, "mine")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "'mine'" in str(caught.value)
 
 
@@ -130,7 +130,7 @@ def test_line_ends_of_other_systems_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "no level"),
         (BOXOBAN.replace("# .    ###\n", ""), "level 1: level 'some_levels_007/1' has 9 rows"),
@@ -139,12 +139,12 @@ def test_line_ends_of_other_systems_are_read(tmp_path: Path) -> None:
         (BOXOBAN.removeprefix("; 0\n"), "line 1: a row before the first level"),
     ],
 )
-def test_a_malformed_file_is_refused_with_its_level(tmp_path: Path, text: str, said: str) -> None:
+def test_a_malformed_file_is_refused_with_its_level(tmp_path: Path, text: str, message: str) -> None:
     file = write_levels(tmp_path, text)
     with pytest.raises(TaskError) as caught:
         read_boxoban(file)
     assert str(file) in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -156,10 +156,10 @@ def test_more_than_four_boxes_are_solved() -> None:
 
 def test_a_search_that_runs_out_of_states_says_so() -> None:
     level, moves = next(generate(1, seed=0, boxes=2, steps=(20, 40)))
-    whole = solve(level)
-    short = solve(level, max_states=whole.states - 1)
-    assert (short.moves, short.complete, short.states) == (None, False, whole.states - 1)
-    assert solve(level, max_states=whole.states).moves == moves
+    full = solve(level)
+    short = solve(level, max_states=full.states - 1)
+    assert (short.moves, short.complete, short.states) == (None, False, full.states - 1)
+    assert solve(level, max_states=full.states).moves == moves
 
 
 def test_a_bound_on_the_moves_is_exact() -> None:

@@ -48,7 +48,7 @@ def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+def full(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The weights of a training that nothing interrupts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(N_HELD_OUT, 20)
@@ -130,17 +130,17 @@ def test_every_step_is_reported_and_equal_configurations_give_equal_weights(tmp_
 
 @pytest.mark.parametrize(("at", "begins"), [(3, 1), (5, 5), (13, 13)])
 def test_an_interrupted_training_goes_on_from_its_checkpoint_to_the_same_weights(
-    whole: str, tmp_path: Path, at: int, begins: int
+    full: str, tmp_path: Path, at: int, begins: int
 ) -> None:
     interrupted(SMALL, tmp_path / "model", at, save_every=4)
     seen: list[int] = []
     lm = train(SMALL, tmp_path / "model", save_every=4, on_progress=lambda done, _: seen.append(done))
     assert seen == list(range(begins, 15))
-    assert lm.hash == whole
+    assert lm.hash == full
 
 
 def test_a_training_that_was_ended_after_its_last_step_takes_no_further_one(
-    whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ended(*_: object, **__: object) -> None:
         raise Ended
@@ -150,7 +150,7 @@ def test_a_training_that_was_ended_after_its_last_step_takes_no_further_one(
         with pytest.raises(Ended):
             train(SMALL, tmp_path / "model", save_every=4)
     seen: list[int] = []
-    assert train(SMALL, tmp_path / "model", on_progress=lambda done, _: seen.append(done)).hash == whole
+    assert train(SMALL, tmp_path / "model", on_progress=lambda done, _: seen.append(done)).hash == full
     assert not seen
 
 
@@ -161,12 +161,12 @@ def test_where_held_out_levels_leave_too_few_others_that_is_reported(tmp_path: P
     assert not any(tmp_path.iterdir())
 
 
-def test_a_checkpoint_that_was_being_written_is_passed_over(whole: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_being_written_is_passed_over(full: str, tmp_path: Path) -> None:
     interrupted(SMALL, tmp_path / "model", 7, save_every=4)
     half = tmp_path / "model.checkpoints" / "checkpoint-6"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"")
-    assert train(SMALL, tmp_path / "model", save_every=4).hash == whole
+    assert train(SMALL, tmp_path / "model", save_every=4).hash == full
 
 
 @pytest.mark.slow
