@@ -41,7 +41,7 @@ def base(llama: LanguageModel, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def results(llama: LanguageModel) -> SearchResult:
+def search_result(llama: LanguageModel) -> SearchResult:
     task = Task.of("capitals", [Example(str(i), f"The capital of {i} is", ("Paris", "Rome")[i % 2]) for i in range(20)])
     result = search(llama, task, grid="1.fc_in@0.1", strategy="exhaustive", metric="loss", guards=())
     return replace(result, best=result.best or type(result.best).parse("1.fc_in@0.1"))
@@ -65,12 +65,12 @@ def test_a_card_claims_a_gain_only_where_its_interval_is_above_zero(
     heading: str,
     says: str,
     llama: LanguageModel,
-    results: SearchResult,
+    search_result: SearchResult,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    results = replace(results, test=replace(results.test, interval=interval))
-    card = (save(llama, results, tmp_path / "out").folder / "README.md").read_text()
+    search_result = replace(search_result, test=replace(search_result.test, interval=interval))
+    card = (save(llama, search_result, tmp_path / "out").folder / "README.md").read_text()
     assert f"## {heading}, and harm" in card
     assert ("**No gain is claimed.**" in card) is bool(says)
     assert says in card
@@ -79,13 +79,13 @@ def test_a_card_claims_a_gain_only_where_its_interval_is_above_zero(
 
 
 def test_the_hub_reads_the_metrics_of_the_test_split_with_the_harm(
-    llama: LanguageModel, results: SearchResult, tmp_path: Path
+    llama: LanguageModel, search_result: SearchResult, tmp_path: Path
 ) -> None:
-    test = replace(results.test, base=0.25, edited=0.5, gain=0.25, interval=Interval(0.1, 0.4))
-    harm = Harm("self", "text", replace(results.test, base_loss=1.0, edited_loss=1.5, loss_interval=Interval(0.4, 0.6)))
-    settings = results.settings | {"task": "fever", "scorer": "choice"}
-    results = replace(results, test=test, harms=(harm,), settings=settings)
-    saved = save(llama, results, tmp_path / "out")
+    test = replace(search_result.test, base=0.25, edited=0.5, gain=0.25, interval=Interval(0.1, 0.4))
+    harm = Harm("self", "text", replace(search_result.test, base_loss=1.0, edited_loss=1.5, loss_interval=Interval(0.4, 0.6)))
+    settings = search_result.settings | {"task": "fever", "scorer": "choice"}
+    search_result = replace(search_result, test=test, harms=(harm,), settings=settings)
+    saved = save(llama, search_result, tmp_path / "out")
     data = ModelCard.load(saved.folder / "README.md").data
     accuracy, perplexity = data.eval_results
     assert (accuracy.metric_type, accuracy.metric_value, accuracy.dataset_split) == ("accuracy", 0.5, "test")
@@ -100,9 +100,9 @@ def test_the_hub_reads_the_metrics_of_the_test_split_with_the_harm(
     assert (data.library_name, data.pipeline_tag, data.model_name) == ("transformers", "text-generation", "out")
 
 
-def test_figures_of_validation_are_no_metrics(llama: LanguageModel, results: SearchResult, tmp_path: Path) -> None:
-    point = Point("1.fc_in@0.5", results.validation, ())
-    saved = save(llama, replace(results, points=(point,)), tmp_path / "out", point=1)
+def test_figures_of_validation_are_no_metrics(llama: LanguageModel, search_result: SearchResult, tmp_path: Path) -> None:
+    point = Point("1.fc_in@0.5", search_result.validation, ())
+    saved = save(llama, replace(search_result, points=(point,)), tmp_path / "out", point=1)
     data = ModelCard.load(saved.folder / "README.md").data
     assert data.eval_results is None
     assert "Not tested on held-out questions" in (saved.folder / "README.md").read_text()
@@ -111,19 +111,19 @@ def test_figures_of_validation_are_no_metrics(llama: LanguageModel, results: Sea
 
 
 def test_the_metric_of_a_text_is_its_perplexity_and_a_file_is_no_data_set_of_the_hub(
-    llama: LanguageModel, results: SearchResult, tmp_path: Path
+    llama: LanguageModel, search_result: SearchResult, tmp_path: Path
 ) -> None:
-    settings = results.settings | {"task": f"perplexity:{tmp_path}/own.txt", "scorer": "perplexity"}
-    saved = save(llama, replace(results, settings=settings), tmp_path / "out")
+    settings = search_result.settings | {"task": f"perplexity:{tmp_path}/own.txt", "scorer": "perplexity"}
+    saved = save(llama, replace(search_result, settings=settings), tmp_path / "out")
     data = ModelCard.load(saved.folder / "README.md").data
     (result,) = data.eval_results
-    assert (result.metric_type, result.metric_value) == ("perplexity", round(math.exp(results.test.edited_loss), 4))
+    assert (result.metric_type, result.metric_value) == ("perplexity", round(math.exp(search_result.test.edited_loss), 4))
     assert result.dataset_name == "perplexity:own.txt"
     assert data.datasets is None
 
 
-def test_the_gain_on_a_text_is_that_of_the_loss(results: SearchResult) -> None:
-    values = results.as_dict()
+def test_the_gain_on_a_text_is_that_of_the_loss(search_result: SearchResult) -> None:
+    values = search_result.as_dict()
     values["settings"] = values["settings"] | {"scorer": "perplexity"}
     for interval, says in (([-0.2, -0.1], ""), ([-0.1, 0.1], "includes zero"), ([0.1, 0.2], "rises"), (None, "includes zero")):
         values["test"] = values["test"] | {"loss_interval": interval}
@@ -173,14 +173,16 @@ def test_card_and_record_name_no_place_of_this_machine_and_the_folder_is_still_c
         assert load_check(saved.folder).agrees
 
 
-def test_only_fields_that_hold_paths_lose_their_folders(llama: LanguageModel, results: SearchResult, tmp_path: Path) -> None:
+def test_only_fields_that_hold_paths_lose_their_folders(
+    llama: LanguageModel, search_result: SearchResult, tmp_path: Path
+) -> None:
     text = tmp_path / "private" / "guard.txt"
-    harm = Harm(f"perplexity:{text}", "text", results.test)
-    settings = results.settings | {
+    harm = Harm(f"perplexity:{text}", "text", search_result.test)
+    settings = search_result.settings | {
         "guards": [{"name": harm.guard, "hash": "0"}, {"name": f"{'a' * 300}/b", "hash": "0"}],
         "chat": {"system": "/no_think"},
     }
-    saved = save(llama, replace(results, settings=settings, harms=(harm,)), tmp_path / "out")
+    saved = save(llama, replace(search_result, settings=settings, harms=(harm,)), tmp_path / "out")
     card, record = ((saved.folder / name).read_text() for name in ("README.md", "laser.json"))
     assert str(tmp_path) not in card + record
     assert "on perplexity:guard.txt (" in card
