@@ -164,6 +164,9 @@ def test_evaluate_measures_the_harm_next_to_the_comparison(run: Run, folder: Pat
     code, _, err = run("evaluate", folder, "--task", questions, "--guard", "self")
     assert code == 2
     assert "add --reduce" in err
+    code, _, err = run("search", folder, "--task", questions, "--strategy", "components", "--candidates", "5")
+    assert code == 2
+    assert "--candidates is a setting of a race" in err
 
 
 def test_harm_that_was_not_measured_is_reported_as_such(points: SearchResult) -> None:

@@ -254,3 +254,20 @@ def test_a_pickled_adapter_needs_the_flag(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors, and pickled weights can run code; --allow"):
         load(folder)
     assert load(folder, allow_pickle=True).matrices
+
+
+def test_a_card_shows_spearman_for_sentence_pairs_and_no_perplexity_for_labels(
+    llama: LanguageModel, search_result: SearchResult, tmp_path: Path
+) -> None:
+    pairs = replace(search_result.test, base_spearman=0.5, edited_spearman=0.75, scorer="similarity")
+    labels = replace(search_result.test, base_loss=1.0, edited_loss=1.5, loss_interval=Interval(0.4, 0.6), scorer="label")
+    harm = Harm("topics", "questions", labels)
+    assert str(harm).startswith("exp(loss) x1.649 [1.492, 1.822] on topics")
+    search_result = replace(
+        search_result, test=pairs, harms=(harm,), settings=search_result.settings | {"scorer": "similarity"}
+    )
+    card = (save(llama, search_result, tmp_path / "out").folder / "README.md").read_text()
+    assert "Spearman 0.500 | Spearman 0.750 |" in card
+    spearman, loss = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert (spearman.metric_type, spearman.metric_value) == ("spearmanr", 0.75)
+    assert (loss.metric_type, loss.metric_value) == ("exp_loss", round(math.exp(1.5), 4))

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 import transformers as T
 from families import GROUPED, SIZES, bpe
+from safetensors.torch import save_file
 
 from laserlm import LanguageModel, load, task
 from laserlm.edit import applied
 from laserlm.errors import ScoringError
+from laserlm.export import save
 from laserlm.models.pooling import read_pooling
 from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.scoring.forward import batches, forward_logits
@@ -240,6 +242,42 @@ def test_the_pooling_is_that_of_the_folder(tmp_path: Path) -> None:
     long = Split("a", "all", (Example("x", TEXTS[0] * 3, "0", text_pair="Oslo"),), "similarity")
     with pytest.raises(ScoringError, match="takes 9"):
         evaluate(again, long)
+
+
+def add_dense(folder: Path, activation: str, out: int, width: int) -> torch.nn.Linear:
+    """Add a dense module of random weights after the modules of a sentence encoder."""
+    modules = json.loads((folder / "modules.json").read_text())
+    name = f"{len(modules)}_Dense"
+    linear = torch.nn.Linear(width, out)
+    (folder / name).mkdir()
+    settings = {"in_features": width, "out_features": out, "bias": True, "activation_function": f"torch.nn.{activation}"}
+    (folder / name / "config.json").write_text(json.dumps(settings))
+    save_file({f"linear.{key}": value for key, value in linear.state_dict().items()}, folder / name / "model.safetensors")
+    modules.append({"path": name, "type": "sentence_transformers.models.Dense"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return linear
+
+
+def test_dense_modules_follow_the_pooling(tmp_path: Path) -> None:
+    lm = build("bert", "embedding")
+    lm.model.save_pretrained(tmp_path)
+    lm.require_tokenizer().save_pretrained(tmp_path)
+    sentence_encoder(tmp_path, pooling_mode_cls_token=True)
+    first, second = add_dense(tmp_path, "modules.activation.Tanh", 40, lm.width), add_dense(tmp_path, "Identity", 7, 40)
+    e = Example("a", "Rome is a city", "0.5", text_pair="Oslo is the capital")
+    with torch.no_grad():
+        inputs = [lm.require_tokenizer()(t, return_tensors="pt", return_token_type_ids=False) for t in (e.prompt, e.text_pair)]
+        a, b = (second(torch.tanh(first(lm.model(**i).last_hidden_state[:, 0]))) for i in inputs)
+    split = Split("a", "all", (e,), "similarity")
+    assert float(evaluate(load(tmp_path), split).scores[0].predicted) == pytest.approx(
+        float(F.cosine_similarity(a, b)), abs=1e-5
+    )
+    add_dense(tmp_path, "Softplus", 7, 7)
+    with pytest.raises(ScoringError, match="the activation of its module 4_Dense is Softplus"):
+        evaluate(load(tmp_path), split)
+    save(load(tmp_path), "0.fc_in@0.5", tmp_path / "out")
+    for file in ("2_Dense/model.safetensors", "4_Dense/config.json", "modules.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
 @pytest.mark.parametrize(

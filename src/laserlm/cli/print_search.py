@@ -18,20 +18,23 @@ UNRANKED = 0.4
 DONE_EARLIER = "done earlier, nothing was run; --restart runs it again."
 
 
-def print_end(result: SearchResult, model: str, store: str, seconds: float) -> None:
+def print_end(result: SearchResult, model: str, store: str, seconds: float, adapter: str | None = None) -> None:
     """Print the run of a search, and the commands that go on from it."""
     print(f"\nRun {result.run} in {mask_credentials(store)}: " + (DONE_EARLIER if result.done_earlier else f"{seconds:.0f} s."))
     is_usual = store in (STORE_DEFAULT, os.environ.get("LASER_STORE"))
     where = "" if is_usual else f" --store {shlex.quote(mask_credentials(store))}"
     print(f"Go on with:\n  laser report {result.run}{where}\n  laser runs show {result.run}{where}")
+    updates = "" if adapter is None else f" --adapter {shlex.quote(adapter)}"
     for command, comment in result.next_commands(model, "FOLDER"):
-        print(f"  {command}{where}" + (f"    ({comment})" if comment else ""))
+        print(f"  {command}{updates}{where}" + (f"    ({comment})" if comment else ""))
 
 
 def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:
     """Print how a search chose, and what its choice changes on validation and on test."""
     from rich.console import Console
     from rich.table import Table
+
+    from laserlm.searching.guard import LOSSES_OF_EXAMPLES
 
     _print_screen(result)
     _print_tables(result)
@@ -56,7 +59,8 @@ def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:
         for name in ("base", "edited"):
             values = [getattr(c, f"{name}_spearman") for c in splits]
             table.add_row(f"{name} Spearman correlation", *("" if v is None else f"{v:.3f}" for v in values))
-    table.add_row("base loss" if is_similarity else "base loss (nats per token)", *(f"{c.base_loss:.3f}" for c in splits))
+    unit = " (nats per token)" if result.settings.get("scorer") not in LOSSES_OF_EXAMPLES else ""
+    table.add_row(f"base loss{unit}", *(f"{c.base_loss:.3f}" for c in splits))
     table.add_row("edited loss", *(f"{c.edited_loss:.3f}" for c in splits))
     table.add_row(
         "95 % interval of its change", *(f"{c.loss_interval.low:+.3f} to {c.loss_interval.high:+.3f}" for c in splits)
@@ -78,7 +82,7 @@ def print_pareto(result: SearchResult, *, is_perplexity: bool = False) -> None:
     if not points:
         return
     table = Table("", "reduction", title="Gain against harm, on what was chosen on", title_justify="left")
-    columns = [*([] if is_perplexity else ["gain"]), "change of loss", *(f"perplexity, {h.guard}" for h in points[0].harms)]
+    columns = [*([] if is_perplexity else ["gain"]), "change of loss", *(f"{h.measure}, {h.guard}" for h in points[0].harms)]
     for column in columns:
         table.add_column(column, overflow="fold")
     for number, point in enumerate(points, 1):

@@ -99,7 +99,7 @@ def search(
         return
     print_stderr(f"results are kept in {mask_credentials(store)}")
     result = _search(lm, task, config, cluster, reports_to, configuration, store=store, restart=restart)
-    _print(result, task, model_options.model, store, time.monotonic() - start, json=json)
+    _print(result, task, model_options, store, time.monotonic() - start, json=json)
 
 
 def _search(
@@ -140,14 +140,15 @@ def _search(
     return result
 
 
-def _print(result: SearchResult, task: Task, model: str, store: str, seconds: float, *, json: bool) -> None:
+def _print(result: SearchResult, task: Task, options: UpdatedModelOptions, store: str, seconds: float, *, json: bool) -> None:
     if json:
         if result.done_earlier:
             print_stderr(DONE_EARLIER)
         print_json(result.as_dict())
         return
     print_result(result, is_perplexity=task.validation.scorer == "perplexity")
-    print_end(result, model, store, seconds)
+    adapter = None if options.adapter is None else str(options.adapter)
+    print_end(result, options.model, store, seconds, adapter)
 
 
 def _on_driver(options: UpdatedModelOptions, cluster: Ray | None, *, dry_run: bool) -> UpdatedModelOptions:

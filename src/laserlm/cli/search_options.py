@@ -99,9 +99,16 @@ class SearchOptions:
         """Return the settings for the library, without the guards, whose data ``load_guards`` reads."""
         from laserlm.reductions import Grid
         from laserlm.searching import SearchConfig
+        from laserlm.searching.config import OF_COMPONENTS, RACE_SETTINGS
 
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("effort", "limit", "guard")}
         settings = {name: value for name, value in values.items() if value is not None}
+        of_race = [name for name in settings if name in RACE_SETTINGS and name != "delta"]
+        if of_race and self.strategy in OF_COMPONENTS:
+            raise typer.BadParameter(
+                f"--{of_race[0].replace('_', '-')} is a setting of a race, and a choice of components has none; leave it out, "
+                "or race with --strategy race"
+            )
         settings |= {"grid": Grid.parse(self.grid), "memory": self.memory * 2**30, "batch_size": batch_size}
         return SearchConfig.of(self.effort, **settings)  # type: ignore[arg-type]
 

@@ -169,6 +169,8 @@ def _evidence(result: dict[str, Any] | None, point: dict[str, Any] | None, harms
     for label, c in splits:
         low, high = c["interval"]
         accuracy = f"{c['base']:.1%} | {c['best']:.1%} | {c['gain']:+.1%} [{low:+.1%}, {high:+.1%}] | {c['mcnemar_p']:.2g}"
+        if c.get("base_spearman") is not None:
+            accuracy = f"Spearman {c['base_spearman']:.3f} | Spearman {c['best_spearman']:.3f} | | "
         loss = f"{c['base_loss']:.3f} to {c['best_loss']:.3f}"
         if c["loss_interval"] is not None:
             loss += f" [{c['loss_interval'][0]:+.3f}, {c['loss_interval'][1]:+.3f}]"

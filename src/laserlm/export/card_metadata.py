@@ -64,6 +64,11 @@ def _results(record: dict[str, Any]) -> list[EvalResult]:
     if scorer == "perplexity":
         base, edited = math.exp(test["base_loss"]), math.exp(test["best_loss"])
         results = [_perplexity(edited, f"base model {base:.2f}", common)]
+    elif test.get("best_spearman") is not None:
+        about = f"Spearman correlation (base model {test['base_spearman']:.3f}, {test['n']} pairs)"
+        results = [
+            EvalResult(metric_type="spearmanr", metric_value=round(test["best_spearman"], 4), metric_name=about, **common)
+        ]
     else:
         low, high = test["interval"]
         results = [
@@ -83,6 +88,9 @@ def _on_guard(harm: Harm, task: str) -> EvalResult:
     name = "text that the base model wrote" if harm.guard == OWN_TEXT else harm.guard
     about = f"harm: x{harm.ratio:.3f} [{low:.3f}, {high:.3f}] of the base model's"
     common = {"task_type": task, "dataset_split": "held out", **_dataset(name)}
+    if harm.measure != "perplexity":
+        value = round(math.exp(harm.comparison.edited_loss), 4)
+        return EvalResult(metric_type="exp_loss", metric_value=value, metric_name=f"{harm.measure} ({about})", **common)
     return _perplexity(math.exp(harm.comparison.edited_loss), about, common)
 
 

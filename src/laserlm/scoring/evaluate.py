@@ -177,6 +177,7 @@ class Comparison:
         facts: number of facts that the examples ask for; None if it was not recorded.
         base_spearman: rank correlation of cosines and scores of the unchanged model; None for other scorers.
         edited_spearman: that of the edited model.
+        scorer: of the evaluations; None if it was not recorded.
     """
 
     split: str
@@ -195,6 +196,7 @@ class Comparison:
     facts: int | None = None
     base_spearman: float | None = None
     edited_spearman: float | None = None
+    scorer: str | None = None
 
     @property
     def size(self) -> str:
@@ -262,4 +264,5 @@ def compare(base: Evaluation, edited: Evaluation) -> Comparison:
         facts=len(set(facts)),
         base_spearman=base.spearman,
         edited_spearman=edited.spearman,
+        scorer=edited.scorer,
     )

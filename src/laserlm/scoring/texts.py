@@ -67,9 +67,11 @@ def _embedded(lm: LanguageModel, i: int, e: Example) -> list[TokenSequence]:
     if lm.pooling is not None and lm.pooling.problem:
         raise ScoringError(
             f"laserlm does not compute the vectors of {lm.name}: {lm.pooling.problem}. It pools by mean, first token, last "
-            "token or largest values, and runs no further module."
+            "token or largest values, and runs dense modules after that."
         )
-    coordinates = tuple(range(int(lm.model.config.get_text_config().hidden_size)))
+    dense = () if lm.pooling is None else lm.pooling.dense
+    width = len(dense[-1].weight) if dense else int(lm.model.config.get_text_config().hidden_size)
+    coordinates = tuple(range(width))
     return [_sequence(lm, i, text, choice_tokens=coordinates) for text in (e.prompt, e.text_pair)]
 
 
@@ -115,7 +117,10 @@ def text_outputs(lm: LanguageModel, inputs: dict[str, Any], pad: int) -> Tensor:
         logits: Tensor = output.logits
         return logits
     mode = "mean" if lm.pooling is None else lm.pooling.mode
-    return F.normalize(_pooled(output.last_hidden_state.float(), inputs["attention_mask"], mode), dim=-1)
+    vectors = _pooled(output.last_hidden_state.float(), inputs["attention_mask"], mode)
+    for module in () if lm.pooling is None else lm.pooling.dense:
+        vectors = module(vectors)
+    return F.normalize(vectors, dim=-1)
 
 
 def _pooled(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:

@@ -56,6 +56,9 @@ QUESTIONS = 300
 """Most questions of each part of a task."""
 TEXT_SUFFIXES = {".txt", ".md", ".text"}
 
+LOSSES_OF_EXAMPLES = ("label", "preference", "similarity")
+"""Scorers whose loss is one number for an example, and not a mean over tokens."""
+
 
 @dataclass(frozen=True)
 class Guard:
@@ -101,8 +104,13 @@ class Harm:
 
     @property
     def ratio(self) -> float:
-        """Perplexity of the reduced model over that of the unchanged one."""
+        """``measure`` of the reduced model over that of the unchanged one."""
         return math.exp(self.change)
+
+    @property
+    def measure(self) -> str:
+        """What the ratio is of: perplexity, or exp(loss) where the loss is not that of the next token."""
+        return "exp(loss)" if self.comparison.scorer in LOSSES_OF_EXAMPLES else "perplexity"
 
     @property
     def error(self) -> float:
@@ -143,7 +151,7 @@ class Harm:
         if self.comparison.spearman_text:
             least, most = self.comparison.loss_interval
             return f"loss {self.change:+.3f} [{least:+.3f}, {most:+.3f}] on {where}{self.comparison.spearman_text} ({size})"
-        return f"perplexity x{self.ratio:.3f} [{low:.3f}, {high:.3f}] on {where}{accuracy} ({size}){divergence}"
+        return f"{self.measure} x{self.ratio:.3f} [{low:.3f}, {high:.3f}] on {where}{accuracy} ({size}){divergence}"
 
 
 def guards_of(lm: LanguageModel, sources: Sequence[str | Task] | None, *, seed: int = 0) -> list[Guard]:
