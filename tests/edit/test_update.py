@@ -25,7 +25,7 @@ from laserlm.tasks import Example, Task
 # Of peft with transformers 5, when a model gets an adapter.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 RANK = 4
-TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc", "c_proj"]}
 Folders = tuple[Path, Path]
 
 

@@ -292,7 +292,7 @@ def _reduced(block: Tensor, edit: Edit, cache: DecompositionCache) -> Tensor:
 def _with_reduced_update(lm: LanguageModel, edit: Edit) -> Tensor:
     """Return the base weight (out, in) plus what the edit keeps of the update of an adapter."""
     left, right = edit.kept_factors(decomposition_of(lm, edit.matrix, default_cache(lm.cache)))
-    base = as_float_matrix(matrix_in(update_of(lm, edit.matrix).base, edit.matrix))
+    base = as_float_matrix(matrix_in(_weight_update(lm, edit.matrix).base, edit.matrix))
     return base + left.to(base) @ right.to(base)
 
 
@@ -304,10 +304,10 @@ def decomposition_of(lm: LanguageModel, matrix: Matrix, cache: DecompositionCach
     """
     if matrix.update_rank is None:
         return cache.get(read_matrix(lm.model, matrix))
-    return update_of(lm, matrix).decomposition(matrix)
+    return _weight_update(lm, matrix).decomposition(matrix)
 
 
-def update_of(lm: LanguageModel, matrix: Matrix) -> WeightUpdate:
+def _weight_update(lm: LanguageModel, matrix: Matrix) -> WeightUpdate:
     """Return the update of the weight that holds a matrix."""
     if lm.update is None:
         raise AssertionError(f"{matrix.id} has an update, and its model has none")

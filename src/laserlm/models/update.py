@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from laserlm.errors import ModelError
 from laserlm.linalg.decomposition import Decomposition, decompose_product
@@ -81,12 +82,11 @@ def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     name, factors = model.active_adapter, {}
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
-            layer: Any = module.get_base_layer()
-            if isinstance(layer, nn.Embedding) or not hasattr(module.lora_A[name], "weight"):
-                continue
-            up, down = module.lora_B[name].weight.detach(), module.lora_A[name].weight.detach()
-            if up.ndim == 2 and down.ndim == 2:
-                factors[f"{path}.weight"] = (up * module.scaling[name], down)
+            adapted: Any = module  # its own types do not know the wrapped layer
+            up, down = (getattr(side[name], "weight", None) for side in (adapted.lora_B, adapted.lora_A))
+            if up is None or down is None or up.ndim != 2 or isinstance(adapted.get_base_layer(), nn.Embedding):
+                continue  # a convolution, an embedding or stacked experts
+            factors[f"{path}.weight"] = (up.detach() * adapted.scaling[name], down.detach())
     return factors
 
 
@@ -109,7 +109,8 @@ def update_of(
     for path, weight in weights.items():
         parameter = merged.get_parameter(path)
         delta = weight.up.float() @ weight.down.float()
-        expected = weight.base.float() + (delta if delta.shape == parameter.shape else delta.T)
+        is_transposed = isinstance(merged.get_submodule(path.rpartition(".")[0]), Conv1D)
+        expected = weight.base.float() + (delta.T if is_transposed else delta)
         limit = ROUNDING.get(parameter.dtype, 1e-5) * float(expected.abs().max())
         if float((parameter.float() - expected).abs().max()) > limit:
             raise ModelError(
