@@ -231,7 +231,7 @@ def test_decompositions_are_in_a_folder_as_long_as_they_are_used(llama: Language
         assert torch.equal(compression.decompositions[m.id].left, expected.left)
         assert torch.equal(compression.decompositions[m.id].right, expected.right)
     del compression
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache" / "compressions").iterdir()) == []
 
 
 class Killed(BaseException):

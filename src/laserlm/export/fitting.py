@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 import weakref
@@ -182,11 +183,12 @@ class _Steps:
 
 
 def _temporary_folder(lm: LanguageModel) -> Path:
+    folder = lm.cache / "compressions" / secrets.token_hex(8)  # 'laser clear-cache' finds it if this process is killed
     try:
-        lm.cache.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="compression-", dir=lm.cache))
+        folder.mkdir(parents=True)
     except OSError as error:
         raise storage_error(lm.cache, error) from error
+    return folder
 
 
 def _gradients(
