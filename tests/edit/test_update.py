@@ -158,3 +158,16 @@ def test_what_an_adapter_holds_besides_is_merged_and_not_lost(tmp_path: Path, ca
     other, dora = saved_adapter(tmp_path / "dora", use_dora=True)
     with pytest.raises(ModelError, match="of type DoRA"):
         load(other, adapter=dora)
+
+
+def test_stacked_experts_are_merged_and_not_reduced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, folder = tmp_path / "base", tmp_path / "experts"
+    built = build("mixtral")
+    built.model.save_pretrained(base)
+    built.require_tokenizer().save_pretrained(base)
+    experts = next(m for m in load(base).matrices if m.expert is not None)
+    save(load(base), f"0.q_proj@drop0+{experts.id}@drop0", folder, form="adapter")
+    lm, merged = load(base, adapter=folder), load(folder)
+    assert {m.id for m in lm.matrices} == {"0.q_proj"}
+    assert "2 tensors of the adapter" in caplog.text
+    torch.testing.assert_close(lm.model.get_parameter(experts.path), merged.model.get_parameter(experts.path))

@@ -83,9 +83,9 @@ def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
             adapted: Any = module  # its own types do not know the wrapped layer
-            up, down = (getattr(side[name], "weight", None) for side in (adapted.lora_B, adapted.lora_A))
-            if up is None or down is None or up.ndim != 2 or isinstance(adapted.get_base_layer(), nn.Embedding):
-                continue  # a convolution, an embedding or stacked experts
+            if not isinstance(adapted.get_base_layer(), nn.Linear | Conv1D):
+                continue  # an embedding, a convolution or stacked experts
+            up, down = adapted.lora_B[name].weight, adapted.lora_A[name].weight
             factors[f"{path}.weight"] = (up.detach() * adapted.scaling[name], down.detach())
     return factors
 
