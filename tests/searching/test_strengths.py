@@ -16,11 +16,12 @@ from searching.test_components import SETTINGS, drawn, questions
 from torch import Tensor
 
 from laserlm.edit import applied
+from laserlm.errors import ScoringError
 from laserlm.models import LanguageModel
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.records import Evaluation, ExampleScore
-from laserlm.searching import SearchResult, search, strengths
+from laserlm.searching import SearchProgress, SearchResult, search, strengths
 from laserlm.searching.strengths import STEP, choose_strengths, expected_harm
 
 
@@ -90,6 +91,46 @@ def test_a_search_weakens_components_within_the_bound(llama: LanguageModel, tmp_
     # The measured harm is within the bound, and uses most of it.
     assert 0.5 * math.log(1.2) < harm.change + harm.error <= math.log(1.2)
     assert strengths_search(llama, store=tmp_path / "runs.db") == result
+
+
+@pytest.mark.parametrize("max_harm", [0.02, 0.5])
+def test_an_interrupted_search_has_the_same_result(max_harm: float, llama: LanguageModel, tmp_path: Path) -> None:
+    """Also after the strengths were noted, when their harm is not measured again."""
+    whole = strengths_search(llama, max_harm=max_harm)
+    assert whole.best
+    results: list[SearchResult | None] = []
+
+    def interrupt(progress: SearchProgress) -> None:
+        if not progress.stage.startswith(("gradient", "harm")):
+            raise KeyboardInterrupt
+
+    while not results or (results[-1] is None and len(results) < 40):
+        try:
+            results.append(strengths_search(llama, max_harm=max_harm, store=tmp_path / "runs.db", on_step=interrupt))
+        except KeyboardInterrupt:
+            results.append(None)
+    assert len(results) > 3
+    assert results[-1] is not None
+    assert (results[-1].best, results[-1].points, results[-1].test) == (whole.best, whole.points, whole.test)
+
+
+def test_strengths_that_break_the_model_are_followed_by_weaker_ones() -> None:
+    """The first ones cannot be scored on the guard."""
+    tried: list[float] = []
+
+    def choose(allowed: float) -> Intervention:
+        tried.append(allowed)
+        return Intervention.parse(f"0.fc_in@scale0={len(tried) / 10}")
+
+    guard = SimpleNamespace(choosing=SimpleNamespace(failed={"0.fc_in@scale0=0.1": "not finite"}))
+
+    def used(intervention: Intervention) -> float:
+        if str(intervention) in guard.choosing.failed:
+            raise ScoringError("cannot be scored")
+        return 0.09
+
+    session: Any = SimpleNamespace(config=SimpleNamespace(harm_bound=0.1), guards=[guard], harm_used=used)
+    assert strengths._allowed(session, choose) == tried[-1] < tried[0]
 
 
 def test_each_part_is_scored_under_strengths_that_it_had_no_part_in_choosing(

@@ -11,7 +11,7 @@ import typer
 
 from laserlm.cli.options import Json, ModelOptions, with_options
 from laserlm.cli.progress import progress_bar
-from laserlm.cli.save import FolderOptions, FormOption
+from laserlm.cli.save import FolderOptions
 
 if TYPE_CHECKING:
     from laserlm.export import CompressionResult
@@ -32,12 +32,12 @@ def compress(
     method: Annotated[str, typer.Option(help="Decomposition: plain, whitened, or two-sided.")] = "two-sided",
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, sensitivity, or curvature.")] = "curvature",
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 16_384,
-    form: FormOption = "factored",
+    form: Annotated[str, typer.Option(help="Form: dense, or factored (smaller).")] = "factored",
     json: Json = False,
 ) -> None:
     """Compress a whole model to a budget of parameters, with a rank for every matrix. OUT.html shows the ranks.
 
-    A command that was interrupted goes on where it was.
+    A command that was interrupted goes on if it is given again.
 
     Example: laser compress bundled --ratio 0.8 --out smollm2-small
     """

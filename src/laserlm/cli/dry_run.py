@@ -99,7 +99,7 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
         f"The pass of an example takes {1000 * (costs.work + costs.example):.1f} ms here, its recording "
         f"{1000 * costs.answer:.2f} ms; nothing is decomposed yet, by assumption."
     )
-    if planned.strategy in ("components", "strengths"):
+    if planned.strategy == "components":
         print("As many steps as --steps allows are counted; the search ends earlier where no step gains.")
     print("Passes on the guards are not counted.")
     if planned.generates:

@@ -87,20 +87,21 @@ class Edit:
     @property
     def kept(self) -> dict[int, float]:
         """Factors of the components that each block of rows keeps, by number."""
-        strengths = {i: self.strengths.get(i, 1.0) for i in range(self.max_rank)}
+        changed = self.strengths
+        strengths = {i: changed.get(i, 1.0) for i in range(self.max_rank)}
         return {i: strength for i, strength in strengths.items() if strength}
 
     def changed_factors(self, decomposition: Decomposition) -> tuple[Tensor, Tensor]:
         """Return two factors, (m, r) and (r, n), of what a block of rows loses: their product is W - W'."""
-        numbers = list(self.strengths)
-        left = decomposition.left[:, numbers]
-        return left * (1 - left.new_tensor(list(self.strengths.values()))), decomposition.right[numbers]
+        changed = self.strengths
+        left = decomposition.left[:, list(changed)]
+        return left * (1 - left.new_tensor(list(changed.values()))), decomposition.right[list(changed)]
 
     def kept_factors(self, decomposition: Decomposition) -> tuple[Tensor, Tensor]:
         """Return two factors, (m, r) and (r, n), of what a block of rows becomes: their product is W'."""
-        numbers = list(self.kept)
-        left = decomposition.left[:, numbers]
-        return left * left.new_tensor(list(self.kept.values())), decomposition.right[numbers]
+        kept = self.kept
+        left = decomposition.left[:, list(kept)]
+        return left * left.new_tensor(list(kept.values())), decomposition.right[list(kept)]
 
     def repeats(self, other: Edit) -> bool:
         """Whether the other edit does the same to the same weights, as ``all.mlp@0.1`` does in tied blocks."""

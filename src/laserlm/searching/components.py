@@ -33,6 +33,7 @@ from laserlm.reductions import Intervention, Layers, Reduction, Size, Strengths
 from laserlm.scoring.identity import digest
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import LEAST_FACTS, Metric
+from laserlm.searching.guard import PASSAGES
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.scorer import Failure
@@ -226,24 +227,30 @@ class ComponentPool:
         file = lm.cache / "texts" / f"{key}.safetensors"
         with suppress(OSError, SafetensorError):
             return load_file(file)["harm"]
-        squares = self._guard_derivatives(session, ledger, squared=True)[0]
+        squares = self._guard_derivatives(session, ledger, range(len(ledger.split)), squared=True)[0]
         harm = squares / sum(len(s.targets) for s in sequences) / 2
         with suppress(OSError, SafetensorError), atomic_file(file) as part:
             save_file({"harm": harm}, part)
         return harm
 
     def passages(self, session: SearchSession, ledger: ScoreLedger) -> Tensor:
-        """Return the gradient of each passage or question of a guard, (P, K), scaled for ``strengths.expected_harm``."""
-        tokens = torch.zeros(len(ledger.split))
+        """Return the gradient of some passages or questions of a guard, (P, K), scaled for ``strengths.expected_harm``."""
+        asked = range(min(PASSAGES, len(ledger.split)))
+        tokens, sequences = torch.zeros(len(asked)), torch.zeros(len(asked))
         for s in ledger.encoded.sequences:
-            tokens[s.example] += len(s.targets)
-        return self._guard_derivatives(session, ledger) * (tokens / tokens.sum() ** 0.5)[:, None]
+            if s.example in asked:
+                tokens[s.example] += len(s.targets)
+                sequences[s.example] += 1
+        tokens /= sequences  # of the right choice, about: the others have no part in the loss
+        return self._guard_derivatives(session, ledger, asked) * (tokens / tokens.sum() ** 0.5)[:, None]
 
-    def _guard_derivatives(self, session: SearchSession, ledger: ScoreLedger, *, squared: bool = False) -> Tensor:
+    def _guard_derivatives(
+        self, session: SearchSession, ledger: ScoreLedger, asked: Sequence[int], *, squared: bool = False
+    ) -> Tensor:
         later = SCREEN_PASSES * len(ledger.split) + PARTS * cost_of_step(len(session.on_validation.split))
         session.begin(f"harm on {ledger.split.task}", [BASE], 0, later=later)
         session.report_progress(BASE)
-        return derivatives_of(ledger, range(len(ledger.split)), BASE, self.matrices, squared=squared)
+        return derivatives_of(ledger, asked, BASE, self.matrices, squared=squared)
 
 
 def cost_of_step(questions: int) -> float:

@@ -26,7 +26,7 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
 """What each effort changes in the default settings of a race."""
 DEFAULT_GRID = "fine"
 OF_COMPONENTS = ("components", "strengths")
-"""The strategies that change single components, step by step."""
+"""The strategies that change single components."""
 LEAST_FACTS = 3
 """Facts that the validation questions of a choice of components need: one for each part of them."""
 DEFAULT_MAX_HARM = 0.05
@@ -69,7 +69,7 @@ class SearchConfig:
         delta: largest probability that the test of significance drops the best candidate of the race, over all rungs and
             leaders, for independent facts. What ``keep`` drops has no such bound. For ``compose``: largest probability that
             a step is accepted if no candidate helps.
-        steps: for ``components`` and ``strengths``: most steps that are tried.
+        steps: for ``components``: most steps that are tried.
         budget: minutes after which the search measures the best candidate so far and ends. None sets no end.
         seed: of the order of the examples, of the random candidates and of ``:reference`` decompositions.
         batch_size: sequences in one forward pass.
@@ -186,7 +186,9 @@ class SearchConfig:
         }
         if self.is_of_components:
             # How many questions choose a step depends on the memory.
-            settings["options"] = {"delta": self.delta, "steps": self.steps, "memory": self.memory}
+            settings["options"] = {"delta": self.delta, "memory": self.memory}
+            if self.strategy == "components":
+                settings["options"]["steps"] = self.steps
         elif self.strategy != "exhaustive":
             settings["options"] = {name: getattr(self, name) for name in RACE_SETTINGS}
         if self.strategy == "compose":

@@ -63,7 +63,8 @@ def search(
     ``race``: a first-order screen ranks all candidates. The best of them are scored on more and more examples, and the worse
     ones leave after each rung. ``exhaustive``: every candidate is scored on every example. ``compose``: reductions are added
     one after another, each only if validation improves significantly (``delta``). ``components``: single components of all
-    matrices are removed in steps, as long as the questions gain and the guards keep within ``max_harm``.
+    matrices are removed in steps, as long as the questions gain and the guards keep within ``max_harm``. ``strengths``: all
+    components get a strength between 0 and 1, as far as the guards keep within ``max_harm``.
 
     The unchanged model is always among those to choose from. The choice goes by accuracy, ties by lower loss (or by loss,
     ties by accuracy); of equals the earlier stays. If the scorer grades generated text, candidates are ranked by the loss of
@@ -140,10 +141,10 @@ def _complete_config(
 def _guards(lm: LanguageModel, config: SearchConfig) -> list[Guard]:
     """Return what must not get worse."""
     guards = guards_of(lm, config.guards, seed=config.seed)
-    if not guards and math.isfinite(config.harm_bound):
+    if not guards and (config.is_of_components or math.isfinite(config.harm_bound)):
         raise ScoringError(
-            f"a bound on harm needs a guard, and {lm.name} is a {lm.kind} model that writes no text of its own; name a task "
-            "whose questions it must keep answering: --guard TASK (guards=['TASK'])"
+            f"a choice of components or a bound on harm needs a guard, and {lm.name} is a {lm.kind} model that writes no text "
+            "of its own; name a task whose questions it must keep answering: --guard TASK (guards=['TASK'])"
         )
     return guards
 

@@ -295,7 +295,9 @@ class _PlanBuilder:
         n, matrices = len(self.splits[VALIDATION].split), list(dict.fromkeys(c.matrix for c in self.candidates))
         scores = self._scores("trial", VALIDATION, [BASE], 0, n, workers)
         gradient = Stage(GRADIENT, tuple(contribution_tasks(VALIDATION, range(self.screen_size), BASE, matrices, workers)))
-        return [scores, *[gradient, scores] * (1 if self.config.strategy == "strengths" else self.config.steps)]
+        if self.config.strategy == "strengths":  # the looks at the parts, and the choice
+            return [scores, gradient, scores, scores, scores]
+        return [scores, *[gradient, scores] * self.config.steps]
 
     def _scores(
         self, name: str, split: str, interventions: Sequence[Intervention], start: int, stop: int, workers: int
@@ -316,7 +318,8 @@ class _PlanBuilder:
         if config.is_of_components:
             n_components = sum(m.max_rank for m in matrices)
             n = max(1, min(self.screen_size, int(config.memory / DERIVATIVE_BYTES / n_components)))
-            passages_kept = PASSAGES if config.strategy == "strengths" else 0
+            n_guards = 1 if config.guards is None else len(config.guards)
+            passages_kept = PASSAGES * n_guards if config.strategy == "strengths" else 0
             derivatives = 4 * (n + passages_kept) * n_components
             gradients = [planner.gradient(encoded.part(range(n))[1], config.memory / 4, results=n)]
             gradients += [planner.gradient(passages, config.memory / 4, results=1)] if passages else []

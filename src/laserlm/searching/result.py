@@ -306,6 +306,11 @@ class SearchResult:
             return f"No candidate could be compared: all {self.scored} that were tried failed, such as with {reason}"
         if self.strategy in OF_COMPONENTS:
             bound = f"{math.expm1(self.harm_bound):.2g}"
+            if self.strategy == "strengths":
+                return (
+                    f"No strengths within the bound on harm (--max-harm {bound}) helped the validation questions that they "
+                    "were not chosen on. More questions may show some."
+                )
             if any(point.intervention for point in self.points):
                 return f"Every step that gained cost more than the bound on harm (--max-harm {bound}) allows."
             return (

@@ -5,12 +5,13 @@ guards are expected to lose ``sum(harm * taken**2)``. The largest difference of 
 of linear equations, of as many unknowns as there are questions.
 
 Many small changes can add up in one direction, which a sum over components does not see. So the price follows from another
-estimate: half the mean squared change along the gradients of the guard's passages. The choice does not know these gradients,
-so it cannot hide from them. The harm is then measured, and the price corrected, a few times.
+estimate: half the mean squared change along the gradients of the guard's passages. The strengths do not depend on these
+gradients but through the price. The harm is then measured, and the price corrected, a few times.
 
 Whether such a choice helps is tested by cross-fitting. For each part of the validation questions the strengths are chosen on
-the other parts and scored on it. The parts are looked at one after the other, each time with all scores so far. If the loss is
-significantly lower at one of these looks, all questions choose the strengths. The guards alone decide the price.
+the other parts, for the same expected harm, and scored on it. The parts are looked at one after the other, each time with all
+scores so far. If they are significantly better at one of these looks, all questions choose the strengths. The scores of the
+questions have no part in the choice of the harm.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from laserlm.errors import ScoringError
 from laserlm.reductions import Intervention
 from laserlm.scoring.records import ExampleScore
 from laserlm.searching.components import (
@@ -73,7 +75,8 @@ def weaken_components(session: SearchSession) -> None:
     if chosen and _helps(session, parts, cross_fitted):
         session.begin("strengths", [chosen], n)
         ledger.extend([chosen], n)
-        if not ledger.fails(chosen, n):
+        if not ledger.fails(chosen, n) and session.allows(chosen):
+            session.harm_of(chosen)  # for the list of points, also without a bound
             session.best = chosen
 
 
@@ -81,7 +84,7 @@ def _choose(session: SearchSession, facts: Sequence[str], parts: Sequence[range]
     """Return the strengths that all questions choose, and for each part those that the others choose at the same price."""
     ledger, pool = session.on_validation, ComponentPool(separate_matrices(session.candidates))
     harm = pool.harm(session)
-    passages = [pool.passages(session, guard.choosing) for guard in session.guards]
+    passages = [pool.passages(session, guard.choosing) for guard in session.guards]  # of each guard PASSAGES at most
     asked = questions_with_room(session.config.memory, len(pool), parts)
     session.begin("gradient", [BASE], 0, later=cost_of_step(len(facts)))
     session.report_progress(BASE)
@@ -106,23 +109,32 @@ def _allowed(session: SearchSession, choose: Callable[[float], Intervention]) ->
     allowed, last = bound, BASE
     for _ in range(CORRECTIONS):
         tried = choose(allowed)
-        if tried == last:  # nothing, or all that there is to take
+        if not tried or (tried == last and within):  # nothing, or all that there is to take
             break
-        last = tried
-        used = session.harm_used(tried)
+        last, used = tried, _measured(session, tried)
         if used <= bound:
             within = max(within, allowed)
             if used >= CLOSE * bound:
                 break
             factor = (1 + CLOSE) / 2 * bound / used if used > 0 else MOST_FACTOR
         else:
-            factor = ((1 + CLOSE) / 2 * bound / used) ** BACK
+            factor = max(1 / MOST_FACTOR**2, ((1 + CLOSE) / 2 * bound / used) ** BACK)
         allowed *= min(MOST_FACTOR, factor)
     return within
 
 
+def _measured(session: SearchSession, tried: Intervention) -> float:
+    """Return the measured harm and one standard error more; infinite where the strengths break the model."""
+    try:
+        return session.harm_used(tried)
+    except ScoringError:
+        if any(str(tried) in guard.choosing.failed for guard in session.guards):
+            return math.inf
+        raise
+
+
 def _helps(session: SearchSession, parts: Sequence[range], cross_fitted: Sequence[Intervention]) -> bool:
-    """Return whether the strengths that the other parts chose lower the loss of each part, in one of as many looks as parts."""
+    """Return whether the parts are better under the strengths that the other parts chose, at one of as many looks as parts."""
     ledger = session.on_validation
     metric: Metric = "accuracy" if session.between_choices else "loss"
     after: list[ExampleScore] = []

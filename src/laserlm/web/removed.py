@@ -15,7 +15,7 @@ class RemovedCounts:
 
     Args:
         total: of all matrices.
-        weakened: those of them that are scaled and not removed.
+        scaled: those of them that are scaled and not removed.
         matrices: number of matrices.
         columns: names of the matrices within a block.
         of_columns: number of each column.
@@ -23,7 +23,7 @@ class RemovedCounts:
     """
 
     total: int
-    weakened: int
+    scaled: int
     matrices: int
     columns: tuple[str, ...]
     of_columns: tuple[int, ...]
@@ -47,7 +47,7 @@ def removed_counts(intervention: Intervention) -> RemovedCounts | None:
         of_blocks[stack, layer] += n
     return RemovedCounts(
         total=sum(counts.values()),
-        weakened=sum(strength != 0 for r in intervention.reductions for strength in (r.size.strengths or {}).values()),
+        scaled=sum(strength != 0 for r in intervention.reductions for strength in (r.size.strengths or {}).values()),
         matrices=len(counts),
         columns=tuple(stacked_name(stack, name) for stack, name in columns),
         of_columns=tuple(of_columns[column] for column in columns),
