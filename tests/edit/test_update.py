@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from laserlm.edit import applied
 from laserlm.errors import ExportError, MatrixError, ModelError, WeightError
 from laserlm.export import load_check, reproduce, save
-from laserlm.models import load, read_matrix
+from laserlm.models import load, loading, read_matrix
+from laserlm.models.adapter import with_adapter
 from laserlm.models.matrices import matrix_in
 from laserlm.searching import SearchConfig, search
 from laserlm.searching.plan import plan
@@ -153,6 +154,8 @@ def test_what_an_adapter_holds_besides_is_merged_and_not_lost(tmp_path: Path, ca
     base, folder = saved_adapter(tmp_path, modules_to_save=["norm"])
     lm = load(base, adapter=folder)
     assert "7 tensors of the adapter" in caplog.text
+    # What the record names is the hash of a model that exists, although the norm is not that of the base.
+    assert save(lm, "0.q_proj@r1", tmp_path / "dense").record["base"]["hash"] == load(base).hash
     with pytest.raises(ExportError, match=r"a smaller adapter would lose .*layernorm\.weight"):
         save(lm, "0.q_proj@r1", tmp_path / "small", form="adapter")
     other, dora = saved_adapter(tmp_path / "dora", use_dora=True)
@@ -171,3 +174,29 @@ def test_stacked_experts_are_merged_and_not_reduced(tmp_path: Path, caplog: pyte
     assert {m.id for m in lm.matrices} == {"0.q_proj"}
     assert "2 tensors of the adapter" in caplog.text
     torch.testing.assert_close(lm.model.get_parameter(experts.path), merged.model.get_parameter(experts.path))
+
+
+@pytest.mark.parametrize("keeps_update", [True, False])
+def test_an_adapter_is_merged_on_the_cpu_whatever_the_device(
+    keeps_update: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder = saved_adapter(tmp_path)
+    # The meta device stands for CUDA, which need not be here: nothing can be computed on it.
+    monkeypatch.setattr(loading, "_device", lambda device: torch.device("cpu" if device == "cpu" else "meta"))
+    lm = load(base, adapter=folder) if keeps_update else load(folder)
+    assert {p.device.type for p in lm.model.parameters()} == {"meta"}
+    if lm.update is not None:
+        assert {t.device.type for w in lm.update.weights.values() for t in (w.base, w.up, w.down)} == {"meta"}
+
+
+def test_an_update_of_weights_that_are_not_in_memory_or_quantised_is_refused(tmp_path: Path) -> None:
+    base, folder = saved_adapter(tmp_path)
+    lm = load(base)
+    lm.model.lm_head.to("meta")
+    with pytest.raises(WeightError, match="is offloaded and not in memory; load the model with a device_map"):
+        with_adapter(lm, folder, keeps_update=True)
+    lm = load(base)
+    weight = lm.model.get_parameter(lm.matrices[0].path)
+    weight.requires_grad_(requires_grad=False).data = weight.data.to(torch.int8)
+    with pytest.raises(WeightError, match="load it without quantisation"):
+        with_adapter(lm, folder, keeps_update=True)

@@ -6,14 +6,12 @@ import hashlib
 import json
 import re
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from laserlm.edit.apply import replaced_parameters
 from laserlm.errors import ExportError
 from laserlm.models.adapter import LOCAL, local_paths
 from laserlm.models.bundled import HUB_ID
@@ -81,7 +79,7 @@ def describe_base(lm: LanguageModel) -> dict[str, Any]:
         "name": lm.name,
         "hub": HUB_ID if lm.name == "bundled" else None if Path(lm.name).exists() else "/".join(lm.name.split("/")[:2]),
         "revision": lm.revision,
-        "hash": _base_hash(lm),
+        "hash": lm.hash if lm.update is None else lm.update.base_hash,
         "family": lm.family,
         "kind": lm.kind,
         "licence": _licence_of(lm),
@@ -91,13 +89,6 @@ def describe_base(lm: LanguageModel) -> dict[str, Any]:
 def describe_update(lm: LanguageModel) -> dict[str, Any] | None:
     """Return the adapter whose update is reduced as plain values for the record; None without one."""
     return None if lm.update is None else {"name": str(lm.update.folder), "hash": lm.hash}
-
-
-def _base_hash(lm: LanguageModel) -> str:
-    """Return the hash of the weights without the update of an adapter."""
-    weights = {} if lm.update is None else lm.update.weights
-    with replaced_parameters(lm, weights, lambda path: weights[path].base):
-        return (lm if lm.update is None else replace(lm, update=None)).hash
 
 
 def paths_here(lm: LanguageModel, record: dict[str, Any]) -> dict[str, str]:

@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from laserlm.errors import MissingExtraError, ModelError, WeightError
 from laserlm.models.finite import describe, not_finite
 from laserlm.models.language_model import LanguageModel
+from laserlm.models.matrices import find_matrices
 from laserlm.models.update import AdapterUpdate, factors_of, update_of
 
 log = logging.getLogger(__name__)
@@ -90,18 +92,22 @@ def model_alone(folder: str | Path) -> Iterator[Path]:
         yield Path(alone)
 
 
-def with_adapter(lm: LanguageModel, folder: str | Path, *, keeps_update: bool = False) -> LanguageModel:
+def with_adapter(
+    lm: LanguageModel, folder: str | Path, *, keeps_update: bool = False, device: torch.device | None = None
+) -> LanguageModel:
     """Return the model that a base model becomes with the adapter of a folder; the base model must not be used again.
 
     Args:
         lm: the base model.
         folder: the adapter's folder.
         keeps_update: keep what a LoRA adds to each weight, and the weight without it. Reductions then change the update.
+        device: the device that the merged model is moved to; None leaves it where the base model is.
 
     Raises:
         MissingExtraError: if peft is not installed.
         ModelError: if the adapter does not fit the base model, or was saved for other weights.
-        WeightError: if the adapter makes weights that are not finite.
+        WeightError: if the adapter makes weights that are not finite, or its update is kept and the base model is quantised or
+            offloaded.
     """
     try:
         from peft import PeftModel, get_peft_model_state_dict
@@ -113,6 +119,7 @@ def with_adapter(lm: LanguageModel, folder: str | Path, *, keeps_update: bool = 
             f"the adapter {str(folder)!r} has no {WEIGHTS}, and pickled weights can run code; --allow-pickle "
             "(allow_pickle=True) reads them, if you trust the folder"
         )
+    base_hash = _hash_of_base(lm) if keeps_update else ""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would go on with a part of it
@@ -131,19 +138,34 @@ def with_adapter(lm: LanguageModel, folder: str | Path, *, keeps_update: bool = 
             "overflows the dtype; load it with --dtype float32 (dtype=...), or save the adapter again"
         )
     if keeps_update:
-        return _with_update(lm, Path(folder), update_of(Path(folder), _others(names, factors), model, bases, factors), model)
+        update = update_of(Path(folder), base_hash, _others(names, factors), model, bases, factors)
+        return _with_update(lm, Path(folder), update, model, device)
     log.warning("the adapter in %s is merged into the weights of its base model", folder)
     model.config._name_or_path = str(folder) if is_beside_a_model(folder) else model.config._name_or_path
     loaded = {**(lm.loaded or {}), "name": str(Path(folder).absolute()), "revision": None}
-    return replace(lm, model=model, name=str(folder), revision=None, loaded=loaded)
+    return replace(lm, model=model if device is None else model.to(device), name=str(folder), revision=None, loaded=loaded)
 
 
-def _with_update(lm: LanguageModel, folder: Path, update: AdapterUpdate, model: Any) -> LanguageModel:
-    """Return the merged model, whose reductions change the update.
+def _hash_of_base(lm: LanguageModel) -> str:
+    """Return the hash of a base model whose adapter's update is to be kept.
+
+    Raises:
+        WeightError: if its weights are quantised or not in memory, so that what merging adds to them cannot be told.
+    """
+    find_matrices(lm.model)  # refuses quantised weights
+    return lm.hash  # refuses offloaded ones
+
+
+def _with_update(
+    lm: LanguageModel, folder: Path, update: AdapterUpdate, model: Any, device: torch.device | None
+) -> LanguageModel:
+    """Return the merged model, whose reductions change the update, on a device.
 
     Raises:
         ModelError: if the adapter updates no weight matrix of a block.
     """
+    if device is not None:
+        model, update = model.to(device), update.to(device)
     loaded = {**(lm.loaded or {}), "adapter": str(folder.absolute())}
     merged = replace(lm, model=model, update=update, loaded=loaded)
     if not merged.matrices:

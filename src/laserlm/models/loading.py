@@ -79,16 +79,18 @@ def load(
     name = os.path.expanduser(name)  # a shell leaves a ~ in quotes as it is
     options: dict[str, Any] = {"device": device, "device_map": device_map, "cache": cache}
     options |= {"kind": kind, "dtype": dtype, "allow_pickle": allow_pickle, "allow_remote_code": allow_remote_code}
+    target = _device(device)
+    # A GPU may round a merged weight differently, and the model's hash must not depend on it. A device_map fixes the devices.
+    merged_on, moved_to = (options | {"device": "cpu"}, target) if device_map is None else (options, None)
     if adapter is not None:
         if not has_adapter(adapter := Path(adapter).expanduser()):
             raise ModelError(f"{str(adapter)!r} is no folder with an {ADAPTER_CONFIG_NAME}; give the folder of a LoRA adapter")
-        return with_adapter(load(name, revision=revision, **options), adapter, keeps_update=True)
+        return with_adapter(load(name, revision=revision, **merged_on), adapter, keeps_update=True, device=moved_to)
     if (base := base_of(name)) is not None:
-        return with_adapter(load(base[0], revision=base[1], **options), name)
+        return with_adapter(load(base[0], revision=base[1], **merged_on), name, device=moved_to)
     if is_beside_a_model(name):
         with model_alone(name) as folder:
-            return with_adapter(load(folder, **options), name)
-    target = _device(device)
+            return with_adapter(load(folder, **merged_on), name, device=moved_to)
     dtype = None if dtype is None else dtype_named(dtype)
     user_cache = None if cache is None else Path(cache).expanduser().absolute()
     cache = user_cache or cache_folder()

@@ -49,13 +49,20 @@ class AdapterUpdate:
 
     Args:
         folder: the adapter's folder.
+        base_hash: of the base model, as it was loaded.
         weights: the update of each weight, by the path of its parameter.
         others: names of the adapter's other tensors, which are merged and cannot be reduced.
     """
 
     folder: Path
+    base_hash: str
     weights: Mapping[str, WeightUpdate]
     others: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> AdapterUpdate:
+        """Return the updates on a device."""
+        weights = {p: WeightUpdate(w.base.to(device), w.up.to(device), w.down.to(device)) for p, w in self.weights.items()}
+        return replace(self, weights=weights)
 
     def matrices(self, matrices: Iterable[Matrix]) -> tuple[Matrix, ...]:
         """Return the matrices that have an update, with its rank."""
@@ -91,12 +98,13 @@ def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def update_of(
-    folder: Path, others: Iterable[str], merged: Any, bases: Mapping[str, Tensor], factors: Mapping[str, Any]
+    folder: Path, base_hash: str, others: Iterable[str], merged: Any, bases: Mapping[str, Tensor], factors: Mapping[str, Any]
 ) -> AdapterUpdate:
     """Return the update that merging has added.
 
     Args:
         folder: the adapter's folder.
+        base_hash: of the base model.
         others: names of the adapter's other tensors.
         merged: the model with the adapter merged.
         bases: the weights before, by path.
@@ -117,4 +125,4 @@ def update_of(
                 f"the adapter {str(folder)!r} does more to {path} than add a product of two factors; load its folder as the "
                 "model, which merges it, and reduce the merged weights"
             )
-    return AdapterUpdate(folder, weights, tuple(others))
+    return AdapterUpdate(folder, base_hash, weights, tuple(others))
