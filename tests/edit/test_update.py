@@ -13,15 +13,19 @@ from families import build
 from in_process import check_here
 from peft import LoraConfig, get_peft_model
 
+from laserlm.cli.analyze.study import StudyOptions
 from laserlm.edit import applied
-from laserlm.errors import ExportError, MatrixError, ModelError, WeightError
+from laserlm.errors import ExportError, MatrixError, ModelError, ReportError, WeightError
 from laserlm.export import load_check, reproduce, save
 from laserlm.models import load, loading, read_matrix
 from laserlm.models.adapter import with_adapter
 from laserlm.models.matrices import matrix_in
 from laserlm.searching import SearchConfig, search
 from laserlm.searching.plan import plan
+from laserlm.store import Store
 from laserlm.tasks import Example, Task
+from laserlm.web.report import write_report
+from laserlm.web.submissions import submission
 
 # Of peft with transformers 5, when a model gets an adapter.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -80,6 +84,30 @@ def test_a_search_reduces_the_update(strategy: Any, tmp_path: Path) -> None:
     assert plan(lm, questions(), config).disk == 0
     assert result.candidates > 0
     assert {f"{r.layers}.{r.matrix}" for r in result.best.reductions} <= {m.id for m in lm.matrices}
+
+
+def test_what_follows_a_search_of_an_update_names_the_adapter(tmp_path: Path) -> None:
+    base, folder = saved_adapter(tmp_path)
+    lm = load(base, adapter=folder)
+    file = str(tmp_path / "runs.db")
+    config = SearchConfig(grid="0.all@r0", strategy="exhaustive", metric="loss")
+    result = search(lm, questions(), config, store=file)
+    assert result.best
+    named = f"laser save {base} --adapter {folder} --run {result.run} --out out"
+    assert result.next_commands(str(base), "out")[0][0] == named
+    with Store.open(file, create=False) as store:
+        info = store.find(result.run)
+        assert info.full_model == f"{base} with the adapter {folder}"
+        with pytest.raises(ReportError, match=r"reduced the update of an adapter \(--adapter\)"):
+            submission(info)
+        report = write_report(store, result.run, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"--adapter {folder} --run {result.run}" in report
+    with StudyOptions(run_or_model=result.run, store=file).pair() as pair:
+        assert pair.lm.hash == lm.hash
+    with pytest.raises(ExportError, match=f"load that model with --adapter {folder}"):
+        save(load(base), result, tmp_path / "out")
+    record = save(lm, result, tmp_path / "out").record
+    assert record["found"]["settings"]["adapter"] == folder.name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

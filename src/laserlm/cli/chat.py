@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, ModelOptions, Store, with_options
+from laserlm.cli.options import STORE_DEFAULT, Store, UpdatedModelOptions, with_options
 from laserlm.cli.progress import print_stderr
 from laserlm.cli.search_result import search_result
 
@@ -26,9 +26,9 @@ SIDE_BY_SIDE_WIDTH = 100
 RESET, QUIT = "/reset", "/quit"
 
 
-@with_options(model_options=ModelOptions)
+@with_options(model_options=UpdatedModelOptions)
 def chat(
-    model_options: ModelOptions,
+    model_options: UpdatedModelOptions,
     reduce: Annotated[list[str] | None, typer.Option(help="Reduction such as 27.fc_in@0.01; may be repeated.")] = None,
     run: Annotated[str | None, typer.Option(help="Search whose result replies: id, its start, or 'last'.")] = None,
     system: Annotated[str | None, typer.Option(help="System text of the conversation.", show_default="the template's")] = None,

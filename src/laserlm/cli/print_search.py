@@ -18,15 +18,14 @@ UNRANKED = 0.4
 DONE_EARLIER = "done earlier, nothing was run; --restart runs it again."
 
 
-def print_end(result: SearchResult, model: str, store: str, seconds: float, adapter: str | None = None) -> None:
+def print_end(result: SearchResult, model: str, store: str, seconds: float) -> None:
     """Print the run of a search, and the commands that go on from it."""
     print(f"\nRun {result.run} in {mask_credentials(store)}: " + (DONE_EARLIER if result.done_earlier else f"{seconds:.0f} s."))
     is_usual = store in (STORE_DEFAULT, os.environ.get("LASER_STORE"))
     where = "" if is_usual else f" --store {shlex.quote(mask_credentials(store))}"
     print(f"Go on with:\n  laser report {result.run}{where}\n  laser runs show {result.run}{where}")
-    updates = "" if adapter is None else f" --adapter {shlex.quote(adapter)}"
     for command, comment in result.next_commands(model, "FOLDER"):
-        print(f"  {command}{updates}{where}" + (f"    ({comment})" if comment else ""))
+        print(f"  {command}{where}" + (f"    ({comment})" if comment else ""))
 
 
 def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:

@@ -133,7 +133,7 @@ def _in_order(trials: list[TrialInfo], settings: dict[str, Any]) -> list[TrialIn
 
 
 def _print_run(info: RunInfo) -> None:
-    print(f"run {info.id} ({info.kind}, {info.status}) of {info.model} on {info.task}, {info.trials} trials")
+    print(f"run {info.id} ({info.kind}, {info.status}) of {info.full_model} on {info.task}, {info.trials} trials")
     for key in ("grid", "metric", "scorer", "strategy"):
         if key in info.settings:
             print(f"  {key}: {info.settings[key]}")

@@ -147,8 +147,7 @@ def _print(result: SearchResult, task: Task, options: UpdatedModelOptions, store
         print_json(result.as_dict())
         return
     print_result(result, is_perplexity=task.validation.scorer == "perplexity")
-    adapter = None if options.adapter is None else str(options.adapter)
-    print_end(result, options.model, store, seconds, adapter)
+    print_end(result, options.model, store, seconds)
 
 
 def _on_driver(options: UpdatedModelOptions, cluster: Ray | None, *, dry_run: bool) -> UpdatedModelOptions:

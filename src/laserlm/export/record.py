@@ -22,8 +22,8 @@ RECORD = "laser.json"
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 FORMAT = 1
-PATH_FIELDS = {"name", "task", "guard"}
-"""Fields of the record that may be paths: of the base model, the calibration text, the task and the guards."""
+PATH_FIELDS = {"name", "adapter", "task", "guard"}
+"""Fields of the record that may be paths: of the base model, the adapter, the calibration text, the task and the guards."""
 PATH_PREFIX = re.compile(r"(?:perplexity|jsonl|hub|lm-eval):")
 """What may precede a path in the name of a task or guard."""
 

@@ -118,7 +118,9 @@ def chosen_intervention(lm: LanguageModel, result: SearchResult, point: int | No
         ExportError: if the search was of another model, found nothing better than the unchanged model, or has no such point.
     """
     if result.settings.get("model_hash", lm.hash) != lm.hash:
-        raise ExportError(f"run {result.run} searched another model than {lm.name}; load that model")
+        adapter = result.settings.get("adapter")
+        step = "load that model" if adapter is None else f"load that model with --adapter {adapter} (adapter=...)"
+        raise ExportError(f"run {result.run} searched another model than {lm.name}; {step}")
     if point is not None:
         n = len(result.pareto)
         if not 1 <= point <= n:

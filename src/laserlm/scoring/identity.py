@@ -46,6 +46,8 @@ def identity(
         "algorithm": ALGORITHM,
         "seed": seed,
     }
+    if lm.update is not None:
+        values["adapter"] = str(lm.update.folder)
     asked = [e for split in splits for e in split.examples if e.messages]
     if asked:  # the tokens above show whether the model has a template, and what it makes of the messages
         values["chat"] = {"required": asked[0].needs_template, "system": dict(asked[0].messages).get("system")}

@@ -251,13 +251,21 @@ class SearchResult:
 
     def next_commands(self, model: str, out: str) -> list[tuple[str, str]]:
         """Return the commands that save the choice in ``out`` or search wider, each with a comment."""
-        name = shlex.quote(model)
         if not self.best:
             wider = "--strategy race" if self.strategy in OF_COMPONENTS else "--effort thorough"
-            return [(f"laser search {name} ... {wider}", "the same search, wider")]
-        save = f"laser save {name} --run {self.run}"
+            return [(f"laser search {self._named(model)} ... {wider}", "the same search, wider")]
+        save = self.save_command(model)
         point = [(f"{save} --point N --out {out}", "another point of the list")] if len(self.pareto) > 1 else []
         return [(f"{save} --out {out}", ""), *point]
+
+    def save_command(self, model: str) -> str:
+        """Return the command that saves a choice of this search, without the folder to write."""
+        return f"laser save {self._named(model)} --run {self.run}"
+
+    def _named(self, model: str) -> str:
+        """Return the arguments of a command that name a model, and the adapter whose update was reduced."""
+        adapter = self.settings.get("adapter")
+        return shlex.quote(model) + ("" if adapter is None else f" --adapter {shlex.quote(adapter)}")
 
     def harm_sentences(self) -> list[str]:
         """Return in sentences what the best costs on each guard; none for the unchanged model."""

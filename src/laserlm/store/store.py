@@ -58,6 +58,16 @@ class RunInfo:
     outcome: dict[str, Any] | None
     reason: str | None = None
 
+    @property
+    def adapter(self) -> str | None:
+        """The adapter whose update was reduced, as it was named; None without one."""
+        return self.settings.get("adapter")
+
+    @property
+    def full_model(self) -> str:
+        """The model's name, with that of the adapter."""
+        return self.model if self.adapter is None else f"{self.model} with the adapter {self.adapter}"
+
 
 @dataclass(frozen=True)
 class TrialInfo:

@@ -97,7 +97,7 @@ def _latest_best(store: Store, lm: LanguageModel) -> str:
     """Return what the latest search of the model chose, where it chose a reduction that the model has the matrices for."""
     for run in explorer.searches(store):
         best = (run.outcome or {}).get("best")
-        if best and run.model == lm.name:
+        if best and run.full_model == lm.name:
             with suppress(LaserError):
                 resolve(lm.matrices, best)
                 return str(best)

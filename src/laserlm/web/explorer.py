@@ -25,7 +25,7 @@ def name_of(run: RunInfo) -> str:
     """Return the name of a search in a list."""
     best = (run.outcome or {}).get("best")
     result = run.status if best is None else short_form(best) or "the unchanged model"
-    return f"{run.id}: {run.model} on {run.task}, {run.created:%Y-%m-%d}, {result}"
+    return f"{run.id}: {run.full_model} on {run.task}, {run.created:%Y-%m-%d}, {result}"
 
 
 def loss_map(store: Store, run: str) -> LossMap:

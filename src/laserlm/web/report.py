@@ -98,7 +98,7 @@ def write_report(store: Store, run: str, out: Path, *, overwrite: bool = False) 
     if not out.absolute().parent.is_dir():
         raise ReportError(f"no folder {out.absolute().parent} to write the report in; make it first")
     try:
-        result = SearchResult.from_dict(info.outcome)
+        result = SearchResult.from_dict(info.outcome | {"run": info.id})
     except (KeyError, TypeError) as error:
         raise ReportError(
             f"run {info.id} was written by an older laserlm and lacks {error}; search again with --restart"
@@ -148,6 +148,7 @@ def _page(store: Store, info: RunInfo, result: SearchResult) -> str:
         examples=flip_rows({change: of[:EXAMPLES] for change, of in changes.items()}),
         effects=side_effects(store, info, best),
         commands=_commands(info, result),
+        save=f"{result.save_command(info.model)} --point N --out FOLDER",
         versions=info.provenance.get("versions", {}),
     )
 
@@ -161,6 +162,7 @@ def _flipped(store: Store, info: RunInfo, best: str) -> Flips | None:
 
 ASKED = {
     "model": "model",
+    "adapter": "adapter whose update is reduced",
     "dtype": "dtype",
     "task": "task",
     "scorer": "an example is scored by",

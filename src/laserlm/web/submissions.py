@@ -76,6 +76,11 @@ def submission(info: RunInfo, *, credit: str | None = None, report: str | None =
         is_ended = info.status == "done" and info.kind == "search"
         reason = "it found nothing better than the unchanged model" if is_ended else f"it is a {info.kind}, {info.status}"
         raise ReportError(f"run {info.id} has no result to submit: {reason}; give a finished search, see 'laser runs list'")
+    if info.adapter is not None:
+        raise ReportError(
+            f"run {info.id} cannot be submitted: it reduced the update of an adapter (--adapter), and a submission names a "
+            "model alone; publish the adapter merged into its base, and search that model"
+        )
     document = describe_run(info)
     document |= {name: value for name, value in (("credit", credit), ("report", report)) if value is not None}
     if problems := find_problems(document):
@@ -103,7 +108,7 @@ def describe_run(info: RunInfo) -> dict[str, Any]:
         "format": FORMAT,
         "method": METHOD,
         "model": {
-            "name": public_name(info.model),
+            "name": " with the adapter ".join(public_name(name) for name in (info.model, info.adapter) if name),
             **_without_none(sha256=settings.get("model_hash"), config=settings.get("config")),
             **_without_none(dtype=settings.get("dtype", "").removeprefix("torch.") or None),
         },

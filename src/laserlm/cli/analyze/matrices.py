@@ -96,6 +96,11 @@ def _measured(run: str, model: str, store: str) -> _Measured:
         info = results.find(run, kind="search")
         if info.model != model:
             raise AnalysisError(f"run {info.id} searched {info.model}, not {model}; study that model")
+        if info.adapter is not None:
+            raise AnalysisError(
+                f"run {info.id} reduced the update of the adapter {info.adapter} (--adapter), and the spectra here are of "
+                "weights; give a run of the model without --adapter"
+            )
         trials = results.evaluations(info.id, "validation")
         if "" not in trials:
             raise AnalysisError(f"run {info.id} has not scored the unchanged model; finish it with the same 'laser search'")

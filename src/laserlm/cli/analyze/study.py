@@ -256,11 +256,11 @@ class StudyOptions(LoadOptions, TaskOptions):
 
         def load_model() -> LanguageModel:
             dtype = self.dtype or str(info.settings["dtype"]).removeprefix("torch.")
-            lm = replace(self, dtype=dtype).load_named(info.model)
+            lm = replace(self, dtype=dtype).load_named(info.model, info.adapter)
             if lm.hash != info.settings["model_hash"]:
                 raise AnalysisError(
-                    f"{info.model} in {dtype} has other weights than run {info.id} searched in {info.settings['dtype']}; leave "
-                    "--dtype out, and give its --revision or --kind"
+                    f"{info.full_model} in {dtype} has other weights than run {info.id} searched in {info.settings['dtype']}; "
+                    "leave --dtype out, and give its --revision or --kind"
                 )
             return lm
 
