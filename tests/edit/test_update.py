@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from laserlm.cli.analyze.study import StudyOptions
 from laserlm.edit import applied
 from laserlm.errors import ExportError, MatrixError, ModelError, ReportError, WeightError
 from laserlm.export import load_check, reproduce, save
+from laserlm.export.update_adapter import adapter_of
 from laserlm.models import load, loading, read_matrix
 from laserlm.models.adapter import with_adapter
 from laserlm.models.matrices import matrix_in
+from laserlm.reductions import Intervention
 from laserlm.searching import SearchConfig, search
 from laserlm.searching.plan import plan
 from laserlm.store import Store
@@ -228,3 +231,19 @@ def test_an_update_of_weights_that_are_not_in_memory_or_quantised_is_refused(tmp
     weight.requires_grad_(requires_grad=False).data = weight.data.to(torch.int8)
     with pytest.raises(WeightError, match="load it without quantisation"):
         with_adapter(lm, folder, keeps_update=True)
+
+
+def test_a_smaller_adapter_that_cannot_hold_the_update_is_refused(tmp_path: Path) -> None:
+    base, folder = saved_adapter(tmp_path)
+    lm = load(base, adapter=folder)
+    path, weight = next(iter(lm.update.weights.items()))
+    large = replace(weight, up=weight.up * 1e6)
+    beyond = replace(lm, update=replace(lm.update, weights={**lm.update.weights, path: large}))
+    with pytest.raises(ExportError, match=r"too large for torch\.float16; save them in bfloat16"):
+        adapter_of(beyond, Intervention.parse("1.q_proj@r1"), dtype=torch.float16)
+    with pytest.raises(ExportError, match="is a base model with a merged adapter"):
+        adapter_of(load(folder, adapter=folder), Intervention.parse("1.q_proj@r1"))
+    first, second = (lm.model.model.layers[i].self_attn.q_proj for i in (0, 1))
+    second.weight = first.weight
+    with pytest.raises(ExportError, match=r"an adapter cannot change model\.layers\.0.* several layers share the weights"):
+        adapter_of(lm, Intervention.parse("1.q_proj@r1"))

@@ -144,19 +144,17 @@ class Adapter:
                 model has an adapter merged.
             LaserError: as ``applied``.
         """
-        _refuse_merged(lm)
         edits = [edit for edit in resolve(lm.matrices, intervention) if not edit.is_identity]
         if not edits:
             raise ExportError(f"{str(intervention) or 'an empty reduction'} changes nothing, so there is no adapter to save")
-        _refuse_shared(lm, edits)
+        refuse_unstorable(lm, {edit.matrix.path: edit.matrix.id for edit in edits})
         dtype = dtype or torch.promote_types(lm.dtype, torch.float32)
         cache = cache or default_cache(lm.cache)
         groups: dict[str, list[Edit]] = {}
         for edit in edits:
             groups.setdefault(edit.matrix.path, []).append(edit)
         differences = _equal_stacks([_difference(lm, group, cache, seed, dtype, groups) for group in groups.values()])
-        if not all(bool(d.down.isfinite().all() and d.up.isfinite().all()) for d in differences):
-            raise ExportError(f"the factors hold values that are too large for {dtype}; save them in bfloat16 or float32")
+        check_finite(differences)
         ranks = {difference.path: difference.rank for difference in differences}
         matrices = tuple(_stored(lm, edit, ranks[edit.matrix.path]) for edit in edits)
         return cls(differences, matrices, peft_config(lm, differences))
@@ -226,26 +224,42 @@ def _stored(lm: LanguageModel, edit: Edit, rank: int) -> StoredMatrix:
     return StoredMatrix(matrix.id, matrix.path, matrix.shape, edit.rank, rank * (m + n), f"an adapter of rank {rank}")
 
 
-def _refuse_merged(lm: LanguageModel) -> None:
-    """Raise an ExportError for a model with a merged adapter: no folder holds the weights that a new adapter would change."""
+def refuse_unstorable(lm: LanguageModel, changed: Mapping[str, str]) -> None:
+    """Do nothing if an adapter can change these parameters of a model.
+
+    Args:
+        lm: the unchanged model.
+        changed: what an error calls each parameter, by its path.
+
+    Raises:
+        ExportError: if the model has an adapter merged, so that no folder holds the weights that a new one would change; or if
+            a parameter has several paths in the model, because peft would add the difference once for each.
+    """
     if lm.loaded is not None and has_adapter(lm.loaded["name"]):
         raise ExportError(
             f"{lm.name} is a base model with a merged adapter, and no folder holds the merged weights that a new adapter would "
             "name as its base; save the dense form (--form dense), or merge the adapter with peft's merge_and_unload, save the "
             "result, and reduce that folder"
         )
-
-
-def _refuse_shared(lm: LanguageModel, edits: Sequence[Edit]) -> None:
-    """Raise an ExportError for weights that have several paths in the model: peft would add the difference once for each."""
     paths = Counter(id(parameter) for _, parameter in lm.model.named_parameters(remove_duplicate=False))
-    shared = [e.matrix.id for e in edits if paths[id(lm.model.get_parameter(e.matrix.path))] > 1]
+    shared = [name for path, name in changed.items() if paths[id(lm.model.get_parameter(path))] > 1]
     if shared:
         more = f" and {len(shared) - MAX_NAMED} more" if len(shared) > MAX_NAMED else ""
         raise ExportError(
             f"an adapter cannot change {', '.join(shared[:MAX_NAMED])}{more}: several layers share the weights, and peft would "
             "add the difference once for each layer; save the dense form (--form dense)"
         )
+
+
+def check_finite(differences: Sequence[Difference]) -> None:
+    """Do nothing if all factors are finite.
+
+    Raises:
+        ExportError: if their dtype cannot hold some.
+    """
+    if not all(bool(d.down.isfinite().all() and d.up.isfinite().all()) for d in differences):
+        dtype = differences[0].down.dtype
+        raise ExportError(f"the factors hold values that are too large for {dtype}; save them in bfloat16 or float32")
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from laserlm.edit.apply import Edit, decomposition_of, default_cache, resolve
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.edit.factors import StoredMatrix
 from laserlm.errors import ExportError
-from laserlm.export.adapter import Adapter, Difference, in_all_rows, peft_config
+from laserlm.export.adapter import Adapter, Difference, check_finite, in_all_rows, peft_config, refuse_unstorable
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import view
 from laserlm.models.update import WeightUpdate
@@ -50,6 +50,7 @@ def adapter_of(
             f"a smaller adapter would lose {', '.join(lm.update.others[:MAX_NAMED])} of {lm.update.folder}, which no reduction "
             "changes; save the merged model (--form dense)"
         )
+    refuse_unstorable(lm, {path: path for path in lm.update.weights})
     edits = resolve(lm.matrices, intervention)
     by_path: dict[str, list[Edit]] = {}
     for edit in edits:
@@ -65,6 +66,7 @@ def adapter_of(
             differences.append(Difference(path, *factors, transposed.get(path, False), module, is_layer=True))
     if not differences:
         raise ExportError(f"{intervention} leaves nothing of the adapter {lm.update.folder}; use the base model alone")
+    check_finite(differences)
     matrices = tuple(_stored(edit) for edit in edits if not edit.is_identity)
     return Adapter(tuple(differences), matrices, peft_config(lm, differences))
 
