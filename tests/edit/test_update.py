@@ -24,6 +24,7 @@ from laserlm.models.adapter import with_adapter
 from laserlm.models.matrices import matrix_in
 from laserlm.reductions import Intervention
 from laserlm.searching import SearchConfig, search
+from laserlm.searching.memory_plan import MemoryPlanner
 from laserlm.searching.plan import plan
 from laserlm.store import Store
 from laserlm.tasks import Example, Task
@@ -247,3 +248,15 @@ def test_a_smaller_adapter_that_cannot_hold_the_update_is_refused(tmp_path: Path
     second.weight = first.weight
     with pytest.raises(ExportError, match=r"an adapter cannot change model\.layers\.0.* several layers share the weights"):
         adapter_of(lm, Intervention.parse("1.q_proj@r1"))
+
+
+def test_a_plan_counts_all_blocks_and_the_base_weights_of_an_update(tmp_path: Path) -> None:
+    base, folder = saved_adapter(tmp_path, layers_to_transform=[1])
+    plain, lm = load(base), load(base, adapter=folder)
+    assert {m.layer for m in lm.matrices} == {1}
+    planners = [MemoryPlanner(x, x.matrices, memory=2**30, batch_size=4) for x in (plain, lm)]
+    assert planners[0].n_blocks == planners[1].n_blocks
+    kept = sum(t.nbytes for w in lm.update.weights.values() for t in (w.base, w.up, w.down))
+    assert planners[1].weights == planners[0].weights + kept
+    config = SearchConfig(grid="1.all@r1", strategy="exhaustive")
+    assert plan(lm, questions(), config).pass_flop == plan(plain, questions(), config).pass_flop

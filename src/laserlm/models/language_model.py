@@ -92,8 +92,12 @@ class LanguageModel:
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
         """Every weight matrix of every block; with the update of an adapter, those that it updates."""
-        matrices = find_matrices(self.model)
-        return matrices if self.update is None else self.update.matrices(matrices)
+        return self.all_matrices if self.update is None else self.update.matrices(self.all_matrices)
+
+    @cached_property
+    def all_matrices(self) -> tuple[Matrix, ...]:
+        """Every weight matrix of every block, with or without an update."""
+        return find_matrices(self.model)
 
     @property
     def hash(self) -> str:

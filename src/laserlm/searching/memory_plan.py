@@ -82,13 +82,15 @@ class MemoryPlanner:
 
     @cached_property
     def weights(self) -> int:
-        """Bytes of the model; tied parameters count once."""
-        return sum({p.data_ptr() or id(p): p.nbytes for p in self.lm.model.parameters()}.values())
+        """Bytes of the model, and of the base weights and factors of an adapter's update; tied parameters count once."""
+        updates = () if self.lm.update is None else self.lm.update.weights.values()
+        kept = sum(tensor.nbytes for update in updates for tensor in (update.base, update.up, update.down))
+        return kept + sum({p.data_ptr() or id(p): p.nbytes for p in self.lm.model.parameters()}.values())
 
     @cached_property
     def n_blocks(self) -> int:
         """Number of blocks, of all stacks."""
-        return len({(m.stack, m.layer) for m in self.lm.matrices})
+        return len({(m.stack, m.layer) for m in self.lm.all_matrices})
 
     def gradient(self, rows: Sequence[TokenSequence], memory: float, *, results: int = 0) -> PhaseMemory:
         """Return the memory of a gradient that is taken block by block.
@@ -181,7 +183,7 @@ class MemoryPlanner:
     def _pass(self, batch: Sequence[TokenSequence]) -> int:
         """Return the bytes of what a block holds of a batch, about."""
         longest = max(map(_tokens, batch))
-        widest = max(max(m.shape) for m in self.lm.matrices if m.part_of is None)
+        widest = max(max(m.shape) for m in self.lm.all_matrices if m.part_of is None)
         heads = int(getattr(self.lm.model.config, "num_attention_heads", 1) or 1)
         values = len(batch) * longest * (4 * self.lm.width + 3 * widest) + len(batch) * heads * longest**2
         return values * self.lm.dtype.itemsize
@@ -195,7 +197,7 @@ class MemoryPlanner:
 
     def _sums(self, batch: Sequence[TokenSequence]) -> int:
         """Return the bytes of a matrix's inputs, gradients of outputs, and their products with both factors, in float32."""
-        return 4 * len(batch) * max(map(_tokens, batch)) * max(sum(m.shape) + 2 * min(m.shape) for m in self.matrices)
+        return 4 * len(batch) * max(map(_tokens, batch)) * max(sum(m.shape) + 2 * m.max_rank for m in self.matrices)
 
 
 def _tokens(row: TokenSequence) -> int:

@@ -248,7 +248,7 @@ class _PlanBuilder:
 
     @cached_property
     def blocks(self) -> list[tuple[str, int]]:
-        return list(dict.fromkeys((m.stack, m.layer) for m in self.lm.matrices))
+        return list(dict.fromkeys((m.stack, m.layer) for m in self.lm.all_matrices))
 
     @property
     def screen_size(self) -> int:
@@ -381,11 +381,11 @@ def _pass_flop(lm: LanguageModel, encoded: EncodedSplit) -> float:
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
     of_stack: dict[str, float] = {}
-    for m in lm.matrices:
+    for m in lm.all_matrices:
         if m.part_of is None:
             share = active if m.name.startswith("experts.") else 1.0
             of_stack[m.stack] = of_stack.get(m.stack, 0.0) + 2 * share * m.shape[0] * m.shape[1]
-    blocks: dict[str, int] = {m.stack: 0 for m in lm.matrices} | {m.stack: m.layer + 1 for m in lm.matrices}
+    blocks: dict[str, int] = {m.stack: 0 for m in lm.all_matrices} | {m.stack: m.layer + 1 for m in lm.all_matrices}
     head = 2 * lm.width * int(getattr(config, "vocab_size", 0) or 0)
     flop = 0.0
     for sequence in encoded.sequences:
