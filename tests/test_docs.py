@@ -471,9 +471,11 @@ def short(words: list[str], *, whole: bool) -> list[str]:
     grid = ["--grid", GRID] if merged.startswith("search bundled") and is_wide and not whole else []
     takes_default = words[0] == "search" and "--strategy" not in merged and "--grid" not in merged
     options = next((options.split() for start, options in SHORT.items() if merged.startswith(f"{start} ")), [])
-    if takes_default and grid:  # else a race
+    scales = "--strategy strengths" in merged
+    if scales or (takes_default and grid):  # else a race
         width = options.index("--width")
-        return [*options[:width], *options[width + 2 :], *grid, "--steps", "2", "--strategy", "components"]
+        steps = [] if scales else ["--steps", "2", "--strategy", "components"]
+        return [*options[:width], *options[width + 2 :], *grid, *steps]
     return [*options, *grid, *(["--steps", "2"] if takes_default else [])]
 
 
