@@ -81,10 +81,10 @@ def weaken_components(session: SearchSession) -> None:
 
 
 def _choose(session: SearchSession, facts: Sequence[str], parts: Sequence[range]) -> list[Intervention]:
-    """Return the strengths that all questions choose, and for each part those that the others choose at the same price."""
+    """Return the strengths that all questions choose, and for each part what the others choose for the same expected harm."""
     ledger, pool = session.on_validation, ComponentPool(separate_matrices(session.candidates))
     harm = pool.harm(session)
-    passages = [pool.passages(session, guard.choosing) for guard in session.guards]  # of each guard PASSAGES at most
+    passages = [pool.passages(session, guard.choosing) for guard in session.guards]
     asked = questions_with_room(session.config.memory, len(pool), parts)
     session.begin("gradient", [BASE], 0, later=cost_of_step(len(facts)))
     session.report_progress(BASE)
