@@ -106,6 +106,7 @@ def test_what_follows_a_search_of_an_update_names_the_adapter(tmp_path: Path) ->
             submission(info)
         report = write_report(store, result.run, tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"--adapter {folder} --run {result.run}" in report
+    assert "laser analyze components" not in report  # which studies the components of weights
     with StudyOptions(run_or_model=result.run, store=file).pair() as pair:
         assert pair.lm.hash == lm.hash
     with pytest.raises(ExportError, match=f"load that model with --adapter {folder}"):

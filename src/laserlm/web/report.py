@@ -190,7 +190,7 @@ def _commands(info: RunInfo, result: SearchResult) -> list[str]:
     if result.best:
         commands += [
             (f"laser analyze side-effects {info.id} --text FILE --on TASK", "what else changes"),
-            (f"laser analyze components {info.id}", "what the removed part says"),
+            *([(f"laser analyze components {info.id}", "what the removed part says")] if info.adapter is None else []),
             ("laser reproduce reduced", "makes it again and compares"),
         ]
     commands.append((f"laser runs show {info.id}", ""))
