@@ -206,7 +206,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("report", 'https://example.org/" onclick=', "report: "),
     ("report", "https://example.org/\n", "report: "),
     ("report", " https://example.org/", "report: "),
-    ("intervention", "", "intervention: '' is not allowed; write text of 1 to 20000 characters: reductions joined by +"),
+    ("intervention", "", "intervention: '' is not allowed; write text of 1 to 400000 characters: reductions joined by +"),
     ("intervention", "27.fc_in@1e-999999999", "intervention: '27.fc_in@1e-999999999' is not allowed"),
     ("intervention", "27.fc_in@0.1+", "intervention: "),
     ("intervention", "nothing@0.1", "intervention: cannot read the reduction 'nothing@0.1'"),
