@@ -259,13 +259,13 @@ def test_a_killed_worker_loses_nothing(cluster: Any, lm: LanguageModel, task: Ta
 DRIVER = """
 import json, sys
 sys.path.insert(0, {tests!r})
-from searching.support import GIVEN, made_task
+from searching.support import GIVEN, build_task
 from laserlm.models import load
 from laserlm.searching import Ray, search
 
 lm = load({folder!r}, cache={cache!r}, device="cpu")
 found = search(
-    lm, made_task(), metric="loss", store={store!r}, executor=Ray({address!r}, workers=2), **GIVEN["exhaustive"],
+    lm, build_task(), metric="loss", store={store!r}, executor=Ray({address!r}, workers=2), **GIVEN["exhaustive"],
     on_step=lambda step: print(step.last, flush=True),
 )
 print(json.dumps(found.as_dict()))
