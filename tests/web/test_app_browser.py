@@ -148,7 +148,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture
 def visit(served: Served, browser: Browser) -> Iterator[Callable[..., Visit]]:
     """Open the app as a new user; at the end nothing may have been asked of another machine, and nothing gone wrong."""
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=60_000)
     contexts = []
     visits: list[Visit] = []
 
@@ -156,7 +156,7 @@ def visit(served: Served, browser: Browser) -> Iterator[Callable[..., Visit]]:
         contexts.append(browser.new_context(**options))
         user = Visit(contexts[-1].new_page())
         visits.append(user)
-        user.page.set_default_timeout(20_000)
+        user.page.set_default_timeout(60_000)
         user.page.on("request", lambda r: user.requests.append(r.url))
         user.page.on("console", lambda m: user.said.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
         user.page.on("pageerror", lambda e: user.said.append(str(e)))
