@@ -271,3 +271,10 @@ def test_a_card_shows_spearman_for_sentence_pairs_and_no_perplexity_for_labels(
     spearman, loss = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
     assert (spearman.metric_type, spearman.metric_value) == ("spearmanr", 0.75)
     assert (loss.metric_type, loss.metric_value) == ("exp_loss", round(math.exp(1.5), 4))
+
+
+def test_the_card_of_strengths_names_no_low_rank(llama: LanguageModel, tmp_path: Path) -> None:
+    scaled = save(llama, "1.fc_in@scale0=0.5", tmp_path / "scaled")
+    assert "matrices of scaled singular values" in (scaled.folder / "README.md").read_text()
+    adapter = save(llama, "1.fc_in@scale0=0.5", tmp_path / "adapter", form="adapter")
+    assert "scales singular components of" in (adapter.folder / "README.md").read_text()

@@ -30,9 +30,12 @@ def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
     hub = base["hub"] or base["name"]
     name = hub if base["revision"] is None else f"{hub} at {base['revision']}"
     loader = record["loader"]
-    what = f"{name} with some weight matrices replaced by low-rank approximations, without training"
+    scales = "@scale" in record.get("intervention", "")
+    change = "matrices of scaled singular values" if scales else "low-rank approximations"
+    what = f"{name} with {change} in place of some weight matrices, without training"
     if record["form"] == "adapter":
-        what = f"An adapter that takes singular components out of some weight matrices of {name}, without training"
+        verb = "scales singular components" if scales else "takes singular components out"
+        what = f"An adapter that {verb} of some weight matrices of {name}, without training"
     share = record["parameters"]["saved"] / record["parameters"]["base"]
     lines = [
         "---",
