@@ -7,7 +7,7 @@ Lines that phrase one fact may share a "fact", which keeps them on one side. Not
 
 `laser search --strategy race` goes by the same rules, and does more: it runs batches, and only the blocks from the reduced one
 on; it sends random controls along, drops at once what is beaten beyond doubt, takes fused matrices apart, knows experts, gives
-intervals, keeps records, and goes on when killed. By default it removes components of all matrices, under a bound on harm.
+intervals, keeps records, and goes on when killed. By default it weakens components of all matrices, under a bound on harm.
 """
 
 import hashlib

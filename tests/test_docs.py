@@ -325,11 +325,11 @@ def place(page: str, named: Named, searched: Path, hub: Path, tmp_path: Path, mo
     def narrow(*arguments: Any, **named: Any) -> laserlm.SearchResult:
         if len(arguments) > 2:  # the settings of a command
             return search(*arguments, **named)
-        usual = {} if "grid" in named else {"strategy": "components"}
-        if "max_harm" in named:  # the demo's; components need more questions to change anything
+        usual = {} if "grid" in named else {"strategy": "strengths"}
+        if "max_harm" in named:  # the demo's; strengths need more questions to change anything
             named |= {"strategy": "race", "max_harm": None}
-        width = {} if (usual | named).get("strategy") == "components" else {"candidates": WIDTH}
-        return search(*arguments, **{"grid": GRID, "steps": 2} | width | usual | named)
+        width = {} if (usual | named).get("strategy") == "strengths" else {"candidates": WIDTH}
+        return search(*arguments, **{"grid": GRID} | width | usual | named)
 
     monkeypatch.setattr(laserlm, "search", narrow)
     monkeypatch.setattr("laserlm.searching.search", narrow)
@@ -474,9 +474,9 @@ def short(words: list[str], *, whole: bool) -> list[str]:
     scales = "--strategy strengths" in merged
     if scales or (takes_default and grid):  # else a race
         width = options.index("--width")
-        steps = [] if scales else ["--steps", "2", "--strategy", "components"]
-        return [*options[:width], *options[width + 2 :], *grid, *steps]
-    return [*options, *grid, *(["--steps", "2"] if takes_default else [])]
+        strategy = [] if scales else ["--strategy", "strengths"]
+        return [*options[:width], *options[width + 2 :], *grid, *strategy]
+    return [*options, *grid]
 
 
 def served(words: list[str], message: str) -> None:

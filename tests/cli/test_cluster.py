@@ -21,7 +21,7 @@ def test_what_a_search_will_take_is_reported_and_leaves_no_database(run: Run, fo
     assert values["flop"]["all"] == pytest.approx(sum(v for k, v in values["flop"].items() if k != "all"))
     assert values["memory"]["all"] == sum(v for k, v in values["memory"].items() if k != "all")
     assert values["seconds"] > 0
-    assert "A choice of single components of 21 matrices" in run(*command)[1]
+    assert "A choice of strengths of all components of 21 matrices" in run(*command)[1]
     text = run(*command, "--strategy", "race")[1]
     assert "A race among" in text
     assert "rung to example 70" in text

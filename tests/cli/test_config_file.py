@@ -104,7 +104,7 @@ def test_a_wrong_key_ends_the_command_and_a_missing_file_is_named(run: Run, tmp_
     assert (code, f"cannot read the configuration {file}" in err) == (1, True)
     file.write_text("strategy: rase")
     code, _, err = run("search", "bundled", "--config", file)
-    assert (code, "no strategy 'rase'; there are components, strengths, race" in err) == (1, True)
+    assert (code, "no strategy 'rase'; there are strengths, components, race" in err) == (1, True)
     file.write_text("task: worldfacts")
     assert run("search", "--config", file)[0] == 2  # a model is missing
 

@@ -166,7 +166,7 @@ def test_evaluate_measures_the_harm_next_to_the_comparison(run: Run, folder: Pat
     assert "add --reduce" in err
     code, _, err = run("search", folder, "--task", questions, "--strategy", "components", "--candidates", "5")
     assert code == 2
-    assert "--candidates is a setting of a race" in err
+    assert "--candidates is a setting of the strategy race" in err
 
 
 def test_harm_that_was_not_measured_is_reported_as_such(points: SearchResult) -> None:

@@ -26,7 +26,7 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.searching import SearchConfig, SearchProgress, SearchResult, components, expand, search
-from laserlm.searching.components import choose_components, choose_step, separate_matrices
+from laserlm.searching.components import choose_components, choose_step, parts_of, questions_with_room, separate_matrices
 from laserlm.searching.guard import guards_of
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.result import Point
@@ -358,8 +358,21 @@ def test_a_setting_of_a_race_asks_for_a_race() -> None:
     assert SearchConfig.of(candidates=8, strategy="compose").strategy == "compose"
     assert SearchConfig.of("quick").strategy is None
     assert SearchConfig.of("quick", strategy="components", delta=0.1).steps == 4
-    with pytest.raises(ScoringError, match=r"keep 0.5 is a setting of a race, .* leave it out, or race with --strategy race"):
+    with pytest.raises(ScoringError, match=r"keep 0.5 is a setting of the strategy race, and components has .*--strategy race"):
         SearchConfig.of(keep=0.5, strategy="components")
+
+
+def test_steps_ask_for_components() -> None:
+    assert SearchConfig.of(steps=2).strategy == "components"
+    assert SearchConfig.of(steps=2, candidates=8).strategy == "race"
+    with pytest.raises(ScoringError, match=r"steps 2 is a setting of the strategy components, and strengths has none"):
+        SearchConfig.of(steps=2, strategy="strengths")
+
+
+def test_a_gradient_is_over_as_many_questions_as_asked_for() -> None:
+    parts = parts_of([str(i) for i in range(90)])
+    assert len(questions_with_room(SearchConfig(gradient_examples=30), 1, parts)) == 30
+    assert len(questions_with_room(SearchConfig(gradient_examples=1000), 1, parts)) == 90
 
 
 def test_too_few_facts_are_reported(llama: LanguageModel) -> None:

@@ -17,6 +17,7 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.forward import run_rows
 from laserlm.searching import SearchConfig, SearchProgress, search
 from laserlm.searching.driver import VALIDATION, encode_splits
+from laserlm.searching.guard import PASSAGE_TOKENS, PASSAGES
 from laserlm.searching.measured_cost import measure_cost
 from laserlm.searching.plan import Plan, decomposition_flop, plan
 from laserlm.searching.simulation import CostModel, simulate
@@ -33,7 +34,7 @@ def of(built: Plan, name: str) -> float:
 
 
 def test_an_exhaustive_search_takes_what_was_planned(llama: LanguageModel, task: Task) -> None:
-    estimate = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID))
+    estimate = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID, guards=()))
     steps: list[SearchProgress] = []
     result = search(llama, task, strategy="exhaustive", grid=GRID, metric="loss", guards=(), on_step=steps.append)
     assert (estimate.candidates, estimate.is_estimate, len(estimate.matrices)) == (27, False, 9)
@@ -45,7 +46,7 @@ def test_an_exhaustive_search_takes_what_was_planned(llama: LanguageModel, task:
     assert result.boundary_bytes <= estimate.memory.activations
     assert result.decomposition_bytes <= estimate.memory.decompositions
     assert estimate.memory.weights == sum(p.numel() * p.element_size() for p in llama.model.parameters())
-    bound = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID, memory=4000))
+    bound = plan(llama, task, SearchConfig(strategy="exhaustive", grid=GRID, guards=(), memory=4000))
     assert bound.memory.activations <= 4000
     assert bound.n_items > estimate.n_items
     assert bound.passes == pytest.approx(estimate.passes)
@@ -53,7 +54,7 @@ def test_an_exhaustive_search_takes_what_was_planned(llama: LanguageModel, task:
 
 def test_a_race_takes_about_what_was_planned(llama: LanguageModel, task: Task) -> None:
     options: dict[str, Any] = {"grid": "all.all@0.5,0.3,0.1", "candidates": 8, "first_rung": 2, "random_candidates": 2}
-    estimate = plan(llama, task, SearchConfig(**options))
+    estimate = plan(llama, task, SearchConfig(**options, guards=()))
     steps: list[SearchProgress] = []
     search(llama, task, metric="loss", on_step=steps.append, **options)
     assert estimate.is_estimate
@@ -119,7 +120,10 @@ def test_a_choice_of_components_is_planned_step_by_step(llama: LanguageModel, ta
     config = SearchConfig(strategy="components", grid=GRID, steps=2)
     estimate = plan(llama, task, config)
     n = len(task.validation)
-    assert [stage.name for stage in estimate.stages[1:-1]] == ["trial", "gradient", "trial", "gradient", "trial"]
+    assert [stage.name for stage in estimate.stages[1:-2]] == ["trial", "gradient", "trial", "gradient", "trial"]
+    # The unchanged model, two steps, and a gradient on one part of the guard; the unchanged model and the choice on the other.
+    tokens = sum(map(len, (s.ids for s in encode_splits(llama, task, config)[VALIDATION].sequences))) / n
+    assert of(estimate, "harm") == (1 + 2 + SCREEN_PASSES + 2) * math.ceil(PASSAGES * PASSAGE_TOKENS / tokens)
     assert of(estimate, "trial") == 3 * n
     assert of(estimate, "gradient") == 2 * SCREEN_PASSES * (2 * n // 3)
     assert estimate.simulate(1, CostModel(work=1.0)).seconds == pytest.approx(estimate.passes, rel=0.2)
@@ -129,13 +133,13 @@ def test_a_choice_of_components_is_planned_step_by_step(llama: LanguageModel, ta
 @pytest.mark.parametrize(
     ("family", "grid", "guards", "strategy"),
     [
-        ("llama", "fine", None, "components"),
+        ("llama", "fine", None, "strengths"),
         ("llama", GRID, None, "race"),
         ("llama", "fine", (), "race"),
         ("bert", "fine", None, "race"),
     ],
 )
-def test_components_are_chosen_where_harm_is_measured_and_no_sizes_are_named(
+def test_strengths_are_chosen_where_harm_is_measured_and_no_sizes_are_named(
     family: str, grid: str, guards: tuple[str, ...] | None, strategy: str, make: Make, task: Task
 ) -> None:
     assert plan(make(family), task, SearchConfig(grid=grid, guards=guards)).strategy == strategy

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from searching.test_components import SETTINGS, drawn, questions
+from searching.test_components import drawn, questions
 from torch import Tensor
 
 from laserlm.edit import applied
@@ -22,7 +22,7 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.searching import SearchProgress, SearchResult, search, strengths
-from laserlm.searching.strengths import STEP, choose_strengths, expected_harm
+from laserlm.searching.strengths import SMALLER, STEP, choose_strengths, expected_harm
 
 
 def gain(c: Tensor, taken: Tensor) -> float:
@@ -73,7 +73,8 @@ def test_small_changes_that_add_up_for_a_passage_count_together() -> None:
 
 
 def strengths_search(lm: LanguageModel, **settings: Any) -> SearchResult:
-    return search(lm, questions(), **SETTINGS | {"strategy": "strengths", "max_harm": 0.2} | settings)
+    usual = {"strategy": "strengths", "grid": "all.mlp@0.5", "metric": "loss", "max_harm": 0.2}
+    return search(lm, questions(), **usual | settings)
 
 
 def test_a_search_weakens_components_within_the_bound(llama: LanguageModel, tmp_path: Path) -> None:
@@ -90,6 +91,10 @@ def test_a_search_weakens_components_within_the_bound(llama: LanguageModel, tmp_
     (harm,) = point.harms
     # The measured harm is within the bound, and uses most of it.
     assert 0.5 * math.log(1.2) < harm.change + harm.error <= math.log(1.2)
+    # The list has strengths for less harm, too.
+    assert len(result.points) == 1 + len(SMALLER)
+    assert result.points[-1] == point
+    assert sorted(p.change for p in result.points) == [p.change for p in result.points]
     assert strengths_search(llama, store=tmp_path / "runs.db") == result
 
 
@@ -152,8 +157,9 @@ def test_each_part_is_scored_under_strengths_that_it_had_no_part_in_choosing(
     monkeypatch.setattr(strengths, "choose_strengths", choose)
     monkeypatch.setattr(strengths, "is_significantly_worse", refused)
     result = strengths_search(llama)
-    assert asked[-3:] == [30, 30, 30]
-    assert set(asked[:-3]) == {45}
+    others, smaller = [30, 30, 30], [45] * len(SMALLER)
+    assert asked[-5:] == [*others, *smaller]
+    assert set(asked[:-5]) == {45}
     assert looks == [(15, 15), (30, 30), (45, 45)]
     assert not result.best
 

@@ -237,7 +237,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("result.broken", 970, "result: 40 corrected and 970 broken are more than n, 1000"),
     ("result.mcnemar_p", 0.5, "result.mcnemar_p: 0.5 is not the exact two-sided 2.386e-05"),
     ("result.more", 1, "result: 'more' is unknown here; allowed are n, base, edited, gain, interval"),
-    ("search.strategy", "luck", "search.strategy: 'luck' is not allowed; write one of components, strengths, race, exhaustive"),
+    ("search.strategy", "luck", "search.strategy: 'luck' is not allowed; write one of strengths, components, race, exhaustive"),
     ("harm", [{"guard": "own text", "ratio": 1.006, "interval": [1.003, 1.01], "n": 64}], ""),
     ("harm", [{"guard": "own text", "ratio": 1.5, "interval": [1, 1.2], "n": 9}], "harm[0].interval: [1, 1.2] does not hold"),
     ("harm", [], "harm: an array of 0 items is not allowed; write an array of 1 to 10 entries"),

@@ -50,14 +50,12 @@ def demo(
         print(
             f"SmolLM2-135M-Instruct on worldfacts: {N_VALIDATION} questions to choose on, "
             f"{N_TEST} others to measure on.\n"
-            f"Components of all {sum(not m.parts for m in lm.matrices)} matrices of all blocks are removed in a few steps. "
+            f"Components of all {sum(not m.parts for m in lm.matrices)} matrices of all blocks are weakened. "
             f"The perplexity of other text may rise by {MAX_HARM:.0%}."
         )
     with search_progress_bar() as show:
         result = search_(
             *(lm, facts),
-            effort="quick",
-            strategy="components",
             metric="loss",
             max_harm=MAX_HARM,
             store=store,

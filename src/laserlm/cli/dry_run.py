@@ -101,7 +101,7 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
     )
     if planned.strategy == "components":
         print("As many steps as --steps allows are counted; the search ends earlier where no step gains.")
-    print("Passes on the guards are not counted.")
+    print("The time to write a guard's text once is not counted, and neither are guards of questions.")
     if planned.generates:
         print("Text that the model generates under the finalists is not counted.")
     print("On a Ray cluster, with workers as fast as this process, and one cache of decompositions for all:")

@@ -36,8 +36,8 @@ class SearchOptions:
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="Strategy: components, strengths, race, exhaustive or compose.",
-            show_default="components; race for another grid",
+            help="Strategy: strengths, components, race, exhaustive or compose.",
+            show_default="strengths; race for another grid",
             rich_help_panel=SEARCH_PANEL,
         ),
     ] = None
@@ -45,7 +45,7 @@ class SearchOptions:
         float | None,
         typer.Option(
             help="Largest rise of perplexity on the guards.",
-            show_default="0.05 for components and strengths, else none",
+            show_default="0.05 for strengths and components, else none",
             rich_help_panel=SEARCH_PANEL,
         ),
     ] = None
@@ -94,20 +94,21 @@ class SearchOptions:
     random_candidates: Annotated[int | None, typer.Option(min=0, hidden=True)] = None
     screen_examples: Annotated[int | None, typer.Option(min=1, hidden=True)] = None
     first_rung: Annotated[int | None, typer.Option(min=1, hidden=True)] = None
+    gradient_examples: Annotated[int | None, typer.Option(min=1, hidden=True)] = None
 
     def config(self, batch_size: int) -> SearchConfig:
         """Return the settings for the library, without the guards, whose data ``load_guards`` reads."""
         from laserlm.reductions import Grid
         from laserlm.searching import SearchConfig
-        from laserlm.searching.config import OF_COMPONENTS, RACE_SETTINGS
+        from laserlm.searching.config import setting_of_another
 
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("effort", "limit", "guard")}
         settings = {name: value for name, value in values.items() if value is not None}
-        of_race = [name for name in settings if name in RACE_SETTINGS and name != "delta"]
-        if of_race and self.strategy in OF_COMPONENTS:
+        if wrong := setting_of_another(settings):
+            name, strategy = wrong
             raise typer.BadParameter(
-                f"--{of_race[0].replace('_', '-')} is a setting of a race, and a choice of components has none; leave it out, "
-                "or race with --strategy race"
+                f"--{name.replace('_', '-')} is a setting of the strategy {strategy}, and {self.strategy} has none; leave it "
+                f"out, or choose with --strategy {strategy}"
             )
         settings |= {"grid": Grid.parse(self.grid), "memory": self.memory * 2**30, "batch_size": batch_size}
         return SearchConfig.of(self.effort, **settings)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ from laserlm.paths import atomic_file
 from laserlm.reductions import Intervention, Layers, Reduction, Size, Strengths
 from laserlm.scoring.identity import digest
 from laserlm.searching.candidates import Candidate
-from laserlm.searching.config import LEAST_FACTS, Metric
+from laserlm.searching.config import LEAST_FACTS, Metric, SearchConfig
 from laserlm.searching.guard import PASSAGES
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import is_significantly_worse
@@ -49,8 +49,6 @@ LEAST_HARM = 2e-5
 """Harm that a component counts with at least, in nats per token; smaller ones cannot be told apart."""
 STEP_SHARE, LEAST_SHARE = 0.5, 0.03
 """Shares of the harm that is left within the bound: what a step is expected to use at most, and below what none is tried."""
-MOST_QUESTIONS = 1000
-"""Questions that choose a step at most. All questions of the third part accept it."""
 LEAST_QUESTIONS = 8
 """Questions of each part that choose a step in any case."""
 DERIVATIVE_BYTES = 16
@@ -71,7 +69,7 @@ def choose_components(session: SearchSession) -> None:
     """
     ledger = session.on_validation
     n = len(ledger.split)
-    session.begin("components", [BASE], n, later=min(session.config.steps, PARTS) * cost_of_step(n))
+    session.begin("components", [BASE], n, later=min(session.config.steps, PARTS) * cost_of_step(n, session.config))
     ledger.extend([BASE], len(ledger.split))
     trials = _Trials(session)
     while len(trials.done) < session.config.steps and trials.failures < PARTS:
@@ -127,7 +125,7 @@ class _Trials:
     def _later(self) -> float:
         """Expected work after the present step: at least until no part of the questions has accepted one."""
         steps = min(PARTS - self.failures, self.session.config.steps - len(self.done))
-        return max(0, steps) * cost_of_step(len(self.facts))
+        return max(0, steps) * cost_of_step(len(self.facts), self.session.config)
 
     def _take_turns(self, *, failed: bool) -> None:
         self.judge = (self.judge + 1) % PARTS
@@ -156,7 +154,7 @@ class _Trials:
     def _questions(self) -> list[int]:
         """Return the questions that choose the next step: as many as their derivatives have room for."""
         others = [part for number, part in enumerate(self.parts) if number != self.judge]
-        asked = questions_with_room(self.session.config.memory, len(self.pool), others, warn=not self.warned)
+        asked = questions_with_room(self.session.config, len(self.pool), others, warn=not self.warned)
         self.warned = True
         return asked
 
@@ -247,23 +245,25 @@ class ComponentPool:
     def _guard_derivatives(
         self, session: SearchSession, ledger: ScoreLedger, asked: Sequence[int], *, squared: bool = False
     ) -> Tensor:
-        later = SCREEN_PASSES * len(ledger.split) + PARTS * cost_of_step(len(session.on_validation.split))
+        of_steps = PARTS * cost_of_step(len(session.on_validation.split), session.config)
+        later = SCREEN_PASSES * len(ledger.split) + of_steps
         session.begin(f"harm on {ledger.split.task}", [BASE], 0, later=later)
         session.report_progress(BASE)
         return derivatives_of(ledger, asked, BASE, self.matrices, squared=squared)
 
 
-def cost_of_step(questions: int) -> float:
+def cost_of_step(questions: int, config: SearchConfig) -> float:
     """Return the work of a step, in passes of one example: the gradient over the questions that choose, and the trial."""
-    return SCREEN_PASSES * min(MOST_QUESTIONS, questions * (PARTS - 1) / PARTS) + questions
+    return SCREEN_PASSES * min(config.gradient_examples, questions * (PARTS - 1) / PARTS) + questions
 
 
-def questions_with_room(memory: float, components: int, parts: Sequence[range], *, warn: bool = True) -> list[int]:
-    """Return the questions of parts, as many of each as ``memory`` bytes have room for the derivatives of."""
-    room = min(MOST_QUESTIONS, int(memory / (DERIVATIVE_BYTES * components)))
+def questions_with_room(config: SearchConfig, components: int, parts: Sequence[range], *, warn: bool = True) -> list[int]:
+    """Return the questions of parts over which a gradient is taken: as many of each as there is room for the derivatives of."""
+    memory = config.memory
+    room = min(config.gradient_examples, int(memory / (DERIVATIVE_BYTES * components)))
     most = max(LEAST_QUESTIONS, room // len(parts))
     asked = [i for part in parts for i in part[:most]]
-    if warn and room < MOST_QUESTIONS and any(len(part) > most for part in parts):
+    if warn and room < config.gradient_examples and any(len(part) > most for part in parts):
         log.warning(
             "components are chosen on %d of %d questions, for whose derivatives %.1f GiB have room; give more with --memory",
             len(asked),

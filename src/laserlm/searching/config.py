@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -14,18 +14,24 @@ from laserlm.scoring.scorers import SCORERS, scorer_for
 from laserlm.tasks import Scorer, Task
 
 Metric = Literal["accuracy", "loss"]
-Strategy = Literal["components", "strengths", "race", "exhaustive", "compose"]
+Strategy = Literal["strengths", "components", "race", "exhaustive", "compose"]
 Mode = Literal["joint", "greedy"]
 Effort = Literal["quick", "normal", "thorough"]
 
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
-    "quick": {"candidates": 16, "sizes_per_matrix": 2, "screen_examples": 50, "first_rung": 16, "keep": 0.25, "steps": 4},
+    "quick": {
+        **{"gradient_examples": 150, "steps": 4},
+        **{"candidates": 16, "sizes_per_matrix": 2, "screen_examples": 50, "first_rung": 16, "keep": 0.25},
+    },
     "normal": {},
-    "thorough": {"candidates": 150, "sizes_per_matrix": 6, "screen_examples": 200, "first_rung": 64, "keep": 0.5, "steps": 24},
+    "thorough": {
+        **{"gradient_examples": 4000, "steps": 24},
+        **{"candidates": 150, "sizes_per_matrix": 6, "screen_examples": 200, "first_rung": 64, "keep": 0.5},
+    },
 }
-"""What each effort changes in the default settings of a race."""
+"""What each effort changes in the default settings: first of a choice of components, then of a race."""
 DEFAULT_GRID = "fine"
-OF_COMPONENTS = ("components", "strengths")
+OF_COMPONENTS = ("strengths", "components")
 """The strategies that change single components."""
 LEAST_FACTS = 3
 """Facts that the validation questions of a choice of components need: one for each part of them."""
@@ -40,6 +46,8 @@ RACE_SETTINGS = (
     "keep",
     "delta",
 )
+SETTINGS_OF: Mapping[str, Sequence[str]] = {"race": [n for n in RACE_SETTINGS if n != "delta"], "components": ["steps"]}
+"""Settings that choose the strategy where none is asked for, and that the choice of components does not share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +55,9 @@ class SearchConfig:
     """The settings of a search.
 
     Args:
-        strategy: ``components``, ``strengths``, ``race``, ``exhaustive`` or ``compose``. None takes ``components``, and
-            ``race`` where another grid than ``fine`` or a setting of a race is asked for, where no guard measures harm, and
-            where the validation questions are of fewer than three facts.
+        strategy: ``strengths``, ``components``, ``race``, ``exhaustive`` or ``compose``. None takes ``strengths``, or
+            ``components`` where ``steps`` is set. It takes ``race`` where another grid than ``fine`` or a setting of a race is
+            asked for, where no guard measures harm, and where the validation questions are of fewer than three facts.
         grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``. ``components`` and ``strengths`` take its
             matrices alone.
         max_harm: largest relative rise of the perplexity on the guards that the choice may have, such as 0.05. None takes
@@ -70,6 +78,7 @@ class SearchConfig:
             leaders, for independent facts. What ``keep`` drops has no such bound. For ``compose``: largest probability that
             a step is accepted if no candidate helps.
         steps: for ``components``: most steps that are tried.
+        gradient_examples: for ``components`` and ``strengths``: most questions over which a gradient is taken.
         budget: minutes after which the search measures the best candidate so far and ends. None sets no end.
         seed: of the order of the examples, of the random candidates and of ``:reference`` decompositions.
         batch_size: sequences in one forward pass.
@@ -91,6 +100,7 @@ class SearchConfig:
     keep: float = 0.34
     delta: float = 0.05
     steps: int = 12
+    gradient_examples: int = 1000
     budget: float | None = None
     seed: int = 0
     batch_size: int = 32
@@ -102,7 +112,7 @@ class SearchConfig:
                 raise ScoringError(f"no {name} {value!r}; there are {', '.join(get_args(allowed))}")
         if self.metric is not None and self.metric not in get_args(Metric):
             raise ScoringError(f"no metric {self.metric!r}; there are {', '.join(get_args(Metric))}")
-        for name in ("candidates", "sizes_per_matrix", "screen_examples", "first_rung", "steps"):
+        for name in ("candidates", "sizes_per_matrix", "screen_examples", "first_rung", "steps", "gradient_examples"):
             if getattr(self, name) < 1:
                 raise ScoringError(f"{name} {getattr(self, name)} leaves a race with nothing to do; write 1 or more")
         if self.max_harm is not None and not self.max_harm > 0:
@@ -120,22 +130,24 @@ class SearchConfig:
         """Return the settings of an effort, changed by ``settings``.
 
         Raises:
-            ScoringError: if there is no such effort or setting, if a value is out of range, or if a setting of a race is
-                set for ``components``.
+            ScoringError: if there is no such effort or setting, if a value is out of range, or if a setting of another
+                strategy is set.
         """
         if effort not in EFFORTS:
             raise ScoringError(f"no effort {effort!r}; there are {', '.join(EFFORTS)}")
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in names]:
             raise ScoringError(f"a search has no setting {unknown[0]!r}; it has {', '.join(names)}")
-        of_race = [name for name in settings if name in RACE_SETTINGS and name != "delta"]
-        if of_race and settings.get("strategy") in OF_COMPONENTS:
+        if wrong := setting_of_another(settings):
+            name, strategy = wrong
             raise ScoringError(
-                f"{of_race[0]} {settings[of_race[0]]} is a setting of a race, and a choice of components has none; leave it "
-                "out, or race with --strategy race (strategy='race')"
+                f"{name} {settings[name]} is a setting of the strategy {strategy}, and {settings['strategy']} has none; leave "
+                f"it out, or choose with --strategy {strategy} (strategy={strategy!r})"
             )
-        if of_race:
+        if any(name in settings for name in SETTINGS_OF["race"]):
             settings.setdefault("strategy", "race")
+        if "steps" in settings:
+            settings.setdefault("strategy", "components")
         return cls(**{**EFFORTS[effort], **settings})
 
     @property
@@ -172,7 +184,7 @@ class SearchConfig:
             raise ScoringError("a perplexity has no accuracy; choose by the loss: --metric loss (metric='loss')")
         n_facts = len({e.fact or e.id for e in task.validation})
         chooses_components = has_guard and n_facts >= LEAST_FACTS and Grid.parse(self.grid) == Grid.parse(DEFAULT_GRID)
-        strategy = self.strategy or ("components" if chooses_components else "race")
+        strategy = self.strategy or ("strengths" if chooses_components else "race")
         return replace(self, strategy=strategy, scorer=scorer, metric=metric)
 
     def choice_settings(self) -> dict[str, Any]:
@@ -186,7 +198,7 @@ class SearchConfig:
         }
         if self.is_of_components:
             # How many questions choose a step depends on the memory.
-            settings["options"] = {"delta": self.delta, "memory": self.memory}
+            settings["options"] = {n: getattr(self, n) for n in ("delta", "memory", "gradient_examples")}
             if self.strategy == "components":
                 settings["options"]["steps"] = self.steps
         elif self.strategy != "exhaustive":
@@ -194,3 +206,10 @@ class SearchConfig:
         if self.strategy == "compose":
             settings["mode"] = self.mode
         return settings
+
+
+def setting_of_another(settings: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return a setting that the chosen strategy does not have, with the strategy that has it."""
+    chosen = settings.get("strategy")
+    others = {name: names for name, names in SETTINGS_OF.items() if chosen in OF_COMPONENTS and name != chosen}
+    return next(((name, strategy) for strategy, names in others.items() for name in names if name in settings), None)

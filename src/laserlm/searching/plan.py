@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import GENERATING
 from laserlm.scoring.tokenize import max_length
 from laserlm.searching.candidates import Candidate, expand
-from laserlm.searching.components import DERIVATIVE_BYTES, MOST_QUESTIONS, PARTS, STEP_COMPONENTS, separate_matrices
+from laserlm.searching.components import DERIVATIVE_BYTES, PARTS, STEP_COMPONENTS, separate_matrices
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
 from laserlm.searching.guard import BATCH, OWN_TEXT, PASSAGE_TOKENS, PASSAGES, has_guard, is_text
@@ -30,6 +31,7 @@ from laserlm.searching.race import rung_sizes
 from laserlm.searching.scorer import EncodedSplit, first_changed_block
 from laserlm.searching.simulation import CostModel, Simulation, simulate
 from laserlm.searching.strategies import screen_size
+from laserlm.searching.strengths import SMALLER
 from laserlm.searching.work import (
     SCREEN_PASSES,
     ContributionTask,
@@ -46,7 +48,9 @@ BASE = Intervention()
 EIGENSOLVER_CUBES = 9
 """Floating-point operations of all eigenvectors of a symmetric matrix, in cubes of its size (Golub and Van Loan,
 Matrix Computations, 4th edition, section 8.3.3)."""
-RUNG, SCREEN, GRADIENT = "rung to example", "screen", "gradient"
+RUNG, SCREEN, GRADIENT, HARM = "rung to example", "screen", "gradient", "harm"
+CORRECTIONS = 3
+"""Measurements of the harm of strengths until it is near the bound, about."""
 GRADIENTS = (SCREEN, GRADIENT)
 NEIGHBOURS = 2
 """Neighbours of the leader in rank that are added to a race after each rung."""
@@ -255,7 +259,7 @@ class _PlanBuilder:
         """Number of questions over which a gradient is taken."""
         if self.config.is_of_components:
             n, choosing = len(self.splits[VALIDATION].split), PARTS if self.config.strategy == "strengths" else PARTS - 1
-            return min(MOST_QUESTIONS, n * choosing // PARTS)
+            return min(self.config.gradient_examples, n * choosing // PARTS)
         return screen_size(len(self.splits[VALIDATION].split), self.config)
 
     def stages(self, workers: int) -> tuple[Stage, ...]:
@@ -288,16 +292,29 @@ class _PlanBuilder:
             tried = [BASE, *_sample_evenly(interventions, number)]
             stages += [self._scores("trial", VALIDATION, [trial], 0, n, workers) for trial in tried]
         stages.append(self._scores("best on test", TEST, _sample_evenly(interventions, 1), 0, on_test, workers))
-        return tuple(stages)
+        return (*stages, *self._harm())
 
     def _steps(self, workers: int) -> list[Stage]:
-        """Return the steps of a choice of components, as many as may be tried, without their passes of the guards."""
+        """Return the steps of a choice of components, as many as may be tried."""
         n, matrices = len(self.splits[VALIDATION].split), list(dict.fromkeys(c.matrix for c in self.candidates))
         scores = self._scores("trial", VALIDATION, [BASE], 0, n, workers)
         gradient = Stage(GRADIENT, tuple(contribution_tasks(VALIDATION, range(self.screen_size), BASE, matrices, workers)))
-        if self.config.strategy == "strengths":  # the looks at the parts, and the choice
-            return [scores, gradient, scores, scores, scores]
+        if self.config.strategy == "strengths":  # the looks at the parts, the choice and the smaller ones
+            return [scores, gradient, *[scores] * (2 + len(SMALLER))]
         return [scores, *[gradient, scores] * self.config.steps]
+
+    def _harm(self) -> list[Stage]:
+        """Return the passes of the passages of a guard, as passes of as many examples as have the same number of tokens."""
+        rows, encoded = self._guard_rows(), self.splits[VALIDATION]
+        tokens = sum(len(s.ids) + len(s.decoder) for s in encoded.sequences) / len(encoded.split)
+        n = math.ceil(sum(len(s.ids) for s in rows) / tokens)
+        measurements = 2  # of the unchanged model and of the choice
+        if self.config.strategy == "strengths":
+            measurements += 1 + CORRECTIONS + len(SMALLER) + 2 * SCREEN_PASSES
+        elif self.config.strategy == "components":
+            measurements += 1 + self.config.steps + SCREEN_PASSES
+        items = tuple(ScoreTask(HARM, k * n, (k + 1) * n, BASE) for k in range(measurements))  # no two are equal
+        return [Stage(HARM, items)] if rows else []
 
     def _scores(
         self, name: str, split: str, interventions: Sequence[Intervention], start: int, stop: int, workers: int

@@ -96,7 +96,7 @@ def expected_cost(session: SearchSession) -> float:
     """Return the work up to the choice as far as it can be foreseen, in passes of one example."""
     config, n = session.config, len(session.on_validation.split)
     if config.is_of_components:
-        return cost_of_step(n) * (min(config.steps, PARTS) if config.strategy == "components" else 1)
+        return cost_of_step(n, config) * (min(config.steps, PARTS) if config.strategy == "components" else 1)
     if config.strategy == "exhaustive":
         return n * (1 + MEAN_SHARE * len(session.candidates))
     cost = float(SCREEN_PASSES * screen_size(n, config)) if config.screens else 0.0

@@ -11,7 +11,7 @@ gradients but through the price. The harm is then measured, and the price correc
 Whether such a choice helps is tested by cross-fitting. For each part of the validation questions the strengths are chosen on
 the other parts, for the same expected harm, and scored on it. The parts are looked at one after the other, each time with all
 scores so far. If they are significantly better at one of these looks, all questions choose the strengths. The scores of the
-questions have no part in the choice of the harm.
+questions have no part in the choice of the harm. Strengths for less harm are scored too, for the list of gain against harm.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ LEAST_PRICE, MOST_PRICE, HALVINGS = 1e-2, 1e8, 16
 """Between what the price of harm is looked for, in nats per nat, and how often the interval is halved."""
 CORRECTIONS, CLOSE, MOST_FACTOR = 8, 0.8, 4.0
 """Measurements of the harm at most, the share of the bound that is near enough, and the largest factor between two of them."""
+SMALLER = (0.25, 0.5)
+"""Shares of the expected harm for which strengths are listed too."""
 BACK = 1.5
 """Power of the ratio of bound to harm by which less is allowed: the harm falls more slowly than what is allowed."""
 NOTE = "strengths"
@@ -63,7 +65,7 @@ def weaken_components(session: SearchSession) -> None:
     """
     ledger = session.on_validation
     n = len(ledger.split)
-    session.begin("strengths", [BASE], n, later=cost_of_step(n) + n)
+    session.begin("strengths", [BASE], n, later=cost_of_step(n, session.config) + n)
     ledger.extend([BASE], n)
     facts = [e.fact or e.id for e in ledger.split]
     parts = parts_of(facts)
@@ -71,22 +73,26 @@ def weaken_components(session: SearchSession) -> None:
     if noted is None:
         noted = [str(i) for i in _choose(session, facts, parts)]
         session.run.note(NOTE, noted)
-    chosen, *cross_fitted = map(Intervention.parse, noted)
+    chosen, *others = map(Intervention.parse, noted)
+    cross_fitted, smaller = others[:PARTS], others[PARTS:]
     if chosen and _helps(session, parts, cross_fitted):
-        session.begin("strengths", [chosen], n)
-        ledger.extend([chosen], n)
-        if not ledger.fails(chosen, n) and session.allows(chosen):
-            session.harm_of(chosen)  # for the list of points, also without a bound
-            session.best = chosen
+        # The chosen ones come last: of equal points the last one is the best.
+        for tried in dict.fromkeys([*filter(None, smaller), chosen]):
+            session.begin("strengths", [tried], n, later=n if tried != chosen else 0)
+            ledger.extend([tried], n)
+            if not ledger.fails(tried, n) and _measured(session, tried) <= session.config.harm_bound:
+                session.best = tried
+                # In the same order in a search that resumes, which measures no correction.
+                session.harms[str(tried)] = session.harms.pop(str(tried))
 
 
 def _choose(session: SearchSession, facts: Sequence[str], parts: Sequence[range]) -> list[Intervention]:
-    """Return the strengths that all questions choose, and for each part what the others choose for the same expected harm."""
+    """Return strengths: what all questions choose, for each part what the others choose, and what all choose for less harm."""
     ledger, pool = session.on_validation, ComponentPool(separate_matrices(session.candidates))
     harm = pool.harm(session)
     passages = [pool.passages(session, guard.choosing) for guard in session.guards]
-    asked = questions_with_room(session.config.memory, len(pool), parts)
-    session.begin("gradient", [BASE], 0, later=cost_of_step(len(facts)))
+    asked = questions_with_room(session.config, len(pool), parts)
+    session.begin("gradient", [BASE], 0, later=cost_of_step(len(facts), session.config))
     session.report_progress(BASE)
     derivatives = derivatives_of(ledger, asked, BASE, pool.matrices, between_choices=session.between_choices)
 
@@ -98,7 +104,7 @@ def _choose(session: SearchSession, facts: Sequence[str], parts: Sequence[range]
     rows = range(len(asked))
     allowed = _allowed(session, lambda allowed: choose(rows, allowed))
     others = [[row for row in rows if asked[row] not in part] for part in parts]
-    return [choose(rows, allowed), *(choose(part, allowed) for part in others)]
+    return [choose(rows, allowed), *(choose(o, allowed) for o in others), *(choose(rows, s * allowed) for s in SMALLER)]
 
 
 def _allowed(session: SearchSession, choose: Callable[[float], Intervention]) -> float:
