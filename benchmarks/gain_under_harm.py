@@ -11,7 +11,7 @@ on other questions, the harm on other own text and on the passages of ``--text``
 - strengths: factors from 0 to 1 for the components of all matrices;
 - random: for each removed component another one of the same matrix with nearly the same singular value;
 - lora: a LoRA of rank 8 on all linear layers, trained on the same questions; the last epoch within the bound;
-- both: the same LoRA, trained on the model without the components;
+- both: the same LoRA, trained on the model without the components, or with the strengths;
 - examples: four of the questions with their answers before each prompt, and no change of the model.
 """
 
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--max-harm", type=float, default=0.05)
     parser.add_argument("--text", help="text that no row chooses on")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of everything random")
-    parser.add_argument("--reduce", default="", help="components that an earlier search chose, for the rows random and both")
+    parser.add_argument("--reduce", default="", help="what an earlier search chose, or its @FILE, for random and both")
     parser.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
     parser.add_argument("--json", type=Path, help="write the results there too")
     options = parser.parse_args()
@@ -178,7 +178,7 @@ def main() -> None:
         {Path(options.text).parent.name or options.text: guards_of(lm, [options.text])[0]} if options.text else {}
     )
     table = Table(lm, task.test, guards)
-    components = Intervention.parse(options.reduce)
+    components = Intervention.read(options.reduce or "")
     for strategy in [row for row in chosen if row in ("race", "compose", "components", "strengths")]:
         start = time.monotonic()
         result = laser.search(
