@@ -10,7 +10,8 @@ on other questions, the harm on other own text and on the passages of ``--text``
 - components: single components of all matrices;
 - strengths: factors from 0 to 1 for the components of all matrices;
 - random: for each removed component another one of the same matrix with nearly the same singular value;
-- lora: a LoRA of rank 8 on all linear layers, trained on the same questions; the last epoch within the bound;
+- lora: a LoRA of rank 8 on all linear layers, trained on the same questions; the last quarter of an epoch within the bound,
+  and the first one beyond it;
 - both: the same LoRA, trained on the model without the components, or with the strengths;
 - examples: four of the questions with their answers before each prompt, and no change of the model.
 """
@@ -36,10 +37,11 @@ from laserlm.scoring.evaluate import evaluate_rows
 from laserlm.scoring.forward import batches, forward_logits, run_rows
 from laserlm.scoring.tokenize import encode
 from laserlm.searching.guard import Guard, Harm, guards_of
+from laserlm.searching.scorer import EncodedSplit
 
 ROWS = ("race", "compose", "components", "strengths", "random", "lora", "both", "examples")
-EPOCHS, RATE, BATCH, RANK = 5, 2e-4, 16, 8
-"""Of the LoRA: epochs at most, step size, questions in a step, rank."""
+EPOCHS, QUARTERS, RATE, BATCH, RANK = 5, 4, 2e-4, 16, 8
+"""Of the LoRA: epochs at most, looks at the harm in each, step size, questions in a step, rank."""
 SHOTS = 4
 NEIGHBOURS = 20
 """Components of nearly the same singular value among which a random one is drawn."""
@@ -57,13 +59,18 @@ class Table:
     def __init__(self, lm: laser.LanguageModel, test: laser.Split, guards: dict[str, Guard]) -> None:
         self.test, self.guards = test, guards
         self.base = laser.evaluate(lm, test)
-        self.on_text = {name: self._score(lm, guard) for name, guard in guards.items()}
+        self.on_text = {name: self._score(lm, guard.measuring) for name, guard in guards.items()}
+        self.on_choosing = self._score(lm, guards["own text"].choosing)
         self.rows: list[dict[str, Any]] = []
         print("| row | accuracy | gain, 95 % interval | corrected / broken | loss | " + " | ".join(guards) + " | s |")
         print("|---|---|---|---|---|" + "---|" * len(guards) + "---|")
 
-    def _score(self, lm: laser.LanguageModel, guard: Guard) -> laser.Evaluation:
-        part = guard.measuring
+    def harm_used(self, lm: laser.LanguageModel) -> float:
+        """Return the harm on own text that a choice may look at, and one standard error more, as a search does."""
+        harm = Harm("own text", "text", laser.compare(self.on_choosing, self._score(lm, self.guards["own text"].choosing)))
+        return harm.change + harm.error
+
+    def _score(self, lm: laser.LanguageModel, part: EncodedSplit) -> laser.Evaluation:
         return evaluate_rows(lm, part.split, part.scorer, part.sequences, lambda: run_rows(lm, part.sequences, 32))
 
     def add(
@@ -73,7 +80,7 @@ class Table:
         edited = laser.evaluate(lm, test or self.test)
         c = laser.compare(self.base, edited if test is None else replace(edited, task=self.base.task))
         harms = {
-            name: Harm(name, "text", laser.compare(self.on_text[name], self._score(lm, guard)))
+            name: Harm(name, "text", laser.compare(self.on_text[name], self._score(lm, guard.measuring)))
             for name, guard in self.guards.items()
         }
         low, high = c.interval
@@ -108,8 +115,8 @@ def random_components(lm: laser.LanguageModel, chosen: Intervention, seed: int) 
     return Intervention(tuple(drawn))
 
 
-def lora_epochs(lm: laser.LanguageModel, split: laser.Split, seed: int) -> Iterator[laser.LanguageModel]:
-    """Train a LoRA on the answers of a split, and yield the model after each epoch."""
+def lora_quarters(lm: laser.LanguageModel, split: laser.Split, seed: int) -> Iterator[tuple[float, laser.LanguageModel]]:
+    """Train a LoRA on the answers of a split, and yield epochs and model after about each quarter of an epoch."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -120,9 +127,11 @@ def lora_epochs(lm: laser.LanguageModel, split: laser.Split, seed: int) -> Itera
     rows = encode(lm, split.examples, "answer")
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     order = random.Random(seed)
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
         order.shuffle(rows)
-        for start in range(0, len(rows), BATCH):
+        starts = range(0, len(rows), BATCH)
+        looks = {starts[len(starts) * quarter // QUARTERS - 1] for quarter in range(1, QUARTERS + 1)}
+        for start in starts:
             part = rows[start : start + BATCH]
             for batch in batches(tuned, part, BATCH):
                 with torch.enable_grad():
@@ -131,18 +140,25 @@ def lora_epochs(lm: laser.LanguageModel, split: laser.Split, seed: int) -> Itera
                     (-(logprobs * torch.tensor(weights)).sum()).backward()
             optimizer.step()
             optimizer.zero_grad()
-        yield tuned
+            if start in looks:
+                yield epoch + (start // BATCH + 1) / len(starts), tuned
 
 
 def add_lora(table: Table, lm: laser.LanguageModel, split: laser.Split, options: argparse.Namespace, name: str) -> None:
-    """Train a LoRA, and add a row for each epoch up to the first one beyond the bound."""
-    bound, start = math.log1p(options.max_harm), time.monotonic()
-    for epoch, tuned in enumerate(lora_epochs(lm, split, options.seed), 1):
-        change = table._score(tuned, table.guards["own text"]).loss - table.on_text["own text"].loss
-        beyond = " (beyond the bound)" if change > bound else ""
-        table.add(f"{name}, {epoch} epochs{beyond}", tuned, time.monotonic() - start)
-        if beyond:
+    """Train a LoRA, and add a row for the last quarter of an epoch within the bound and for the first one beyond it."""
+    bound, start, within = math.log1p(options.max_harm), time.monotonic(), dict[str, torch.Tensor]()
+    done = 0.0
+    for epochs, tuned in lora_quarters(lm, split, options.seed):
+        trained = {n: p for n, p in tuned.model.named_parameters() if p.requires_grad}
+        if table.harm_used(tuned) > bound:
+            table.add(f"{name}, {epochs:.2g} epochs (beyond the bound)", tuned, time.monotonic() - start)
             break
+        done, within = epochs, {n: p.detach().clone() for n, p in trained.items()}
+    if within:
+        with torch.no_grad():
+            for n, p in trained.items():
+                p.copy_(within[n])
+        table.add(f"{name}, {done:.2g} epochs", tuned, time.monotonic() - start)
 
 
 def with_examples(split: laser.Split, from_: laser.Split) -> laser.Split:
