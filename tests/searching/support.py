@@ -32,6 +32,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "race": {"strategy": "race", "grid": "all.all@0.5,0.3", "candidates": 8, "first_rung": 2, "random_candidates": 2},
     # Of seven questions none is accepted at a usual error probability.
     "components": {"strategy": "components", "grid": "all.mlp@0.5", "max_harm": 1.0, "delta": 1.0, "steps": 3},
+    "strengths": {"strategy": "strengths", "grid": "all.mlp@0.5", "max_harm": 1.0, "delta": 1.0},
 }
 """Searches that are made on a cluster and in one process."""
 

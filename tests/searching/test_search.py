@@ -23,6 +23,7 @@ from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.searching import SearchConfig, SearchProgress, SearchResult, expand
 from laserlm.searching import search as search_
+from laserlm.searching.config import OF_COMPONENTS
 from laserlm.searching.guard import guards_of
 from laserlm.searching.screen import OUT_OF_TIME
 from laserlm.store import Store
@@ -168,6 +169,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "components": {
         "strategy": "components", "grid": "0-1.mlp@0.5", "max_harm": 1.0, "delta": 1.0, "steps": 2, "metric": "loss",
     },
+    "strengths": {"strategy": "strengths", "grid": "0-1.mlp@0.5", "max_harm": 1.0, "delta": 1.0, "metric": "loss"},
 }  # fmt: skip
 
 
@@ -191,7 +193,7 @@ def exported(lm: LanguageModel, **options: Any) -> tuple[SearchResult, list[Any]
     return result, [(t["intervention"], t["split"], t["scores"]) for t in trials]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "components")) for n in STRATEGIES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OF_COMPONENTS)) for n in STRATEGIES])
 def test_an_interrupted_search_goes_on_and_scores_nothing_twice(
     name: str, llama: LanguageModel, tmp_path: Path, before_scoring: BeforeScoring
 ) -> None:
@@ -415,14 +417,14 @@ def test_steps_are_reported(llama: LanguageModel, task: Task) -> None:
     assert steps[3].best.intervention == str(result.best)
 
 
-@pytest.mark.parametrize("strategy", ["race", "compose", "exhaustive", "components"])
+@pytest.mark.parametrize("strategy", ["race", "compose", "exhaustive", "components", "strengths"])
 def test_every_stage_is_reported_when_it_begins_and_the_work_ends_with_the_last(
     strategy: str, llama: LanguageModel, task: Task
 ) -> None:
     stages: list[SearchProgress] = []
     steps: list[SearchProgress] = []
     options = {"strategy": strategy, "grid": "all.mlp@0.5,0.1", "metric": "loss"}
-    options |= {} if strategy == "components" else {"first_rung": 2}
+    options |= {} if strategy in OF_COMPONENTS else {"first_rung": 2}
     result = search(llama, task, on_stage=stages.append, on_step=steps.append, **options)
     names = [s.stage for s in stages]
     assert names[:2] == ["guards", "test"]
@@ -513,7 +515,7 @@ def test_one_batch_of_the_test_split_is_scored_before_the_search_and_the_rest_af
     assert set(result.phases) == {"start", "test", "exhaustive", "harm"}
 
 
-@pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose", "components"])
+@pytest.mark.parametrize("strategy", ["race", "exhaustive", "compose", "components", "strengths"])
 def test_without_any_time_the_unchanged_model_is_measured(strategy: str, llama: LanguageModel, task: Task) -> None:
     result = search(llama, task, strategy=strategy, budget=0)
     assert (str(result.best), result.complete, result.scored) == ("", False, 0)
