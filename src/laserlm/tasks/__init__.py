@@ -14,7 +14,7 @@ from laserlm.tasks import harness, perplexity, questions
 from laserlm.tasks.datasets import hotpotqa, humaneval, worldfacts
 from laserlm.tasks.definitions import DEFINITIONS, Definition
 from laserlm.tasks.example import Decoding, Example, Phrasings, Scorer, Split, SplitBy, Task, TaskSource
-from laserlm.tasks.files import Record, kind_of, local_file
+from laserlm.tasks.files import Record, kind_of, local_file, unreadable
 from laserlm.tasks.hub import hub_records, user_records
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,8 @@ def _read_source(name: str, data: str | Path | None, allow_code_execution: bool 
         d = DEFINITIONS[name]
         source = worldfacts.source() if name == "worldfacts" else f"{name}, {d.licence}"
         return TaskSource(name, d.examples(_read_tables(name, d, data)), source, d.scorer, d.split, d.decoding)
+    if name and data is None and (path := Path(name).expanduser()).exists():
+        raise TaskError(f"{unreadable(path)}.")
     with_data = f" with data {str(data)!r}" if data is not None else ""
     raise TaskError(
         f"no task {name!r}{with_data}; there are {', '.join(DEFINITIONS)}, a file of questions such as FILE.csv, hub:ORG/NAME, "

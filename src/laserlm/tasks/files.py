@@ -9,10 +9,13 @@ import hashlib
 import http.client
 import io
 import json
+import re
+import shlex
 import shutil
 import urllib.error
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,18 @@ Record = tuple[str, dict[str, Any]]
 """The origin of a row, for error messages, and the row."""
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """How a text that Excel saves as Unicode begins."""
+NO_TEXTS = {
+    b"PK\x03\x04": "an Excel workbook or a zip archive. Save it as 'CSV UTF-8', or unpack it",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook. Save it as 'CSV UTF-8'",
+    b"PAR1": "a Parquet file. Give it a name that ends in .parquet",
+    b"\x1f\x8b": "packed by gzip. Give it a name that ends in .gz",
+}
+"""How files begin that are no text, what they are, and the next step."""
+DATA_SET_FILES = ("dataset_dict.json", "state.json")
+"""Files that say that the ``datasets`` library saved a folder."""
+DELIMITERS = ",;|\t"
+SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n")
+"""A first line that tells Excel what separates columns."""
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".ndjson")
 
 
@@ -58,6 +73,24 @@ def local_file(data: str | Path, cache: Path | None = None) -> Path:
     return file
 
 
+def unreadable(path: Path) -> str:
+    """Return why a file or a folder that is there holds no questions that can be read, and the next step."""
+    if path.is_dir():
+        if any((path / name).is_file() for name in DATA_SET_FILES):
+            return f"{path} is a data set that the datasets library saved. Give it as hub:{path}"
+        files = sorted(f.name for f in path.iterdir() if kind_of(f))
+        which = f"one of its files, such as {path / files[0]}" if files else "a file"
+        return f"{path} is a folder. Give {which}, or a folder with a data set as hub:{path}"
+    kind = path.suffix.lower()
+    if kind in (".xlsx", ".xls", ".ods"):
+        return f"{path} is a workbook. Save its sheet as 'CSV UTF-8', and give that file"
+    if kind in (".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz"):
+        return f"{path} is packed. Unpack it, and give the file in it"
+    return (
+        f"{path} has none of the endings {', '.join(FORMATS)}. Give JSON lines as jsonl:{path}, and a text as perplexity:{path}"
+    )
+
+
 def kind_of(name: str | Path) -> str:
     """Return the format that a file's name tells, such as ``.csv``, or an empty text."""
     kind = Path(str(name).removesuffix(".gz")).suffix.lower()
@@ -79,12 +112,7 @@ def read_records(file: Path) -> list[Record]:
     if kind in (".jsonl", ".ndjson"):
         return [(f"{file}, line {number}", row) for number, row in json_lines(file)]
     if kind in (".csv", ".tsv"):
-        text = read_text(file)
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text) if kind == ".csv" else "\t")
-        try:
-            return [(f"{file}, record {number}", row) for number, row in enumerate(table, start=1)]
-        except csv.Error as error:
-            raise TaskError(f"{file}, line {table.line_num}: {error}") from None
+        return table_records(file, read_text(file))
     if kind == ".parquet":
         from pyarrow import ArrowException, parquet
 
@@ -96,10 +124,48 @@ def read_records(file: Path) -> list[Record]:
     raise TaskError(f"{file.name} has an unknown format; there are {', '.join(FORMATS)}")
 
 
-def _delimiter(text: str) -> str:
-    """Return what separates the columns of a CSV file. In some languages Excel writes semicolons."""
-    header = text.partition("\n")[0]
-    return ";" if header.count(";") > header.count(",") else ","
+def table_records(file: Path, text: str, *, strict: bool = False) -> list[Record]:
+    """Read the rows of a table that a text is, with the names of columns in its first line.
+
+    Args:
+        file: where it is from, for messages.
+        text: the table.
+        strict: whether a double quote that is not closed, or not doubled, is an error.
+
+    Raises:
+        TaskError: if it is none, or two columns have one name.
+    """
+    named = SEPARATOR_LINE.match(text)
+    text = text[named.end() :] if named else text
+    delimiter = named[1] if named else _delimiter(text, DELIMITERS[::-1] if kind_of(file) == ".tsv" else DELIMITERS)
+    header = _header(text, delimiter)
+    twice = [name for name, count in Counter(name for name in header if name.strip()).items() if count > 1]
+    if twice:
+        raise TaskError(f"{file} has {header.count(twice[0])} columns named {twice[0]!r}. Rename or take out all but one.")
+    spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+    table = csv.DictReader(
+        io.StringIO(text, newline=""), restval="", delimiter=delimiter, skipinitialspace=spaced, strict=strict
+    )
+    try:
+        return [(f"{file}, record {number}", row) for number, row in enumerate(table, start=1)]
+    except csv.Error as error:
+        raise TaskError(
+            f"{file}, line {table.line_num}: {error}. A cell with double quotes has one at its start and at its end, and those "
+            "within it twice."
+        ) from None
+
+
+def _header(text: str, delimiter: str) -> list[str]:
+    """Return the cells of the first line of a table that is not empty."""
+    try:
+        return next(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), [])
+    except csv.Error:
+        return []  # which the reading of all lines reports
+
+
+def _delimiter(text: str, delimiters: str) -> str:
+    """Return what separates the columns of a table: what gives most of them. In some languages Excel writes semicolons."""
+    return max(delimiters, key=lambda delimiter: len(_header(text, delimiter)))
 
 
 def read_text(file: Path) -> str:
@@ -110,9 +176,18 @@ def read_text(file: Path) -> str:
     """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        return content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
+        for start, what in NO_TEXTS.items():
+            if content.startswith(start):
+                raise TaskError(f"{file} is no text: it is {what}.")
+        text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
+        if "\0" in text:
+            raise TaskError(f"{file} holds zero bytes, as UTF-16 without a byte-order mark does. Save it as UTF-8.")
+        return text
     except UnicodeDecodeError as error:
-        raise TaskError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise TaskError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8, in Excel as 'CSV UTF-8', or "
+            f"convert it: iconv -f windows-1252 -t utf-8 {shlex.quote(str(file))}"
+        ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise TaskError(f"{file} cannot be unpacked: {error}. Fetch it again.") from None
 
@@ -124,11 +199,20 @@ def json_document(file: Path) -> Any:
         TaskError: if it is not one; the message names the line.
     """
     try:
-        return json.loads(read_text(file))
+        return json.loads(read_text(file), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise TaskError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets within brackets
         raise TaskError(f"{file}: not valid JSON ({error})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, of which each name must be there once."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the name {name!r} twice")
+    return row
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -141,7 +225,7 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise TaskError(f"{file}, line {number}: not valid JSON ({error.msg})") from None
         except (ValueError, RecursionError) as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from laserlm.errors import TaskError
-from laserlm.tasks.files import Record
+from laserlm.tasks.files import DATA_SET_FILES, Record
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ def hub_records(hub: Hub) -> list[list[Record]]:
     return tables
 
 
+def _first_split(names: Sequence[str]) -> str:
+    return next((name for name in ("test", "validation", "train") if name in names), names[0])
+
+
 def user_records(path: str, *, split: str | None, config: str | None, revision: str | None) -> tuple[str, list[Record]]:
     """Read one split of a user's data set: the named one, or the first of test, validation and train that there is.
 
@@ -59,12 +64,17 @@ def user_records(path: str, *, split: str | None, config: str | None, revision: 
     Raises:
         TaskError: if it cannot be downloaded or read.
     """
-    from datasets import ClassLabel, get_dataset_split_names, load_dataset
+    from datasets import ClassLabel, DatasetDict, get_dataset_split_names, load_dataset, load_from_disk
 
     try:
-        names = [split] if split else get_dataset_split_names(path, config, revision=revision)
-        split = next((name for name in ("test", "validation", "train") if name in names), names[0])
-        rows = load_dataset(path, config, split=split, revision=revision)
+        if any((Path(path).expanduser() / name).is_file() for name in DATA_SET_FILES):
+            saved = load_from_disk(str(Path(path).expanduser()))
+            splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
+            split = split or _first_split(list(splits))
+            rows = splits[split]
+        else:
+            split = split or _first_split(get_dataset_split_names(path, config, revision=revision))
+            rows = load_dataset(path, config, split=split, revision=revision)
     except (OSError, ValueError, LookupError, RuntimeError) as error:
         raise TaskError(
             f"cannot read {path} from the hub: {error}. See --hub-split, --hub-config and --hub-revision (hub=...), or give "

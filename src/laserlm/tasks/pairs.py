@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from laserlm.errors import TaskError
-from laserlm.tasks.conversation import list_of, message_of
+from laserlm.tasks.cells import list_of
+from laserlm.tasks.conversation import message_of
 from laserlm.tasks.example import Example, TaskSource
 from laserlm.tasks.files import Record, field
 from laserlm.tasks.rows import place_in_file, read_rows

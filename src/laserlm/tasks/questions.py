@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
-import string
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from laserlm.errors import TaskError
 from laserlm.tasks import pairs
-from laserlm.tasks.conversation import conversation_of, list_of
+from laserlm.tasks.cells import MISSING, check_text, literal_of, number_as_text, popularity_of, texts_of, unless_nan
+from laserlm.tasks.choices import CHOICE_COLUMN, Choices, Reading, reading_of
+from laserlm.tasks.conversation import conversation_of
 from laserlm.tasks.datasets import counterfact
 from laserlm.tasks.example import Example, TaskSource
-from laserlm.tasks.files import Record, field, json_document, json_lines, kind_of, read_records, read_text
+from laserlm.tasks.files import Record, json_document, json_lines, kind_of, read_records, read_text, table_records
+from laserlm.tasks.files import field as value_at
 from laserlm.tasks.rows import place_in_file, read_rows
 
 MAX_ROWS = 20_000
@@ -29,7 +30,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "instruction", "input", "query", "problem", "text", "sentence", "sentence1", "premise"),
     "answer": (
         *("answer", "answers", "output", "target", "label", "response", "completion", "ground_truth", "solution"),
-        *("answerKey", "expected"),
+        *("answer_key", "expected", "correct_answer", "correct", "correct_option", "correct_choice", "best_answer"),
+        *("gold", "expected_answer", "expected_output", "reference", "answer_idx", "answer_index"),
     ),
     "choices": ("choices", "options"),
     "group": ("group", "category", "relation"),
@@ -42,9 +44,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "subject": ("subject",),
     "popularity": ("popularity",),
 }
-"""What an example needs, and the column names that mean it, the usual one first."""
-CHOICE_COLUMN = re.compile(r"(?:(?:choice|option)[ _]?)?([A-H])|(?:choice|option)[ _]?([1-8a-h])")
-"""One column for each choice, as MMLU's tables have."""
+"""What an example needs, and the column names that mean it, the usual one first; case, spaces, - and _ do not count."""
+TABLES = (".csv", ".tsv")
 RESEMBLANCE = 0.83
 """Smallest ratio of equal letters at which an unknown column is taken for a misspelt one."""
 UNSPACED_SCRIPTS = ("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
@@ -57,10 +58,10 @@ def read_file(file: Path) -> list[Record]:
         TaskError: if it cannot be read, or holds no rows.
     """
     kind = kind_of(file) or ".jsonl"
-    if kind in (".csv", ".tsv"):
-        records = _without_empty_cells(read_records(file))
+    if kind in TABLES:
+        records = _full_rows(table_records(file, read_text(file), strict=True))
     elif kind == ".parquet":
-        records = [(origin, {name: _unless_nan(value) for name, value in row.items()}) for origin, row in read_records(file)]
+        records = [(origin, {name: unless_nan(value) for name, value in row.items()}) for origin, row in read_records(file)]
     else:  # by content, because arrays and lines are often named alike
         start = read_text(file).lstrip()[:1]
         if start == "[" or (kind == ".json" and not _is_lines(file)):
@@ -93,17 +94,20 @@ def _rows(file: Path, document: Any) -> list[Any]:
             document = lists[0]
         elif columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
             document = [{name: column[i] for name, column in document.items()} for i in columns[0]]
+        elif len(lists) > 1:
+            names = ", ".join(repr(name) for name, value in document.items() if value in lists)
+            raise TaskError(f"{file} holds several lists of records: {names}. Write one of them to a file of its own.")
     if not isinstance(document, list):
         raise TaskError(f"{file} holds no list of records. Write a list of objects with 'prompt' and 'answer'.")
     return document
 
 
-def _without_empty_cells(records: list[Record]) -> list[Record]:
-    """Return the rows of a table without the cells that are empty."""
+def _full_rows(records: list[Record]) -> list[Record]:
+    """Return the rows of a table without those of which all cells are empty."""
     for origin, row in records:
         if None in row:
             raise TaskError(f"{origin}: more cells than the header has columns. Put texts with commas in double quotes.")
-    return [(origin, {name: value for name, value in row.items() if value not in ("", None)}) for origin, row in records]
+    return [(origin, row) for origin, row in records if any(value.strip() for value in row.values())]
 
 
 def source_of(
@@ -137,7 +141,7 @@ def source_of(
         return replace(pairs_source, notes=(*notes, *pairs_source.notes))
     reader = _Reader.of(records, file, columns)
     found = reader.examples(records)
-    notes.append(reader.note())
+    notes += [reader.note(), *reader.remarks()]
     return TaskSource(
         name,
         found,
@@ -158,13 +162,19 @@ def examples(file: Path) -> list[Example]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Makes examples of rows: ``columns`` says where each field is, ``choice_columns`` hold one choice each."""
+    """Makes examples of rows: ``columns`` says where each field is, ``choice_columns`` hold one choice each.
+
+    ``reading`` is what answers mean where there are choices. ``seen`` counts what a user should know of the values.
+    """
 
     file: str
     columns: Mapping[str, str]
     choice_columns: tuple[str, ...]
     more_text: str
     left_aside: tuple[str, ...]
+    reading: Reading = "text"
+    reading_note: str = ""
+    seen: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, records: Sequence[Record], file: str, named: Mapping[str, str]) -> _Reader:
@@ -197,8 +207,13 @@ class _Reader:
                 raise TaskError(
                     f"{file} has no column of {what}; it has {', '.join(present) or 'none'}. Name one with --{kind}-column "
                     f"(columns={{{kind!r}: ...}}), or call it {' or '.join(map(repr, COLUMNS[kind][:4]))}"
+                    + (" in the first line" if kind_of(file) in TABLES else "")
                 )
-        return cls(file, columns, choices, more, left)
+        reader = cls(file, columns, choices, more, left)
+        rows = [(row.get(reader.name_of("answer")), reader.choices(row)) for _, row in records if isinstance(row, dict)]
+        with_choices = [(answer, choices) for answer, choices in rows if choices is not None]
+        reading, note = reading_of(with_choices) if with_choices else ("text", "")
+        return replace(reader, reading=reading, reading_note=note)
 
     def note(self) -> str:
         """Return which columns are read, in one sentence, unless all of them have the names of the fields."""
@@ -209,6 +224,11 @@ class _Reader:
         left = f"; not used: {', '.join(map(repr, self.left_aside))}" if self.left_aside else ""
         more = f" and {self.more_text!r}" if self.more_text else ""
         return f"{self.file}: " + ", ".join(r + more if r.startswith("prompt ") else r for r in renamed) + left
+
+    def remarks(self) -> list[str]:
+        """Return how values were read that could be read otherwise, one sentence each."""
+        counted = [f"{what} (rows: {count:,})" for what, count in self.seen.items()]
+        return [f"{self.file}: {remark}" for remark in (self.reading_note, *counted) if remark]
 
     def examples(self, records: Sequence[Record]) -> list[Example]:
         """Return the examples of all rows.
@@ -231,21 +251,17 @@ class _Reader:
         """Return the example of one row."""
         if not isinstance(row, dict):
             raise TaskError(f"{origin}: an object is needed, got {row!r:.60}")
+        empty = (None, "") if kind_of(self.file) in TABLES else (None,)
         values = {kind: row[name] for kind, name in self.columns.items() if name in row}
-        values = {k: v for k, v in values.items() if v is not None or k in ("prompt", "answer")}
-        if self.choice_columns:
-            values["choices"] = [_number_as_text(row[name]) for name in self.choice_columns if row.get(name) is not None]
-        messages = conversation_of(values, origin)
+        values = {k: v for k, v in values.items() if v not in empty or k in ("prompt", "answer")}
+        messages = self._conversation(values, origin)
         if self.more_text and row.get(self.more_text):
             values["prompt"] = f"{values['prompt']}\n\n{row[self.more_text]}"
-        _unpack_answers(values)
-        choices = self._choices(values, origin)
-        answer = field(self._named(values, "answer"), self.columns.get("answer", "answer"), str, origin)
-        answer = _choice_of(answer, choices)
-        if "choices" in values and (answer not in choices or len(choices) < 2):
-            raise TaskError(f"{origin}: 'choices' must hold the answer {answer!r} and one more at least, got {choices!r:.80}")
+        self._unpack_answers(values)
+        choices, answer = self._chosen(row, values, origin)
         joint = values.get("joint")
-        prompt = field(self._named(values, "prompt"), self.columns.get("prompt", "prompt"), str, origin)
+        prompt = value_at(self._named(values, "prompt", origin), self.name_of("prompt"), str, origin)
+        self._remark(answer, prompt, bool(choices))
         if joint is None:
             joint = "" if _is_unspaced(prompt.rstrip()[-1]) else " "
         if not isinstance(joint, str):
@@ -257,42 +273,84 @@ class _Reader:
             choices=choices,
             group=str(values.get("group", "")),
             fact=str(values.get("fact", "")),
-            popularity=_popularity(values.get("popularity"), origin),
-            aliases=_texts(values, "aliases", origin),
+            popularity=popularity_of(values.get("popularity"), origin),
+            aliases=texts_of(values, "aliases", origin),
             joint=joint,
             subject=str(values.get("subject", "")),
             messages=messages,
-            text_pair=field(self._named(values, "text_pair"), pair, str, origin) if (pair := self._pair(values)) else "",
+            text_pair=value_at(self._named(values, "text_pair", origin), self.name_of("text_pair"), str, origin)
+            if "text_pair" in values
+            else "",
         )
 
-    def _pair(self, values: Mapping[str, Any]) -> str:
-        """Return the name of the column of second texts, or an empty text if the row has none."""
-        return self.columns["text_pair"] if "text_pair" in values else ""
+    def choices(self, row: Mapping[str, Any]) -> Choices | None:
+        """Return the choices of a row, or None if it has none."""
+        if self.choice_columns:
+            return Choices.of_columns(row, self.choice_columns)
+        value = row.get(self.columns["choices"]) if "choices" in self.columns else None
+        if value is None or (value == "" and kind_of(self.file) in TABLES):
+            return None
+        return Choices.of_value(value, is_table=kind_of(self.file) in (*TABLES, ".parquet"))
 
-    def _named(self, values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    def _chosen(self, row: Mapping[str, Any], values: Mapping[str, Any], origin: str) -> tuple[tuple[str, ...], str]:
+        """Return the choices of a row, and its answer, which is one of them if there are any."""
+        answer: str = value_at(self._named(values, "answer", origin), self.name_of("answer"), str, origin)
+        found = self.choices(row)
+        if found is None:
+            return (), answer
+        texts = texts_of({"choices": found.texts}, "choices", origin, different=True)
+        meant = found.meant(answer, self.reading)
+        if meant is None or len(texts) < 2:
+            raise TaskError(
+                f"{origin}: 'choices' must hold the answer {answer!r} and one more at least, got {texts!r:.80}"
+                + (f"; in this file {self.reading_note}" if self.reading != "text" else "")
+            )
+        return texts, meant
+
+    def _conversation(self, values: dict[str, Any], origin: str) -> tuple[tuple[str, str], ...]:
+        """Return the conversation of a row, and count what follows its answer."""
+        messages, unread = conversation_of(values, origin)
+        if unread:
+            self.seen["conversations go on after the last message of the assistant; what follows it is not read"] += 1
+        return messages
+
+    def name_of(self, kind: str) -> str:
+        """Return the name of a column by what it holds."""
+        return self.columns.get(kind, kind)
+
+    def _named(self, values: Mapping[str, Any], kind: str, origin: str) -> dict[str, Any]:
         """Return a value under the name of its column, for messages."""
-        return {self.columns.get(kind, kind): _number_as_text(values[kind])} if kind in values else {}
+        if kind not in values:
+            return {}
+        value, name = values[kind], self.name_of(kind)
+        check_text(value, name, origin)
+        if isinstance(value, float) and value.is_integer():
+            self.seen[f"numbers in {name!r} are written without '.0'"] += 1
+        return {name: number_as_text(value)}
 
-    def _choices(self, values: dict[str, Any], origin: str) -> tuple[str, ...]:
-        """Return the choices, which a table holds as text."""
-        choices = values.get("choices")
-        if isinstance(choices, str):
-            choices = list_of(choices)
-        if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # as ARC's
-            labels = [str(label) for label in choices.get("label", ())]
-            if (answer := str(values.get("answer"))) in labels:
-                values["answer"] = choices["text"][labels.index(answer)]
-            choices = choices["text"]
-        if isinstance(choices, list):
-            choices = [_number_as_text(c) if self.file_is_table else c for c in choices]
-        if choices is not None:
-            values["choices"] = choices
-        return _texts(values, "choices", origin, different=True)
+    def _unpack_answers(self, values: dict[str, Any]) -> None:
+        """Put the first of several right answers in the place of the answer, and the others among the aliases."""
+        answer = values.get("answer")
+        if isinstance(answer, str) and kind_of(self.file) in TABLES:
+            listed = literal_of(answer)
+            answer = listed if isinstance(listed, list) and all(isinstance(a, str) for a in listed) else answer
+        if isinstance(answer, dict):  # as SQuAD's and TriviaQA's
+            answer = answer.get("text") or [answer.get("value"), *answer.get("aliases", ())]
+        if isinstance(answer, list):
+            answer = [number_as_text(a) for a in answer]
+        if not (isinstance(answer, list) and answer and all(isinstance(a, str) for a in answer)):
+            return
+        values["answer"], *others = dict.fromkeys(answer)
+        if others and "aliases" not in values:
+            values["aliases"] = others
+        elif others:
+            self.seen["lists of answers are read up to their first text, because there are aliases"] += 1
+        self.seen["answers are lists: the first text is the answer, the others are aliases"] += 1
 
-    @property
-    def file_is_table(self) -> bool:
-        """Whether numbers are taken as texts, as in a table."""
-        return kind_of(self.file) in (".csv", ".tsv", ".parquet")
+    def _remark(self, answer: str, prompt: str, has_choices: bool) -> None:
+        """Count values that look like something else."""
+        if MISSING.fullmatch(prompt.strip()) or (not has_choices and MISSING.fullmatch(answer.strip())):
+            self.seen["cells such as 'NaN' or 'None' are read as texts; leave a cell empty where a value is missing"] += 1
 
     def _asked(self, examples: list[Example]) -> list[Example]:
         """Return the examples, with a conversation for each if they are questions, not texts to be continued."""
@@ -308,61 +366,14 @@ def _ask(e: Example) -> Example:
 
 
 def _column(usual: Sequence[str], present: Mapping[str, Any], taken: set[str]) -> str | None:
-    """Return the first of the usual names that a column has, in any case of its letters."""
-    by_lower = {name.lower().strip(): name for name in reversed(list(present)) if name not in taken}
-    return next((by_lower[name.lower()] for name in usual if name.lower() in by_lower), None)
+    """Return the first of the usual names that a column has."""
+    by_name = {_plain(name): name for name in reversed(list(present)) if name not in taken}
+    return next((by_name[_plain(name)] for name in usual if _plain(name) in by_name), None)
 
 
-def _unless_nan(value: Any) -> Any:
-    """Return a value, or None for the NaN that pandas writes for a missing one."""
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _number_as_text(value: Any) -> Any:
-    """Return a number as text, and any other value as it is."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value
-    return str(int(value)) if float(value).is_integer() else str(value)
-
-
-def _unpack_answers(values: dict[str, Any]) -> None:
-    """Put the first of several right answers in the place of the answer, and the others among the aliases."""
-    answer = values.get("answer")
-    if isinstance(answer, dict):  # as SQuAD's and TriviaQA's
-        answer = answer.get("text") or [answer.get("value"), *answer.get("aliases", ())]
-    if isinstance(answer, list) and answer and all(isinstance(a, str) for a in answer):
-        values["answer"], *others = dict.fromkeys(answer)
-        values.setdefault("aliases", others or None)
-        if values["aliases"] is None:
-            del values["aliases"]
-
-
-def _choice_of(answer: str, choices: tuple[str, ...]) -> str:
-    """Return the choice that an answer means: itself, or the one at its number (from 0) or letter."""
-    if not choices or answer in choices:
-        return answer
-    at = string.ascii_uppercase.find(answer) if len(answer) == 1 and answer.isalpha() else -1
-    at = int(answer) if answer.isdecimal() else at
-    return choices[at] if 0 <= at < len(choices) else answer
-
-
-def _popularity(value: Any, origin: str) -> float | None:
-    if isinstance(value, str):
-        with suppress(ValueError):
-            value = float(value) if math.isfinite(float(value)) else value
-    if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
-        raise TaskError(f"{origin}: the field 'popularity' must be a finite number, got {value!r:.60}")
-    return None if value is None else float(value)
-
-
-def _texts(values: Mapping[str, Any], name: str, origin: str, *, different: bool = False) -> tuple[str, ...]:
-    if isinstance(values.get(name), str) and name == "aliases":
-        values = {name: list_of(values[name])}
-        values = values if isinstance(values[name], list) else {name: [values[name]]}
-    texts = tuple(field(values, name, list, origin)) if name in values else ()
-    if not all(isinstance(t, str) and t.strip() for t in texts) or (different and len(set(texts)) != len(texts)):
-        raise TaskError(f"{origin}: the field '{name}' must be a list of {'different ' * different}texts, got {texts!r:.80}")
-    return texts
+def _plain(name: str) -> str:
+    """Return the name of a column in small letters, without what separates its words."""
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def _is_unspaced(character: str) -> bool:
