@@ -48,6 +48,15 @@ def test_the_verdict_on_loss_follows_its_interval() -> None:
     assert result_of(NO_CHANGE, Interval(-math.inf, math.inf)).verdict()[1:] == []
 
 
+@pytest.mark.parametrize("strategy", ["components", "strengths", "race"])
+def test_a_choice_that_what_the_model_writes_refuses_says_so(strategy: Any) -> None:
+    refused = replace(result_of(NO_CHANGE), best=Intervention(), strategy=strategy, finalists={"": 0.45, "1.fc_in@0.5": 0.4})
+    assert refused.verdict() == [
+        "What the model writes decides: 40.0% of the validation questions are answered right under the best of 1 by the loss, "
+        "and 45.0% by the unchanged model."
+    ]
+
+
 def test_a_result_that_names_no_facts_is_read() -> None:
     """As written by version 0.1.0."""
     result = result_of(Interval(0.01, 0.2))

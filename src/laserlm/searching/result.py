@@ -312,6 +312,11 @@ class SearchResult:
         if self.scored and self.scored == len(self.failed.keys() - {""}):
             reason = next(iter(self.failed.values()))
             return f"No candidate could be compared: all {self.scored} that were tried failed, such as with {reason}"
+        if refused := [accuracy for text, accuracy in self.finalists.items() if text]:
+            return (
+                f"What the model writes decides: {max(refused):.1%} of the validation questions are answered right under the "
+                f"best of {len(refused)} by the loss, and {self.finalists.get('', 0):.1%} by the unchanged model."
+            )
         if self.strategy in OF_COMPONENTS:
             bound = f"{math.expm1(self.harm_bound):.2g}"
             if self.strategy == "strengths":
