@@ -19,6 +19,7 @@ from sqlalchemy import create_engine, event, select, text
 
 from laserlm.errors import MissingExtraError, StoreError
 from laserlm.store import Store, database
+from laserlm.store.database import SCHEMA
 from laserlm.store.schema import Base, RunRow
 
 
@@ -36,6 +37,7 @@ def test_the_migrations_make_the_tables_of_the_models(store, store_url):
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"include_object": same})
         assert compare_metadata(context, Base.metadata) == []
+        assert context.get_current_revision() == SCHEMA
     engine.dispose()
 
 

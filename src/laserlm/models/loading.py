@@ -18,6 +18,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from transformers.utils.quantization_config import GgufConfig
 
 from laserlm.errors import ModelError, WeightError
+from laserlm.garbage import no_collection
 from laserlm.models import bundled, gguf
 from laserlm.models.adapter import base_of, has_adapter, is_beside_a_model, model_alone, with_adapter
 from laserlm.models.finite import describe, is_finite, not_finite
@@ -37,6 +38,7 @@ COMPUTED = re.compile(r"(inv_freq|position_ids|\battn(ention)?\.(masked_)?bias)$
 """Names of tensors that old checkpoints store and that transformers computes."""
 
 
+@no_collection()
 def load(
     name: str | Path,
     *,
@@ -318,18 +320,18 @@ def _check_finite(name: str, model: Any, source: str | Path) -> None:
     counts = not_finite(model)
     if not counts:
         return
-    found, dtype = f"{name!r} has weights that are not finite: {describe(counts)}", str(model.dtype).removeprefix("torch.")
+    fault, dtype = f"{name!r} has weights that are not finite: {describe(counts)}", str(model.dtype).removeprefix("torch.")
     files = tensor_files(_stored_folder(model, source))
     stored = [stored for stored, (read_as, _) in parameter_names(model, files).items() if read_as in counts]
     if stored and all(is_finite(read_tensor(files[tensor], tensor)) for tensor in stored):
-        raise WeightError(f"{found}. The file holds larger values than {dtype} does; load it with --dtype float32 (dtype=...)")
+        raise WeightError(f"{fault}. The file holds larger values than {dtype} does; load it with --dtype float32 (dtype=...)")
     if (Path(source) / gguf.RECORD).is_file():
         step = f"Its converted copy in {source} is damaged; remove it with 'laser clear-cache', and run the command again"
     elif stored or model.dtype == torch.float32:
         step = "The checkpoint is damaged; copy or download it again, or give another one"
     else:
         step = f"The checkpoint is damaged or overflows {dtype}; load it with --dtype float32, or copy it again"
-    raise WeightError(f"{found}. {step}")
+    raise WeightError(f"{fault}. {step}")
 
 
 def _first_names(names: Iterable[str]) -> str:

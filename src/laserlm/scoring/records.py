@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from scipy import stats
-
 from laserlm.errors import ScoringError
 from laserlm.reductions import short_form
-from laserlm.scoring.statistics import Interval, clustering_of, wilson
+from laserlm.scoring.statistics import Interval, clustering_of, dense_ranks, spearman, wilson
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ class Evaluation:
         )
         if len({*cosines}) < 2 or len({*scores}) < 2:
             return None
-        return float(stats.spearmanr(cosines, scores).statistic)
+        return spearman(dense_ranks(cosines), dense_ranks(scores))
 
     @cached_property
     def majority_rate(self) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special  # not scipy.stats, whose import takes long
 
 from laserlm.errors import ScoringError
 
@@ -35,7 +35,7 @@ class Clustering(NamedTuple):
 
     def quantile(self, confidence: float) -> float:
         """Return Student's two-sided quantile; infinite for a single fact."""
-        return float(stats.t.ppf(0.5 + confidence / 2, self.df)) if self.df > 0 else math.inf
+        return float(special.stdtrit(self.df, 0.5 + confidence / 2)) if self.df > 0 else math.inf
 
 
 def clustering_of(values: ArrayLike, facts: Sequence[Hashable]) -> Clustering | None:
@@ -100,7 +100,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95, *, clustering: Clus
 def mcnemar(corrected: int, broken: int) -> float:
     """Return the exact two-sided McNemar p-value: a fair coin over the ``corrected + broken`` discordant pairs."""
     n = corrected + broken
-    return 1.0 if n == 0 else float(stats.binomtest(corrected, n).pvalue)
+    return min(1.0, 2 * float(special.bdtr(min(corrected, broken), n, 0.5)))
 
 
 def sign_flip_test(differences: Sequence[int], facts: Sequence[Hashable], *, one_sided: bool = False) -> float:
@@ -120,11 +120,19 @@ def sign_flip_test(differences: Sequence[int], facts: Sequence[Hashable], *, one
     distribution = np.ones(1)  # of the sum over the facts so far, from its lowest value on in steps of 2
     for size, count in sizes.items():
         of_size = np.zeros(size * count + 1)
-        of_size[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        of_size[::size] = _fair_coin(count)
         distribution = np.convolve(distribution, of_size)
     reached = 2 * np.arange(len(distribution)) - (len(distribution) - 1)
     extreme = reached >= total if one_sided else np.abs(reached) >= abs(total)
     return 1.0 if extreme.all() else min(1.0, float(distribution[extreme].sum()))
+
+
+def _fair_coin(n: int) -> NDArray[np.float64]:
+    """Return the probabilities (n + 1,) of 0 to n heads in n throws."""
+    heads = np.arange(n + 1)
+    logs = special.gammaln(n + 1) - special.gammaln(heads + 1) - special.gammaln(n - heads + 1) - n * math.log(2)
+    probabilities: NDArray[np.float64] = np.exp(logs)
+    return probabilities
 
 
 def paired_difference(
@@ -177,7 +185,7 @@ def paired_mean(differences: Sequence[float], confidence: float = 0.95, *, facts
     mean, error, df = _mean_and_error(differences, facts)
     if df <= 0:
         return Interval(-math.inf, math.inf)
-    half = float(stats.t.ppf(0.5 + confidence / 2, df)) * error if error else 0.0
+    half = float(special.stdtrit(df, 0.5 + confidence / 2)) * error if error else 0.0
     return Interval(mean - half, mean + half)
 
 
@@ -186,7 +194,7 @@ def mean_test(differences: Sequence[float], facts: Sequence[Hashable]) -> float:
     mean, error, df = _mean_and_error(differences, facts)
     if df <= 0:
         return 1.0
-    return float(stats.t.sf(mean / error, df)) if error else float(mean <= 0)
+    return float(special.stdtr(df, -mean / error)) if error else float(mean <= 0)
 
 
 def _mean_and_error(differences: Sequence[float], facts: Sequence[Hashable] | None) -> tuple[float, float, float]:
@@ -205,7 +213,7 @@ def _mean_and_error(differences: Sequence[float], facts: Sequence[Hashable] | No
 def _effective(confidence: float, clustering: Clustering | None, *counts: int) -> tuple[float, ...]:
     """Return the quantile of a score interval, and the numbers of independent questions that say as much as these."""
     if clustering is None:
-        return (float(stats.norm.ppf(0.5 + confidence / 2)), *counts)
+        return (float(special.ndtri(0.5 + confidence / 2)), *counts)
     return (clustering.quantile(confidence), *(count / clustering.design_effect for count in counts))
 
 

@@ -13,11 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import URL, BigInteger, Connection, Engine, create_engine, event, func, literal, make_url, select
+from sqlalchemy import URL, BigInteger, Connection, Engine, create_engine, event, func, inspect, literal, make_url, select, text
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -27,6 +23,8 @@ from laserlm.errors import LaserError, MissingExtraError, StoreError
 from laserlm.paths import network_disk, similar_paths
 
 log = logging.getLogger(__name__)
+SCHEMA = "0003"
+"""The newest of ``migrations``. A database with this schema is opened without Alembic, whose import takes time."""
 LOCK_TIMEOUT_SECONDS = 30
 DRIVERS = {
     "sqlite": "sqlite",
@@ -133,21 +131,24 @@ class Database:
             raise StoreError(f"could not {action} the results database {self.name}: {reason}; {hint}") from error
 
     def _migrate(self) -> None:
-        config = Config()
-        config.set_main_option("script_location", "laserlm.store:migrations")
-        script = ScriptDirectory.from_config(config)
         with self._store_errors("open"):
             with self._reader.begin() as connection:
-                if _revisions(connection) == set(script.get_heads()):
+                if _schemas(connection) == {SCHEMA}:
                     return
+            from alembic import command
+            from alembic.config import Config
+            from alembic.script import ScriptDirectory
+
+            config = Config()
+            config.set_main_option("script_location", "laserlm.store:migrations")
+            known = {revision.revision for revision in ScriptDirectory.from_config(config).walk_revisions()}
             # A second process waits here for the lock and then has nothing left to upgrade.
             with self._writer.begin() as connection:
                 lock(connection, "schema")
-                known = {revision.revision for revision in script.walk_revisions()}
-                if unknown := _revisions(connection) - known:
+                if unknown := _schemas(connection) - known:
                     raise StoreError(
                         f"the results database {self.name} has schema {', '.join(sorted(unknown))}, this laserlm knows "
-                        f"schemas up to {script.get_current_head()}; upgrade laserlm or give another file with --store"
+                        f"schemas up to {SCHEMA}; upgrade laserlm or give another file with --store"
                     )
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
@@ -164,8 +165,11 @@ def lock(connection: Connection, name: str, *, shared: bool = False) -> None:
         connection.execute(select(acquire(literal(number, BigInteger))))
 
 
-def _revisions(connection: Connection) -> set[str]:
-    return set(MigrationContext.configure(connection).get_current_heads())
+def _schemas(connection: Connection) -> set[str]:
+    """Return the schema that a database has, as Alembic notes it; a new database has none."""
+    if not inspect(connection).has_table("alembic_version"):
+        return set()
+    return set(connection.scalars(text("SELECT version_num FROM alembic_version")))
 
 
 def _parse(where: str | Path, *, create: bool) -> URL:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from laserlm.errors import AnalysisError
 from laserlm.scoring.statistics import Interval
@@ -98,7 +98,7 @@ def _ahead(own: Any, rest: Any, names: Any, top: int) -> list[Term]:
     rows = []
     for i in order[:top]:
         # A word of one weight in all texts of the group and in none of the others has no error.
-        half = float(stats.t.ppf(0.975, freedom[i]) * error[i]) if error[i] > 0 else 0.0
+        half = float(special.stdtrit(freedom[i], 0.975) * error[i]) if error[i] > 0 else 0.0
         low, high = float(difference[i]) - half, float(difference[i]) + half
         if not low > 0:
             break

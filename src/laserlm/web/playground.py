@@ -18,6 +18,7 @@ from laserlm.errors import ReportError, ScoringError
 from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
 from laserlm.reductions import Intervention
+from laserlm.scoring.conversation import Conversation
 from laserlm.scoring.generation import generate, generate_for
 from laserlm.scoring.output_layer import float32_output_layer
 from laserlm.tasks import Decoding, Example
@@ -117,10 +118,11 @@ class Playground:
         replies = []
         with self._lock:
             for text, turns in zip(("", _canonical(intervention)), conversations, strict=True):
-                example = Example("chat", turns[-1][1], "", messages=turns, needs_template=True)
-                with _threads(self.lm, example.prompt), applied(self.lm, text):
-                    replies += generate_for(self.lm, [example], Decoding(new_tokens=tokens))[0]
-        return [reply.strip() for reply in replies]
+                conversation, question = Conversation(self.lm, text, max_new_tokens=tokens), turns[-1][1]
+                conversation.messages += turns[:-1]
+                with _threads(self.lm, question):
+                    replies.append(conversation.reply(question))
+        return replies
 
 
 def _canonical(intervention: str) -> str:
