@@ -40,5 +40,5 @@ def test_what_a_search_finds_is_saved_and_computes_the_same_in_transformers(
     written = model(input_ids=ids).logits
     torch.testing.assert_close(written, expected)
     assert not torch.allclose(written, unchanged, atol=1e-3)
-    assert json.loads((out / "laser.json").read_text())["found"]["test"]["n"] == values["test"]["n"]
+    assert json.loads((out / "laser.json").read_text())["result"]["test"]["n"] == values["test"]["n"]
     shutil.rmtree(out)  # half a gigabyte

@@ -85,15 +85,17 @@ def test_what_a_search_found_is_saved_with_its_gain_and_scored_again(
     best = json.loads(printed)["best"]
     code, _, _ = run("save", folder, "--run", "last", "--store", store, "--out", tmp_path / "out")
     assert code == 0
-    record = json.loads((tmp_path / "out" / "laser.json").read_text())
+    record = json.loads((file := tmp_path / "out" / "laser.json").read_text())
     assert record["intervention"] == best
-    assert record["found"]["test"]["n"] == 16
+    assert record["result"]["test"]["n"] == 16
     assert "of 6 candidates by loss" in (tmp_path / "out" / "README.md").read_text()
     code, printed, err = run("reproduce", tmp_path / "out", *task)
     assert code == 0, err
     assert "recorded:" in printed
     assert "again:" in printed
     questions.write_text(questions.read_text().replace("Rome", "Oslo"))
+    record["found"] = record.pop("result")  # as laserlm 0.1.0 wrote it
+    file.write_text(json.dumps(record))
     code, printed, err = run("reproduce", tmp_path / "out", *task)
     assert code == 0
     assert "not the examples" in err

@@ -112,7 +112,7 @@ def test_what_follows_a_search_of_an_update_names_the_adapter(tmp_path: Path) ->
     with pytest.raises(ExportError, match=f"load that model with --adapter {folder}"):
         save(load(base), result, tmp_path / "out")
     record = save(lm, result, tmp_path / "out").record
-    assert record["found"]["settings"]["adapter"] == folder.name
+    assert record["result"]["settings"]["adapter"] == folder.name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -277,4 +277,4 @@ def test_a_search_that_tries_components_is_saved_with_its_gain(llama: LanguageMo
     result = replace(result, best=Intervention.parse("1.fc_in@drop0-1"))
     saved = save(llama, result, tmp_path / "out", form="adapter")
     assert saved.record["intervention"] == "1.fc_in@drop0-1"
-    assert saved.record["found"]["test"]["n"] == 16
+    assert saved.record["result"]["test"]["n"] == 16

@@ -186,7 +186,7 @@ def test_only_fields_that_hold_paths_lose_their_folders(
     card, record = ((saved.folder / name).read_text() for name in ("README.md", "laser.json"))
     assert str(tmp_path) not in card + record
     assert "on perplexity:guard.txt (" in card
-    kept = json.loads(record)["found"]
+    kept = json.loads(record)["result"]
     assert kept["harms"][0]["guard"] == "perplexity:guard.txt"
     assert [guard["name"] for guard in kept["settings"]["guards"]] == ["perplexity:guard.txt", f"{'a' * 300}/b"]
     assert kept["settings"]["chat"] == {"system": "/no_think"}

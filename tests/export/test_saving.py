@@ -133,8 +133,8 @@ def test_what_a_search_found_is_saved_with_its_gain(llama: LanguageModel, tmp_pa
         save(llama, replace(result, best=Intervention()), tmp_path / "none")
     result = replace(result, best=Intervention.parse("1.fc_in@0.1:reference"), settings=result.settings | {"seed": 3})
     saved = save(llama, result, tmp_path / "out")
-    assert saved.record["found"]["test"]["n"] == 16
-    assert saved.record["found"]["settings"]["test"] == task.test.hash
+    assert saved.record["result"]["test"]["n"] == 16
+    assert saved.record["result"]["settings"]["test"] == task.test.hash
     card = (saved.folder / "README.md").read_text()
     assert saved.record["decomposition"]["seed"] == 3  # the weights that were measured
     with applied(llama, "1.fc_in@0.1:reference", seed=3):

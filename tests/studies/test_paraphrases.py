@@ -68,7 +68,7 @@ def test_what_was_right_and_is_lost_worked_out_by_hand() -> None:
     assert (result.comparison.corrected, result.comparison.broken, result.comparison.n) == (2, 1, 11)
     assert (result.examples.share_lost.value, result.examples.only_grows) == (0.2, False)
     assert result.examples.share_lost.interval == wilson(1, 5)
-    assert result.whole == Growth(kept=0, gained=1, lost=1)
+    assert result.complete_facts == Growth(kept=0, gained=1, lost=1)
     assert [(t.phrasings, t.counts) for t in result.tables] == [
         (2, ((0, 1, 0), (0, 0, 0), (0, 0, 0))),  # Norway
         (3, ((1, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0))),  # Peru; France; Italy

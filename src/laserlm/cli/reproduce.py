@@ -61,15 +61,16 @@ def reproduce(
     with progress_bar("rebuilding", unit="matrices"):
         lm = load_options.load_named(name, adapter)
         reproduction = reproduce(folder, lm, calibration=calibration)
-    is_tested = record.get("found") and record["found"]["best"] == record["intervention"]  # another point was not
-    test = _test_again(lm, record, task, data_options) if score and is_tested else None
+    result = record.get("result", record.get("found")) or {}  # its name in records of laserlm 0.1.0
+    is_tested = result.get("best") == record["intervention"]  # another point was not
+    test = _test_again(lm, result, record["decomposition"]["seed"], task, data_options) if score and is_tested else None
     if json:
         print_json(asdict(reproduction) | {"agrees": reproduction.agrees, "test": None if test is None else test.as_dict()})
     else:
         print(f"{folder}: {reproduction}")
     agrees = reproduction.agrees
     if test is not None:
-        recorded = record["found"]["test"]
+        recorded = result["test"]
         if not json:
             line = "{base:.1%} -> {best:.1%}, {corrected} corrected, {broken} broken, loss {base_loss:.3f} -> {best_loss:.3f}"
             print(f"recorded: {line.format(**recorded)}")
@@ -81,13 +82,14 @@ def reproduce(
         )
 
 
-def _test_again(lm: LanguageModel, record: dict[str, Any], task: str | None, data_options: DataOptions) -> Comparison | None:
+def _test_again(
+    lm: LanguageModel, result: dict[str, Any], seed: int, task: str | None, data_options: DataOptions
+) -> Comparison | None:
     """Score the test split of a recorded search again, or print why this is not possible and return None."""
     from laserlm.edit import applied
     from laserlm.errors import TaskError
     from laserlm.scoring.evaluate import compare, evaluate
 
-    result = record["found"]
     settings = result["settings"]
     try:
         split = data_options.load_task(task or settings["task"]).test.limit(result["test"]["n"])
@@ -102,7 +104,7 @@ def _test_again(lm: LanguageModel, record: dict[str, Any], task: str | None, dat
         return None
     evaluations = []
     for intervention in ("", result["best"]):
-        with applied(lm, intervention, seed=record["decomposition"]["seed"]):
+        with applied(lm, intervention, seed=seed):
             evaluations.append(evaluate(lm, split, scorer=settings["scorer"], batch_size=data_options.batch_size))
     return compare(*evaluations)
 

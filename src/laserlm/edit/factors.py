@@ -205,8 +205,8 @@ def difference_factors(lm: LanguageModel, edit: Edit, cache: DecompositionCache,
     """
     if edit.reduction.method == "reference":
         weight = as_float_matrix(read_matrix(lm.model, edit.matrix))
-        whole = decompose(truncation(lm, edit, cache, seed) - weight)
-        return [(whole.left, whole.right)]
+        difference = decompose(truncation(lm, edit, cache, seed) - weight)
+        return [(difference.left, difference.right)]
     lost = [edit.changed_factors(d) for d in _decompositions(lm, edit, cache)]
     return [(-left, right) for left, right in lost]
 

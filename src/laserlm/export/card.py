@@ -60,7 +60,7 @@ def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
         f"| parameters | {record['parameters']['saved']:,} of {record['parameters']['base']:,} ({share:.1%}) |",
         f"| weights | {record['weight_bytes'] / 2**20:.1f} MiB, {record['dtype']['saved']} |",
         "",
-        *_evidence(record.get("found"), _point(record), _harms(record)),
+        *_evidence(record.get("result"), _point(record), _harms(record)),
         "## How it was made",
         "",
         "```sh",
@@ -214,10 +214,10 @@ def unclear_gain(result: dict[str, Any]) -> str:
         low, high = test["loss_interval"] or (-math.inf, math.inf)
         if high < 0:
             return ""
-        found = (
+        change = (
             "rises" if low > 0 else f"may be unchanged: the interval of its change, {low:+.3f} to {high:+.3f}, includes zero"
         )
-        return f"The loss on held-out text {found}."
+        return f"The loss on held-out text {change}."
     low, high = test["interval"]
     if low > 0:
         return ""
@@ -227,11 +227,11 @@ def unclear_gain(result: dict[str, Any]) -> str:
 
 def _point(record: dict[str, Any]) -> dict[str, Any] | None:
     """Return the point that was saved in place of the best of its search."""
-    points = record["found"].get("points", ()) if record.get("found") else ()
+    points = record["result"].get("points", ()) if record.get("result") else ()
     chosen = record.get("intervention")
-    return next((p for p in points if p["intervention"] == chosen != record["found"]["best"]), None)
+    return next((p for p in points if p["intervention"] == chosen != record["result"]["best"]), None)
 
 
 def _harms(record: dict[str, Any]) -> list[Harm]:
     """Return what the saved model costs on the guards of its search."""
-    return [Harm.from_dict(values) for values in (_point(record) or record.get("found") or {}).get("harms", ())]
+    return [Harm.from_dict(values) for values in (_point(record) or record.get("result") or {}).get("harms", ())]

@@ -29,7 +29,7 @@ def metadata(record: dict[str, Any], folder: str) -> ModelCardData:
     elif record["form"] == "gguf":
         tags, library = [*tags, "gguf"], "gguf"
     results = _results(record)
-    result = record.get("found")
+    result = record.get("result")
     dataset = None if result is None else _dataset(result["settings"].get("task", ""))
     return ModelCardData(
         base_model=base["hub"],
@@ -47,7 +47,7 @@ def metadata(record: dict[str, Any], folder: str) -> ModelCardData:
 
 def result_on_test(record: dict[str, Any]) -> dict[str, Any] | None:
     """Return the result of the search whose choice was saved. Points of its Pareto list have no test."""
-    result = record.get("found")
+    result = record.get("result")
     return result if result is not None and record.get("intervention") == result["best"] else None
 
 

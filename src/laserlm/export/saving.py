@@ -97,7 +97,7 @@ def save(
         "intervention": str(intervention),
         "decomposition": {"algorithm": ALGORITHM, "seed": seed},
         "command": command_of(lm, "save", arguments, out, options),
-        "found": None if result is None else result.as_dict(),
+        "result": None if result is None else result.as_dict(),
     }
     if form == "adapter":
         adapter_dtype = None if dtype is None else dtype_named(dtype)

@@ -66,8 +66,8 @@ def local_paths(folder: Path) -> dict[str, str]:
     """Return the absolute paths of the base model and the calibration text of a saved folder, as far as they still exist."""
     try:
         paths = json.loads((folder / LOCAL).read_text(encoding="utf-8"))
-        found = {name: Path(path).expanduser().absolute() for name, path in paths.items() if isinstance(path, str)}
-        return {name: str(path) for name, path in found.items() if path.exists()}
+        absolute = {name: Path(path).expanduser().absolute() for name, path in paths.items() if isinstance(path, str)}
+        return {name: str(path) for name, path in absolute.items() if path.exists()}
     except (OSError, ValueError, AttributeError, RuntimeError):  # RuntimeError: there is no home folder for a ~
         return {}
 

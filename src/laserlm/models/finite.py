@@ -30,8 +30,8 @@ def is_finite(tensor: Tensor) -> bool:
 @torch.no_grad()
 def not_finite(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Return the parameters with values that are not finite: the number of NaNs, of infinite values and of all values."""
-    found = {name: p for name, p in model.named_parameters() if not is_finite(p)}
-    return {name: (int(p.isnan().sum()), int(p.isinf().sum()), p.numel()) for name, p in found.items()}
+    bad = {name: p for name, p in model.named_parameters() if not is_finite(p)}
+    return {name: (int(p.isnan().sum()), int(p.isinf().sum()), p.numel()) for name, p in bad.items()}
 
 
 def describe(counts: Mapping[str, tuple[int, int, int]]) -> str:

@@ -119,11 +119,11 @@ def parameter_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, t
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     prefix, state = model.base_model_prefix, model.state_dict()
-    found = {}
+    read_as = {}
     for name in sorted(names, key=dot_natural_key):  # the order in which transformers renames them
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], prefix, state)
         if renamed in state:
-            found[name] = renamed, pattern is not None
-    return found
+            read_as[name] = renamed, pattern is not None
+    return read_as

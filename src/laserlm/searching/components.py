@@ -353,16 +353,16 @@ def derivatives_of(
         squared=squared,
         between_choices=between_choices,
     )
-    found: dict[str, Tensor] = {}
+    by_matrix: dict[str, Tensor] = {}
     for task, result in ledger.executor.run(tasks, deadline=ledger.deadline, is_cancelled=lambda _: False):
         if isinstance(result, Failure):
             raise ScoringError(f"the gradient over {ledger.split.task} could not be taken: {result.reason}")
-        found |= result
+        by_matrix |= result
         ledger.cost += task.cost
     rows = 1 if squared else len(examples)
     derivatives = torch.empty(rows, sum(m.max_rank for m in matrices))
     for m, columns in zip(matrices, derivatives.split([m.max_rank for m in matrices], 1), strict=True):
-        of_matrix = found.pop(m.id, None)  # which frees it
+        of_matrix = by_matrix.pop(m.id, None)  # which frees it
         if of_matrix is None:  # no example uses it
             columns.zero_()
         else:

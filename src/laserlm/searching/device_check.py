@@ -224,10 +224,10 @@ def _copy(lm: LanguageModel, device: torch.device | str, dtype: torch.dtype) -> 
 def _choice_logprobs(lm: LanguageModel) -> list[list[float]]:
     """Return the log-probability of each choice of each example, in nats."""
     rows = encode(lm, EXAMPLES, "choice")
-    found: list[list[float]] = [[] for _ in EXAMPLES]
+    logprobs: list[list[float]] = [[] for _ in EXAMPLES]
     for row, scores in zip(rows, run_rows(lm, rows, len(rows)), strict=True):
-        found[row.example] += scores.choice_logprobs or [sum(scores.logprobs)]
-    return found
+        logprobs[row.example] += scores.choice_logprobs or [sum(scores.logprobs)]
+    return logprobs
 
 
 def _check_scores(name: str, lm: LanguageModel, exact: LanguageModel, tolerance: Tolerance) -> DeviceCheck:

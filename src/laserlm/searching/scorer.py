@@ -250,7 +250,7 @@ class PrefixScorer:
                 cache.move_to(*check.block_order[first_changed_block(intervention, self.lm.matrices, check.block_order)])
             self.peak_bytes = max(self.peak_bytes, self._held_bytes)
             self._free_down_to(self._memory, cache)
-        if not cache.is_enabled:  # the check has found that this model cannot be cut
+        if not cache.is_enabled:  # the check says that this model cannot be cut
             self._caches = {part: cache}
         with applied(self.lm, intervention, cache=self.decompositions, seed=self._seed):
             evaluation = evaluate_rows(self.lm, examples, encoded.scorer, sequences, cache.run, self.batch_size)

@@ -75,7 +75,7 @@ class Files:
             if _format(file) == ".jsonl":
                 yield from (partial(_record, file, n, line) for n, line in enumerate(_lines(file), start=1) if line.strip())
             elif self.one_document:
-                yield partial(_whole, file)
+                yield partial(_document, file)
             else:
                 yield from _paragraphs(file)
 
@@ -200,7 +200,7 @@ def _paragraphs(file: Path) -> Iterator[Callable[[], str]]:
         yield partial(_decoded, b"".join(paragraph), f"{file}, its end")
 
 
-def _whole(file: Path) -> str:
+def _document(file: Path) -> str:
     return _decoded(b"".join(_lines(file)), str(file))
 
 

@@ -60,7 +60,7 @@ def curves(series: Mapping[str, Sequence[tuple[Any, Estimate]]], title: str, x: 
         series: by name, what is on the x axis and the estimate at it.
         title: of the figure.
         x: what is on its axis.
-        y: likewise.
+        y: what is on the other axis.
     """
     figure = go.Figure()
     for name, points in series.items():

@@ -108,7 +108,7 @@ class Paraphrases:
         consistency: mean over facts of the share of pairs of phrasings with the same answer, right or wrong. Case is
             ignored.
         examples: growth of the right phrasings.
-        whole: growth of the facts with all phrasings right.
+        complete_facts: growth of the facts with all phrasings right.
         tables: facts by the number of phrasings right, a table for each number of phrasings.
     """
 
@@ -119,7 +119,7 @@ class Paraphrases:
     any_right: Paired
     consistency: Paired
     examples: Growth
-    whole: Growth
+    complete_facts: Growth = field(metadata={"json": "whole"})
     tables: tuple[Table, ...]
 
 
@@ -151,18 +151,18 @@ def paraphrases(base: Evaluation, edited: Evaluation, examples: Sequence[Example
             "worldfacts or counterfact, with --phrasings all, or give the rows of a jsonl file a 'fact' that they share"
         )
     right = [[[pair[side].correct for pair in pairs] for pairs in facts] for side in (0, 1)]
-    whole = [[all(of) for of in side] for side in right]
+    complete = [[all(of) for of in side] for side in right]
     agreement = [[_agreement([pair[side] for pair in pairs]) for pairs in facts] for side in (0, 1)]
     used = [pair for pairs in facts for pair in pairs]
     return Paraphrases(
         facts=len(facts),
         single=len(of_fact) - len(facts),
         comparison=compare(*(replace(x, scores=tuple(s[i] for s in used)) for i, x in enumerate((base, edited)))),
-        all_right=Paired.share(*whole),
+        all_right=Paired.share(*complete),
         any_right=Paired.share(*([any(of) for of in side] for side in right)),
         consistency=Paired.mean(*agreement),
         examples=Growth.of(*([pair[side].correct for pair in used] for side in (0, 1))),
-        whole=Growth.of(*whole),
+        complete_facts=Growth.of(*complete),
         tables=_tables([(len(b), sum(b), sum(a)) for b, a in zip(*right, strict=True)]),
     )
 

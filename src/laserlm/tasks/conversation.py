@@ -17,16 +17,16 @@ def conversation_of(values: dict[str, Any], origin: str) -> tuple[tuple[tuple[st
 
     Its texts, and an answer that it ends in, are put among the values.
     """
-    given = values.get("messages", values.get("prompt"))
-    if isinstance(given, str) and "messages" in values:
-        given = list_of(given)
-    if not isinstance(given, list):
+    turns = values.get("messages", values.get("prompt"))
+    if isinstance(turns, str) and "messages" in values:
+        turns = list_of(turns)
+    if not isinstance(turns, list):
         if "messages" in values:
             raise TaskError(f"{origin}: the field 'messages' must be a list of objects with 'role' and 'content'")
         return (), 0
-    if not (given and all(isinstance(m, dict) for m in given)):
+    if not (turns and all(isinstance(m, dict) for m in turns)):
         return (), 0  # the prompt is reported as no text
-    messages = [message_of(m, origin) for m in given]
+    messages = [message_of(m, origin) for m in turns]
     if isinstance(values.get("answer"), list) and values["answer"] and isinstance(values["answer"][-1], dict):
         values["answer"] = message_of(values["answer"][-1], origin)[1]
     unread = 0

@@ -128,9 +128,9 @@ def source_of(
     """
     first = records[0][1]
     if not columns and isinstance(first, dict) and counterfact.is_record(first):
-        found = counterfact.examples(records)
+        examples = counterfact.examples(records)
         note = f"{file} has a schema of CounterFact: read as the task counterfact, scored by next_token"
-        return TaskSource(name, found, f"questions of {Path(file).name}", "next_token", "paper", notes=(note,))
+        return TaskSource(name, examples, f"questions of {Path(file).name}", "next_token", "paper", notes=(note,))
     notes: list[str] = []
     if len(records) > max_rows:
         notes.append(
@@ -140,13 +140,13 @@ def source_of(
     if not columns and (pairs_source := pairs.source_of(records, name, file)) is not None:
         return replace(pairs_source, notes=(*notes, *pairs_source.notes))
     reader = _Reader.of(records, file, columns)
-    found = reader.examples(records)
+    examples = reader.examples(records)
     notes += [reader.note(), *reader.remarks()]
     return TaskSource(
         name,
-        found,
+        examples,
         f"questions of {Path(file).name}",
-        "choice" if found[0].choices else "answer",
+        "choice" if examples[0].choices else "answer",
         notes=tuple(filter(None, notes)),
     )
 

@@ -126,7 +126,7 @@ def _page(store: Store, info: RunInfo, result: SearchResult) -> str:
     return page(
         "report",
         info=info,
-        found=result,
+        result=result,
         best=best,
         of_text=of_text,
         by=f" by {info.settings['scorer']}" if info.settings.get("scorer") in GENERATING else "",

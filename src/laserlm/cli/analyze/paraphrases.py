@@ -58,7 +58,7 @@ def _growth(result: Paraphrases) -> list[dict[str, Any]]:
     return [
         {"of": name, "kept": of.kept, "gained": of.gained, "lost": of.lost, "share lost": of.share_lost}
         | {"only grows": "yes" if of.only_grows else "no"}
-        for name, of in (("phrasings", result.examples), ("facts with all right", result.whole))
+        for name, of in (("phrasings", result.examples), ("facts with all right", result.complete_facts))
     ]
 
 

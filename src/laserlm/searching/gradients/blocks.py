@@ -18,7 +18,7 @@ from laserlm.scoring.forward import Batch
 
 @dataclass
 class BlockCall:
-    """One call of a block: what it was given, and a leaf in place of what it gave out."""
+    """One call of a block: its arguments, and a leaf in place of each output."""
 
     block: nn.Module
     args: tuple[Any, ...]
@@ -42,7 +42,7 @@ def cut_between_blocks(lm: LanguageModel) -> Iterator[list[BlockCall]]:
     def around(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():
-                # Copies, for some blocks add to what they are given in place.
+                # Copies, for some blocks add to their arguments in place.
                 output = forward(*mapped(copied, args), **mapped(copied, kwargs))
             calls.append(BlockCall(block, args, kwargs, mapped(leaf_of, output)))
             return calls[-1].output
@@ -57,7 +57,7 @@ def cut_between_blocks(lm: LanguageModel) -> Iterator[list[BlockCall]]:
 def replaced_forwards(
     lm: LanguageModel, around: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Replace the ``forward`` of every block by what is made of it."""
+    """Replace the ``forward`` of every block by what ``around`` returns for it."""
     with ExitStack() as stack:
         for block in {id(b): b for _, _, blocks in find_stacks(lm.model) for b in blocks}.values():
             stack.callback(put_back, block, block.__dict__.get("forward"))
@@ -74,10 +74,10 @@ def put_back(module: nn.Module, forward: Any) -> None:
 
 
 def backward(one: BatchPass, index: int) -> None:
-    """Run a block again with its graph and pass the gradient on to what made its inputs."""
+    """Run a block again with its graph and pass the gradient on through its inputs."""
     call = one.calls[index]
     gradients = [x.grad for x in floats(call.output)]
-    given = {id(x): x for x in floats((call.args, call.kwargs))}
+    inputs = {id(x): x for x in floats((call.args, call.kwargs))}
     leaves = leaves_for(call.args, call.kwargs)
     args, kwargs = mapped(lambda x: leaves.get(id(x), x), (call.args, call.kwargs))
     with torch.enable_grad():
@@ -85,7 +85,7 @@ def backward(one: BatchPass, index: int) -> None:
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
         torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
     padding = padding_of(one.batch)
-    for key, x in given.items():
+    for key, x in inputs.items():
         gradient = leaves[key].grad
         if gradient is not None and x.requires_grad:
             torch.autograd.backward([x], [without_padding(gradient, padding)], retain_graph=True)
@@ -93,12 +93,12 @@ def backward(one: BatchPass, index: int) -> None:
 
 
 def leaves_for(args: Any, kwargs: Any, *, all_with_gradient: bool = False) -> dict[int, Tensor]:
-    """Return a leaf in place of each tensor that is given, by the tensor's id.
+    """Return a leaf in place of each tensor among the arguments, by the tensor's id.
 
     What goes in comes first; into the first block it comes without a graph, but the block's own gradients need one.
     """
-    given = [*floats((args, kwargs))]
-    return {id(x): x.detach().requires_grad_(all_with_gradient or x.requires_grad or x is given[0]) for x in given}
+    inputs = [*floats((args, kwargs))]
+    return {id(x): x.detach().requires_grad_(all_with_gradient or x.requires_grad or x is inputs[0]) for x in inputs}
 
 
 def id_lengths(batch: Batch) -> list[int]:
@@ -157,4 +157,4 @@ def leaf_of(x: Tensor) -> Tensor:
 
 def shifted(x: Tensor) -> Tensor:
     """Return a copy of what takes a gradient, and other tensors as they are."""
-    return x.clone() if x.requires_grad else x  # a block may add in place to what it is given, but not to a leaf
+    return x.clone() if x.requires_grad else x  # a block may add in place to its arguments, but not to a leaf

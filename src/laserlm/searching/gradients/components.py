@@ -79,13 +79,13 @@ class ComponentGradients:
         self._deadline = deadline
         self._free = free
         self._sites = find_sites(lm, matrices)
-        found = Inspection.of(lm, rows, self._sites)
-        self._sites = without_uncalled(self._sites, found.called)
+        inspection = Inspection.of(lm, rows, self._sites)
+        self._sites = without_uncalled(self._sites, inspection.called)
         self._in_block = {id(b): sites_within(b, self._sites) for _, _, blocks in find_stacks(lm.model) for b in blocks}
         inside = {id(site.module) for sites in self._in_block.values() for site in sites}
-        self.needs_whole_graph = not found.can_be_cut or any(id(site.module) not in inside for site in self._sites)
-        self._token_bytes = found.graph_bytes if self.needs_whole_graph else found.boundary_bytes
-        is_batched = found.is_separable and all(site.kind != "other" for site in self._sites)
+        self.needs_whole_graph = not inspection.can_be_cut or any(id(site.module) not in inside for site in self._sites)
+        self._token_bytes = inspection.graph_bytes if self.needs_whole_graph else inspection.boundary_bytes
+        is_batched = inspection.is_separable and all(site.kind != "other" for site in self._sites)
         self.batch_size = batch_size if is_batched else 1
 
     @property

@@ -85,7 +85,7 @@ class Inspection:
         with _inputs_of(sites) as inputs:
             with _recorded(lm) as calls, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
                 logits = forward_logits(lm, alone, scored_only=bool(lm.reads_positions))
-            of_one = {key: list(given) for key, given in inputs.items()}
+            of_one = {key: list(tensors) for key, tensors in inputs.items()}
             inputs.clear()
             for batch in together if len(together) == 1 else ():
                 with torch.no_grad():
@@ -138,8 +138,8 @@ def _is_cut(calls: Sequence[_RecordedCall], loss: Sequence[Tensor]) -> bool:
     if any(_reached(call.outputs) - {id(leaf) for leaf in call.leaves} for call in calls):
         return False
     inside = {id(leaf) for call in calls for leaf in call.leaves}
-    given = [x for call in calls for x in floats((call.args, call.kwargs))]
-    return not _reached([*loss, *given]) & inside
+    arguments = [x for call in calls for x in floats((call.args, call.kwargs))]
+    return not _reached([*loss, *arguments]) & inside
 
 
 @torch.no_grad()
