@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hostile_programs import FORGED_TESTS, READ_TESTS, forging, reading
 
 from laserlm.errors import ScoringError
 from laserlm.scoring import sandbox
-from laserlm.scoring.sandbox import Program, bubblewrap, confinement, run_program, run_programs
+from laserlm.scoring.sandbox import Program, bubblewrap, confinement, run_programs
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="programs are run where a process can be limited")
 
@@ -30,6 +31,10 @@ HOSTILE_FORGING, HOSTILE_READING = list(forging()), list(reading("/etc/passwd", 
 def program(source: str, tests: str = "assert one() == 1") -> Program:
     """Return a program that does something, and then defines a function that is right."""
     return Program(source + ONE, "one", "", tests)
+
+
+def run_program(one: Program, **limits: Any) -> str:
+    return run_programs([one], **limits)[0]
 
 
 def fails(source: str, seconds: int = 10, memory: int = 2**30) -> str:

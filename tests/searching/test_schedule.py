@@ -214,15 +214,19 @@ def test_whatever_happens_every_piece_is_answered_once(seed: int) -> None:
     units: dict[int, list[Any]] = {i: [] for i in range(schedule.workers)}
     answered: list[Any] = []
     gave_up: list[Any] = []
+    busy: set[int] = set()
     numbers = iter(range(100, 10**6))
     now = 0.0
     while schedule.open:
         now += 0.3
         worker = draw.choice(list(units))
-        if schedule.idle(worker):
+        if worker not in busy:
             units[worker] = list(schedule.take(worker, now))
+            if units[worker]:
+                busy.add(worker)
         elif not units[worker]:
             schedule.finish(worker)
+            busy.remove(worker)
         elif units[worker][0] in poison or draw.random() < 0.1:
             result = schedule.lose(worker)
             if result is not None:

@@ -16,7 +16,6 @@ from laserlm.searching.result import Point
 from laserlm.store import Store
 from laserlm.studies.side_effects import divergence
 from laserlm.tasks import Example, Task
-from laserlm.web.pages import script_json
 from laserlm.web.report import write_report
 
 Make = Callable[..., LanguageModel]
@@ -220,12 +219,3 @@ def test_what_cannot_be_reported_is_an_error(llama: LanguageModel, tmp_path: Pat
         with pytest.raises(ReportError, match="older laserlm"):
             write_report(store, run.id, tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
-
-
-def test_json_in_a_script_cannot_end_it() -> None:
-    value = {"a": "</script><!--", "b": ["\u2028", "&", 1.5, None]}
-    text = str(script_json(value))
-    assert not set("<>&\u2028") & set(text)
-    assert json.loads(text) == value
-    with pytest.raises(ValueError, match="JSON"):
-        script_json(float("nan"))

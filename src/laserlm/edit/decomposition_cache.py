@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
-from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +27,7 @@ GIB = 2.0**30
 FREE = GIB
 """Bytes of the disk that the cache leaves free, for the results database that is often on the same disk."""
 HEADER = 1024
-"""Bytes of a file, at most, beside those of its tensor."""
+"""Bytes of a file, at most, in addition to those of its tensor."""
 
 
 class DecompositionCache:
@@ -60,7 +59,6 @@ class DecompositionCache:
         self._files: dict[str, Path] = {}  # of bases that were read or written before, by the quick hash of the weight
         self._room = 0.0  # bytes that may be written before the folder is looked at again
         self._is_announced = False
-        CACHES.add(self)
 
     def get(self, weight: Tensor) -> Decomposition:
         """Return the decomposition of a matrix (m, n), on its device.
@@ -82,8 +80,8 @@ class DecompositionCache:
         Args:
             weight: (m, n).
             rank: as for ``reference_decomposition``.
-            niter: likewise.
-            seed: likewise.
+            niter: as for ``reference_decomposition``.
+            seed: as for ``reference_decomposition``.
 
         Raises:
             WeightError: if the matrix holds NaN or inf.
@@ -164,15 +162,6 @@ class DecompositionCache:
                 self._is_announced = True
         # Other processes may write there too, so the folder is looked at again before long.
         self._room = min(limit - used, GIB)
-
-
-CACHES: WeakSet[DecompositionCache] = WeakSet()
-"""All caches of this process, for when memory runs out."""
-
-
-def free_decompositions() -> bool:
-    """Drop all decompositions that are in memory, and return whether there were any."""
-    return sum(cache.clear() for cache in list(CACHES)) > 0
 
 
 def content_key(weight: Tensor) -> str:

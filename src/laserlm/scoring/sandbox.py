@@ -69,11 +69,6 @@ class Confinement:
         return bool(self.command)
 
 
-def run_program(program: Program, *, seconds: int = 10, memory: int = 2**30, allow_weak: bool = False) -> str:
-    """Run the tests of one program. See ``run_programs``."""
-    return run_programs([program], seconds=seconds, memory=memory, allow_weak=allow_weak)[0]
-
-
 def run_programs(programs: Sequence[Program], *, seconds: int = 10, memory: int = 2**30, allow_weak: bool = False) -> list[str]:
     """Run the tests of programs in parallel. Return for each why they fail, or an empty text if they pass.
 

@@ -80,10 +80,6 @@ class Schedule:
                 self._wait(item)
         return here
 
-    def idle(self, worker: Hashable) -> bool:
-        """Return whether a worker has nothing to do."""
-        return worker not in self._units
-
     def suspected(self, item: WorkItem) -> bool:
         """Return whether a worker may have ended at this item."""
         return self._ends[item] > 0

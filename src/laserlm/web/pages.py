@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from typing import Any
 
@@ -42,14 +41,6 @@ def plot(figure: Any, name: str) -> Markup:
 def plot_library() -> Markup:
     """Return the script of plotly. A page needs it once, before its figures."""
     return Markup(f"<script>{get_plotlyjs()}</script>")
-
-
-def script_json(value: Any) -> Markup:
-    """Return a value as JSON for a script element. No character in it can end the element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
 
 
 @lru_cache(maxsize=1)
