@@ -231,7 +231,7 @@ def test_a_task_guards_with_its_validation_and_its_test_split(
     llama: LanguageModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (guard,) = guards_of(llama, [task])
-    assert (guard.name, guard.kind) == ("made", "questions")
+    assert (guard.name, guard.kind) == ("example", "questions")
     for part, split in ((guard.choosing, task.validation), (guard.measuring, task.test)):
         assert part.split == split
         assert part.scorer == split.scorer
@@ -241,7 +241,7 @@ def test_a_task_guards_with_its_validation_and_its_test_split(
     assert (len(fewer.choosing.split), len(fewer.measuring.split)) == (5, 5)
     assert fewer.identity != guard.identity
     result = measure_harm(llama, guard, "all.mlp@0.1")
-    assert f"on made, accuracy {result.comparison.base:.1%}" in str(result)
+    assert f"on example, accuracy {result.comparison.base:.1%}" in str(result)
     assert result.as_dict()["divergence"] is None
     lines = [json.dumps({"prompt": e.prompt, "answer": e.answer}) for e in task.every]
     file = tmp_path / "questions.jsonl"

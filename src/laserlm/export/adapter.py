@@ -26,7 +26,8 @@ from laserlm.edit.apply import Edit, default_cache, resolve
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.edit.factors import StoredMatrix, difference_factors
 from laserlm.errors import ExportError
-from laserlm.export.load_in_subprocess import compute_in_float32, fingerprint
+from laserlm.export.load_in_subprocess import compute_in_float32
+from laserlm.export.record import recorded_outputs
 from laserlm.linalg.precision import full_precision
 from laserlm.models.adapter import has_adapter
 from laserlm.models.language_model import LanguageModel
@@ -35,13 +36,8 @@ from laserlm.models.matrices import Matrix, view
 from laserlm.reductions import Intervention
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TASK_TYPES = {
-    "causal": "CAUSAL_LM",
-    "encoder-decoder": "SEQ_2_SEQ_LM",
-    "classifier": "SEQ_CLS",
-    "reward": "SEQ_CLS",
-    "embedding": "FEATURE_EXTRACTION",
-}
+TASK_TYPES = {"causal": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "embedding": "FEATURE_EXTRACTION"}
+"""Task types of peft. With that of a classifier, peft asks the adapter for weights of the head, which no reduction changes."""
 MAX_NAMED = 4
 """Number of matrices that an error names."""
 
@@ -185,7 +181,7 @@ class Adapter:
             changed = model.from_pretrained(None, config=lm.model.config, state_dict=state, dtype=lm.dtype)
         compute_in_float32(changed)
         self.add_to(changed)
-        return fingerprint(changed.eval())
+        return recorded_outputs(changed.eval())
 
     def read(self, folder: Path) -> Adapter:
         """Return this adapter with the factors that a folder holds.

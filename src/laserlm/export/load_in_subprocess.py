@@ -30,7 +30,14 @@ def fingerprint(model: Any) -> list[list[float]] | None:
         return None
     ids = torch.tensor([[(7919 * i + 13) % model.config.get_text_config().vocab_size for i in range(N_TOKENS)]])
     ids = ids.to(model.device)
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, : N_TOKENS // 2]} if model.config.is_encoder_decoder else {})
+    inputs = {"input_ids": ids}
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        if model.config.is_encoder_decoder:  # it looks for the token that ends the text, once
+            end = model.config.eos_token_id
+            ids[ids == end] = 0 if end else 1
+            ids[0, -1] = end
+    elif model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, : N_TOKENS // 2]
     with torch.no_grad():
         out = model(**inputs)
     values = next(value for name, value in out.items() if name != "loss" and isinstance(value, torch.Tensor))
@@ -105,7 +112,8 @@ def main() -> None:
     if "fingerprint_dtype" in record:  # laserlm 0.1.0 recorded outputs in the dtype of the model in memory
         compute_in_float32(model)
     report = {name: sorted(map(str, info[name])) for name in REPORTS}
-    print(json.dumps({"fingerprint": fingerprint(model.eval()), "imported": "laserlm" in sys.modules, **report}))
+    outputs = None if record["fingerprint"] is None else fingerprint(model.eval())
+    print(json.dumps({"fingerprint": outputs, "imported": "laserlm" in sys.modules, **report}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -13,10 +14,14 @@ from huggingface_hub import metadata_load
 from yaml import YAMLError
 
 from laserlm.errors import ExportError
+from laserlm.export.load_in_subprocess import fingerprint
 from laserlm.models.adapter import LOCAL, local_paths
 from laserlm.models.bundled import HUB_ID
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.source import source_folder
+from laserlm.out_of_memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 RECORD = "laser.json"
 CARD = "README.md"
@@ -26,6 +31,21 @@ PATH_FIELDS = {"name", "adapter", "task", "guard"}
 """Fields of the record that may be paths: of the base model, the adapter, the calibration text, the task and the guards."""
 PATH_PREFIX = re.compile(r"(?:perplexity|jsonl|hub|lm-eval):")
 """What may precede a path in the name of a task or guard."""
+
+
+def recorded_outputs(model: Any) -> list[list[float]] | None:
+    """Return the outputs that a record keeps; None, with a warning, where the model computes none from tokens alone."""
+    try:
+        return fingerprint(model)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:  # a model may want any other input
+        if is_out_of_memory(error):
+            raise
+        log.warning(
+            "%s computes nothing from tokens alone (%s), so no outputs are recorded, and 'laser load-check' compares tensors "
+            "and files alone",
+            *(type(model).__name__, str(error).strip().partition("\n")[0]),
+        )
+        return None
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from laserlm.edit.factors import StoredMatrix
 from laserlm.errors import ExportError
-from laserlm.export.load_in_subprocess import REPORTS, compute_in_float32, fingerprint
+from laserlm.export.load_in_subprocess import REPORTS, compute_in_float32
+from laserlm.export.record import recorded_outputs
 from laserlm.export.source import Source
 from laserlm.export.source_check import differences
 from laserlm.export.transformers_4 import adapt_tokenizer, config_for_transformers_4
@@ -45,7 +46,7 @@ def write_model(lm: LanguageModel, folder: Path, dtype: torch.dtype, shard_size:
         loaded, info = loader.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
         compute_in_float32(loaded)
         with full_precision():
-            return None if info["missing_keys"] else fingerprint(loaded.eval())
+            return None if info["missing_keys"] else recorded_outputs(loaded.eval())
 
 
 def write_from_source(
@@ -88,7 +89,7 @@ def write_from_source(
         )
         compute_in_float32(loaded)
         with full_precision():
-            outputs = fingerprint(loaded.eval())
+            outputs = recorded_outputs(loaded.eval())
     report = {name: sorted(map(str, info[name])) for name in REPORTS}
     return outputs, {"source": written.as_dict(), "loading_report": report}
 

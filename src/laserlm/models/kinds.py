@@ -43,11 +43,16 @@ HEADS: dict[Kind, dict[str, Any]] = {
 def head_kinds(config: Any) -> list[Kind]:
     """Return the kind of head that the checkpoint was saved with; if that is not recorded, all kinds that its family offers."""
     for architecture in config.architectures or ():
-        if config.is_encoder_decoder and architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
+        own = getattr(transformers, architecture, None)
+        if own is not None and own.main_input_name != "input_ids":
+            return ["headless"]  # it reads images or sound, as Whisper does
+        if config.is_encoder_decoder and architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel", "MTModel")):
             return ["encoder-decoder"]
+        if architecture.endswith("ForMaskedLM") or _offers(architecture) == {"masked"}:
+            return ["masked"]
         if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
             return ["causal"]
-        if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
+        if architecture.endswith("ForPreTraining") and getattr(own, "_tied_weights_keys", None) is not None:
             return ["masked"]
         if architecture.endswith("ForSequenceClassification"):
             return ["reward" if config.num_labels == 1 else "classifier"]
@@ -57,12 +62,25 @@ def head_kinds(config: Any) -> list[Kind]:
     return [kind for kind in order if config.model_type in HEADS[kind]] or ["headless"]
 
 
+def _offers(architecture: str) -> set[Kind]:
+    """Return the kinds of heads that transformers lists a class under."""
+    return {kind for kind, classes in HEADS.items() if architecture in classes.values()}
+
+
 def _is_text_body(architecture: str, config: Any) -> bool:
     """Return whether a class of transformers is an encoder or decoder of text without a head."""
     own = getattr(transformers, architecture, None)
     is_body = architecture.endswith("EncoderModel") or (architecture.endswith("Model") and not config.is_encoder_decoder)
     reads_text = own is not None and own.main_input_name == "input_ids" and language_config(config) is config
     return is_body and reads_text and not architecture.endswith("DoubleHeadsModel")
+
+
+def input_embeddings(model: Any) -> Any:
+    """Return the module that embeds tokens; None for a model that reads none, or that reads texts and images separately."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # CLIP's
+        return None
 
 
 def model_class(config: Any, kind: Kind) -> Any:

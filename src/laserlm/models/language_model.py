@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from laserlm.errors import ModelError, WeightError
 from laserlm.linalg.quick_hash import quick_hash
-from laserlm.models.kinds import Kind
+from laserlm.models.kinds import Kind, input_embeddings
 from laserlm.models.matrices import Matrix, find_matrices
 from laserlm.models.pooling import Pooling
 from laserlm.models.update import AdapterUpdate
@@ -74,14 +74,14 @@ class LanguageModel:
     @property
     def width(self) -> int:
         """Hidden size: number of values per token between blocks."""
-        embeddings: Any = self.model.get_input_embeddings()
+        embeddings = input_embeddings(self.model)
         embedded = 0 if embeddings is None else int(embeddings.weight.shape[-1])
         return max(embedded, int(getattr(self.model.config, "hidden_size", 0) or 0))
 
     @property
     def known_tokens(self) -> int:
         """Number of tokens that the model has an embedding for; 0 if its inputs are no tokens."""
-        embeddings: Any = self.model.get_input_embeddings()
+        embeddings = input_embeddings(self.model)
         return embeddings.num_embeddings if isinstance(embeddings, torch.nn.Embedding) else 0
 
     @property
@@ -157,7 +157,7 @@ class LanguageModel:
         if self.kind == "headless":
             raise ModelError(
                 f"{self.name} ({type(self.model).__name__}) has no head that predicts tokens, labels or "
-                "rewards; load a checkpoint that has one, or an embedding model"
+                "rewards from text alone, so it is not scored; its matrices can be listed, reduced and saved"
             )
         if self.tokenizer is None:
             raise ModelError(f"{self.name} was loaded without a tokenizer; save one beside the model to score or generate")

@@ -250,7 +250,11 @@ def _towers(model: PreTrainedModel) -> tuple[str, ...]:
     if model.main_input_name != "input_ids" or model.get_output_embeddings() is None:
         return ()
     parts = ((path, part) for path, part in model.named_modules() if path and isinstance(part, PreTrainedModel))
-    return tuple(f"{path}." for path, part in parts if part.main_input_name != "input_ids")
+    return tuple(f"{path}." for path, part in parts if not _reads_text(part))
+
+
+def _reads_text(part: Any) -> bool:
+    return part.main_input_name == "input_ids" and "text" in getattr(part, "input_modalities", "text")
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

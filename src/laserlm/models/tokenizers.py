@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-from laserlm.models.kinds import TEXT_KINDS, Kind
+from laserlm.models.kinds import TEXT_KINDS, Kind, input_embeddings
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def load_tokenizer(source: str | Path, common: dict[str, Any], kind: Kind) -> An
 
 def pad_with_a_known_token(tokenizer: Any, model: Any) -> None:
     """Replace a padding token that was added to the tokenizer alone: the model has no embedding for it."""
-    embeddings = None if tokenizer is None else model.get_input_embeddings()
+    embeddings = None if tokenizer is None else input_embeddings(model)
     if isinstance(embeddings, torch.nn.Embedding) and tokenizer.pad_token_id >= embeddings.num_embeddings:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
 

@@ -22,6 +22,7 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.out_of_memory import uniform_out_of_memory
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
+from laserlm.scoring.model_errors import as_scoring_error
 from laserlm.scoring.output_layer import HALF, float32_output_layer
 from laserlm.scoring.records import TokenScores, TokenSequence
 from laserlm.scoring.texts import padding_token, text_outputs
@@ -196,7 +197,7 @@ def _reads_positions(lm: LanguageModel, row: TokenSequence) -> bool | None:
     try:
         scored_only = forward_logits(lm, batch, scored_only=True).logprobs.tolist()
     # A model may use the output of its output layer in any way, and fail on another shape in any way.
-    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, ScoringError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return False
@@ -272,6 +273,7 @@ def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> Bat
             )
             stack.callback(handle.remove)
         stack.enter_context(float32_output_layer(lm.model, is_module=scored_only))
+        stack.enter_context(as_scoring_error(lm))
         if lm.kind in TEXT_KINDS:
             logits: Tensor = text_outputs(lm, batch.inputs, batch.pad)[:, None]
         else:

@@ -18,6 +18,7 @@ from laserlm.scoring.chat import ChatTemplate, without_thoughts
 from laserlm.scoring.forward import Progress
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
+from laserlm.scoring.model_errors import as_scoring_error
 from laserlm.scoring.tokenize import check_known, masked_text, max_length, prefix_tokens, with_prefix
 from laserlm.tasks.example import Decoding, Example
 
@@ -79,7 +80,7 @@ def generate(
     if end_tokens:
         own = model.generation_config.eos_token_id
         sampling["eos_token_id"] = sorted({*(own if isinstance(own, list) else [own] if own is not None else []), *end_tokens})
-    with fast_cpu_kernels(lm.device, tokens):
+    with fast_cpu_kernels(lm.device, tokens), as_scoring_error(lm):
         outputs = model.generate(
             **inputs.to(lm.device),
             **sampling,

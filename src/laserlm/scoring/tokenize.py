@@ -371,12 +371,17 @@ def decoder_start(lm: LanguageModel) -> Tokens:
     """Return the tokens that the decoder of an encoder-decoder begins with.
 
     Raises:
-        ScoringError: if its config names none.
+        ScoringError: if neither its config nor its generation config names one.
     """
-    start = lm.model.config.decoder_start_token_id
-    if start is None:
-        raise ScoringError(f"{lm.name} has no decoder_start_token_id in its config. Set it to score an encoder-decoder.")
     generation = lm.model.generation_config
+    configs = (lm.model.config, lm.model.config.get_text_config(decoder=True), generation)
+    starts = (getattr(config, "decoder_start_token_id", None) for config in configs)
+    start = next((start for start in starts if start is not None), None)
+    if start is None:
+        raise ScoringError(
+            f"neither config.json nor generation_config.json of {lm.name} has a decoder_start_token_id, with which the decoder "
+            "begins. Write the token's number into one of them."
+        )
     forced = generation.forced_bos_token_id if generation is not None else None  # BART's decoder begins with two tokens
     return (int(start),) if forced is None else (int(start), int(forced))
 
@@ -384,7 +389,7 @@ def decoder_start(lm: LanguageModel) -> Tokens:
 def max_length(lm: LanguageModel) -> int:
     """Return the largest number of tokens that the model takes."""
     tokenizer = lm.require_tokenizer()
-    positions = getattr(lm.model.config, "max_position_embeddings", None)
+    positions = max(0, getattr(lm.model.config, "max_position_embeddings", None) or 0)  # XLNet's -1 means no limit
     limit = None if lm.pooling is None else lm.pooling.max_length
     most = int(tokenizer.model_max_length)
     return min(int(positions or most), most, int(limit or most))

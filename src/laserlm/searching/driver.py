@@ -143,7 +143,7 @@ def _guards(lm: LanguageModel, config: SearchConfig) -> list[Guard]:
     guards = guards_of(lm, config.guards, seed=config.seed)
     if not guards and (config.is_of_components or math.isfinite(config.harm_bound)):
         raise ScoringError(
-            f"a choice of components or a bound on harm needs a guard, and {lm.name} is a {lm.kind} model that writes no text "
+            f"a choice of components or a bound on harm needs a guard, and {lm.name} ({lm.kind}) writes no text "
             "of its own; name a task whose questions it must keep answering: --guard TASK (guards=['TASK'])"
         )
     return guards

@@ -27,6 +27,7 @@ from laserlm.scoring.forward import run_rows
 from laserlm.scoring.identity import digest
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
+from laserlm.scoring.model_errors import as_scoring_error
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import scorer_for
 from laserlm.scoring.statistics import Interval
@@ -217,7 +218,7 @@ def _guard(lm: LanguageModel, source: str | Task, seed: int) -> Guard:
     if source == OWN_TEXT:
         if not can_write(lm):
             raise ScoringError(
-                f"{lm.name} is a {lm.kind} model and writes no text of its own; name a task whose questions it must keep "
+                f"{lm.name} ({lm.kind}) writes no text of its own; name a task whose questions it must keep "
                 "answering: --guard TASK (guards=['TASK'])"
             )
         rows = own_text(lm, 2 * PASSAGES, seed)
@@ -243,7 +244,7 @@ def _of_file(lm: LanguageModel, name: str, file: Path) -> Guard:
     """Return the guard of a text file: passages of its first half to choose by, of its second half to measure on."""
     if lm.kind != "causal":
         raise ScoringError(
-            f"{lm.name} is a {lm.kind} model and has no perplexity on a text; name a task whose questions it must keep "
+            f"{lm.name} ({lm.kind}) has no perplexity on a text; name a task whose questions it must keep "
             "answering: --guard TASK (guards=['TASK'])"
         )
     ids = list(lm.require_tokenizer()(read_text(file), add_special_tokens=False).input_ids)
@@ -322,6 +323,7 @@ def _sampled(lm: LanguageModel, n: int, tokens: int, seed: int) -> list[list[int
         _without_settings(model),
         torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []),
         fast_cpu_kernels(lm.device, tokens),
+        as_scoring_error(lm),
     ):
         torch.manual_seed(seed)
         ids = model.generate(
