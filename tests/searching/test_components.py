@@ -27,6 +27,7 @@ from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.searching import SearchConfig, SearchProgress, SearchResult, components, expand, search
 from laserlm.searching.components import choose_components, choose_step, parts_of, questions_with_room, separate_matrices
+from laserlm.searching.config import Strategy
 from laserlm.searching.guard import guards_of
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.result import Point
@@ -145,8 +146,8 @@ def questions(validation: int = 45, test: int = 20, per_fact: int = 1) -> Task:
         for i in range(validation + test)
     ]
     parts = {"validation": examples[:validation], "test": examples[validation:], "every": examples}
-    splits = {name: Split("made", name, tuple(part), "answer") for name, part in parts.items()}
-    return Task("made", splits["validation"], splits["test"], splits["every"])
+    splits = {name: Split("example", name, tuple(part), "answer") for name, part in parts.items()}
+    return Task("example", splits["validation"], splits["test"], splits["every"])
 
 
 SETTINGS: dict[str, Any] = {"strategy": "components", "grid": "all.mlp@0.5", "metric": "loss", "max_harm": 1.0, "steps": 5}
@@ -278,7 +279,7 @@ def test_a_search_that_is_interrupted_after_any_score_goes_on_with_the_same_resu
     max_harm: float, llama: LanguageModel, tmp_path: Path, events: list[Gradient | Trial]
 ) -> None:
     task, settings = questions(30, 6), SETTINGS | {"steps": 3, "max_harm": max_harm}
-    whole = search(llama, task, **settings)
+    uninterrupted = search(llama, task, **settings)
     needed = {e for e in events if isinstance(e, Gradient) and not e.squared}
     events.clear()
 
@@ -297,7 +298,7 @@ def test_a_search_that_is_interrupted_after_any_score_goes_on_with_the_same_resu
     result = results[-1]
     assert result is not None
     own: dict[str, Any] = {"run": "", "seconds": 0, "boundary_bytes": 0, "decomposition_bytes": 0}
-    assert replace(result, **own) == replace(whole, **own)
+    assert replace(result, **own) == replace(uninterrupted, **own)
     taken = [e for e in events if isinstance(e, Gradient)]
     assert set(taken) == needed  # the harm is in the cache
     if max_harm == 1.0:  # a step beyond the bound is followed by a smaller one, for which a new process needs the gradient
@@ -375,10 +376,12 @@ def test_a_gradient_is_over_as_many_questions_as_asked_for() -> None:
     assert len(questions_with_room(SearchConfig(gradient_examples=1000), 1, parts)) == 90
 
 
-def test_too_few_facts_are_reported(llama: LanguageModel) -> None:
-    task = questions(20, 20, per_fact=10)
-    with pytest.raises(ScoringError, match=r"20 validation questions are of 2 facts; .* needs 3 at least.*: give more facts"):
-        search(llama, task, **SETTINGS)
+@pytest.mark.parametrize("strategy", ["components", "strengths", None])
+def test_questions_of_too_few_facts_choose_nothing(strategy: Strategy | None, llama: LanguageModel) -> None:
+    result = search(llama, questions(20, 20, per_fact=10), strategy=strategy, metric="loss")
+    assert (result.strategy, str(result.best), result.points) == (strategy or "strengths", "", ())
+    (reason,) = result.verdict()
+    assert "questions are of 2 facts. A choice of components needs 3 at least" in reason
 
 
 def test_a_model_that_writes_no_text_needs_a_task_that_guards(make: Make) -> None:
@@ -409,7 +412,7 @@ class Useless:
 
     def __init__(self, examples: Sequence[Example], seed: int) -> None:
         self.draw = random.Random(seed)
-        self.split = Split("made", "validation", tuple(examples), "answer")
+        self.split = Split("example", "validation", tuple(examples), "answer")
         self.encoded, self.name, self.deadline, self.cost, self.scored = self, "validation", math.inf, 0.0, 0
         self.scorer, self.executor, self.workers = "answer", self, 1
         self.scores: dict[str, Evaluation] = {}
@@ -438,7 +441,7 @@ class Useless:
     def extend(self, interventions: Sequence[Intervention], _: int) -> None:
         for text in (str(i) for i in interventions if str(i) not in self.scores):
             scores = [ExampleScore(e.id, False, self.draw.gauss(-3, 0.1), 1, "", "", fact=e.fact) for e in self.split.examples]
-            self.scores[text] = Evaluation("m", "made", "validation", "answer", text, tuple(scores), 0.0)
+            self.scores[text] = Evaluation("m", "example", "validation", "answer", text, tuple(scores), 0.0)
 
 
 def test_useless_steps_are_accepted_no_more_often_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,9 @@ PARTS = LEAST_FACTS
 def choose_components(session: SearchSession) -> None:
     """Remove components step by step, as long as the validation questions gain and the guards keep within the bound.
 
+    Questions of too few facts choose nothing.
+
     Raises:
-        ScoringError: if the questions are of too few facts.
         WeightError: if derivatives are not finite.
         OutOfTimeError: if the time is used up.
     """
@@ -72,7 +73,7 @@ def choose_components(session: SearchSession) -> None:
     session.begin("components", [BASE], n, later=min(session.config.steps, PARTS) * cost_of_step(n, session.config))
     ledger.extend([BASE], len(ledger.split))
     trials = _Trials(session)
-    while len(trials.done) < session.config.steps and trials.failures < PARTS:
+    while trials.parts and len(trials.done) < session.config.steps and trials.failures < PARTS:
         trials.next()
 
 
@@ -380,17 +381,10 @@ def separate_matrices(candidates: Sequence[Candidate]) -> list[Matrix]:
 
 
 def parts_of(facts: Sequence[str]) -> list[range]:
-    """Return parts of about equal size of questions that stand fact by fact, so that no fact is in two parts.
-
-    Raises:
-        ScoringError: if there are fewer facts than parts.
-    """
+    """Return parts of about equal size of questions that stand fact by fact; no fact is in two. Too few facts have no parts."""
     starts = [i for i in range(1, len(facts)) if facts[i] != facts[i - 1]]
     if len(starts) < PARTS - 1:
-        raise ScoringError(
-            f"the {len(facts)} validation questions are of {len(starts) + 1} facts; the choice of components needs {PARTS} at "
-            "least, and says little below 100: give more facts"
-        )
+        return []
     cuts: list[int] = []
     for k in range(1, PARTS):
         left = [i for i in starts[: len(starts) - (PARTS - 1 - k)] if i > max(cuts, default=0)]

@@ -34,7 +34,7 @@ DEFAULT_GRID = "fine"
 OF_COMPONENTS = ("strengths", "components")
 """The strategies that change single components."""
 LEAST_FACTS = 3
-"""Facts that the validation questions of a choice of components need: one for each part of them."""
+"""Facts that the validation questions of a choice of components need: one for each part. With fewer the model is kept."""
 DEFAULT_MAX_HARM = 0.05
 """Relative rise of perplexity that the choice of components may cause."""
 RACE_SETTINGS = (
@@ -57,7 +57,7 @@ class SearchConfig:
     Args:
         strategy: ``strengths``, ``components``, ``race``, ``exhaustive`` or ``compose``. None takes ``strengths``, or
             ``components`` where ``steps`` is set. It takes ``race`` where another grid than ``fine`` or a setting of a race is
-            asked for, where no guard measures harm, and where the validation questions are of fewer than three facts.
+            asked for, and where no guard measures harm.
         grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``. ``components`` and ``strengths`` take its
             matrices alone.
         max_harm: largest relative rise of the perplexity on the guards that the choice may have, such as 0.05. None takes
@@ -182,8 +182,7 @@ class SearchConfig:
         metric = self.metric or ("accuracy" if SCORERS[scorer].has_accuracy else "loss")
         if scorer == "perplexity" and metric == "accuracy":
             raise ScoringError("a perplexity has no accuracy; choose by the loss: --metric loss (metric='loss')")
-        n_facts = len({e.fact or e.id for e in task.validation})
-        chooses_components = has_guard and n_facts >= LEAST_FACTS and Grid.parse(self.grid) == Grid.parse(DEFAULT_GRID)
+        chooses_components = has_guard and Grid.parse(self.grid) == Grid.parse(DEFAULT_GRID)
         strategy = self.strategy or ("strengths" if chooses_components else "race")
         return replace(self, strategy=strategy, scorer=scorer, metric=metric)
 

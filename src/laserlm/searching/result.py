@@ -11,7 +11,7 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import Comparison
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.scorers import GENERATING
-from laserlm.searching.config import OF_COMPONENTS, Metric, SearchConfig, Strategy
+from laserlm.searching.config import LEAST_FACTS, OF_COMPONENTS, Metric, SearchConfig, Strategy
 from laserlm.searching.guard import Harm
 
 _RUNG_KEYS_OF_0_1_0 = {"beaten": "eliminated", "halved": "pruned", "joined": "added"}
@@ -318,6 +318,11 @@ class SearchResult:
                 f"best of {len(refused)} by the loss, and {self.finalists.get('', 0):.1%} by the unchanged model."
             )
         if self.strategy in OF_COMPONENTS:
+            if (self.validation.facts or LEAST_FACTS) < LEAST_FACTS:
+                return (
+                    f"Nothing was tried: the validation questions are of {self.validation.facts} facts. A choice of components "
+                    f"needs {LEAST_FACTS} at least, and says little below 100. Give more questions."
+                )
             bound = f"{math.expm1(self.harm_bound):.2g}"
             if self.strategy == "strengths":
                 return (

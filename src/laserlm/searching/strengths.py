@@ -58,8 +58,9 @@ NOTE = "strengths"
 def weaken_components(session: SearchSession) -> None:
     """Choose strengths of all components, and keep them if they help questions that had no part in choosing them.
 
+    Questions of too few facts choose nothing.
+
     Raises:
-        ScoringError: if the questions are of too few facts.
         WeightError: if derivatives are not finite.
         OutOfTimeError: if the time is used up.
     """
@@ -69,6 +70,8 @@ def weaken_components(session: SearchSession) -> None:
     ledger.extend([BASE], n)
     facts = [e.fact or e.id for e in ledger.split]
     parts = parts_of(facts)
+    if not parts:
+        return
     noted = session.run.notes.get(NOTE)
     if noted is None:
         noted = [str(i) for i in _choose(session, facts, parts)]
