@@ -62,7 +62,7 @@ def reproduce(
         lm = load_options.load_named(name, adapter)
         reproduction = reproduce(folder, lm, calibration=calibration)
     result = record.get("result", record.get("found")) or {}  # its name in records of laserlm 0.1.0
-    is_tested = result.get("best") == record["intervention"]  # another point was not
+    is_tested = bool(result) and result["best"] == record["intervention"]  # another point was not
     test = _test_again(lm, result, record["decomposition"]["seed"], task, data_options) if score and is_tested else None
     if json:
         print_json(asdict(reproduction) | {"agrees": reproduction.agrees, "test": None if test is None else test.as_dict()})
