@@ -32,8 +32,8 @@ LEVELS = [level.text + moves for level, moves in generate(3, seed=5, boxes=1, ro
 
 
 def fresh(code: str, inputs: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in an interpreter of its own, which finds what it is given as JSON in its environment."""
-    env = os.environ | {"GIVEN": json.dumps(inputs), **environment}
+    """Run code in an interpreter of its own, which reads its inputs as JSON in its environment."""
+    env = os.environ | {"INPUTS": json.dumps(inputs), **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
 
 
@@ -59,10 +59,10 @@ COMMAND = f"""
 import importlib, io, json, os, sys
 from contextlib import redirect_stdout
 
-given, told = json.loads(os.environ["GIVEN"]), {{"heavy": {{}}}}
+inputs, report = json.loads(os.environ["INPUTS"]), {{"heavy": {{}}}}
 
 def heavy(after):
-    told["heavy"][after] = [name for name in ("torch", "transformers") if name in sys.modules]
+    report["heavy"][after] = [name for name in ("torch", "transformers") if name in sys.modules]
 
 for name in ("laserlm", "laserlm.reductions", "laserlm.store", "laserlm.cli"):
     importlib.import_module(name)
@@ -78,45 +78,45 @@ with redirect_stdout(io.StringIO()) as out:
     except SystemExit:
         pass
 del os.environ["_LASER_COMPLETE"]
-told["proposed"] = out.getvalue().split()
+report["proposed"] = out.getvalue().split()
 heavy("completing")
 
-sys.argv = given["command"]
+sys.argv = inputs["command"]
 try:
     cli.main()
 except SystemExit as left:
-    told["code"] = left.code
+    report["code"] = left.code
 sys.stdout.flush()
-told["lab after an ordinary model"] = [name for name in sys.modules if name.startswith("laserlm.lab")]
+report["lab after an ordinary model"] = [name for name in sys.modules if name.startswith("laserlm.lab")]
 
 import laserlm
 from laserlm.tasks import Example, Task
 
 examples = [Example(id=f"q{{i}}", prompt=f"p{{i}}", answer="a") for i in range(40)]
-told["validation"] = [e.id for e in Task.of("t", examples).validation]
-lm = laserlm.load(given["lab"])
-ids = [lm.tokenizer(text, return_tensors="pt").input_ids for text in given["levels"]]
-told["logits"] = [lm.model(i).logits[0, -3].tolist() for i in ids]
-with open(given["told"], "w") as file:
-    json.dump(told, file)
+report["validation"] = [e.id for e in Task.of("t", examples).validation]
+lm = laserlm.load(inputs["lab"])
+ids = [lm.tokenizer(text, return_tensors="pt").input_ids for text in inputs["levels"]]
+report["logits"] = [lm.model(i).logits[0, -3].tolist() for i in ids]
+with open(inputs["report"], "w") as file:
+    json.dump(report, file)
 """
 
 
 @pytest.fixture(scope="module")
 def command(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process told that imported laserlm, ran a command, and used what comes with laserlm."""
+    """The report of a process that imported laserlm, ran a command, and used what comes with laserlm."""
     place = tmp_path_factory.mktemp("command")
     (place / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
     options = {
         "command": ["laser", "evaluate", folders["llama"], "--json", "--task", f"jsonl:{place / 'questions.jsonl'}"],
         "lab": folders["lab"],
         "levels": LEVELS,
-        "told": str(place / "told.json"),
+        "report": str(place / "report.json"),
     }
     cache = {"XDG_CACHE_HOME": str(place / "cache"), "XDG_DATA_HOME": str(place / "data")}
     done = fresh(COMMAND, options, PYTHONHASHSEED="1", **cache)
     assert done.returncode == 0, done.stderr
-    values: dict[str, Any] = json.loads((place / "told.json").read_text())
+    values: dict[str, Any] = json.loads((place / "report.json").read_text())
     return values | {"stdout": done.stdout, "stderr": done.stderr}
 
 
@@ -163,40 +163,40 @@ from contextlib import redirect_stdout
 import transformers
 from transformers import AutoModelForCausalLM
 
-given, told, log = json.loads(os.environ["GIVEN"]), {"log": {}, "error": {}, "known": {}}, io.StringIO()
+inputs, report, log = json.loads(os.environ["INPUTS"]), {"log": {}, "error": {}, "known": {}}, io.StringIO()
 transformers.utils.logging.add_handler(logging.StreamHandler(log))
 
 def known(before):
-    told["known"][before] = [name for name in ("laserlm", "laserlm.lab") if name in sys.modules]
+    report["known"][before] = [name for name in ("laserlm", "laserlm.lab") if name in sys.modules]
 
 def by_script(folder):
-    sys.argv = [given["script"], folder]
+    sys.argv = [inputs["script"], folder]
     with redirect_stdout(io.StringIO()) as out:
-        runpy.run_path(given["script"], run_name="__main__")
+        runpy.run_path(inputs["script"], run_name="__main__")
     return json.loads(out.getvalue().splitlines()[-1])
 
-told["dense"] = by_script(given["dense"])
+report["dense"] = by_script(inputs["dense"])
 for name in ("factored", "fused"):
     log.truncate(0)
     try:
-        AutoModelForCausalLM.from_pretrained(given[name])
+        AutoModelForCausalLM.from_pretrained(inputs[name])
     except RuntimeError as error:
-        told["error"][name], told["log"][name] = str(error), log.getvalue()
+        report["error"][name], report["log"][name] = str(error), log.getvalue()
 known("laserlm")
 
 import laserlm
 
 known("the lab")
-told["low rank"] = type(AutoModelForCausalLM.from_pretrained(given["factored"]).model.layers[1].mlp.up_proj).__name__
-told["factored"] = by_script(given["factored"])
-told["lab"] = by_script(given["lab-dense"])
-print(json.dumps(told))
+report["low rank"] = type(AutoModelForCausalLM.from_pretrained(inputs["factored"]).model.layers[1].mlp.up_proj).__name__
+report["factored"] = by_script(inputs["factored"])
+report["lab"] = by_script(inputs["lab-dense"])
+print(json.dumps(report))
 """
 
 
 @pytest.fixture(scope="module")
 def transformers_first(folders: dict[str, str]) -> dict[str, Any]:
-    """What a process told that imported transformers, and laserlm only after it had loaded without it."""
+    """The report of a process that imported transformers, and laserlm only after it had loaded without it."""
     done = fresh(TRANSFORMERS, folders | {"script": load_in_subprocess.__file__})
     assert done.returncode == 0, done.stderr
     values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

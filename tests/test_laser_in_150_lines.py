@@ -108,7 +108,7 @@ class Both:
     printed: str
     out: Path
     lm: laserlm.LanguageModel
-    found: laserlm.SearchResult
+    result: laserlm.SearchResult
     predictions: dict[str, Any]
     scores: dict[str, Any]
 
@@ -165,8 +165,8 @@ def test_the_screen_expects_the_same_of_every_candidate(both: Both) -> None:
 
 
 def test_the_same_candidates_enter_the_race_in_the_same_order(both: Both) -> None:
-    assert both.found.screened is not None
-    assert both.names["chosen"] == [both.candidates[text] for text in both.found.screened.expected]
+    assert both.result.screened is not None
+    assert both.names["chosen"] == [both.candidates[text] for text in both.result.screened.expected]
 
 
 def test_every_candidate_meets_as_many_questions_with_the_same_scores(both: Both) -> None:
@@ -179,18 +179,18 @@ def test_every_candidate_meets_as_many_questions_with_the_same_scores(both: Both
 
 
 def test_the_rungs_have_the_same_leaders(both: Both) -> None:
-    assert both.found.best
-    assert both.names["leader"] == both.candidates[str(both.found.best)]
+    assert both.result.best
+    assert both.names["leader"] == both.candidates[str(both.result.best)]
     printed = re.findall(
         r"(\d+) questions, (\d+) candidates: .* under (?:rank (\d+) of (\S+)|the unchanged model)", both.printed
     )
     leaders = [(int(n), int(alive), (path, int(rank)) if path else None) for n, alive, rank, path in printed]
-    assert leaders == [(rung.examples, rung.entered, both.candidates[rung.leader]) for rung in both.found.rungs]
-    assert any(rung.added for rung in both.found.rungs)
+    assert leaders == [(rung.examples, rung.entered, both.candidates[rung.leader]) for rung in both.result.rungs]
+    assert any(rung.added for rung in both.result.rungs)
 
 
 def test_the_proof_has_the_same_figures(both: Both) -> None:
-    test, names = both.found.test, both.names
+    test, names = both.result.test, both.names
     assert test.corrected
     assert test.broken
     assert (names["corrected"], names["broken"], len(names["test"])) == (test.corrected, test.broken, test.n)
@@ -203,7 +203,7 @@ def test_the_proof_has_the_same_figures(both: Both) -> None:
 
 
 def test_what_it_saves_is_what_laserlm_saves_and_loads_by_itself(both: Both, tmp_path: Path) -> None:
-    laserlm.save(both.lm, both.found, tmp_path / "saved")
+    laserlm.save(both.lm, both.result, tmp_path / "saved")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", both.out))
     assert ours.keys() == theirs.keys()
     assert "lm_head.weight" not in theirs  # tied to the embeddings
@@ -212,7 +212,7 @@ def test_what_it_saves_is_what_laserlm_saves_and_loads_by_itself(both: Both, tmp
     ids = torch.tensor([AutoTokenizer.from_pretrained(both.out)("The capital of Italy is").input_ids])
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(both.out)(ids).logits
-        with laserlm.applied(both.lm, both.found.best):
+        with laserlm.applied(both.lm, both.result.best):
             torch.testing.assert_close(plain, both.lm.model(ids).logits, atol=1e-4, rtol=0)
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +43,12 @@ def test_no_submodule_hides_a_public_function() -> None:
 def test_a_name_of_the_first_version_is_still_found() -> None:
     with pytest.warns(DeprecationWarning, match=r"laserlm\.Found is now laserlm\.SearchResult"):
         assert laserlm.Found is laserlm.SearchResult
+
+
+def test_the_functions_that_the_guide_for_contributors_names_are_there() -> None:
+    package = Path(str(laserlm.__file__)).parent
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)`\s+`(\w+)`", guide)
+    assert len(named) > 14
+    for file, name in named:
+        assert re.search(rf"^ *def {name}\(", (package / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file} {name}"

@@ -314,8 +314,8 @@ def test_what_the_page_counts_among_the_published_rows_is_so() -> None:
 @pytest.mark.realdata
 def test_constant_answers_score_what_the_page_says(real_data: Path) -> None:
     statements = task("truthfulqa", data=real_data, split="paper")
-    said = Counter(e.answer for e in statements.test)
-    assert round(100 * said["false"] / said.total(), 1) == 56.2
+    answers = Counter(e.answer for e in statements.test)
+    assert round(100 * answers["false"] / answers.total(), 1) == 56.2
     entailed = Counter(e.answer for e in task("epistemic-reasoning", data=real_data).every)
     assert round(100 * entailed["entailment"] / entailed.total(), 2) == 37.05
     assert "37.05 %" in PROSE
@@ -440,8 +440,8 @@ def test_pickled_weights_become_a_folder_of_the_same_weights(run: Run, tmp_path:
     words = shlex.split(line)[1:]
     words[words.index("EleutherAI/gpt-j-6b")] = str(tmp_path / "hub")
     words[words.index("--out") + 1] = str(tmp_path / "gpt-j-6b")
-    refused, _, said = run(*(w for w in words if w != "--allow-pickle"))
-    assert (refused, "--allow-pickle" in said) == (1, True)
+    refused, _, message = run(*(w for w in words if w != "--allow-pickle"))
+    assert (refused, "--allow-pickle" in message) == (1, True)
     code, _, err = run(*words)
     assert code == 0, err
     again = load(tmp_path / "gpt-j-6b", dtype="float16")

@@ -43,20 +43,20 @@ class Assets(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.addresses: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         options = dict(attrs)
         if tag in LOADED and options.get("rel") not in NOT_LOADED:
-            self.found.append(options.get(LOADED[tag]) or "")
+            self.addresses.append(options.get(LOADED[tag]) or "")
 
 
 def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 25
     for page in pages:
-        for address in Assets(page.read_text(encoding="utf-8")).found:
+        for address in Assets(page.read_text(encoding="utf-8")).addresses:
             assert not re.match(r"(https?:)?//", address), f"{page.relative_to(site)} loads {address}"
     for style in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style

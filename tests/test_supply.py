@@ -33,11 +33,11 @@ def unsafe(source: str, name: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PICKLES:
             yield from (f"from {node.module} import {a.name}" for a in node.names if not a.name.endswith("Error"))
         elif isinstance(node, ast.Call):
-            called, given = dotted(node.func), options(node)
-            if called == "torch.load" and given.get("weights_only") is not True:
+            called, arguments = dotted(node.func), options(node)
+            if called == "torch.load" and arguments.get("weights_only") is not True:
                 yield called
-            if given.get("allow_pickle") is True or given.get("trust_remote_code") is True or given.get("shell") is True:
-                yield f"{called} with {given}"
+            if any(arguments.get(name) is True for name in ("allow_pickle", "trust_remote_code", "shell")):
+                yield f"{called} with {arguments}"
             if called in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load") and name not in RUNS_TEXT:
                 yield called
 
@@ -82,10 +82,10 @@ WEIGHTS_READERS = {"models/loading.py": ["options"]}
 def test_every_reader_of_weights_asks_for_safetensors(file: Path) -> None:
     name = file.relative_to(SOURCE).as_posix()
     for call in (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
-        called, given = dotted(call.func), options(call)
+        called, arguments = dotted(call.func), options(call)
         if not called.endswith(".from_pretrained") or called.startswith(("AutoConfig.", "AutoTokenizer.", "PeftModel.")):
             continue
         is_from_memory = bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value is None
         bags = [k.value.id for k in call.keywords if k.arg is None and isinstance(k.value, ast.Name)]
         is_allowed = bags == WEIGHTS_READERS.get(name)
-        assert is_from_memory or is_allowed or given.get("use_safetensors") is True, f"{name}:{call.lineno}"
+        assert is_from_memory or is_allowed or arguments.get("use_safetensors") is True, f"{name}:{call.lineno}"

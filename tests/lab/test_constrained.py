@@ -108,7 +108,7 @@ def test_where_nothing_is_found_there_is_the_plain_model_alone(tmp_path: Path, f
 def test_answers_are_learnt_and_nothing_else(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [("The capital of France is", "Paris"), ("Two and two are", "four of them"), ("Oslo is", "in Norway")]
     pairs += [(f"Note: {prompt}", answer) for prompt, answer in pairs]
-    questions = Task.of("made", [Example(str(i), prompt, answer) for i, (prompt, answer) in enumerate(pairs)])
+    questions = Task.of("example", [Example(str(i), prompt, answer) for i, (prompt, answer) in enumerate(pairs)])
 
     def fit(model: object, lessons: Any, *_: object, **__: object) -> None:
         raise Begun(lessons)

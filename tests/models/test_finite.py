@@ -99,7 +99,7 @@ def test_a_damaged_adapter_is_not_blamed_on_its_base(checkpoint: Path, tmp_path:
 
 
 def test_outputs_that_are_not_finite_are_explained_by_weights_or_dtype(llama: LanguageModel) -> None:
-    split = Split("made", "all", (Example("a", "The capital of France is", "Paris"),), "answer")
+    split = Split("example", "all", (Example("a", "The capital of France is", "Paris"),), "answer")
     norm = llama.model.get_parameter(NORM)
     with torch.no_grad():
         norm[0] = math.inf

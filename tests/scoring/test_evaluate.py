@@ -46,7 +46,7 @@ def split(scorer: Scorer = "answer", choices: tuple[str, ...] = ()) -> Split:
         Example(str(i), prompt, choices[i % len(choices)] if choices else answer, choices, group=str(i % 2))
         for i, (prompt, answer) in enumerate(PROMPTS)
     )
-    return Split("made", "all", rows, scorer)
+    return Split("example", "all", rows, scorer)
 
 
 def by_hand(lm: LanguageModel, prompt: str, answer: str) -> tuple[list[float], list[int]]:
@@ -553,7 +553,7 @@ def test_a_masked_model_reads_the_end_of_a_passage_in_its_own_text(make: Make) -
 def test_generated_text_is_graded_and_the_loss_is_that_of_the_answer(llama: LanguageModel) -> None:
     texts = generate_for(llama, split().examples, Decoding(new_tokens=6))
     rows = [replace(e, answer=t.split()[0]) if i % 2 else e for i, (e, [t]) in enumerate(zip(split(), texts, strict=True))]
-    split_ = Split("made", "all", tuple(rows), "contains", Decoding(new_tokens=6))
+    split_ = Split("example", "all", tuple(rows), "contains", Decoding(new_tokens=6))
     progress: list[tuple[int, int]] = []
     result = evaluate(llama, split_, batch_size=3, on_progress=lambda a, b: progress.append((a, b)))
     for i, (e, score, [text]) in enumerate(zip(rows, result.scores, texts, strict=True)):
@@ -571,7 +571,7 @@ def test_programs_are_not_written_where_they_may_not_be_run(llama: LanguageModel
     monkeypatch.setattr("laserlm.scoring.evaluate.generate_for", lambda *_: pytest.fail("the model has written"))
     e = Example("p", "def one():\n", "    return 1\n", program="assert one() == 1\n")
     with pytest.raises(ScoringError, match="--allow-code-execution"):
-        evaluate(llama, Split("made", "all", (e,), "program"))
+        evaluate(llama, Split("example", "all", (e,), "program"))
 
 
 def test_the_tokens_of_a_program_are_its_own(llama: LanguageModel) -> None:

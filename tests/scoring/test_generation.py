@@ -160,7 +160,7 @@ def test_memory_that_runs_out_halves_the_batch_of_prompts(llama: LanguageModel, 
     with pytest.raises(torch.OutOfMemoryError):
         generate_for(llama, rows, Decoding())
     with pytest.raises(ScoringError, match="a single row does not fit"):
-        evaluate(llama, Split("made", "all", tuple(rows), "contains"))
+        evaluate(llama, Split("example", "all", tuple(rows), "contains"))
 
 
 def test_a_space_at_the_start_of_a_generation_is_kept(make: Make) -> None:

@@ -36,7 +36,7 @@ EXAMPLES = tuple(
         ]
     )
 )
-SPLIT = Split("made", "all", EXAMPLES, "answer")
+SPLIT = Split("example", "all", EXAMPLES, "answer")
 
 
 def forwards(lm: LanguageModel) -> dict[str, Any]:

@@ -17,7 +17,7 @@ ALLOWED = Decoding(run_programs=True)
 
 
 def split(*examples: Example, scorer: Scorer = "contains", decoding: Decoding = ALLOWED) -> Split:
-    return Split("made", "all", examples, scorer, decoding)
+    return Split("example", "all", examples, scorer, decoding)
 
 
 def test_the_table_has_one_row_for_each_name_of_a_scorer() -> None:

@@ -136,7 +136,7 @@ class Worker:
         self.error: RayError = ActorDiedError("the worker has ended")
         self.threads: list[threading.Thread] = []
         self._make = make
-        self._made = threading.Lock()
+        self._lock = threading.Lock()
         self._instance: Any = None
         self._calls: dict[str, deque[Call]] = {group: deque() for group in groups}
         self._open: list[Ref | Stream] = []
@@ -190,7 +190,7 @@ class Worker:
                 return
 
     def _do(self, name: str, sent: list[Any], results: Ref | Stream) -> None:
-        with self._made:
+        with self._lock:
             self._instance = self._instance or self._make()
         arguments = [one.get() if isinstance(one, Ref) else pickle.loads(one) for one in sent]
         try:

@@ -42,7 +42,7 @@ def build_task() -> Task:
     cities = ["Paris", "Rome", "Oslo", "Lisbon", "Madrid"]
     pairs = [(x, y) for x in "abcdef" for y in "uvwxyz"]
     rows = [Example(f"{i}", f"The capital of {a} and {b} is", cities[i * 7 % 5], fact=f"{i}") for i, (a, b) in enumerate(pairs)]
-    return Task.of("made", rows, scorer="first_token")
+    return Task.of("example", rows, scorer="first_token")
 
 
 def harm_on(lm: LanguageModel, guard: Guard, part: EncodedSplit, intervention: str) -> Harm:

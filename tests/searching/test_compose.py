@@ -29,7 +29,7 @@ def task() -> Task:
         Example(f"{a}{b}", f"The capital of {a} and {b} is", cities[(i * 7) % 5])
         for i, (a, b) in enumerate((x, y) for x in "abcdefgh" for y in "uvwxyz")
     ]
-    return Task.of("made", rows, scorer="answer")
+    return Task.of("example", rows, scorer="answer")
 
 
 def test_greedy_goes_from_the_last_block_and_the_smallest_size(llama: LanguageModel) -> None:

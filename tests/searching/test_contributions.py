@@ -86,7 +86,7 @@ def check_both(lm: LanguageModel, examples: tuple[Example, ...] = EXAMPLES, scor
     rows = encode(lm, examples, scorer)
     matrices = matrices_of(lm)
     parts = {m.id: decompose(read_matrix(lm.model, m)) for m in matrices}
-    state = PrefixScorer(lm, {"some": EncodedSplit(Split("made", "some", examples, scorer), rows, scorer)}, batch_size=2)
+    state = PrefixScorer(lm, {"some": EncodedSplit(Split("example", "some", examples, scorer), rows, scorer)}, batch_size=2)
     changed = [matrices[0], *(m for m in matrices[1:] if m.name == matrices[-1].name)]
     drops = "+".join(f"{f'{m.stack}.' if m.stack else ''}{m.layer}.{m.name}@drop0,2-3" for m in changed)
     for text in ("", drops):
@@ -124,7 +124,7 @@ def test_contributions_to_a_choice_are_those_to_its_loss_among_the_choices(examp
 
 def test_contributions_are_of_the_examples_that_are_named(llama: LanguageModel) -> None:
     rows = encode(llama, EXAMPLES, "answer")
-    state = PrefixScorer(llama, {"some": EncodedSplit(Split("made", "some", EXAMPLES, "answer"), rows, "answer")})
+    state = PrefixScorer(llama, {"some": EncodedSplit(Split("example", "some", EXAMPLES, "answer"), rows, "answer")})
     every, some = (state.contributions("some", named, Intervention(), matrices_of(llama)) for named in ((0, 1, 2), (0, 2)))
     for name, values in some.items():
         torch.testing.assert_close(values, every[name][[0, 2]], rtol=1e-4, atol=1e-6)
@@ -133,7 +133,7 @@ def test_contributions_are_of_the_examples_that_are_named(llama: LanguageModel) 
 def test_squares_are_summed_over_all_tokens(llama: LanguageModel) -> None:
     ids = torch.randint(5, 400, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [TokenSequence(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(8))) for i, x in enumerate(ids)]
-    texts = Split("made", "some", tuple(Example(str(i), "", f"{i}") for i in range(3)), "perplexity")
+    texts = Split("example", "some", tuple(Example(str(i), "", f"{i}") for i in range(3)), "perplexity")
     matrices = matrices_of(llama)
     state = PrefixScorer(llama, {"some": EncodedSplit(texts, rows, "perplexity")}, batch_size=2)
     result = state.contributions("some", range(3), Intervention(), matrices, squared=True)
@@ -148,7 +148,7 @@ def test_squares_are_summed_over_all_tokens(llama: LanguageModel) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 3, 50])
 def test_tasks_share_the_matrices_among_the_processes(workers: int, llama: LanguageModel) -> None:
     rows = encode(llama, EXAMPLES, "answer")
-    state = PrefixScorer(llama, {"some": EncodedSplit(Split("made", "some", EXAMPLES, "answer"), rows, "answer")})
+    state = PrefixScorer(llama, {"some": EncodedSplit(Split("example", "some", EXAMPLES, "answer"), rows, "answer")})
     matrices = matrices_of(llama)
     tasks = contribution_tasks("some", (0, 2), Intervention(), matrices, workers)
     assert len(tasks) == min(workers, len(matrices))
@@ -166,7 +166,7 @@ def test_a_gradient_that_is_not_finite_is_reported(llama: LanguageModel) -> None
             output.register_hook(lambda d: d * float("nan"))
 
     rows = encode(llama, EXAMPLES, "answer")
-    state = PrefixScorer(llama, {"some": EncodedSplit(Split("made", "some", EXAMPLES, "answer"), rows, "answer")})
+    state = PrefixScorer(llama, {"some": EncodedSplit(Split("example", "some", EXAMPLES, "answer"), rows, "answer")})
     llama.model.model.norm.register_forward_hook(spoil)
     with pytest.raises(WeightError, match=r"of 2\.\w+ is not finite: the model overflows float32, which ends at 3\.4e\+38"):
         state.contributions("some", range(3), Intervention.parse("1.fc_in@drop0"), matrices_of(llama))

@@ -100,9 +100,9 @@ def test_questions_of_one_fact_do_not_beat_more_often_than_stated(metric: Metric
             first = make_evaluation([a for a, *_ in rows], [x for *_, x, _ in rows], per_fact)
             second = make_evaluation([b for _, b, *_ in rows], [y for *_, y in rows], per_fact)
             rungs = [[replace(e, scores=e.scores[:n]) for e in (first, second)] for n in sizes]
-            beaten = any(is_significantly_worse(a, b, metric, delta / len(sizes)) for a, b in rungs)
-            lost += beaten and per_fact == 3
-            as_independent += beaten and per_fact == 1
+            is_worse = any(is_significantly_worse(a, b, metric, delta / len(sizes)) for a, b in rungs)
+            lost += is_worse and per_fact == 3
+            as_independent += is_worse and per_fact == 1
     assert lost / runs < delta + 3 * (delta * (1 - delta) / runs) ** 0.5
     assert as_independent / runs > 3 * delta
 
@@ -298,7 +298,7 @@ def test_options_that_mean_nothing_are_refused() -> None:
         ({"keep": 1.5}, "keep and delta from 0 to 1"),
         ({"delta": -0.1}, "keep and delta from 0 to 1"),
         ({"random_candidates": -1}, "random_candidates must be 0 or more"),
-        ({"strategy": "luck"}, "no strategy 'luck'; there are components, strengths, race, exhaustive, compose"),
+        ({"strategy": "luck"}, "no strategy 'luck'; there are strengths, components, race, exhaustive, compose"),
         ({"mode": "any"}, "no mode 'any'; there are joint, greedy"),
         ({"metric": "speed"}, "no metric 'speed'; there are accuracy, loss"),
         ({"width": 3}, "a search has no setting 'width'; it has strategy, grid"),
@@ -329,7 +329,7 @@ def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama
         )
         for i in range(200)
     ]
-    task = Task.of("made", rows, scorer="answer")
+    task = Task.of("example", rows, scorer="answer")
     task = replace(task, test=task.test.limit(30))
     for metric in ("accuracy", "loss"):
         chosen: Metric = metric  # type: ignore[assignment]
@@ -351,7 +351,7 @@ def test_a_wide_race_without_halving_finds_what_an_exhaustive_search_finds(llama
 
 def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> None:
     split = Split(
-        "made", "validation", tuple(Example(str(i), "The river " * (i + 1) + "is", "long") for i in range(6)), "answer"
+        "example", "validation", tuple(Example(str(i), "The river " * (i + 1) + "is", "long") for i in range(6)), "answer"
     )
     parts = [Intervention(), Intervention.parse("2.fc_in@0.5"), Intervention.parse("1.fc_out@0.5")]
     with Store.open(tmp_path / "runs.db") as store:
@@ -359,8 +359,8 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
         with store.run(**work) as run_:  # type: ignore[arg-type]
             rows = encode(llama, split.examples, "answer")
             encoded = EncodedSplit(split, rows, "answer")
-            local = LocalExecutor(PrefixScorer(llama, {"made": encoded}))
-            trials = ScoreLedger(llama, run_, "made", encoded, local)
+            local = LocalExecutor(PrefixScorer(llama, {"example": encoded}))
+            trials = ScoreLedger(llama, run_, "example", encoded, local)
             trials.extend(parts, 2)
             trials.extend(parts[:2], 5)
             assert [trials.n(i) for i in parts] == [5, 5, 2]
@@ -369,7 +369,7 @@ def test_trials_keep_what_they_have(llama: LanguageModel, tmp_path: Path) -> Non
             # Of three blocks: all for the unchanged model, two above block 0, one above block 1.
             assert trials.cost == pytest.approx(6 * (1 + 1 / 3 + 2 / 3))
         with store.run(**{**work, "key": "other"}) as run_:  # type: ignore[arg-type]
-            at_once = ScoreLedger(llama, run_, "made", encoded, local)
+            at_once = ScoreLedger(llama, run_, "example", encoded, local)
             at_once.extend(parts[::-1], 6)
             for text, result in at_once.scores.items():
                 assert [s.logprob for s in stepwise[text].scores] == pytest.approx([s.logprob for s in result.scores], abs=1e-5)

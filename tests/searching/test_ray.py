@@ -65,12 +65,12 @@ def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C90
 
     class Actor:
         def __init__(self) -> None:
-            self.told: list[Any] = []
+            self.messages: list[Any] = []
 
         def keep(self, shared: list[int], value: Any) -> tuple[list[int], Any]:
-            shared.append(len(self.told))
-            self.told.append(value)
-            return shared, self.told
+            shared.append(len(self.messages))
+            self.messages.append(value)
+            return shared, self.messages
 
         def fail(self) -> None:
             raise ZeroDivisionError("a defect")
@@ -88,11 +88,11 @@ def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C90
             if then == "end":
                 time.sleep(0.5)  # what was yielded is on its way
                 die()
-            while then == "hear" and not self.told:
+            while then == "hear" and not self.messages:
                 time.sleep(0.01)
 
         def hear(self, value: Any) -> None:
-            self.told.append(value)
+            self.messages.append(value)
 
     def error_of(ref: Any) -> tuple[str, str, str] | None:
         try:
@@ -112,11 +112,11 @@ def behaviour(ray: Any, die: Callable[[], None]) -> dict[str, Any]:  # noqa: C90
         return None
 
     def all_of(stream: Any) -> list[Any]:
-        said: list[Any] = []
+        replies: list[Any] = []
         for ref in stream:
             error = error_of(ref)
-            said.append(error or ray.get(ref))
-        return said
+            replies.append(error or ray.get(ref))
+        return replies
 
     make = ray.remote(num_cpus=1, num_gpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})(Actor)
     by_name: dict[str, Any] = {"connected": ray.is_initialized()}
@@ -265,11 +265,11 @@ from laserlm.models import load
 from laserlm.searching import Ray, search
 
 lm = load({folder!r}, cache={cache!r}, device="cpu")
-found = search(
+result = search(
     lm, build_task(), metric="loss", store={store!r}, executor=Ray({address!r}, workers=2), **GIVEN["exhaustive"],
     on_step=lambda step: print(step.last, flush=True),
 )
-print(json.dumps(found.as_dict()))
+print(json.dumps(result.as_dict()))
 """
 
 
@@ -290,8 +290,8 @@ def test_a_killed_driver_goes_on_where_it_was(cluster: Any, folder: Path, tmp_pa
         assert run.status == "interrupted"
     second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
-    *steps, said = second.stdout.splitlines()
-    values = SearchResult.from_dict(json.loads(said))
+    *steps, last = second.stdout.splitlines()
+    values = SearchResult.from_dict(json.loads(last))
     assert values.run == run.id
     ours = scores(store, values)
     assert {text: ours["validation", text] for text in before} == before

@@ -12,7 +12,7 @@ def evaluation(intervention: str, start: int, stop: int, shift: float = 0.0) -> 
         ExampleScore(f"e{i}", i % 2 == 0, -i / 7 - shift, 1 + i % 3, f"word {i % 5}", f"answer {i}", "P36", {}, i % 4 == 0)
         for i in range(start, stop)
     )
-    return Evaluation("tiny", "made", "validation", "answer", intervention, scores, 1.5, ("a", "b"))
+    return Evaluation("tiny", "example", "validation", "answer", intervention, scores, 1.5, ("a", "b"))
 
 
 def test_evaluations_come_back_as_they_were() -> None:

@@ -299,7 +299,7 @@ def test_the_least_component_changes_the_loss_as_predicted(family: str, make: Ma
     matrix = [m for m in lm.matrices if m.name == "fc_out"][-1]
     stack = f"{matrix.stack}." if matrix.stack else ""
     text = f"{stack}{matrix.layer}.fc_out@r{matrix.max_rank - 1}"
-    split = Split("made", "validation", tuple(EXAMPLES), "answer")
+    split = Split("example", "validation", tuple(EXAMPLES), "answer")
     with applied(lm, text):
         edited = evaluate(lm, split)
     result = predict(lm, text)[text]

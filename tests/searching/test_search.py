@@ -590,13 +590,13 @@ def test_splits_with_equal_questions_are_refused_unless_they_are_published(
 
 def test_the_store_keeps_the_facts_of_scores(llama: LanguageModel, tmp_path: Path) -> None:
     examples = [Example(f"{i}", f"The capital of {i} is", "Rome", fact=f"f{i // 3}") for i in range(30)]
-    result = search_(llama, Task.of("made", examples), grid="1.fc_in@0.5", metric="loss", store=tmp_path / "runs.db")
+    result = search_(llama, Task.of("example", examples), grid="1.fc_in@0.5", metric="loss", store=tmp_path / "runs.db")
     assert (result.validation.n, result.validation.facts, result.test.n, result.test.facts) == (6, 2, 24, 8)
     with Store.open(tmp_path / "runs.db") as results:
         base, edited = (results.evaluation(result.run, "test", text) for text in ("", "1.fc_in@0.5"))
     assert base is not None
     assert edited is not None
-    assert sorted(set(base.facts)) == sorted({e.fact for e in Task.of("made", examples).test})
+    assert sorted(set(base.facts)) == sorted({e.fact for e in Task.of("example", examples).test})
     if result.best:
         assert compare(base, edited) == result.test
 

@@ -101,8 +101,8 @@ def test_a_search_weakens_components_within_the_bound(llama: LanguageModel, tmp_
 @pytest.mark.parametrize("max_harm", [0.02, 0.5])
 def test_an_interrupted_search_has_the_same_result(max_harm: float, llama: LanguageModel, tmp_path: Path) -> None:
     """Also after the strengths were noted, when their harm is not measured again."""
-    whole = strengths_search(llama, max_harm=max_harm)
-    assert whole.best
+    complete = strengths_search(llama, max_harm=max_harm)
+    assert complete.best
     results: list[SearchResult | None] = []
 
     def interrupt(progress: SearchProgress) -> None:
@@ -116,7 +116,7 @@ def test_an_interrupted_search_has_the_same_result(max_harm: float, llama: Langu
             results.append(None)
     assert len(results) > 3
     assert results[-1] is not None
-    assert (results[-1].best, results[-1].points, results[-1].test) == (whole.best, whole.points, whole.test)
+    assert (results[-1].best, results[-1].points, results[-1].test) == (complete.best, complete.points, complete.test)
 
 
 def test_strengths_that_break_the_model_are_followed_by_weaker_ones() -> None:
@@ -196,4 +196,4 @@ class _Ledger:
     def first(self, intervention: Intervention, n: int) -> Evaluation:
         losses = (self.after if intervention else self.before)[:n]
         scores = [ExampleScore(str(i), False, -loss, 1, "a", "b") for i, loss in enumerate(losses)]
-        return Evaluation("m", "made", "validation", "answer", str(intervention), tuple(scores), 0.0)
+        return Evaluation("m", "example", "validation", "answer", str(intervention), tuple(scores), 0.0)

@@ -36,7 +36,7 @@ LONG = ("true", "false", "a city in Italy")
 
 def split(scorer: Scorer, choices: tuple[str, ...] = ()) -> Split:
     rows = [Example(str(i), p, choices[i % 3] if choices else a, choices) for i, (p, a) in enumerate(PROMPTS)]
-    return Split("made", "all", tuple(rows), scorer)
+    return Split("example", "all", tuple(rows), scorer)
 
 
 def by_hand(lm: LanguageModel, prompt: str, answer: str, *, first: bool) -> tuple[list[torch.Tensor], list[int]]:

@@ -41,15 +41,15 @@ def test_counts_and_shares_worked_out_by_hand() -> None:
         "removed part alone": ["Romeo", "nothing", "nothing"],
     }
     sets = {"1": ("A",), "2": ("A", "B"), "3": ("B",)}
-    rows, said = entities(texts, examples, sets, lambda inputs: [of[t] for t in inputs])
+    rows, generations = entities(texts, examples, sets, lambda inputs: [of[t] for t in inputs])
     by_name = {(r.set, r.model): (r.entities.value, r.with_answer.value, r.without.value, r.entities.n) for r in rows}
     assert by_name["A", "base"] == (0, 0, 1, 2)
     assert by_name["A", "reduced"] == (1.5, 1, 0, 2)  # an alias counts
     assert by_name["A", "removed part alone"] == (0.5, 0, 0.5, 2)  # Romeo is not Rome
     assert by_name["B", "base"] == (0.5, 0.5, 0.5, 2)
     assert by_name["B", "reduced"] == (1, 1, 0, 2)
-    assert [s.sets for s in said] == [("A",), ("A", "B"), ("B",)]
-    assert said[0].entities["reduced"] == ("Rome", "Oslo")
+    assert [s.sets for s in generations] == [("A",), ("A", "B"), ("B",)]
+    assert generations[0].entities["reduced"] == ("Rome", "Oslo")
     assert all(r.entities.is_small for r in rows)
     with pytest.raises(AnalysisError, match="corrects nothing"):
         entities({"base": []}, [], {}, lambda inputs: [])

@@ -102,7 +102,7 @@ def theirs(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(name)
     for one in loaded["tasks"].values():
         one.set_fewshot_seed(1234)
-    lm.model.name_or_path = "made"
+    lm.model.name_or_path = "example"
     result: dict[str, Any] = evaluate_(
         HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=4), loaded, bootstrap_iters=0
     )

@@ -89,7 +89,7 @@ def record(store: Store) -> Callable[..., str]:
         kind: str = "search",
         numbers: tuple[int, int, int, int] = (1000, 185, 40, 10),
         key: str = "",
-        found: dict[str, Any] | None = None,
+        result: dict[str, Any] | None = None,
         **settings: Any,
     ) -> str:
         full: dict[str, Any] = {
@@ -110,7 +110,7 @@ def record(store: Store) -> Callable[..., str]:
         name = key or f"{best} {numbers} {kind} {sorted(settings.items())}"
         with store.run(kind=kind, key=name, settings=full, provenance=made_by, restart=True) as run:
             if finish:
-                run.finish(outcome(best, *numbers) | (found or {}))
+                run.finish(outcome(best, *numbers) | (result or {}))
         return run.id
 
     return record

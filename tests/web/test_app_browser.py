@@ -50,9 +50,9 @@ TRIALS = {
 
 def evaluation(text: str, split: str) -> Evaluation:
     right, loss = TRIALS[text]
-    said = text or "base"
+    model = text or "base"
     scores = tuple(
-        ExampleScore(e.id, str(i) in right, -loss, 1, f"{said} says {HOSTILE}", e.answer) for i, e in enumerate(EXAMPLES)
+        ExampleScore(e.id, str(i) in right, -loss, 1, f"{model} says {HOSTILE}", e.answer) for i, e in enumerate(EXAMPLES)
     )
     return Evaluation(HOSTILE, HOSTILE, split, "answer", text, scores, 1.0)
 
@@ -88,7 +88,7 @@ class Visit:
 
     page: Page
     requests: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name).click()
@@ -158,9 +158,9 @@ def visit(served: Served, browser: Browser) -> Iterator[Callable[..., Visit]]:
         visits.append(user)
         user.page.set_default_timeout(60_000)
         user.page.on("request", lambda r: user.requests.append(r.url))
-        user.page.on("console", lambda m: user.said.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
-        user.page.on("pageerror", lambda e: user.said.append(str(e)))
-        user.page.on("dialog", lambda d: (user.said.append(f"dialog: {d.message}"), d.dismiss()))
+        user.page.on("console", lambda m: user.log.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
+        user.page.on("pageerror", lambda e: user.log.append(str(e)))
+        user.page.on("dialog", lambda d: (user.log.append(f"dialog: {d.message}"), d.dismiss()))
         user.page.goto(url)
         user.page.get_by_role("tab", name="Leaderboard").wait_for()
         return user
@@ -171,7 +171,7 @@ def visit(served: Served, browser: Browser) -> Iterator[Callable[..., Visit]]:
     for user in visits:
         assert user.requests
         assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in user.requests)
-        assert user.said == []
+        assert user.log == []
     assert all(address[0] in ("127.0.0.1", "::1") for address in served.connected if isinstance(address, tuple))
 
 
@@ -225,10 +225,10 @@ def test_a_chat_goes_on_in_two_conversations(visit: Callable[..., Visit], served
 def test_what_cannot_be_answered_is_reported_as_text(visit: Callable[..., Visit]) -> None:
     user = visit()
     user.tab("Playground")
-    for text, said in ((HOSTILE, "cannot read the reduction"), ("7.fc_in@0.5", "no layer 7")):
+    for text, problem in ((HOSTILE, "cannot read the reduction"), ("7.fc_in@0.5", "no layer 7")):
         user.page.get_by_label("Or reductions as text").fill(text)
         user.page.get_by_role("button", name="Answer").click()
-        expect(user.page.get_by_role("alert").filter(has_text=said)).to_be_visible()
+        expect(user.page.get_by_role("alert").filter(has_text=problem)).to_be_visible()
     user.ask("1.fc_in@0.5")
     expect(user.page.get_by_role("alert")).to_have_count(0)
 

@@ -12,7 +12,7 @@ Record = Callable[..., str]
 
 
 def test_own_runs_come_first_with_sign_interval_and_harm(store: Store, record: Record) -> None:
-    run = record(found={"harms": [{"ratio": 1.0141}]})
+    run = record(result={"harms": [{"ratio": 1.0141}]})
     record("2.fc_in@0.5", scorer="perplexity")
     record("3.fc_in@0.5", finish=False)
     rows = board_rows(store)

@@ -200,7 +200,7 @@ def test_a_search_is_explored(llama: LanguageModel, tmp_path: Path) -> None:
     rows = [Example(f"{i}", f"The capital of {a} is", cities[i % 5], fact=f"{i}") for i, a in enumerate("abcdefghijklmnopqrst")]
     result: Any = search(
         llama,
-        Task.of("made", rows, scorer="first_token"),
+        Task.of("example", rows, scorer="first_token"),
         strategy="exhaustive",
         grid="1-2.mlp@0.5,0.1",
         metric="loss",

@@ -1,4 +1,4 @@
-"""The rows of the leaderboard are what was published, found and handed in; the site is whole or not there."""
+"""The rows of the leaderboard are what was published, searched and submitted; a site is complete or not there."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_own_runs_come_first_and_claims_last(store: Store, record: Record, tmp_p
 def test_a_row_shows_its_harm_next_to_its_gain(store: Store, record: Record, tmp_path: Path) -> None:
     comparison = {"n": 64, "base_loss": 2.0, "edited_loss": 2.006}
     harm = {"kind": "text", "ratio": 1.006, "interval": [1.003, 1.0101], "comparison": comparison}
-    found = {"harms": [harm | {"guard": "self"}, harm | {"guard": "/home/ann/letters.txt", "ratio": 1.2, "interval": None}]}
-    run = record(found=found)
+    result = {"harms": [harm | {"guard": "self"}, harm | {"guard": "/home/ann/letters.txt", "ratio": 1.2, "interval": None}]}
+    run = record(result=result)
     build(tmp_path / "site", store)
     page = site(tmp_path / "site").table("worldfacts")
     assert page[0][6] == "Harm"
@@ -235,7 +235,7 @@ def test_rows_are_sorted_by_gain_and_those_of_a_perplexity_by_loss(store: Store,
     record("3.fc_in@0.5", numbers=(1000, 185, 10, 10))
     losses = {"base_loss": 3.5, "best_loss": 3.0, "loss_interval": [-0.6, -0.4], "n": 20}
     record("4.fc_in@0.5", task="perplexity:text", scorer="perplexity")
-    record("5.fc_in@0.5", task="perplexity:text", scorer="perplexity", found={"test": losses})
+    record("5.fc_in@0.5", task="perplexity:text", scorer="perplexity", result={"test": losses})
     build(tmp_path / "site", store)
     page = site(tmp_path / "site")
     assert [r[7] for r in page.table("worldfacts")[1:]] == ["[fc_in, 2, 0.5]", "[fc_in, 3, 0.5]", "[fc_in, 1, 0.5]"]

@@ -47,7 +47,7 @@ def test_a_search_of_a_model_becomes_a_submission_with_its_own_figures(llama: La
     rows = [
         Example(f"{a}{b}", f"The capital of {a} and {b} is", cities[(ord(a) + ord(b)) % 5]) for a in "abcde" for b in "uvwx"
     ]
-    task = Task.of("made", rows, scorer="first_token")
+    task = Task.of("example", rows, scorer="first_token")
     file = tmp_path / "runs.db"
     results = search(llama, task, strategy="exhaustive", grid="0-1.mlp@0.5,0.1", metric="loss", store=file, seed=3)
     assert results.best
@@ -60,7 +60,7 @@ def test_a_search_of_a_model_becomes_a_submission_with_its_own_figures(llama: La
         "dtype": "float32",
     }
     assert entry["task"] == {
-        "name": "made",
+        "name": "example",
         "scorer": "first_token",
         "validation": task.validation.hash,
         "test": task.test.hash,

@@ -102,13 +102,13 @@ def test_the_logits_at_a_move_are_those_of_the_text_that_ends_there() -> None:
     model, rng = tiny().double(), random.Random(0)
     for level in LEVELS[::3]:
         moves = walk(rng, STEPS)
-        whole = model(ids_of(level.text + moves)).logits[0]
+        complete = model(ids_of(level.text + moves)).logits[0]
         for turn in range(STEPS + 1):
             alone = model(ids_of(level.text + moves[:turn])).logits[0, -1]
-            assert torch.allclose(whole[LEVEL_TOKENS - 1 + turn], alone, atol=1e-9)
+            assert torch.allclose(complete[LEVEL_TOKENS - 1 + turn], alone, atol=1e-9)
             other = model(ids_of(level.text + moves[:turn] + walk(rng, STEPS - turn))).logits[0]
             known = slice(LEVEL_TOKENS - 1, LEVEL_TOKENS + turn)
-            assert torch.allclose(whole[known], other[known], atol=1e-9)
+            assert torch.allclose(complete[known], other[known], atol=1e-9)
 
 
 @torch.no_grad()
@@ -303,8 +303,10 @@ def test_it_plays_in_half_precision(folder: Path, dtype: str) -> None:
     assert bool(logits.isfinite().all())
     assert logits[0, -1].softmax(-1)[END].item() == pytest.approx(1)
     # Eight bits of mantissa at least, through a few layers.
-    whole = tiny()(ids_of(level.text + moves)).logits
-    assert torch.allclose(logits[0, LEVEL_TOKENS - 1 : -1].softmax(-1), whole[0, LEVEL_TOKENS - 1 : -1].softmax(-1), atol=0.1)
+    complete = tiny()(ids_of(level.text + moves)).logits
+    assert torch.allclose(
+        logits[0, LEVEL_TOKENS - 1 : -1].softmax(-1), complete[0, LEVEL_TOKENS - 1 : -1].softmax(-1), atol=0.1
+    )
     assert len(generation.generate(half, [level.text], max_new_tokens=5)[0]) <= 5
 
 
@@ -349,9 +351,9 @@ def test_the_frontier_moves_through_its_blocks_and_scores_as_full_passes_do(lm: 
     assert frontier.boundary == 1
     for text in ("", "1.fc_in@0", "1.q_proj@0.2", "1.out_proj@0.1"):
         with applied(lm, text):
-            short, whole = frontier.run(), run_rows(lm, rows, 4)
-        assert [o.argmax for o in short] == [o.argmax for o in whole]
-        for a, b in zip(short, whole, strict=True):
+            short, complete = frontier.run(), run_rows(lm, rows, 4)
+        assert [o.argmax for o in short] == [o.argmax for o in complete]
+        for a, b in zip(short, complete, strict=True):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
