@@ -33,11 +33,11 @@ def test_every_model_of_the_sweep_scores_as_under_its_intervention(llama: Langua
         assert row.evaluation.loss == pytest.approx(expected.loss, abs=1e-4)
         assert row.comparison.edited == row.evaluation.accuracy
     # 32 x 32 twice, 16 x 32 twice and 48 x 32 three times in a block; at 0.1 ranks 3, 1 and 3.
-    total = 2 * 1024 + 2 * 512 + 3 * 1536
+    dense = 2 * 1024 + 2 * 512 + 3 * 1536
     factors = 2 * 3 * (64 - 3) + 2 * 1 * (48 - 1) + 3 * 3 * (80 - 3)
     total = sum(p.numel() for p in llama.model.parameters())
-    assert points[1].parameters == pytest.approx(1 - (total - factors) / total)
-    assert points[3].parameters == pytest.approx(1 - 2 * (total - factors) / total)
+    assert points[1].parameters == pytest.approx(1 - (dense - factors) / total)
+    assert points[3].parameters == pytest.approx(1 - 2 * (dense - factors) / total)
     assert points[0].parameters == 1
 
 

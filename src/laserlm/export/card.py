@@ -30,12 +30,6 @@ def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
     hub = base["hub"] or base["name"]
     name = hub if base["revision"] is None else f"{hub} at {base['revision']}"
     loader = record["loader"]
-    scales = "@scale" in record.get("intervention", "")
-    change = "matrices of scaled singular values" if scales else "low-rank approximations"
-    what = f"{name} with {change} in place of some weight matrices, without training"
-    if record["form"] == "adapter":
-        verb = "scales singular components" if scales else "takes singular components out"
-        what = f"An adapter that {verb} of some weight matrices of {name}, without training"
     share = record["parameters"]["saved"] / record["parameters"]["base"]
     lines = [
         "---",
@@ -44,7 +38,7 @@ def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
         "",
         f"# {hub.rstrip('/').rpartition('/')[2]}, reduced",
         "",
-        f"{what} ([LASER](https://arxiv.org/abs/2312.13558)). Made with laserlm.",
+        f"{_summary(record, name)} ([LASER](https://arxiv.org/abs/2312.13558)). Made with laserlm.",
         "",
         *_loading(record, loader, folder, remote),
         "",
@@ -85,6 +79,16 @@ def card(record: dict[str, Any], folder: str, hub_id: str | None = None) -> str:
     if len(record["matrices"]) > MAX_MATRICES:
         lines.append(f"| and {len(record['matrices']) - MAX_MATRICES} more in `laser.json` | | | |")
     return "\n".join(lines) + "\n"
+
+
+def _summary(record: dict[str, Any], base: str) -> str:
+    """Return in words what the folder holds."""
+    scales = "@scale" in record.get("intervention", "")
+    if record["form"] == "adapter":
+        verb = "scales singular components" if scales else "takes singular components out"
+        return f"An adapter that {verb} of some weight matrices of {base}, without training"
+    change = "matrices of scaled singular values" if scales else "low-rank approximations"
+    return f"{base} with {change} in place of some weight matrices, without training"
 
 
 def _checks(record: dict[str, Any], folder: str) -> str:

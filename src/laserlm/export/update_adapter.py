@@ -32,12 +32,7 @@ def adapter_of(
 ) -> Adapter:
     """Return the adapter of an intervention: what it leaves of an adapter's update, or else what it changes in the weights.
 
-    Args:
-        lm: the unchanged model.
-        intervention: the intervention.
-        cache: as for ``Adapter.of``.
-        seed: as for ``Adapter.of``.
-        dtype: as for ``Adapter.of``.
+    The arguments are those of ``Adapter.of``.
 
     Raises:
         ExportError: as ``Adapter.of``, or if the adapter has tensors that a smaller adapter would lose.
