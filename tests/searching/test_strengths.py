@@ -21,8 +21,9 @@ from laserlm.models import LanguageModel
 from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.records import Evaluation, ExampleScore
+from laserlm.scoring.statistics import mean_test
 from laserlm.searching import SearchProgress, SearchResult, search, strengths
-from laserlm.searching.strengths import SMALLER, STEP, choose_strengths, expected_harm
+from laserlm.searching.strengths import SMALLER, STEP, choose_strengths, cross_fitted_level, expected_harm
 
 
 def gain(c: Tensor, taken: Tensor) -> float:
@@ -99,8 +100,11 @@ def test_a_search_weakens_components_within_the_bound(llama: LanguageModel, tmp_
 
 
 @pytest.mark.parametrize("max_harm", [0.02, 0.5])
-def test_an_interrupted_search_has_the_same_result(max_harm: float, llama: LanguageModel, tmp_path: Path) -> None:
+def test_an_interrupted_search_has_the_same_result(
+    max_harm: float, llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also after the strengths were noted, when their harm is not measured again."""
+    monkeypatch.setattr(strengths, "FEW_FACTS", 1)  # three parts, for fewer interruptions
     complete = strengths_search(llama, max_harm=max_harm)
     assert complete.best
     results: list[SearchResult | None] = []
@@ -143,41 +147,59 @@ def test_each_part_is_scored_under_strengths_that_it_had_no_part_in_choosing(
 ) -> None:
     """Nothing passes the test here, so it looks at all parts, and the search keeps the model."""
     asked: list[int] = []
-    looks: list[tuple[int, int]] = []
+    looks: list[tuple[int, float]] = []
 
     def choose(contributions: Tensor, *rest: Any, **options: Any) -> Tensor:
         asked.append(len(contributions))
         return choose_strengths(contributions, *rest, **options)
 
-    def refused(after: Evaluation, before: Evaluation, *_: Any) -> bool:
-        looks.append((after.n, before.n))
-        assert any(a.loss != b.loss for a, b in zip(after.scores[-15:], before.scores[-15:], strict=True))
+    def refused(after: Evaluation, before: Evaluation, metric: str, level: float) -> bool:
+        looks.append((after.n, level))
+        assert any(a.loss != b.loss for a, b in zip(after.scores[-5:], before.scores[-5:], strict=True))
         return False
 
     monkeypatch.setattr(strengths, "choose_strengths", choose)
     monkeypatch.setattr(strengths, "is_significantly_worse", refused)
-    result = strengths_search(llama)
-    others, smaller = [30, 30, 30], [45] * len(SMALLER)
-    assert asked[-5:] == [*others, *smaller]
-    assert set(asked[:-5]) == {45}
-    assert looks == [(15, 15), (30, 30), (45, 45)]
-    assert not result.best
+    for facts, parts in ((1, 3), (60, 9)):  # what counts as few
+        monkeypatch.setattr(strengths, "FEW_FACTS", facts)
+        asked.clear()
+        looks.clear()
+        result = strengths_search(llama)
+        of_parts, smaller = [45 - 45 // parts] * parts, [45] * len(SMALLER)
+        assert asked[-len([*of_parts, *smaller]) :] == [*of_parts, *smaller]
+        assert set(asked[: -len([*of_parts, *smaller])]) == {45}
+        assert looks == [(45 // parts, 0.2 * 0.05), (45, cross_fitted_level(0.8 * 0.05))]
+        assert not result.best
 
 
 def test_useless_strengths_are_accepted_no_more_often_than_stated() -> None:
-    """The test alone, on losses that change by chance."""
-    draw, accepted, runs = random.Random(0), 0, 400
-    parts = [range(0, 30), range(30, 60), range(60, 90)]
+    """Questions whose derivatives have the mean 0 choose a step along their mean, and the left-out ones are changed by it."""
+    generator, E, runs = torch.Generator().manual_seed(0), 60, 400
+    parts = torch.arange(E).reshape(3, -1)
+    p_values = []
     for _ in range(runs):
-        losses = [draw.gauss(3, 1) for _ in range(90)]
-        session: Any = SimpleNamespace(
-            on_validation=_Ledger(losses, [loss + draw.gauss(0, 0.3) for loss in losses]),
-            config=SimpleNamespace(delta=0.05),
-            between_choices=False,
-            begin=lambda *_, **__: None,
-        )
-        accepted += strengths._helps(session, parts, [Intervention.parse("0.fc_in@drop0")] * 3)
-    assert 0 < accepted <= 0.05 * runs + 2 * (0.05 * 0.95 * runs) ** 0.5
+        c = torch.randn(E, 40, generator=generator)
+        changes = torch.cat([-c[part] @ (c.sum(0) - c[part].sum(0)) for part in parts])
+        p_values.append(mean_test((-changes).tolist(), [str(i) for i in range(E)]))
+    allowance = 2 * (0.05 * 0.95 * runs) ** 0.5
+    assert 0 < sum(p <= cross_fitted_level(0.05) for p in p_values) <= 0.05 * runs + allowance
+    assert sum(p <= 0.05 for p in p_values) > 0.05 * runs + allowance  # the allowance for twice the variance is needed
+
+
+def test_changes_that_are_clear_in_the_first_part_are_not_looked_at_further() -> None:
+    looked: list[int] = []
+    parts = [range(0, 30), range(30, 60), range(60, 90)]
+    draw = random.Random(0)
+    losses = [draw.gauss(3, 1) for _ in range(90)]
+    ledger = _Ledger(losses, [loss - draw.gauss(0.3, 0.3) for loss in losses])
+    session: Any = SimpleNamespace(
+        on_validation=ledger,
+        config=SimpleNamespace(delta=0.05),
+        between_choices=False,
+        begin=lambda _stage, _tried, stop, **_: looked.append(stop),
+    )
+    assert strengths._helps(session, parts, [Intervention.parse("0.fc_in@drop0")] * 3)
+    assert looked == [30]
 
 
 class _Ledger:

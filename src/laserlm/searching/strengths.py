@@ -9,9 +9,13 @@ estimate: half the mean squared change along the gradients of the guard's passag
 gradients but through the price. The harm is then measured, and the price corrected, a few times.
 
 Whether such a choice helps is tested by cross-fitting. For each part of the validation questions the strengths are chosen on
-the other parts, for the same expected harm, and scored on it. The parts are looked at one after the other, each time with all
-scores so far. If they are significantly better at one of these looks, all questions choose the strengths. The scores of the
-questions have no part in the choice of the harm. Strengths for less harm are scored too, for the list of gain against harm.
+the other parts, for the same expected harm, and scored on it. If the first part alone or all parts together are significantly
+better, all questions choose the strengths. The scores of the questions have no part in the choice of the harm. Strengths for
+less harm are scored too, for the list of gain against harm.
+
+The change of a question is about the sum of its products with the questions that chose. Each pair of questions of two parts is
+in two such sums, so the sum of all changes has up to twice the variance that independent changes would have. The test of all
+parts allows for that.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -48,11 +53,15 @@ LEAST_PRICE, MOST_PRICE, HALVINGS = 1e-2, 1e8, 16
 """Between what the price of harm is looked for, in nats per nat, and how often the interval is halved."""
 CORRECTIONS, CLOSE, MOST_FACTOR = 8, 0.8, 4.0
 """Measurements of the harm at most, the share of the bound that is near enough, and the largest factor between two of them."""
+FEW_FACTS, PARTS_OF_FEW = 60, 9
+"""Facts below which there are more parts, so that nearly all facts choose for each of them."""
+EARLY = 0.2
+"""Share of the error probability for a look at the first part alone, which saves the passes on the others."""
 SMALLER = (0.25, 0.5)
 """Shares of the expected harm for which strengths are listed too."""
 BACK = 1.5
 """Power of the ratio of bound to harm by which less is allowed: the harm falls more slowly than what is allowed."""
-NOTE = "strengths"
+NOTE = "cross-fitted strengths"
 
 
 def weaken_components(session: SearchSession) -> None:
@@ -69,7 +78,7 @@ def weaken_components(session: SearchSession) -> None:
     session.begin("strengths", [BASE], n, later=cost_of_step(n, session.config) + n)
     ledger.extend([BASE], n)
     facts = [e.fact or e.id for e in ledger.split]
-    parts = parts_of(facts)
+    parts = parts_of(facts, PARTS_OF_FEW if len(set(facts)) < FEW_FACTS else PARTS)
     if not parts:
         return
     noted = session.run.notes.get(NOTE)
@@ -77,7 +86,7 @@ def weaken_components(session: SearchSession) -> None:
         noted = [str(i) for i in _choose(session, facts, parts)]
         session.run.note(NOTE, noted)
     chosen, *others = map(Intervention.parse, noted)
-    cross_fitted, smaller = others[:PARTS], others[PARTS:]
+    cross_fitted, smaller = others[: len(parts)], others[len(parts) :]
     if chosen and _helps(session, parts, cross_fitted):
         # The chosen ones come last: of equal points the last one is the best.
         for tried in dict.fromkeys([*filter(None, smaller), chosen]):
@@ -143,20 +152,28 @@ def _measured(session: SearchSession, tried: Intervention) -> float:
 
 
 def _helps(session: SearchSession, parts: Sequence[range], cross_fitted: Sequence[Intervention]) -> bool:
-    """Return whether the parts are better under the strengths that the other parts chose, at one of as many looks as parts."""
-    ledger = session.on_validation
+    """Return whether the first part, or all parts, are better under the strengths that the other parts chose."""
+    ledger, delta = session.on_validation, session.config.delta
+    n = len(ledger.split)
+    levels = {parts[0].stop: EARLY * delta, n: cross_fitted_level((1 - EARLY) * delta)}
     metric: Metric = "accuracy" if session.between_choices else "loss"
     after: list[ExampleScore] = []
     for number, (part, tried) in enumerate(zip(parts, cross_fitted, strict=True), start=1):
-        session.begin(f"part {number}", [tried], part.stop, later=len(ledger.split))
+        session.begin(f"part {number}", [tried], part.stop, later=n)
         ledger.extend([tried], part.stop)
         if ledger.fails(tried, part.stop):
             return False
-        before = ledger.first(BASE, part.stop)
         after += ledger.first(tried, part.stop).scores[part.start :]
-        if is_significantly_worse(replace(before, scores=tuple(after)), before, metric, session.config.delta / PARTS):
+        before, level = ledger.first(BASE, part.stop), levels.get(part.stop)
+        if level and is_significantly_worse(replace(before, scores=tuple(after)), before, metric, level):
             return True
     return False
+
+
+def cross_fitted_level(delta: float) -> float:
+    """Return the level of a test for independent changes that has an error of ``delta`` on changes of twice the variance."""
+    normal = NormalDist()
+    return normal.cdf(2**0.5 * normal.inv_cdf(delta)) if 0 < delta < 1 else delta
 
 
 def expected_harm(passages: Sequence[Tensor], taken: Tensor) -> float:
