@@ -585,7 +585,7 @@ def test_splits_with_equal_questions_are_refused_unless_they_are_published(
     with pytest.raises(ScoringError, match=r"share 1 questions with equal prompt and answer, such as .*; give two splits"):
         search_(llama, leaking, grid="1.fc_in@0.5")
     assert search_(llama, replace(leaking, split_by="paper"), grid="1.fc_in@0.5").test.n == len(task.test) + 1
-    assert "1 questions of made are both in the validation and in the test split, as published" in caplog.text
+    assert "1 questions of example are both in the validation and in the test split, as published" in caplog.text
 
 
 def test_the_store_keeps_the_facts_of_scores(llama: LanguageModel, tmp_path: Path) -> None:
