@@ -130,6 +130,19 @@ def test_a_choice_of_components_is_planned_step_by_step(llama: LanguageModel, ta
     assert 0 < estimate.screen_flop < estimate.flop
 
 
+@pytest.mark.parametrize(("strategy", "finalists"), [("components", 1), ("race", 4)])
+def test_the_texts_that_the_model_writes_are_planned_and_timed(
+    strategy: Any, finalists: int, llama: LanguageModel, task: Task
+) -> None:
+    config = SearchConfig(strategy=strategy, grid=GRID, steps=1, scorer="contains", guards=(), candidates=4)
+    estimate = plan(llama, task, config)
+    assert of(estimate, "texts of the model") == (1 + finalists) * len(task.validation) + 2 * len(task.test)
+    passes = estimate.simulate(1, CostModel(work=1.0)).seconds
+    texts = estimate.simulate(1, CostModel(work=1.0, write=10.0)).seconds - passes
+    assert texts == pytest.approx(10 * of(estimate, "texts of the model"))
+    assert measure_cost(llama, estimate, task, config).write > 0
+
+
 @pytest.mark.parametrize(
     ("family", "grid", "guards", "strategy"),
     [
@@ -143,8 +156,6 @@ def test_strengths_are_chosen_where_harm_is_measured_and_no_sizes_are_named(
     family: str, grid: str, guards: tuple[str, ...] | None, strategy: str, make: Make, task: Task
 ) -> None:
     assert plan(make(family), task, SearchConfig(grid=grid, guards=guards)).strategy == strategy
-    few = replace(task, validation=task.validation.limit(2))
-    assert plan(make(family), few, SearchConfig(grid=grid, guards=guards)).strategy == "race"
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -181,6 +192,17 @@ def test_a_unit_is_timed_and_nothing_is_left_behind(llama: LanguageModel, task: 
     assert pace.answer > 0
     assert not llama.active
     assert estimate.simulate(1, pace).seconds > 0
+
+
+def test_a_pass_that_is_timed_goes_through_all_blocks(llama: LanguageModel, task: Task) -> None:
+    """Not from the cached activations below the top block, where the candidates are."""
+    config = SearchConfig(strategy="exhaustive", grid="2.mlp@0.5", guards=())
+    passes: list[int] = []
+    lowest: Any = llama.model.get_submodule("model.layers.0.mlp.down_proj")
+    hook = lowest.register_forward_hook(lambda *_: passes.append(1))
+    measure_cost(llama, plan(llama, task, config), task, config)
+    hook.remove()
+    assert len(passes) >= 8
 
 
 def scores(n: int, examples: int = 10, share: float = 1.0, chunks: int = 1) -> list[ScoreTask]:

@@ -57,7 +57,11 @@ def print_dry_run(
 
 def _as_dict(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mapping[int, Simulation]) -> dict[str, Any]:
     times = [{"workers": n, "seconds": run.seconds, "busy": run.busy, "driver": run.driver} for n, run in on_cluster.items()]
-    measured = {"seconds_per_pass": costs.work + costs.example, "seconds_to_record_an_example": costs.answer}
+    measured = {
+        "seconds_per_pass": costs.work + costs.example,
+        "seconds_to_record_an_example": costs.answer,
+        "seconds_per_text": costs.write,
+    }
     return planned.as_dict() | {"measured": measured, "seconds": alone.seconds, "on_ray": times}
 
 
@@ -103,7 +107,10 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
         print("As many steps as --steps allows are counted; the search ends earlier where no step gains.")
     print("The time to write a guard's text once is not counted, and neither are guards of questions.")
     if planned.generates:
-        print("Text that the model generates under the finalists is not counted.")
+        print(
+            f"The text of an answer takes {1000 * costs.write:.0f} ms here, as the unchanged model writes the first ones; its "
+            "operations are not counted."
+        )
     print("On a Ray cluster, with workers as fast as this process, and one cache of decompositions for all:")
     table = Table("workers", "time", "busy")
     for n, run in on_cluster.items():

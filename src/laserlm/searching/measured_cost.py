@@ -1,4 +1,4 @@
-"""Time on this machine what a plan multiplies: passes, decompositions and the recording of scores."""
+"""Time on this machine what a plan multiplies: passes, decompositions, texts and the recording of scores."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from laserlm.linalg.decomposition import as_float_matrix, basis_of
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import read_matrix
 from laserlm.reductions import Intervention
+from laserlm.scoring.generation import generate_for
+from laserlm.scoring.records import Evaluation
 from laserlm.searching.config import SearchConfig
 from laserlm.searching.driver import VALIDATION, encode_splits
 from laserlm.searching.guard import has_guard
@@ -25,14 +27,14 @@ from laserlm.searching.scorer import Failure, PrefixScorer
 from laserlm.searching.simulation import CostModel
 from laserlm.searching.work import ScoreTask
 from laserlm.store import Store
-from laserlm.tasks import Task
+from laserlm.tasks import Split, Task
 
 MAX_TIMED_FLOP = 1e12
 """Floating-point operations of a decomposition that is not worth timing four times."""
 
 
 def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchConfig) -> CostModel:
-    """Time work items at the bottom and at the top of the model, a decomposition, and a recording, on this machine.
+    """Time work items at the bottom and at the top of the model, a decomposition, a recording, and a text, on this machine.
 
     Args:
         lm: the unchanged model.
@@ -54,6 +56,10 @@ def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchCon
     full, high = (ScoreTask(VALIDATION, 0, n, i) for i in (Intervention(), top.intervention))
     times: dict[str, list[float]] = {}
 
+    def run_all_blocks() -> Evaluation | Failure:
+        scorer.free(VALIDATION)  # else the unchanged model runs from the cached activations below the top
+        return full.execute(scorer)
+
     def decompose() -> float:  # a value, so that a GPU has done it
         factor = decomposition_of(lm, middle, scorer.decompositions).left if weight is None else basis_of(weight)
         return float(factor[0, 0])
@@ -70,8 +76,10 @@ def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchCon
             assert not isinstance(scores, Failure)
             for turn in range(4):
                 answer = replace(scores, intervention=str(turn))
+                time_of_all = _timed(run_all_blocks)
+                high.execute(scorer)  # which moves the cached activations to the top
                 seconds = {
-                    "full": _timed(lambda: full.execute(scorer)),
+                    "full": time_of_all,
                     "high": _timed(lambda: high.execute(scorer)),
                     "decompose": _timed(decompose),
                     "record": _timed(partial(run.record, answer, encoded.split.examples[:n])),
@@ -86,7 +94,14 @@ def measure_cost(lm: LanguageModel, planned: Plan, task: Task, config: SearchCon
         example=max(0.0, usual["full"] / n - per_pass),
         decompose=usual["decompose"] / decomposition_flop(middle),
         answer=usual["record"] / n,
+        write=_time_of_text(lm, encoded.split, config.batch_size) if planned.generates else 0.0,
     )
+
+
+def _time_of_text(lm: LanguageModel, split: Split, batch_size: int) -> float:
+    """Return the seconds that the model needs for the text of one example, in a batch of the first ones."""
+    examples = split.examples[:batch_size]
+    return _timed(lambda: generate_for(lm, examples, split.decoding, batch_size)) / len(examples)
 
 
 def _timed(function: Callable[[], Any]) -> float:

@@ -29,7 +29,8 @@ from laserlm.searching.ledger import cut, max_sequences
 from laserlm.searching.memory_plan import MemoryPlanner, PhaseMemory
 from laserlm.searching.race import rung_sizes
 from laserlm.searching.scorer import EncodedSplit, first_changed_block
-from laserlm.searching.simulation import CostModel, Simulation, simulate
+from laserlm.searching.session import MAX_FINALISTS
+from laserlm.searching.simulation import WRITING, CostModel, Simulation, simulate
 from laserlm.searching.strategies import screen_size
 from laserlm.searching.strengths import SMALLER
 from laserlm.searching.work import (
@@ -48,7 +49,7 @@ BASE = Intervention()
 EIGENSOLVER_CUBES = 9
 """Floating-point operations of all eigenvectors of a symmetric matrix, in cubes of its size (Golub and Van Loan,
 Matrix Computations, 4th edition, section 8.3.3)."""
-RUNG, SCREEN, GRADIENT, HARM = "rung to example", "screen", "gradient", "harm"
+RUNG, SCREEN, GRADIENT, HARM, WRITTEN = "rung to example", "screen", "gradient", "harm", "texts of the model"
 CORRECTIONS = 3
 """Measurements of the harm of strengths until it is near the bound, about."""
 GRADIENTS = (SCREEN, GRADIENT)
@@ -85,7 +86,7 @@ class Plan:
         stages_for: returns what is done, one after the other, for a number of workers.
         is_estimate: whether more or less may be needed: what loses early leaves early, neighbours of the leader are added,
             and a choice of components ends when a step gains nothing.
-        generates: whether the model also generates text for each finalist, which is not counted.
+        generates: whether the model also writes a text for each question, under each finalist.
         pass_flop: floating-point operations of a pass of one example, on average.
         screen_flop: floating-point operations of the sums of the screen, without its passes.
         phases: memory of the ``gradient`` (of the screen, or of a choice of components) and of ``scoring``.
@@ -292,7 +293,7 @@ class _PlanBuilder:
             tried = [BASE, *_sample_evenly(interventions, number)]
             stages += [self._scores("trial", VALIDATION, [trial], 0, n, workers) for trial in tried]
         stages.append(self._scores("best on test", TEST, _sample_evenly(interventions, 1), 0, on_test, workers))
-        return (*stages, *self._harm())
+        return (*stages, *self._texts(), *self._harm())
 
     def _steps(self, workers: int) -> list[Stage]:
         """Return the steps of a choice of components, as many as may be tried."""
@@ -302,6 +303,16 @@ class _PlanBuilder:
         if self.config.strategy == "strengths":  # the looks at the parts, the choice and the smaller ones
             return [scores, gradient, *[scores] * (2 + len(SMALLER))]
         return [scores, *[gradient, scores] * self.config.steps]
+
+    def _texts(self) -> list[Stage]:
+        """Return the texts that are written under the unchanged model, the finalists, and the choice on test."""
+        if self.config.scorer not in GENERATING:
+            return []
+        n, on_test = (len(self.splits[name].split) for name in (VALIDATION, TEST))
+        is_chosen = self.config.is_of_components or self.config.metric == "loss"
+        texts, batch = n * (1 + (1 if is_chosen else MAX_FINALISTS)) + 2 * on_test, self.config.batch_size
+        chunks = (ScoreTask(WRITING, a, min(a + batch, texts), BASE) for a in range(0, texts, batch))
+        return [Stage(WRITTEN, tuple(chunks))]
 
     def _harm(self) -> list[Stage]:
         """Return the passes of the passages of a guard, as passes of as many examples as have the same number of tokens."""

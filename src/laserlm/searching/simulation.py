@@ -13,6 +13,9 @@ from typing import Any
 from laserlm.searching.schedule import Schedule
 from laserlm.searching.work import ScoreTask, WorkItem
 
+WRITING = "writing"
+"""Name of the split of which items are texts that the model writes, and not scores."""
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -25,6 +28,7 @@ class CostModel:
         start: until a new worker has the model.
         unit: from the last answer of a unit to the next one's begin.
         answer: the driver's work for the scores of one example, its recording above all.
+        write: the text that the model writes for one example; see ``WRITING``.
     """
 
     work: float
@@ -33,6 +37,7 @@ class CostModel:
     start: float = 0.0
     unit: float = 0.0
     answer: float = 0.0
+    write: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,8 @@ class _Simulator:
 
 def _seconds(item: WorkItem, walked: dict[Hashable, float], pace: CostModel) -> float:
     """Return how long a worker takes for the passes of a item, and note how far up it is then."""
+    if isinstance(item, ScoreTask) and item.split == WRITING:
+        return (item.stop - item.start) * pace.write
     seconds = item.cost * pace.work
     if isinstance(item, ScoreTask):
         examples, below = item.stop - item.start, 1 - item.share
