@@ -19,7 +19,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from laserlm.edit import applied
 from laserlm.errors import ExportError, MatrixError, ModelError, WeightError
-from laserlm.export import load_check, push, reproduce, save
+from laserlm.export import load_check, push, reproduce, save, saving
 from laserlm.export.load_in_subprocess import compute_in_float32, fingerprint
 from laserlm.models import LanguageModel, load
 from laserlm.models import bundled as package
@@ -123,6 +123,20 @@ def test_the_folder_has_all_that_a_checkpoint_has_and_how_it_was_made(llama: Lan
     )
     assert record["command"] in card
     assert "Its gain on a task and its harm to the model were not recorded" in card
+
+
+def test_the_command_of_thousands_of_strengths_reads_them_from_the_folder(
+    llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "LONGEST_ARGUMENT", 20)
+    text = "1.fc_in@scale0=0.5,1=0.75"
+    saved = save(llama, text, tmp_path / "out")
+    assert saved.record["intervention"] == text
+    assert " --reduce @out/laser.json " in saved.record["command"]
+    assert saved.record["command"].endswith(" --out out-again")
+    assert f"--reduce {text}" not in (saved.folder / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert str(Intervention.read("@out/laser.json")) == text
 
 
 def test_what_a_search_found_is_saved_with_its_gain(llama: LanguageModel, tmp_path: Path) -> None:

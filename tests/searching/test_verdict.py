@@ -57,6 +57,15 @@ def test_a_choice_that_what_the_model_writes_refuses_says_so(strategy: Any) -> N
     ]
 
 
+def test_no_line_shows_the_text_of_thousands_of_strengths() -> None:
+    best = Intervention.parse("1.fc_in@scale" + ",".join(f"{i}=0.9{i % 10}" for i in range(3000)))
+    result = replace(result_of(NO_CHANGE), best=best)
+    result = replace(result, test=replace(result.test, intervention=str(best)))
+    assert repr(best) == "Intervention('3000 strengths of 1 matrices')"
+    assert "best 3000 strengths of 1 matrices, test: 40.0% -> 50.0%" in repr(result)
+    assert max(map(len, (repr(result), repr(result.test)))) < 400
+
+
 def test_a_result_that_names_no_facts_is_read() -> None:
     """As written by version 0.1.0."""
     result = result_of(Interval(0.01, 0.2))

@@ -10,9 +10,10 @@ import torch
 from families import SCORED, build
 
 from laserlm.edit import applied
-from laserlm.errors import MatrixError, ReportError, ScoringError, SpecError
+from laserlm.errors import MatrixError, ReportError, ScoringError, SpecError, StoreError
 from laserlm.models import LanguageModel
 from laserlm.scoring.generation import generate
+from laserlm.store import Store
 from laserlm.web import batched_variants, playground
 from laserlm.web.playground import Playground, Variants, answer
 
@@ -170,6 +171,19 @@ def test_a_conversation_is_answered_by_the_unchanged_and_by_the_edited_model(mak
             talk.chat([conversation] * 2, "1.fc_in@0.2", 5)
     with pytest.raises(ReportError, match="no reduction"):
         talk.chat([turns] * 2, "", 5)
+
+
+def test_a_search_may_be_named_in_place_of_what_it_chose(llama: LanguageModel, store: Store) -> None:
+    with store.run(kind="search", key="a", settings={"model": "m", "task": "t"}, provenance={}) as run:
+        run.finish({"best": "1.fc_in@0.5"})
+    with store.run(kind="search", key="b", settings={"model": "m", "task": "t"}, provenance={}) as unchanged:
+        unchanged.finish({"best": ""})
+    shared_playground = Playground(llama, store)
+    assert shared_playground.answer(PROMPT, f"run {run.id}", 4) is shared_playground.answer(PROMPT, "1.fc_in@0.5", 4)
+    with pytest.raises(ReportError, match="no reduction"):
+        shared_playground.answer(PROMPT, f"run {unchanged.id}", 4)
+    with pytest.raises(StoreError, match="no run"):
+        shared_playground.answer(PROMPT, "run 123", 4)
 
 
 def test_an_answer_is_remembered(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

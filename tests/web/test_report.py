@@ -11,6 +11,7 @@ import pytest
 
 from laserlm.errors import ReportError, StoreError
 from laserlm.models import LanguageModel
+from laserlm.reductions import Intervention
 from laserlm.searching import SearchResult, search
 from laserlm.searching.result import Point
 from laserlm.store import Store
@@ -163,10 +164,24 @@ def test_removed_components_are_counted_and_explained_once_a_study_has_looked_at
         write_report(store, run.id, tmp_path / "tokens.html")
     counts, tokens = (re.sub(r"\s+", " ", parse_page(tmp_path / f"{n}.html").text) for n in ("counts", "tokens"))
     assert "5 of 18 singular components are removed, from 2 matrices" in counts
-    assert "block v_proj fc_in all 0 4 4 2 1 1 all 1 4 5 share 20% 80%" in counts
+    assert "block v_ proj fc_ in all 0 4 4 2 1 1 all 1 4 5 share 20% 80%" in counts
     assert f"laser analyze components {run.id} computes it" in counts
     assert f"{rows[0].matrix} {rows[0].component} {rows[0].value:.2f} {rows[0].reads[0]!r}" in tokens
     assert any(prompt in tokens for row in rows for prompt, _ in row.questions)
+
+
+def test_the_long_text_of_strengths_is_nowhere_in_a_report(llama: LanguageModel, tmp_path: Path) -> None:
+    result = searched(llama, tmp_path / "runs.db", task())
+    weakened = "+".join(f"{layer}.fc_in@scale" + ",".join(f"{i}=0.9{i % 10}" for i in range(30)) for layer in range(3))
+    point = Point(weakened, replace(result.validation, gain=0.5), ())
+    with Store.open(tmp_path / "runs.db") as store:
+        settings = store.find(result.run).settings
+        with store.run(kind="search", key="strengths", settings=settings, provenance={}) as run:
+            run.finish(replace(result, best=Intervention.parse(weakened), points=(point, point)).as_dict())
+        write_report(store, run.id, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "29=0.99" not in page
+    assert re.search(r"90 of \d+ singular components are weakened, in\s+3 matrices", parse_page(tmp_path / "r.html").text)
 
 
 def test_everything_from_data_stays_text(llama: LanguageModel, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from laserlm.errors import LaserError, MissingExtraError
+from laserlm.reductions import short_form
 
 if TYPE_CHECKING:
     from laserlm.searching import SearchProgress, SearchResult
@@ -179,7 +180,7 @@ class TrackedSearch:
                 figures |= {f"{name}/gain_low": c.interval.low, f"{name}/gain_high": c.interval.high}
         figures |= _harm_figures(result.harms)
         self._log(figures)
-        best = str(result.best) or "the unchanged model"
+        best = short_form(result.best) or "the unchanged model"  # trackers bound the length of texts
         self._end(
             {
                 "laser_run": result.run,

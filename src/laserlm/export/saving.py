@@ -21,6 +21,7 @@ from laserlm.errors import ExportError
 from laserlm.export.card import unclear_gain
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.export.gguf_file import OutType, check_gguf_request, write_gguf
+from laserlm.export.record import RECORD
 from laserlm.export.update_adapter import adapter_of
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.adapter import LOCAL
@@ -30,6 +31,8 @@ from laserlm.reductions import Intervention
 from laserlm.searching.result import SearchResult
 
 log = logging.getLogger(__name__)
+LONGEST_ARGUMENT = 5000
+"""Characters of reductions that a command on a card has; Linux takes 131,071, and thousands of strengths have more."""
 
 
 def save(
@@ -92,11 +95,14 @@ def save(
     elif point is not None:
         raise ExportError(f"point {point} is of the result of a search; give the result instead of a reduction")
     intervention, seed = Intervention.read(intervention), seed or 0
-    arguments = [*(["--reduce", str(intervention)] if intervention else []), *(["--seed", str(seed)] if seed else [])]
+    text, target = str(intervention), out
+    if len(text) > LONGEST_ARGUMENT:
+        text, target = f"@{out.name}/{RECORD}", out.with_name(f"{out.name}-again")
+    arguments = [*(["--reduce", text] if intervention else []), *(["--seed", str(seed)] if seed else [])]
     entries = {
         "intervention": str(intervention),
         "decomposition": {"algorithm": ALGORITHM, "seed": seed},
-        "command": command_of(lm, "save", arguments, out, options),
+        "command": command_of(lm, "save", arguments, target, options),
         "result": None if result is None else result.as_dict(),
     }
     if form == "adapter":
@@ -104,7 +110,7 @@ def save(
         adapter = adapter_of(lm, intervention, cache=cache, seed=seed, dtype=adapter_dtype)
         return write(lm, out, nullcontext(adapter.matrices), options, entries, adapter)
     if form == "gguf":
-        command = command_of(lm, "save", [*arguments, "--outtype", outtype], out, options, form)
+        command = command_of(lm, "save", [*arguments, "--outtype", outtype], target, options, form)
         dense = partial(_dense, lm, intervention, cache=cache, seed=seed)
         return write_gguf(lm, lambda folder: write(lm, folder, dense(), options, entries), out, options, outtype, command)
     edit = factored if form == "factored" else _dense

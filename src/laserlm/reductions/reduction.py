@@ -174,17 +174,22 @@ class Intervention:
     def __str__(self) -> str:
         return self._text  # the key of every score, and of thousands of strengths a long one
 
+    def __repr__(self) -> str:
+        return f"Intervention({short_form(self)!r})"
+
     def __bool__(self) -> bool:
         return bool(self.reductions)
 
 
 def _read_file(file: Path) -> Intervention:
-    next_step = "give a file that Intervention.write wrote"
+    next_step = "give a file that Intervention.write wrote, or the laser.json of a saved model"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SpecError(f"cannot read the reductions in {str(file)!r} ({reason}); {next_step}") from None
+    if isinstance(content, dict) and {"format", "intervention"} <= content.keys():  # the record of a saved model
+        return Intervention.parse(content["intervention"])
     if not isinstance(content, dict) or content.get("schema") != FILE_SCHEMA:
         raise SpecError(f'{str(file)!r} has no entry "schema": "{FILE_SCHEMA}"; {next_step}')
     version, entries = content.get("version"), content.get("reductions")

@@ -215,6 +215,9 @@ class Comparison:
         loss_interval = Interval(*(known["loss_interval"] or (-math.inf, math.inf)))
         return cls(**known | {"interval": Interval(*known["interval"]), "loss_interval": loss_interval})
 
+    def __repr__(self) -> str:
+        return f"Comparison({self})"
+
     def __str__(self) -> str:
         low, high = self.interval
         return (

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from laserlm.reductions import Intervention
+from laserlm.reductions import Intervention, short_form
 from laserlm.scoring.evaluate import Comparison
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.scorers import GENERATING
@@ -232,6 +232,10 @@ class SearchResult:
     points: tuple[Point, ...] = ()
     phases: dict[str, float] = field(default_factory=dict, compare=False)
     done_earlier: bool = field(default=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Return one line: what was chosen may be thousands of strengths."""
+        return f"SearchResult({self.run}, {self.strategy}, best {short_form(self.best) or 'the unchanged model'}, {self.test})"
 
     @property
     def pareto(self) -> list[Point]:

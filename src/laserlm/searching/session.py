@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from laserlm.errors import ScoringError
-from laserlm.reductions import Intervention
+from laserlm.reductions import Intervention, short_form
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.scorers import GENERATING
@@ -54,7 +54,7 @@ class GuardScores:
         n, text = len(ledger.split), str(intervention)
         ledger.extend([BASE, intervention], n)
         if text in ledger.failed:
-            raise ScoringError(f"{text} cannot be scored on the guard {self.guard.name}: {ledger.failed[text]}")
+            raise ScoringError(f"{short_form(text)} cannot be scored on the guard {self.guard.name}: {ledger.failed[text]}")
         return Harm(self.guard.name, self.guard.kind, compare(ledger.first(BASE, n), ledger.first(intervention, n)))
 
 
@@ -280,8 +280,8 @@ class SearchSession:
             ledger.extend(pair, n)
         if str(best) in ledger.failed:
             raise ScoringError(
-                f"{best} cannot be scored on the test split: {ledger.failed[str(best)]}; leave it out of the grid, or load the "
-                "model with another dtype"
+                f"{short_form(best)} cannot be scored on the test split: {ledger.failed[str(best)]}; leave it out of the grid, "
+                "or load the model with another dtype"
             )
         return ledger.scores[""], ledger.scores[str(best)]
 

@@ -21,7 +21,7 @@ from laserlm.jsonable import fields_to_json
 from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import read_matrix
-from laserlm.reductions import Intervention
+from laserlm.reductions import Intervention, short_form
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
@@ -128,7 +128,8 @@ def _first_tokens(scorer: CachedScorer, rows: Sequence[TokenSequence], intervent
     with applied(lm, intervention, seed=scorer.seed):
         scores = run_rows(lm, rows, scorer.batch_size)
     if not all(math.isfinite(score.logprobs[0]) for score in scores):
-        raise ScoringError(f"{intervention} gives probabilities that are not finite: {overflow(lm.model, lm.dtype)}")
+        cause = overflow(lm.model, lm.dtype)
+        raise ScoringError(f"{short_form(intervention)} gives probabilities that are not finite: {cause}")
     return [(score.argmax[0], score.logprobs[0]) for score in scores]
 
 

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from laserlm.errors import AnalysisError
+from laserlm.reductions import short_form
 from laserlm.studies.components import BottomResult, SpectrumRun
 from laserlm.studies.controls import Control
 from laserlm.studies.entities import Entities
@@ -199,7 +200,7 @@ def transfer_figure(cells: Sequence[Transfer], title: str) -> Any:
     """Return the gain of each intervention on each task."""
     series: dict[str, list[tuple[str, Estimate]]] = {}
     for c in cells:
-        series.setdefault(f"{c.intervention}, chosen on {c.chosen_on}", []).append((c.scored_on, c.gain))
+        series.setdefault(f"{short_form(c.intervention)}, chosen on {c.chosen_on}", []).append((c.scored_on, c.gain))
     return bars(series, title, "gain in accuracy")
 
 

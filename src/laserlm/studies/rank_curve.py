@@ -8,13 +8,16 @@ from decimal import Decimal
 
 from laserlm.edit.apply import resolve
 from laserlm.errors import AnalysisError
-from laserlm.reductions import Intervention, Size
+from laserlm.reductions import Intervention, Size, short_form
 from laserlm.studies.estimates import Estimate, paired_estimates
 from laserlm.studies.scores import CachedScorer
 
 RANKS = (40, 30, 20, 10, 5, 1, 0)
 """Ranks of the published curve (the report "Exploration of LAyer-SElective Rank reduction", table 4), and 1 and 0."""
 RHOS = ("1", "0.9", "0.8", "0.6", "0.4", "0.2", "0.1", "0.05", "0.01", "0")
+
+LONGEST_SIZE = 100
+"""Characters of the sizes of a reduction that are shown; thousands of strengths have more."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ def rank_curve(
     sizes = [Size(rank=r) for r in sorted(set(ranks), reverse=True) if r <= least]
     sizes += sizes_of(rhos)[::-1]
     chosen = str(Intervention.read(intervention))
-    size_texts = {chosen: ", ".join(dict.fromkeys(str(r.size) for r in reductions))}
+    of_chosen = ", ".join(dict.fromkeys(str(r.size) for r in reductions))
+    size_texts = {chosen: of_chosen if len(of_chosen) <= LONGEST_SIZE else short_form(chosen)}
     for size in sizes:
         size_texts.setdefault(str(Intervention(tuple(replace(r, size=size) for r in reductions))), str(size))
     base = scorer("")

@@ -17,6 +17,7 @@ from laserlm.edit import applied
 from laserlm.errors import AnalysisError
 from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
+from laserlm.reductions import short_form
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.output_layer import float32_output_layer
 from laserlm.scoring.records import Evaluation
@@ -144,7 +145,8 @@ def divergence(
         if on_batch is not None:
             on_batch(len(divergences), len(texts))
     if not all(map(math.isfinite, divergences)):
-        raise AnalysisError(f"{intervention} has no finite divergence on these prompts: {overflow(lm.model, lm.dtype)}")
+        cause = overflow(lm.model, lm.dtype)
+        raise AnalysisError(f"{short_form(intervention)} has no finite divergence on these prompts: {cause}")
     return divergences
 
 

@@ -27,7 +27,7 @@ from laserlm.web.board import board_html, board_rows
 from laserlm.web.chat_box import chat_box
 from laserlm.web.flip_rows import flip_rows
 from laserlm.web.pages import page
-from laserlm.web.playground import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, Playground
+from laserlm.web.playground import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, RUN, Playground
 
 PROMPTS = (
     "The capital of Portugal is",
@@ -68,7 +68,7 @@ def build(store: Store, lm: LanguageModel) -> gr.Blocks:
     Raises:
         ModelError: if the model has no head or no tokenizer.
     """
-    playground = Playground(lm)
+    playground = Playground(lm, store)
     with gr.Blocks(analytics_enabled=False, title="laserlm", fill_width=True) as blocks:
         _html(page("app_head", model=lm.name))
         with gr.Tabs(overflow_behavior="wrap") as tabs:
@@ -100,8 +100,14 @@ def _latest_best(store: Store, lm: LanguageModel) -> str:
         if best and run.full_model == lm.name:
             with suppress(LaserError):
                 resolve(lm.matrices, best)
-                return str(best)
+                return _text_of(run)
     return ""
+
+
+def _text_of(run: RunInfo) -> str:
+    """Return what a search chose as text for a box, or the name of the search where that is long."""
+    best = str((run.outcome or {}).get("best") or "")
+    return best if best == short_form(best) else f"{RUN}{run.id}"
 
 
 def _runs(store: Store) -> tuple[Any, str]:
@@ -136,7 +142,7 @@ def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:  # noqa: C901
             sizes = []
         return (
             gr.Dropdown(choices=[LOWEST_SIZE, *sizes], value=LOWEST_SIZE),
-            gr.Dropdown(choices=choices, value=None),
+            gr.Dropdown(choices=[(short_form(text), text) for text in choices], value=None),
             draw_map(run, LOWEST_SIZE),
         )
 
@@ -221,7 +227,7 @@ def _playground(playground: Playground) -> _PlaygroundForm:
     with gr.Row():
         text = gr.Textbox(
             label="Or reductions as text",
-            placeholder="28.fc_up@0.05+top4.mlp@0.5",
+            placeholder="28.fc_up@0.05+top4.mlp@0.5, or run ID",
             info="Goes before the choice above, which empties it when it changes. It starts with the latest search's choice.",
             max_lines=3,
             scale=3,
@@ -253,7 +259,7 @@ def _examples(store: Store, run: gr.Dropdown, form: _PlaygroundForm, tabs: gr.Ta
         return str(event.pick), gr.Tabs(selected="playground")
 
     def fill_with_best(run: str | None, event: gr.EventData) -> tuple[str, Any, Any]:
-        best = (store.find(run).outcome or {}).get("best") if run else None
+        best = _text_of(store.find(run)) if run else ""
         return str(event.pick), best or gr.skip(), gr.Tabs(selected="playground")
 
     def list_corrected(run: str | None) -> str:

@@ -35,7 +35,7 @@ def chat_box(playground: Playground, options: dict[str, Any]) -> gr.Textbox:
 
     with gr.Row():
         message = gr.Textbox(label="Message", lines=2, max_length=MAX_PROMPT_CHARACTERS, scale=3, min_width=300)
-        text = gr.Textbox(label="Reductions of the edited model", placeholder="28.fc_up@0.05", max_lines=2, scale=2)
+        text = gr.Textbox(label="Reductions of the edited model", placeholder="28.fc_up@0.05, or run ID", max_lines=2, scale=2)
     with gr.Row():
         button = gr.Button("Send", variant="primary")
         anew = gr.Button("New conversation")

@@ -90,7 +90,7 @@ def changes(store: Store, run: str, candidate: str, split: str = "") -> Flips:
     name = next((name for name, pair in pairs.items() if None not in pair), splits[-1])
     base, edited = pairs[name]
     if base is None or edited is None or not candidate:
-        missing = repr(candidate) if base is not None else "the unchanged model"
+        missing = repr(short_form(candidate)) if base is not None else "the unchanged model"
         raise ReportError(f"run {run} has no scores of {missing} on {name}; see 'laser runs show {run}'")
     examples = store.examples(run, name)
     return flips(replace(base, scores=base.scores[: edited.n]), edited, examples[: edited.n])

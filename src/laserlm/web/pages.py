@@ -11,6 +11,9 @@ from plotly.offline import get_plotlyjs
 
 from laserlm.reductions import short_form
 
+LONGEST_HOVER = 500
+"""Characters of a reduction that the pointer shows; thousands of strengths have more."""
+
 
 def page(template: str, **values: Any) -> str:
     """Return a page from ``templates/NAME.html``; every value is escaped unless it is ``Markup``."""
@@ -50,6 +53,8 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "short": short_form,
+        "breakable": lambda name: Markup("_<wbr>").join(name.split("_")),
+        "hover": lambda text: text if len(text) <= LONGEST_HOVER else short_form(text),
         "percent": lambda x: "" if x is None else f"{x:.1%}",
         "points": lambda x: "" if x is None else f"{100 * x:+.1f}",
         "number": lambda x: "" if x is None else f"{x:.3f}",

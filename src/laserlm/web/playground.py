@@ -21,6 +21,7 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.conversation import Conversation
 from laserlm.scoring.generation import generate, generate_for
 from laserlm.scoring.output_layer import float32_output_layer
+from laserlm.store import Store
 from laserlm.tasks import Decoding, Example
 from laserlm.web.batched_variants import CannotBatchError, run_variants
 
@@ -29,6 +30,8 @@ MAX_NEW_TOKENS = 64
 MAX_PROMPT_CHARACTERS = 4000
 """Maximum length of a prompt, for the same reason."""
 N_TOP_TOKENS = 5
+RUN = "run "
+"""What comes before the id of a search whose choice is meant."""
 ANSWER_CACHE_SIZE = 256
 """Number of cached answers; each takes a few kilobytes."""
 SMALL_MODEL_BYTES = 2**30
@@ -65,14 +68,16 @@ class Playground:
 
     Args:
         lm: the unchanged model; no other code may use it at the same time.
+        store: the results database. With it, ``run ID`` means what a search chose.
 
     Raises:
         ModelError: if the model has no head or no tokenizer.
     """
 
-    def __init__(self, lm: LanguageModel) -> None:
+    def __init__(self, lm: LanguageModel, store: Store | None = None) -> None:
         lm.require_tokenizer()
         self.lm = lm
+        self.store = store
         self._lock = Lock()
         self._cache: OrderedDict[tuple[str, str, int], Variants] = OrderedDict()
 
@@ -87,7 +92,7 @@ class Playground:
             raise ReportError(f"a prompt must have 1 to {MAX_PROMPT_CHARACTERS} characters, got {len(prompt)}; shorten it")
         if not 1 <= tokens <= MAX_NEW_TOKENS:
             raise ReportError(f"the number of new tokens must be 1 to {MAX_NEW_TOKENS}, got {tokens}")
-        key = (prompt, _canonical(intervention), tokens)
+        key = (prompt, self._canonical(intervention), tokens)
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = answer(self.lm, *key)
@@ -117,19 +122,22 @@ class Playground:
                 )
         replies = []
         with self._lock:
-            for text, turns in zip(("", _canonical(intervention)), conversations, strict=True):
+            for text, turns in zip(("", self._canonical(intervention)), conversations, strict=True):
                 conversation, question = Conversation(self.lm, text, max_new_tokens=tokens), turns[-1][1]
                 conversation.messages += turns[:-1]
                 with _threads(self.lm, question):
                     replies.append(conversation.reply(question))
         return replies
 
-
-def _canonical(intervention: str) -> str:
-    canonical = str(Intervention.parse(intervention))
-    if not canonical:
-        raise ReportError("no reduction to compare with the unchanged model; write one such as 3.fc_in@0.1")
-    return canonical
+    def _canonical(self, intervention: str) -> str:
+        """Return the canonical text of reductions, or of what the search chose that ``run ID`` names."""
+        if self.store is not None and intervention.strip().startswith(RUN):
+            run = intervention.strip().removeprefix(RUN).strip()
+            intervention = str((self.store.find(run, kind="search").outcome or {}).get("best") or "")
+        canonical = str(Intervention.parse(intervention))
+        if not canonical:
+            raise ReportError("no reduction to compare with the unchanged model; write one such as 3.fc_in@0.1")
+        return canonical
 
 
 def answer(lm: LanguageModel, prompt: str, intervention: str, tokens: int) -> Variants:

@@ -11,6 +11,7 @@ import typer
 from laserlm.cli.analyze.study import ModelPair, Output, StudyOptions
 from laserlm.cli.options import with_options
 from laserlm.cli.progress import progress_bar
+from laserlm.reductions import short_form
 
 if TYPE_CHECKING:
     from laserlm.studies.side_effects import OnText, Transfer
@@ -101,7 +102,8 @@ def _effect_row(effect: dict[str, Any]) -> dict[str, Any]:
         "chosen_on": "chosen on",
         "divergence": "divergence on neutral prompts, nats",
     }
-    return {column: effect[name] for name, column in names.items()} | _text_columns(effect["text"])
+    shown = {**effect, "intervention": short_form(effect["intervention"])}
+    return {column: shown[name] for name, column in names.items()} | _text_columns(effect["text"])
 
 
 def _text_columns(effect: OnText | None) -> dict[str, Any]:
@@ -128,5 +130,5 @@ def _cells(pairs: list[ModelPair], other: list[Split]) -> list[Transfer]:
 
 
 def _transfer_row(c: Transfer) -> dict[str, Any]:
-    names = {"intervention": c.intervention, "chosen on": c.chosen_on, "scored on": c.scored_on, "n": c.gain.n}
+    names = {"intervention": short_form(c.intervention), "chosen on": c.chosen_on, "scored on": c.scored_on, "n": c.gain.n}
     return names | {"before": c.base, "after": c.edited, "gain": c.gain, "change of loss": c.loss_change}
