@@ -18,7 +18,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from laserlm.edit import applied
 from laserlm.edit.apply import resolve
-from laserlm.errors import ExportError, ModelError, WeightError
+from laserlm.errors import ExportError, ModelError
 from laserlm.export import load_check, reproduce, save
 from laserlm.models import load
 from laserlm.models.checkpoint_reader import list_matrices, open_checkpoint
@@ -297,6 +297,17 @@ def test_side_files_go_with_the_weights(tmp_path: Path, caplog: pytest.LogCaptur
     assert "base model's card" not in (out / "README.md").read_text()
 
 
+def test_side_files_go_with_pickled_weights_too(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", llama())
+    torch.save(weights(source), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    (source / "preprocessor_config.json").write_text("{}")
+    out = save(load(source, allow_pickle=True), "0.fc_in@r2", tmp_path / "out").folder
+    assert (out / "preprocessor_config.json").is_file()
+    assert not (out / "pytorch_model.bin").exists()
+    assert load_check(out).agrees
+
+
 def test_what_is_missing_afterwards_is_found_by_load_check(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", llama(), **{"mtp.fc.weight": torch.randn(3, 3)})
     (source / "LICENSE").write_text("terms")
@@ -392,51 +403,6 @@ def test_a_model_with_code_of_its_own_keeps_it_and_the_flag(tmp_path: Path) -> N
         load_check(saved.folder)
     assert load_check(saved.folder, allow_remote_code=True).agrees
     assert reproduce(saved.folder, lm).identical
-
-
-def fp8_folder(folder: Path) -> tuple[Path, Any]:
-    """Write a model whose matrices are eight-bit floats with a scale for each block of 16 x 16."""
-    model = llama()
-    write_folder(folder, model)
-    tensors = weights(folder)
-    for name in [name for name in tensors if "_proj" in name]:
-        rows, columns = tensors[name].shape
-        blocks = tensors[name].view(rows // 16, 16, columns // 16, 16)
-        scales = blocks.abs().amax((1, 3)) / 448
-        tensors[name] = (blocks / scales[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scales
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    settings = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic", "fmt": "e4m3"}
-    change(folder / "config.json", quantization_config=settings)
-    return folder, model
-
-
-def test_an_fp8_checkpoint_keeps_its_eight_bits_but_in_reduced_matrices(tmp_path: Path) -> None:
-    source, model = fp8_folder(tmp_path / "source")
-    lm = load(source)
-    parameter = "model.layers.0.mlp.up_proj.weight"
-    out = save(lm, "0.fc_up@r4", tmp_path / "out").folder
-    assert other_tensors(source, out) == {parameter, f"{parameter}_scale_inv"}
-    assert weights(out)[parameter].dtype == lm.dtype
-    assert read(out / "config.json")["quantization_config"]["modules_to_not_convert"] == ["model.layers.0.mlp.up_proj"]
-    assert load_check(out).agrees
-    ids = torch.arange(9)[None]
-    opened = T.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    reference = T.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    with applied(lm, "0.fc_up@r4"), torch.no_grad():
-        reference.get_parameter(parameter).copy_(lm.model.get_parameter(parameter).to(weights(out)[parameter].dtype))
-        assert torch.allclose(opened(ids).logits, reference(ids).logits, atol=1e-5)
-        assert (opened(ids).logits - model.eval()(ids).logits).abs().max() < 1
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
-def test_a_model_with_packed_matrices_is_refused_with_a_way_out(dtype: torch.dtype, tmp_path: Path) -> None:
-    lm = load(write_folder(tmp_path / "source", llama()))
-    for layer in lm.model.model.layers:
-        layer.mlp.gate_proj = torch.nn.Module()
-        layer.mlp.gate_proj.register_buffer("packed_data", torch.zeros(4, 4, dtype=dtype))
-    with pytest.raises(WeightError, match=r"quantised.*unquantised"):
-        _ = lm.matrices
 
 
 def with_adapter(folder: Path, base: Path) -> Any:

@@ -72,6 +72,30 @@ def test_own_text_is_kept_in_the_cache(llama: LanguageModel) -> None:
     json.loads(file.read_text(encoding="utf-8"))
 
 
+def test_a_text_that_was_interrupted_goes_on_with_the_batches_that_are_left(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = own_text(llama, 6, 1, 5)
+    monkeypatch.setattr("laserlm.searching.guard.BATCH", 2)
+    seen: list[tuple[int, int]] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done > 12:
+            raise KeyboardInterrupt
+
+    llama.cache = llama.cache / "other"
+    with pytest.raises(KeyboardInterrupt):
+        own_text(llama, 6, 1, 5, stop)
+    assert seen[:6] == [(2, 30), (4, 30), (6, 30), (8, 30), (10, 30), (12, 30)]
+    assert len(list((llama.cache / "texts").iterdir())) == 1
+    seen.clear()
+    rows = own_text(llama, 6, 1, 5, lambda done, total: seen.append((done, total)))
+    assert (seen[0], seen[-1]) == ((12, 30), (30, 30))
+    assert len(list((llama.cache / "texts").iterdir())) == 1
+    assert [len(row) for row in rows] == [len(row) for row in expected]
+
+
 def test_the_two_parts_of_own_text_share_no_passage_and_have_the_tokens_of_the_model(llama: LanguageModel) -> None:
     (guard,) = guards_of(llama, None)
     choosing, measuring = ids_of(guard.choosing), ids_of(guard.measuring)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,15 @@ def read_calibration_text(lm: LanguageModel, file: str | Path, *, tokens: int = 
     return _cut(lm, str(file), content, text, tokens)
 
 
-def own_calibration_text(lm: LanguageModel, *, tokens: int = 16_384) -> CalibrationText:
+def own_calibration_text(
+    lm: LanguageModel, *, tokens: int = 16_384, on_tokens: Callable[[int, int], object] = lambda done, total: None
+) -> CalibrationText:
     """Let the model write a text at temperature 1, and cut it like a file.
 
     Args:
         lm: a causal model whose tokenizer has a token that starts a text.
         tokens: as for ``read_calibration_text``.
+        on_tokens: called with the number of tokens that are written, and with that of all.
 
     Raises:
         ExportError: if the model is not causal, or has no token that starts a text.
@@ -89,7 +93,7 @@ def own_calibration_text(lm: LanguageModel, *, tokens: int = 16_384) -> Calibrat
     length = min(PASSAGE_TOKENS, max_length(lm) - 1)
     n = math.ceil((tokens + length) / length / (1 - HELD_OUT_SHARE))
     tokenizer = lm.require_tokenizer()
-    rows = own_text(lm, n, OWN_TEXT_SEED, tokens=length)
+    rows = own_text(lm, n, OWN_TEXT_SEED, tokens=length, on_tokens=on_tokens)
     text = "\n\n".join(str(tokenizer.decode(ids[len(start_token(tokenizer)) :])) for ids in rows)
     return _cut(lm, OWN_TEXT_FILE, text.encode(), text, tokens, is_own=True)
 

@@ -30,13 +30,14 @@ from laserlm.export.record import (
     without_folders,
     without_paths,
 )
-from laserlm.export.source import Source
+from laserlm.export.source import Source, copy_side_files
 from laserlm.export.weights import HIDDEN_CONFIG, dtype_name, write_from_source, write_model
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.adapter import LOCAL, base_of
 from laserlm.models.kinds import CLASSES, model_class
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
+from laserlm.models.source import source_folder
 from laserlm.paths import atomic_folder, check_new_folder
 from laserlm.provenance import provenance
 
@@ -150,7 +151,8 @@ def check_request(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
     """Raise an error unless the model can be written with these options. Call it before the computation starts.
 
     Raises:
-        ExportError: if the form or size is unknown, the folder exists or holds the model, or the model was loaded from factors.
+        ExportError: if the form or size is unknown, the folder exists or holds the model, the model was loaded from factors, or
+            factors are to be stored next to eight-bit weights.
         WriteError: if the folder is the current one, or one above it.
         ModelError: if the dtype is unknown, or an intervention is applied now.
     """
@@ -168,7 +170,24 @@ def check_request(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
         raise ExportError(
             f"{lm.name} already stores {low_rank[0]} as two factors; load its base model, which its {RECORD} names"
         )
+    if options.form == "factored" and (method := _quantisation_of_source(lm)):
+        raise ExportError(
+            f"{lm.name} is quantised by {method}, and one config cannot describe both its weights and factors; save the dense "
+            "form (--form dense), or reduce an unquantised copy"
+        )
     _ = lm.hash  # raises if an intervention is applied
+
+
+def _folder_of_source(lm: LanguageModel) -> Path | None:
+    return None if lm.loaded is None else source_folder(lm.loaded["name"], lm.loaded["revision"])
+
+
+def _quantisation_of_source(lm: LanguageModel) -> str:
+    """Return how the weights of the checkpoint are stored that a saved model takes its other tensors from; empty for floats."""
+    folder = None if lm.update is not None else _folder_of_source(lm)
+    file = None if folder is None else folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+    return str((config.get("quantization_config") or {}).get("quant_method", ""))
 
 
 def write(
@@ -221,6 +240,8 @@ def write(
                 outputs, opened = write_from_source(lm, source, part, matrices, cast, options.shard_size)
             else:
                 outputs = write_model(lm, part, dtype, options.shard_size)
+                if (folder := _folder_of_source(lm)) is not None:
+                    copy_side_files(folder, part)
             for name, content in files.items():
                 (part / name).write_bytes(content)
             counts = {"base": parameters, "saved": _count(lm) if adapter is None else adapter.parameters}

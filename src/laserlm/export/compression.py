@@ -82,7 +82,7 @@ def compress(
         overwrite: whether to replace a folder that laserlm wrote before.
         shard_size: maximum size of a weight file, such as ``5GB``.
         hub_id: repository that the folder will be uploaded to, which its card then names.
-        on_step: is called with the stage, and how many gradients and decompositions of matrices are done, of how many.
+        on_step: is called with the stage, and how many of its steps are done, of how many.
 
     Raises:
         ExportError: if an argument is invalid, the ratio cannot be reached, or a folder cannot be written or is in use.
@@ -94,7 +94,7 @@ def compress(
     check_request(lm, out, options)
     check_fit(method, allocation, [ratio, *measure])
     on_step("text", 0, 0)
-    text = _text(lm, calibration, tokens, method, allocation)
+    text = _text(lm, calibration, tokens, method, allocation, on_step)
     rows = () if text is None else text.calibration
     with _kept(lm, rows, method, allocation) as kept:
         compression = fit_ranks(lm, rows, method=method, allocation=allocation, folder=kept, on_step=on_step)
@@ -152,14 +152,16 @@ def _kept(lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allo
 
 
 def _text(
-    lm: LanguageModel, file: str | Path | None, tokens: int, method: Method, allocation: Allocation
+    lm: LanguageModel, file: str | Path | None, tokens: int, method: Method, allocation: Allocation, on_step: OnStep
 ) -> CalibrationText | None:
     """Return the text to calibrate on; None if none is needed and none is named."""
     is_fitted = (method, allocation) != ("plain", "uniform")
     if file is not None:
         text = read_calibration_text(lm, file, tokens=tokens)
         return text if is_fitted else replace(text, calibration=())
-    return own_calibration_text(lm, tokens=tokens) if is_fitted else None
+    if not is_fitted:
+        return None
+    return own_calibration_text(lm, tokens=tokens, on_tokens=lambda done, total: on_step("text", done, total))
 
 
 def _perplexities(

@@ -34,7 +34,7 @@ from laserlm.searching.screen import sensitivities
 Method = Literal["plain", "whitened", "two-sided"]
 Allocation = Literal["uniform", "sensitivity", "curvature"]
 OnStep = Callable[[str, int, int], object]
-"""Is called with the stage, and of all matrices' gradients and decompositions how many are done and how many there are."""
+"""Is called with the stage, and how many of its steps are done, of how many: tokens, gradients or decompositions."""
 
 
 @dataclass(frozen=True)

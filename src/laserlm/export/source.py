@@ -93,6 +93,12 @@ class Source:
         source = cls(folder, stored, parameters, converted, memory, {})
         source.base.update(source.named_as_stored(lm, memory))
         for name, tensor in source.base.items():
+            if tuple(tensor.shape) != stored[name].shape and stored[name].float_dtype is None:
+                raise ExportError(
+                    f"{name} of {lm.name} is packed ({stored[name].dtype}), and weights that transformers has unpacked are not "
+                    "packed again; make an unpacked copy with AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER"
+                    ", save_original_format=False), copy the tokenizer there too, and load that folder"
+                )
             if tuple(tensor.shape) != stored[name].shape:
                 raise ExportError(
                     f"{name} of {lm.name} is {tuple(tensor.shape)} in memory and {stored[name].shape} in {folder}; save the "
@@ -161,10 +167,7 @@ class Source:
 
     def copy_files(self, folder: Path) -> None:
         """Copy all files that go with the weights, and say which files of the source are not copied."""
-        kept, left_out = side_files(self.folder)
-        for name in kept:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.folder / name, folder / name)
+        left_out = copy_side_files(self.folder, folder)
         if left_out:
             log.warning("weights in other formats and other models in %s are not copied: %s", self.folder, _first(left_out))
 
@@ -222,6 +225,16 @@ class Source:
                 raise ExportError(f"{module} is stored in {self.folder} in another layout; save the dense form (--form dense)")
             added[f"{stored[f'{module}.weight'].removesuffix('weight')}{last}"] = tensor
         return added
+
+
+def copy_side_files(source: Path, folder: Path) -> list[str]:
+    """Copy the files that go with the weights of a checkpoint and that a folder does not have yet. Return the others."""
+    kept, left_out = side_files(source)
+    for name in kept:
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+    return left_out
 
 
 @dataclass(frozen=True)

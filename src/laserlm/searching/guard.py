@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from laserlm.edit.apply import InterventionLike, applied, default_cache
 from laserlm.errors import ScoringError
@@ -279,29 +280,75 @@ def _of_tokens(lm: LanguageModel, name: str, choosing: Sequence[list[int]], meas
     return Guard(name, "text", encoded("choosing", choosing), encoded("measuring", measuring))
 
 
-def own_text(lm: LanguageModel, n: int, seed: int, tokens: int | None = None) -> list[list[int]]:
+def own_text(
+    lm: LanguageModel,
+    n: int,
+    seed: int,
+    tokens: int | None = None,
+    on_tokens: Callable[[int, int], object] = lambda done, total: None,
+) -> list[list[int]]:
     """Return texts that the model writes at temperature 1, as tokens; the first of each is the one that starts a text.
 
-    Each has ``tokens`` more, or ``PASSAGE_TOKENS``, as far as the model can read them.
+    They are kept in the cache, so that a search that continues elsewhere with the same cache has the same texts. After an
+    interruption, the batches that were finished are not written again.
 
-    They are kept in the cache, so that a search that continues elsewhere with the same cache has the same texts.
+    Args:
+        lm: the model.
+        n: number of texts.
+        seed: of the texts.
+        tokens: number of tokens of each text after the first; None takes ``PASSAGE_TOKENS``. The model may read fewer.
+        on_tokens: called with the number of tokens that are written, and with that of all.
     """
     tokens = min(PASSAGE_TOKENS if tokens is None else tokens, max_length(lm) - 1)
     file = lm.cache / "texts" / f"{digest([lm.hash, str(lm.dtype), n, tokens, seed, TEXT_METHOD])}.json"
-    with suppress(OSError, ValueError):
-        rows: list[list[int]] = json.loads(file.read_text(encoding="utf-8"))
+    if (rows := _read_text(file)) is not None:
         return rows
     written: dict[int, list[int]] = {}
+    parts: list[Path] = []
 
     def write(batch: Sequence[int]) -> None:
-        written.update(zip(batch, _sampled(lm, len(batch), tokens, SEED_STEP * seed + batch[0]), strict=True))
+        part = file.with_name(f"{file.stem}-{batch[0]}-{len(batch)}.json")
+        parts.append(part)
+        of_batch = _read_text(part)
+        if of_batch is None:
+            before, size = len(written) * tokens, len(batch)
+            counter = _TokenCounter(lambda done: on_tokens(before + done * size, n * tokens))
+            of_batch = _sampled(lm, size, tokens, SEED_STEP * seed + batch[0], counter)
+            _keep_text(part, of_batch)
+        written.update(zip(batch, of_batch, strict=True))
 
     batches = [range(i, min(i + BATCH, n)) for i in range(0, n, BATCH)]
     halve_until_it_fits(batches, write, default_cache(lm.cache).clear)
     rows = [written[i] for i in range(n)]
+    _keep_text(file, rows)
+    with suppress(OSError):
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return rows
+
+
+def _read_text(file: Path) -> list[list[int]] | None:
+    with suppress(OSError, ValueError):
+        rows: list[list[int]] = json.loads(file.read_text(encoding="utf-8"))
+        return rows
+    return None
+
+
+def _keep_text(file: Path, rows: list[list[int]]) -> None:
     with suppress(OSError), atomic_file(file) as part:
         part.write_text(json.dumps(rows), encoding="utf-8")
-    return rows
+
+
+class _TokenCounter(StoppingCriteria):
+    """Stop no text, and pass the number of tokens on that each text has after its first."""
+
+    def __init__(self, on_step: Callable[[int], None]) -> None:
+        self._on_step = on_step
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Return False for each text."""
+        self._on_step(input_ids.shape[1] - 1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager
@@ -316,7 +363,7 @@ def _without_settings(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _sampled(lm: LanguageModel, n: int, tokens: int, seed: int) -> list[list[int]]:
+def _sampled(lm: LanguageModel, n: int, tokens: int, seed: int, counter: _TokenCounter) -> list[list[int]]:
     start = torch.tensor([start_token(lm.tokenizer)] * n, device=lm.device)
     model: Any = lm.model
     with (
@@ -335,5 +382,6 @@ def _sampled(lm: LanguageModel, n: int, tokens: int, seed: int) -> list[list[int
             # No token ends a text: what the model writes after one is a sample too.
             eos_token_id=NO_TOKEN,
             pad_token_id=start_token(lm.tokenizer)[0],
+            stopping_criteria=StoppingCriteriaList([counter]),
         )
     return [list(map(int, row)) for row in ids.tolist()]
