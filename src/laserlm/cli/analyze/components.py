@@ -65,7 +65,7 @@ def components(
         (f"only the smallest singular values, n {len(corrected)}", [_bottom_row(b, output.csv) for b in bottom]),
         (f"without a run of singular values, n {pair.base.n}", [_chunk_row(c) for c in chunks]),
         (
-            "the removed components with the largest singular values, and the tokens nearest to them",
+            "the components whose singular value changes most, and the tokens nearest to them",
             [_removed_row(c) for c in removed],
         ),
     )
