@@ -164,6 +164,17 @@ def test_the_command_line_searches_lists_and_saves_an_update(tmp_path: Path, run
     assert code == 0
     code, out, _ = run("evaluate", str(tmp_path / "out"), "--task", f"jsonl:{file}")
     assert code == 0
+    task = ["--task", f"jsonl:{file}", "--scorer", "first_token"]
+    code, out, _ = run("generate", *with_adapter, "The city", "--reduce", "0.q_proj@r0", "--json")
+    assert (code, [row["variant"] for row in json.loads(out)["generations"]]) == (0, ["base", "edited", "bottom only"])
+    code, out, _ = run("sweep-layers", *with_adapter, *task, "--from-top", "1", "--ratios", "0.5", "--json")
+    assert (code, len(json.loads(out))) == (0, 2)
+    code, out, _ = run("analyze", "flips", *with_adapter, *task, "--reduce", "0.q_proj@r0", "--store", store, "--json")
+    assert code == 0
+    code, _, error = run("analyze", "flips", "last", "--adapter", str(folder), "--store", store)
+    assert (code, "leave out --adapter" in error) == (1, True)
+    code, _, error = run("compress", *with_adapter, "--out", str(tmp_path / "small"))
+    assert (code, "name the adapter's folder as the model" in error) == (2, True)
 
 
 def test_what_cannot_be_done_with_an_update_is_refused(tmp_path: Path) -> None:

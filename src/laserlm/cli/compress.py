@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from laserlm.cli.options import Json, ModelOptions, with_options
+from laserlm.cli.options import Json, UpdatedModelOptions, with_options
 from laserlm.cli.progress import progress_bar
 from laserlm.cli.save import FolderOptions
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from laserlm.export import CompressionResult
 
 
-@with_options(model_options=ModelOptions, folder=FolderOptions)
+@with_options(model_options=UpdatedModelOptions, folder=FolderOptions)
 def compress(
-    model_options: ModelOptions,
+    model_options: UpdatedModelOptions,
     folder: FolderOptions,
     ratio: Annotated[float, typer.Option(help="Share of the parameters of the blocks' matrices to keep.")] = 0.8,
     measure: Annotated[
@@ -44,11 +44,16 @@ def compress(
     from laserlm.export.compression import compress
     from laserlm.web.compression_report import check_compression_report, write_compression_report
 
+    if model_options.adapter is not None:
+        raise typer.BadParameter(
+            f"--adapter {model_options.adapter} is for the update alone, and all weights are compressed here; name "
+            "the adapter's folder as the model, which merges it"
+        )
     folder.check(model_options.model)
     report = folder.out.expanduser().absolute()
     report = report.with_name(f"{report.name}.html")
     check_compression_report(report, overwrite=folder.overwrite)
-    with progress_bar("compress: loading", unit="matrices") as advance, _resumable():
+    with progress_bar("compress: loading", unit="steps") as advance, _resumable():
         result = compress(
             model_options.load(),
             folder.out,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from laserlm.cli.options import Cache, Json, ModelOptions, TableOptions, UpdatedModelOptions, print_json, with_options
+from laserlm.cli.options import Cache, Json, TableOptions, UpdatedModelOptions, print_json, with_options
 from laserlm.cli.progress import print_stderr
 from laserlm.paths import cache_folder
 
@@ -58,9 +58,9 @@ def matrices(model_options: UpdatedModelOptions, table: TableOptions) -> None:
     table.print(rows, "matrices")
 
 
-@with_options(model_options=ModelOptions)
+@with_options(model_options=UpdatedModelOptions)
 def generate(
-    model_options: ModelOptions,
+    model_options: UpdatedModelOptions,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     reduce: Annotated[list[str] | None, typer.Option(help="Reduction such as 27.fc_in@0.01; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens to generate.")] = 20,

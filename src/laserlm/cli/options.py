@@ -108,6 +108,20 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpdateOptions(LoadOptions):
+    """How to load a model, and the adapter whose update is reduced."""
+
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a LoRA adapter whose update is reduced.", rich_help_panel=MODEL_PANEL),
+    ] = None
+
+    def load_named(self, name: str, adapter: str | Path | None = None) -> LanguageModel:
+        """Load a model by name with the update of an adapter, by default that of the options."""
+        return super().load_named(name, self.adapter if adapter is None else adapter)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions(LoadOptions):
     """A model, and how to load it."""
 
@@ -121,17 +135,8 @@ class ModelOptions(LoadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdatedModelOptions(ModelOptions):
+class UpdatedModelOptions(ModelOptions, UpdateOptions):
     """A model, how to load it, and the adapter whose update is reduced."""
-
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a LoRA adapter whose update is reduced.", rich_help_panel=MODEL_PANEL),
-    ] = None
-
-    def load(self) -> LanguageModel:
-        """Load the model with its adapter."""
-        return self.load_named(self.model, self.adapter)
 
 
 @dataclass(frozen=True, kw_only=True)

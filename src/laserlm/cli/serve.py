@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, LoadOptions, Store, with_options
+from laserlm.cli.options import STORE_DEFAULT, Store, UpdateOptions, with_options
 from laserlm.cli.progress import print_stderr
 
 
-@with_options(load_options=LoadOptions)
+@with_options(load_options=UpdateOptions)
 def serve(
-    load_options: LoadOptions,
+    load_options: UpdateOptions,
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'bundled'.")] = "bundled",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")] = 7860,
     store: Store = STORE_DEFAULT,

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from laserlm.cli.options import ModelOptions, TableOptions, TaskOptions, with_options
+from laserlm.cli.options import TableOptions, TaskOptions, UpdatedModelOptions, with_options
 from laserlm.cli.progress import progress_bar
 
 
-@with_options(model_options=ModelOptions, task_options=TaskOptions, table=TableOptions)
+@with_options(model_options=UpdatedModelOptions, task_options=TaskOptions, table=TableOptions)
 def sweep_layers(
-    model_options: ModelOptions,
+    model_options: UpdatedModelOptions,
     task_options: TaskOptions,
     table: TableOptions,
     ratios: Annotated[str, typer.Option(help="Kept fractions of the singular values, by commas or spaces.")] = "0.1,0.25,0.5",

@@ -342,7 +342,7 @@ def _keep_text(file: Path, rows: list[list[int]]) -> None:
 class _TokenCounter(StoppingCriteria):
     """Stop no text, and pass the number of tokens on that each text has after its first."""
 
-    def __init__(self, on_step: Callable[[int], None]) -> None:
+    def __init__(self, on_step: Callable[[int], object]) -> None:
         self._on_step = on_step
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laserlm.cli.options import STORE_DEFAULT, DataOptions, LoadOptions, Store, TableOptions, TaskOptions, print_json
+from laserlm.cli.options import STORE_DEFAULT, DataOptions, Store, TableOptions, TaskOptions, UpdateOptions, print_json
 from laserlm.reductions import short_form
 
 if TYPE_CHECKING:
@@ -162,14 +162,14 @@ class ModelPair:
 
         if lm.hash != self.model_hash:
             raise AnalysisError(
-                f"{self.intervention} was scored on {self.model} with other weights or another dtype than {lm.name} has here; "
-                "compare runs of one model"
+                f"{short_form(self.intervention)} was scored on {self.model} with other weights or another dtype than "
+                f"{lm.name} has here; compare runs of one model"
             )
         return replace(self, load_model=lambda: lm)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions(LoadOptions, TaskOptions):
+class StudyOptions(UpdateOptions, TaskOptions):
     """A search's run, or a model with a task and a reduction."""
 
     run_or_model: Annotated[str, typer.Argument(help="Run of a search (id or 'last'), or a model.")]
@@ -228,6 +228,8 @@ class StudyOptions(LoadOptions, TaskOptions):
         ignored = [f.name for f in fields(TaskOptions) if f.name not in OF_ANY_TASK and getattr(self, f.name) != f.default]
         if self.split_name != "test":
             ignored.append("split")
+        if self.adapter is not None:
+            ignored.append("adapter")
         try:
             info = results.find(self.run_or_model, kind="search")
         except StoreError as error:
