@@ -380,14 +380,13 @@ def separate_matrices(candidates: Sequence[Candidate]) -> list[Matrix]:
     return separate
 
 
-def parts_of(facts: Sequence[str], n: int = PARTS) -> list[range]:
-    """Return ``n`` parts of about equal size of questions in the order of their facts; none of too few facts."""
+def parts_of(facts: Sequence[str]) -> list[range]:
+    """Return parts of about equal size of questions in the order of their facts; none of too few facts."""
     starts = [i for i in range(1, len(facts)) if facts[i] != facts[i - 1]]
     if len(starts) < PARTS - 1:
         return []
     cuts: list[int] = []
-    n = min(n, len(starts) + 1)
-    for k in range(1, n):
-        left = [i for i in starts[: len(starts) - (n - 1 - k)] if i > max(cuts, default=0)]
-        cuts.append(min(left, key=lambda i: abs(n * i - k * len(facts))))
+    for k in range(1, PARTS):
+        left = [i for i in starts[: len(starts) - (PARTS - 1 - k)] if i > max(cuts, default=0)]
+        cuts.append(min(left, key=lambda i: abs(PARTS * i - k * len(facts))))
     return [range(a, b) for a, b in pairwise([0, *cuts, len(facts)])]

@@ -32,7 +32,6 @@ from laserlm.errors import ScoringError
 from laserlm.reductions import Intervention
 from laserlm.scoring.records import ExampleScore
 from laserlm.searching.components import (
-    PARTS,
     ComponentPool,
     cost_of_step,
     derivatives_of,
@@ -53,8 +52,6 @@ LEAST_PRICE, MOST_PRICE, HALVINGS = 1e-2, 1e8, 16
 """Between what the price of harm is looked for, in nats per nat, and how often the interval is halved."""
 CORRECTIONS, CLOSE, MOST_FACTOR = 8, 0.8, 4.0
 """Measurements of the harm at most, the share of the bound that is near enough, and the largest factor between two of them."""
-FEW_FACTS, PARTS_OF_FEW = 60, 9
-"""Facts below which there are more parts, so that nearly all facts choose for each of them."""
 EARLY = 0.2
 """Share of the error probability for a look at the first part alone, which saves the passes on the others."""
 SMALLER = (0.25, 0.5)
@@ -78,7 +75,7 @@ def weaken_components(session: SearchSession) -> None:
     session.begin("strengths", [BASE], n, later=cost_of_step(n, session.config) + n)
     ledger.extend([BASE], n)
     facts = [e.fact or e.id for e in ledger.split]
-    parts = parts_of(facts, PARTS_OF_FEW if len(set(facts)) < FEW_FACTS else PARTS)
+    parts = parts_of(facts)
     if not parts:
         return
     noted = session.run.notes.get(NOTE)
