@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, tell what is measured here too, and are stored whole, with nothing from elsewhere."""
+"""The notebooks run from top to bottom. Their stored outputs are complete, portable and equal to what is measured here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ STORED = {"ten_minutes": 300, "one_reduction": 1000}
 """Questions of a notebook as it is stored."""
 FEW = 24
 """Questions of a notebook that is run here."""
-NARROWER = {"20-29.all@": "28-29.all@"}
-"""The blocks that a notebook searches, and those of them that it searches here."""
+NARROWER = {
+    "20-29.all@": "28-29.all@",
+    "max_harm=0.02, store": 'max_harm=0.02, strategy="strengths", grid="29.all@0.5", store',
+}
+"""What a notebook searches, and the part of it that it searches here."""
 SHORT_GUARD = "from laserlm.searching import guard\nguard.PASSAGES, guard.PASSAGE_TOKENS = 8, 16\n"
 """Makes the text short that the model writes for a search, on which the harm of a reduction is measured."""
 BASE = re.compile(r"worldfacts/test base: accuracy (\S+)% \[\S+%, \S+%\], loss (\S+) nats/token, n (\d+)")
@@ -146,24 +149,27 @@ def test_the_stored_base_is_what_is_measured_here(name: str, questions: int, bas
 @pytest.mark.slow
 def test_ten_minutes_runs_from_top_to_bottom(execute: Execute, bundled: laser.LanguageModel, base: laser.Evaluation) -> None:
     facts = """print(json.dumps({
-        "best": str(found.best) in lowest,
-        "counts": [found.candidates, found.validation.n, found.test.n],
-        "mapped": [len(loss_map), found.scored],
+        "best": str(race.best) in lowest,
+        "counts": [race.candidates, race.validation.n, race.test.n],
+        "default": [result.strategy, result.candidates, len(result.harms)],
+        "mapped": [len(loss_map), race.scored],
         "questions": [s.answer for s in own_base.scores],
-        "figures": [first.loss_change.value, found.validation.edited_loss - found.validation.base_loss],
+        "figures": [first.loss_change.value, race.validation.edited_loss - race.validation.base_loss],
         "saved": [dense.parameters, dense.base_parameters, factored.parameters],
         "gone": not folder.exists(),
         "same": lm.hash == before and not lm.active,
     }))"""
-    lowest = """whole = [m for m in loss_map if m.loss_change.n == found.validation.n]
-first = min(whole, key=lambda m: m.loss_change.value)
+    lowest = """full = [m for m in loss_map if m.loss_change.n == race.validation.n]
+first = min(full, key=lambda m: m.loss_change.value)
 # Nothing is left of two small matrices, and it is the same whichever of them it is.
-lowest = [f"{m.matrix}@{m.size}" for m in whole if m.loss_change.value == first.loss_change.value]"""
+lowest = [f"{m.matrix}@{m.size}" for m in full if m.loss_change.value == first.loss_change.value]"""
     notebook = execute("ten_minutes", lowest, facts)
     assert check_base(notebook, base) == FEW
     values = json.loads(outputs(notebook)[-1].text)
     # 7 matrices at 6 sizes of each block; the map shows all that was scored, and the best of those that met every question.
     assert values["counts"] == [7 * 6 * 2, FEW, FEW]
+    # Block 29 has two matrices with 192 singular values, and five with 576.
+    assert values["default"] == ["strengths", 2 * 192 + 5 * 576, 1]
     assert values["mapped"][0] == values["mapped"][1] >= 40
     assert values["best"]
     assert values["figures"][0] == pytest.approx(values["figures"][1])
@@ -187,9 +193,9 @@ def test_one_reduction_runs_from_top_to_bottom_and_its_sliders_move(execute: Exe
         "rank": [edit.rank, edit.max_rank, len(S)],
         "curve": [points[0].loss_change.value, {p.size: p.loss_change.value for p in points}["r144"]],
         "base": {p.size: p.loss_change.value for p in points}["r192"],
-        "zero": [{p.size: p.loss_change.value for p in points}["r0"], found[-1].loss_change],
+        "zero": [{p.size: p.loss_change.value for p in points}["r0"], results[-1].loss_change],
         "energy": sum(c.energy for c in chunks),
-        "control": [found[0].control, found[0].loss_change, reduced.loss - base.loss],
+        "control": [results[0].control, results[0].loss_change, reduced.loss - base.loss],
         "unchanged": not lm.active,
     }))""".replace("\n    ", "\n")
     move = """prompt, block, matrix, kept = sliders.children[:4]
