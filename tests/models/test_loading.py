@@ -207,6 +207,25 @@ def test_missing_weights_are_reported_with_what_is_there_instead(llama: Language
         load(tmp_path)
 
 
+def test_names_with_a_prefix_and_a_file_of_a_variant_are_explained(llama: LanguageModel, tmp_path: Path) -> None:
+    file = saved(llama, tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"All names begin with '_orig_mod\.', as of a wrapper around the model"):
+        load(file.parent)
+    file.rename(file.with_name("model.fp16.safetensors"))
+    with pytest.raises(ModelError, match=r"reads model\.safetensors alone, and the folder has model\.fp16\.safetensors"):
+        load(file.parent)
+
+
+def test_a_model_below_its_list_of_modules_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "0_Transformer").mkdir()
+    (tmp_path / "0_Transformer" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="keeps the model in the folder 0_Transformer"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("uv", [None, "the-uv"])
 def test_what_each_installer_says_is_reported_with_the_command_to_use(uv: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:

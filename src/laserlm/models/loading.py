@@ -310,9 +310,19 @@ def _check_complete(name: str, config: Any, missing_keys: Iterable[str], unexpec
         check_no_wrappers(name, unexpected_keys)
         others = f"; it has {_first_names(unexpected_keys)} instead" if unexpected_keys else ""
         step = way_out(config) or f"It was saved as {config.architectures}: give the kind= that fits it"
+        if prefix := _common_prefix(set(missing_keys), set(unexpected_keys)):
+            step = f"All names begin with {prefix!r}, as of a wrapper around the model; save them without it"
         raise ModelError(
             f"the checkpoint {name!r} has no weights for {_first_names(missing_keys)}, which would be random{others}. {step}"
         )
+
+
+def _common_prefix(missing: set[str], unexpected: set[str]) -> str:
+    """Return what was put in front of the names of all tensors; empty if that is not why some are missing."""
+    first = min(unexpected, default="")
+    prefixes = {first.removesuffix(name) for name in missing if first.endswith(f".{name}")}
+    # Of tied weights one alone is stored, so not all that is missing is there under the longer name.
+    return next((prefix for prefix in prefixes if unexpected <= {prefix + name for name in missing}), "")
 
 
 def _check_finite(name: str, model: Any, source: str | Path) -> None:

@@ -81,6 +81,15 @@ def _hint(name: str, source: str | Path, error: Exception) -> str:
     lacks_safetensors = has_config and not any(folder.glob("*.safetensors*"))
     if lacks_safetensors and not any(folder.glob("*.bin*")):
         return "The folder holds no weights; save the model there again, or give another folder."
+    variants = sorted(folder.glob("model.*.safetensors")) if has_config and "no file named" in str(error) else []
+    if variants:
+        return f"transformers reads model.safetensors alone, and the folder has {variants[0].name}; give it that name."
+    inner = sorted(folder.glob("*/config.json")) if folder.is_dir() and (folder / "modules.json").is_file() else []
+    if inner and not has_config:
+        return (
+            f"modules.json keeps the model in the folder {inner[0].parent.name}, and laserlm reads it beside modules.json; "
+            'move its files there, and write "path": "" for it in modules.json.'
+        )
     if lacks_safetensors or "safetensors" in str(error):
         return "Only safetensors and GGUF weights are read; --allow-pickle (allow_pickle=True) also reads pickled ones."
     if "Unrecognized configuration class" in str(error):
