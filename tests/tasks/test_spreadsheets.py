@@ -98,7 +98,7 @@ def test_a_folder_is_refused_with_a_file_of_it(tmp_path: Path) -> None:
         ("question,option1,option2,answer\nx?,red,green,1\ny?,one,two,2\n", ["red", "two"], "the labels"),
         ("question,A,B,C,answer\nx?,red,,blue,C\ny?,one,two,three,B\n", ["blue", "two"], "the labels"),
         ("question,A,B,answer\nx?,red,green,green\ny?,one,two,one\n", ["green", "one"], ""),
-        ("question,choices,answer\nx?,['red' 'green'],1\ny?,\"['it', 'two']\",0\n", ["green", "it"], "the numbers"),
+        ("question,choices,answer\nx?,\"['red'\n 'green']\",1\ny?,\"['it', 'two']\",0\n", ["green", "it"], "the numbers"),
         ('question,choices,answer\nx?,"[""1"", ""0""]",1\ny?,"[""0"", ""1""]",0\n', ["1", "0"], "could be the numbers"),
     ],
     ids=["letters", "numbered columns", "an empty choice", "texts", "arrays of NumPy", "both"],
@@ -109,6 +109,40 @@ def test_an_answer_means_a_choice_by_what_the_answers_of_the_file_are(
     built = task(str(written(tmp_path, content)))
     assert [e.answer for e in built.every] == answers
     assert [note in n for n in built.notes[1:]] == ([True] if note else [])
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "note"),
+    [
+        ({"question": "x?", "choices": ["red", "green"], "answer": ["B"]}, "green", "the letters"),
+        ({"question": "x?", "choices": {"A": "red", "B": "green", "C": None}, "answer": "B"}, "green", "the labels"),
+        ({"question": "x?", "choices": ["1", "2", "3"], "answer": 1}, "2", "could be the texts of choices"),
+        (
+            {
+                "messages": [{"role": "user", "content": "x?"}, {"role": "assistant", "content": "B"}],
+                "choices": ["red", "green"],
+            },
+            "green",
+            "the letters",
+        ),
+    ],
+    ids=["a list", "an empty label", "a number and a text", "messages"],
+)
+def test_an_answer_in_a_list_or_a_conversation_means_a_choice(
+    tmp_path: Path, row: dict[str, Any], answer: str, note: str
+) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    built = task(str(file))
+    assert [e.answer for e in built.every] == [answer]
+    assert any(note in n for n in built.notes)
+
+
+def test_an_answer_without_other_names_has_no_aliases(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"question": "x?", "answer": {"value": "Oslo", "aliases": None}}) + "\n", encoding="utf-8")
+    (example,) = task(str(file)).every
+    assert (example.answer, example.aliases) == ("Oslo", ())
 
 
 def test_numbers_of_choices_are_no_texts_although_a_choice_may_be_the_number(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from decimal import Decimal
 from io import StringIO
 from itertools import pairwise
-from tokenize import STRING, TokenError, generate_tokens
+from tokenize import NL, STRING, TokenError, generate_tokens
 from typing import Any
 
 from laserlm.errors import TaskError
@@ -67,7 +67,7 @@ def literal_of(text: str) -> list[Any] | dict[str, Any] | None:
 
 def _with_commas(text: str) -> str:
     """Return a list of Python with commas between texts: an array of NumPy has none, and Python would join its texts."""
-    tokens = list(generate_tokens(StringIO(text.strip()).readline))
+    tokens = [t for t in generate_tokens(StringIO(text.strip()).readline) if t.type != NL]  # NumPy breaks long lines
     return "".join(f"{a.string}," if a.type == b.type == STRING else f"{a.string} " for a, b in pairwise(tokens))
 
 

@@ -46,6 +46,7 @@ class Choices:
             value = list_of(value)
         labels: tuple[str, ...] = ()
         if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if v is not None}  # Parquet fills up what another row has
             if isinstance(value.get("text"), list):  # as ARC's
                 labels, value = tuple(str(label).upper() for label in value.get("label", ())), value["text"]
             elif value and all(len(str(k)) == 1 and isinstance(v, str) for k, v in value.items()):  # as MedQA's
@@ -96,5 +97,10 @@ def reading_of(rows: Iterable[tuple[Any, Choices]]) -> tuple[Reading, str]:
     note = NOTES.get(best, "") if counts[best] else ""
     second = max((r for r in order if meant[r] != meant[best]), key=lambda r: counts[r], default=best)
     if rows and counts[best] == counts[second] == len(rows) and second != best:
-        note = f"{note or 'answers are the texts of choices'}, although they could be {NOTES.get(second, 'texts')[12:]}"
+        note = f"{note or 'answers are the texts of choices'}, although they could be {_what(second)}"
     return best, note
+
+
+def _what(reading: Reading) -> str:
+    """Return what answers are that have a reading."""
+    return NOTES[reading].removeprefix("answers are ") if reading in NOTES else "the texts of choices"

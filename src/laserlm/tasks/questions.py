@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -210,10 +211,10 @@ class _Reader:
                     + (" in the first line" if kind_of(file) in TABLES else "")
                 )
         reader = cls(file, columns, choices, more, left)
-        rows = [(row.get(reader.name_of("answer")), reader.choices(row)) for _, row in records if isinstance(row, dict)]
-        with_choices = [(answer, choices) for answer, choices in rows if choices is not None]
+        rows = [(row, reader.choices(row)) for _, row in records if isinstance(row, dict)]
+        with_choices = [(reader.answer_of(row), choices) for row, choices in rows if choices is not None]
         reading, note = reading_of(with_choices) if with_choices else ("text", "")
-        return replace(reader, reading=reading, reading_note=note)
+        return replace(reader, reading=reading, reading_note=note, seen=Counter())  # which counts each row once
 
     def note(self) -> str:
         """Return which columns are read, in one sentence, unless all of them have the names of the fields."""
@@ -251,9 +252,7 @@ class _Reader:
         """Return the example of one row."""
         if not isinstance(row, dict):
             raise TaskError(f"{origin}: an object is needed, got {row!r:.60}")
-        empty = (None, "") if kind_of(self.file) in TABLES else (None,)
-        values = {kind: row[name] for kind, name in self.columns.items() if name in row}
-        values = {k: v for k, v in values.items() if v not in empty or k in ("prompt", "answer")}
+        values = self._values(row)
         messages = self._conversation(values, origin)
         if self.more_text and row.get(self.more_text):
             values["prompt"] = f"{values['prompt']}\n\n{row[self.more_text]}"
@@ -282,6 +281,20 @@ class _Reader:
             if "text_pair" in values
             else "",
         )
+
+    def answer_of(self, row: Mapping[str, Any]) -> Any:
+        """Return the answer of a row, also from a conversation or a list; None where the row cannot be read."""
+        values = self._values(row)
+        with suppress(TaskError):
+            conversation_of(values, "")
+            self._unpack_answers(values)
+        return values.get("answer")
+
+    def _values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of a row by what they hold, without empty ones."""
+        empty = (None, "") if kind_of(self.file) in TABLES else (None,)
+        values = {kind: row[name] for kind, name in self.columns.items() if name in row}
+        return {k: v for k, v in values.items() if v not in empty or k in ("prompt", "answer")}
 
     def choices(self, row: Mapping[str, Any]) -> Choices | None:
         """Return the choices of a row, or None if it has none."""
@@ -335,7 +348,7 @@ class _Reader:
             listed = literal_of(answer)
             answer = listed if isinstance(listed, list) and all(isinstance(a, str) for a in listed) else answer
         if isinstance(answer, dict):  # as SQuAD's and TriviaQA's
-            answer = answer.get("text") or [answer.get("value"), *answer.get("aliases", ())]
+            answer = answer.get("text") or [answer.get("value"), *(answer.get("aliases") or ())]
         if isinstance(answer, list):
             answer = [number_as_text(a) for a in answer]
         if not (isinstance(answer, list) and answer and all(isinstance(a, str) for a in answer)):
