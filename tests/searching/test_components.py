@@ -365,7 +365,9 @@ def test_a_setting_of_a_race_asks_for_a_race() -> None:
 
 def test_steps_ask_for_components() -> None:
     assert SearchConfig.of(steps=2).strategy == "components"
-    assert SearchConfig.of(steps=2, candidates=8).strategy == "race"
+    for settings in ({"candidates": 8}, {"strategy": "race"}, {"strategy": "exhaustive"}):
+        with pytest.raises(ScoringError, match=r"steps 2 is a setting of the strategy components, and .* has none"):
+            SearchConfig.of(steps=2, **settings)
     with pytest.raises(ScoringError, match=r"steps 2 is a setting of the strategy components, and strengths has none"):
         SearchConfig.of(steps=2, strategy="strengths")
 

@@ -105,10 +105,10 @@ class SearchOptions:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("effort", "limit", "guard")}
         settings = {name: value for name, value in values.items() if value is not None}
         if wrong := setting_of_another(settings):
-            name, strategy = wrong
+            name, owner, chosen = wrong
             raise typer.BadParameter(
-                f"--{name.replace('_', '-')} is a setting of the strategy {strategy}, and {self.strategy} has none; leave it "
-                f"out, or choose with --strategy {strategy}"
+                f"--{name.replace('_', '-')} is a setting of the strategy {owner}, and {chosen} has none; leave it out, or "
+                f"choose with --strategy {owner}"
             )
         settings |= {"grid": Grid.parse(self.grid), "memory": self.memory * 2**30, "batch_size": batch_size}
         return SearchConfig.of(self.effort, **settings)  # type: ignore[arg-type]

@@ -258,10 +258,14 @@ def cost_of_step(questions: int, config: SearchConfig) -> float:
     return SCREEN_PASSES * min(config.gradient_examples, questions * (PARTS - 1) / PARTS) + questions
 
 
+def room_for_derivatives(config: SearchConfig, components: int) -> int:
+    """Return how many questions a gradient may be over."""
+    return min(config.gradient_examples, int(config.memory / (DERIVATIVE_BYTES * components)))
+
+
 def questions_with_room(config: SearchConfig, components: int, parts: Sequence[range], *, warn: bool = True) -> list[int]:
     """Return the questions of parts over which a gradient is taken: as many of each as there is room for the derivatives of."""
-    memory = config.memory
-    room = min(config.gradient_examples, int(memory / (DERIVATIVE_BYTES * components)))
+    memory, room = config.memory, room_for_derivatives(config, components)
     most = max(LEAST_QUESTIONS, room // len(parts))
     asked = [i for part in parts for i in part[:most]]
     if warn and room < config.gradient_examples and any(len(part) > most for part in parts):

@@ -46,8 +46,8 @@ RACE_SETTINGS = (
     "keep",
     "delta",
 )
-SETTINGS_OF: Mapping[str, Sequence[str]] = {"race": [n for n in RACE_SETTINGS if n != "delta"], "components": ["steps"]}
-"""Settings that choose the strategy where none is asked for, and that the choice of components does not share."""
+SETTINGS_OF: Mapping[Strategy, Sequence[str]] = {"race": [n for n in RACE_SETTINGS if n != "delta"], "components": ["steps"]}
+"""Settings that ask for a strategy where none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ class SearchConfig:
     """The settings of a search.
 
     Args:
-        strategy: ``strengths``, ``components``, ``race``, ``exhaustive`` or ``compose``. None takes ``strengths``, or
-            ``components`` where ``steps`` is set. It takes ``race`` where another grid than ``fine`` or a setting of a race is
-            asked for, and where no guard measures harm.
+        strategy: ``strengths``, ``components``, ``race``, ``exhaustive`` or ``compose``. None takes ``strengths``, and
+            ``race`` with another grid than ``fine`` and where no guard measures harm. ``SearchConfig.of``, ``search`` and the
+            command take ``components`` where ``steps`` is set, and ``race`` where a setting of a race is.
         grid: ``paper``, ``mlp``, ``fine`` or text such as ``27-29.mlp@0.05,0.5``. ``components`` and ``strengths`` take its
             matrices alone.
         max_harm: largest relative rise of the perplexity on the guards that the choice may have, such as 0.05. None takes
@@ -78,7 +78,8 @@ class SearchConfig:
             leaders, for independent facts. What ``keep`` drops has no such bound. For ``compose``: largest probability that
             a step is accepted if no candidate helps.
         steps: for ``components``: most steps that are tried.
-        gradient_examples: for ``components`` and ``strengths``: most questions over which a gradient is taken.
+        gradient_examples: for ``components`` and ``strengths``: most questions over which a gradient is taken, as far as
+            ``memory`` has room for their derivatives; eight of each third in any case.
         budget: minutes after which the search measures the best candidate so far and ends. None sets no end.
         seed: of the order of the examples, of the random candidates and of ``:reference`` decompositions.
         batch_size: sequences in one forward pass.
@@ -114,7 +115,7 @@ class SearchConfig:
             raise ScoringError(f"no metric {self.metric!r}; there are {', '.join(get_args(Metric))}")
         for name in ("candidates", "sizes_per_matrix", "screen_examples", "first_rung", "steps", "gradient_examples"):
             if getattr(self, name) < 1:
-                raise ScoringError(f"{name} {getattr(self, name)} leaves a race with nothing to do; write 1 or more")
+                raise ScoringError(f"{name} {getattr(self, name)} leaves a search with nothing to do; write 1 or more")
         if self.max_harm is not None and not self.max_harm > 0:
             raise ScoringError(
                 f"max_harm {self.max_harm} allows no change at all; write the largest relative rise of perplexity, such as 0.05"
@@ -139,16 +140,12 @@ class SearchConfig:
         if unknown := [name for name in settings if name not in names]:
             raise ScoringError(f"a search has no setting {unknown[0]!r}; it has {', '.join(names)}")
         if wrong := setting_of_another(settings):
-            name, strategy = wrong
+            name, owner, chosen = wrong
             raise ScoringError(
-                f"{name} {settings[name]} is a setting of the strategy {strategy}, and {settings['strategy']} has none; leave "
-                f"it out, or choose with --strategy {strategy} (strategy={strategy!r})"
+                f"{name} {settings[name]} is a setting of the strategy {owner}, and {chosen} has none; leave it out, or choose "
+                f"with --strategy {owner} (strategy={owner!r})"
             )
-        if any(name in settings for name in SETTINGS_OF["race"]):
-            settings.setdefault("strategy", "race")
-        if "steps" in settings:
-            settings.setdefault("strategy", "components")
-        return cls(**{**EFFORTS[effort], **settings})
+        return cls(**{**EFFORTS[effort], "strategy": asked_strategy(settings), **settings})
 
     @property
     def harm_bound(self) -> float:
@@ -207,8 +204,17 @@ class SearchConfig:
         return settings
 
 
-def setting_of_another(settings: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return a setting that the chosen strategy does not have, with the strategy that has it."""
-    chosen = settings.get("strategy")
-    others = {name: names for name, names in SETTINGS_OF.items() if chosen in OF_COMPONENTS and name != chosen}
-    return next(((name, strategy) for strategy, names in others.items() for name in names if name in settings), None)
+def asked_strategy(settings: Mapping[str, Any]) -> Strategy | None:
+    """Return the strategy that settings name, or that they belong to."""
+    of_settings = (strategy for strategy, names in SETTINGS_OF.items() if any(name in settings for name in names))
+    return settings.get("strategy") or next(of_settings, None)
+
+
+def setting_of_another(settings: Mapping[str, Any]) -> tuple[str, Strategy, Strategy] | None:
+    """Return a setting that the asked strategy does not have, the strategy that has it, and the one that is asked for."""
+    chosen = asked_strategy(settings)
+    if chosen is None:
+        return None
+    others = [owner for owner in SETTINGS_OF if owner != chosen and (owner == "components" or chosen in OF_COMPONENTS)]
+    wrong = ((name, owner, chosen) for owner in others for name in SETTINGS_OF[owner] if name in settings)
+    return next(wrong, None)

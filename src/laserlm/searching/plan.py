@@ -21,7 +21,13 @@ from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import GENERATING
 from laserlm.scoring.tokenize import max_length
 from laserlm.searching.candidates import Candidate, expand
-from laserlm.searching.components import DERIVATIVE_BYTES, PARTS, STEP_COMPONENTS, separate_matrices
+from laserlm.searching.components import (
+    LEAST_QUESTIONS,
+    PARTS,
+    STEP_COMPONENTS,
+    room_for_derivatives,
+    separate_matrices,
+)
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
 from laserlm.searching.guard import BATCH, OWN_TEXT, PASSAGE_TOKENS, PASSAGES, has_guard, is_text
@@ -50,7 +56,7 @@ EIGENSOLVER_CUBES = 9
 """Floating-point operations of all eigenvectors of a symmetric matrix, in cubes of its size (Golub and Van Loan,
 Matrix Computations, 4th edition, section 8.3.3)."""
 RUNG, SCREEN, GRADIENT, HARM, WRITTEN = "rung to example", "screen", "gradient", "harm", "texts of the model"
-CORRECTIONS = 3
+EXPECTED_CORRECTIONS = 3
 """Measurements of the harm of strengths until it is near the bound, about."""
 GRADIENTS = (SCREEN, GRADIENT)
 NEIGHBOURS = 2
@@ -260,7 +266,9 @@ class _PlanBuilder:
         """Number of questions over which a gradient is taken."""
         if self.config.is_of_components:
             n, choosing = len(self.splits[VALIDATION].split), PARTS if self.config.strategy == "strengths" else PARTS - 1
-            return min(self.config.gradient_examples, n * choosing // PARTS)
+            n_components = sum(m.max_rank for m in separate_matrices(self.candidates))
+            most = max(LEAST_QUESTIONS * choosing, room_for_derivatives(self.config, n_components))
+            return min(most, n * choosing // PARTS)
         return screen_size(len(self.splits[VALIDATION].split), self.config)
 
     def stages(self, workers: int) -> tuple[Stage, ...]:
@@ -321,7 +329,7 @@ class _PlanBuilder:
         n = math.ceil(sum(len(s.ids) for s in rows) / tokens)
         measurements = 2  # of the unchanged model and of the choice
         if self.config.strategy == "strengths":
-            measurements += 1 + CORRECTIONS + len(SMALLER) + 2 * SCREEN_PASSES
+            measurements += 1 + EXPECTED_CORRECTIONS + len(SMALLER) + 2 * SCREEN_PASSES
         elif self.config.strategy == "components":
             measurements += 1 + self.config.steps + SCREEN_PASSES
         items = tuple(ScoreTask(HARM, k * n, (k + 1) * n, BASE) for k in range(measurements))  # no two are equal
@@ -345,7 +353,7 @@ class _PlanBuilder:
         passages, phases, derivatives = self._guard_rows(), dict[str, PhaseMemory](), 0
         if config.is_of_components:
             n_components = sum(m.max_rank for m in matrices)
-            n = max(1, min(self.screen_size, int(config.memory / DERIVATIVE_BYTES / n_components)))
+            n = self.screen_size
             n_guards = 1 if config.guards is None else len(config.guards)
             passages_kept = PASSAGES * n_guards if config.strategy == "strengths" else 0
             derivatives = 4 * (n + passages_kept) * n_components

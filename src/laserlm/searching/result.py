@@ -256,8 +256,9 @@ class SearchResult:
     def next_commands(self, model: str, out: str) -> list[tuple[str, str]]:
         """Return the commands that save the choice in ``out`` or search wider, each with a comment."""
         if not self.best:
-            wider = "--strategy race" if self.strategy in OF_COMPONENTS else "--effort thorough"
-            return [(f"laser search {self._named(model)} ... {wider}", "the same search, wider")]
+            other = ("--strategy race", "one reduction of one matrix")
+            wider = other if self.strategy in OF_COMPONENTS else ("--effort thorough", "the same search, wider")
+            return [(f"laser search {self._named(model)} ... {wider[0]}", wider[1])]
         save = self.save_command(model)
         point = [(f"{save} --point N --out {out}", "another point of the list")] if len(self.pareto) > 1 else []
         return [(f"{save} --out {out}", ""), *point]
@@ -325,7 +326,8 @@ class SearchResult:
             if (self.validation.facts or LEAST_FACTS) < LEAST_FACTS:
                 return (
                     f"Nothing was tried: the validation questions are of {self.validation.facts} facts. A choice of components "
-                    f"needs {LEAST_FACTS} at least, and says little below 100. Give more questions."
+                    f"needs {LEAST_FACTS} at least, and says little below 100. Give more questions, or choose one reduction "
+                    "with --strategy race."
                 )
             bound = f"{math.expm1(self.harm_bound):.2g}"
             if self.strategy == "strengths":

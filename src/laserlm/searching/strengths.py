@@ -89,7 +89,10 @@ def weaken_components(session: SearchSession) -> None:
         for tried in dict.fromkeys([*filter(None, smaller), chosen]):
             session.begin("strengths", [tried], n, later=n if tried != chosen else 0)
             ledger.extend([tried], n)
-            if not ledger.fails(tried, n) and _measured(session, tried) <= session.config.harm_bound:
+            if ledger.fails(tried, n):
+                continue
+            used = _measured(session, tried)
+            if math.isfinite(used) and used <= session.config.harm_bound:
                 session.best = tried
                 # In the same order in a search that resumes, which measures no correction.
                 session.harms[str(tried)] = session.harms.pop(str(tried))
