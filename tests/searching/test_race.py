@@ -291,7 +291,7 @@ def test_scores_of_later_rungs_do_not_change_the_race(known: int, candidates: li
 
 def test_options_that_mean_nothing_are_refused() -> None:
     for wrong, message in (
-        ({"first_rung": 0}, "first_rung 0 leaves a race with nothing to do"),
+        ({"first_rung": 0}, "first_rung 0 leaves a search with nothing to do"),
         ({"candidates": 0}, "candidates 0"),
         ({"sizes_per_matrix": 0}, "sizes_per_matrix 0"),
         ({"screen_examples": 0}, "screen_examples 0"),
