@@ -201,8 +201,8 @@ def test_a_killed_save_leaves_nothing_of_that_name(make: Make, tmp_path: Path) -
     lm.model.save_pretrained(tmp_path / "model")
     lm.require_tokenizer().save_pretrained(tmp_path / "model")
     code = (
-        "import sys, time; import laserlm; from laserlm.export import weights; from pathlib import Path\n"
-        "weights.fingerprint = lambda _: (print('written', flush=True), time.sleep(60))\n"
+        "import sys, time; import laserlm; from laserlm.export import record\n"
+        "record.fingerprint = lambda _: (print('written', flush=True), time.sleep(60))\n"
         "laserlm.save(laserlm.load(sys.argv[1]), '1.fc_in@0.2', sys.argv[2])"
     )
     process = subprocess.Popen(

@@ -12,7 +12,7 @@ import torch
 from families import bpe
 from tokenizers import processors
 
-from laserlm.errors import TaskError, TokenizationError
+from laserlm.errors import ScoringError, TaskError, TokenizationError
 from laserlm.models import LanguageModel
 from laserlm.scoring.chat import ChatTemplate, without_thoughts
 from laserlm.scoring.conversation import Conversation
@@ -128,6 +128,14 @@ def test_a_reply_is_passed_on_as_it_grows_and_is_a_scored_generation(lm: Languag
     assert "".join(pieces) == text
     assert reply == text.strip()
     assert len(pieces) > 1
+
+
+def test_a_reply_is_as_long_as_the_model_has_room_for(lm: LanguageModel) -> None:
+    talk = Conversation(lm, max_new_tokens=10_000)
+    assert talk.reply(QUESTION.prompt)
+    talk.add("a " * 100, "b " * 100)
+    with pytest.raises(ScoringError, match="Ask for fewer new tokens"):
+        talk.reply(QUESTION.prompt)
 
 
 def test_sampled_replies_differ_and_leave_the_greedy_ones_as_they_are(lm: LanguageModel) -> None:

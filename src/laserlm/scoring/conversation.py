@@ -9,7 +9,7 @@ from laserlm.edit.apply import InterventionLike, applied
 from laserlm.errors import TokenizationError
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.chat import ChatTemplate, without_thoughts
-from laserlm.scoring.generation import generate
+from laserlm.scoring.generation import generate, room_for_new_tokens
 from laserlm.tasks.example import Example
 
 
@@ -53,6 +53,8 @@ class Conversation:
     def reply(self, question: str, on_text: Callable[[str], None] | None = None) -> str:
         """Return the reply to a question, without what the model thought. The history stays as it is.
 
+        A reply has fewer tokens than ``max_new_tokens`` where the model has no room for more.
+
         Args:
             question: the user's text.
             on_text: is called with each piece of the reply as it is generated.
@@ -67,7 +69,7 @@ class Conversation:
             (text,) = generate(
                 self.lm,
                 [str(prompt)],
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=max(1, min(self.max_new_tokens, room_for_new_tokens(self.lm, str(prompt)))),
                 temperature=self.temperature,
                 end_tokens=self._template.end_tokens,
                 on_text=on_text,

@@ -97,6 +97,11 @@ def generate(
     return [text[: min([len(text), *(text.index(s) for s in stops if s in text)])] for text in texts]
 
 
+def room_for_new_tokens(lm: LanguageModel, prompt: str) -> int:
+    """Return how many tokens a causal model can write after a prompt; 0 or less where the prompt leaves no room."""
+    return max_length(lm) - len(_tokens(lm, [prompt])[0])
+
+
 def continuation(tokenizer: Any, prompt_ids: list[int], ids: list[int]) -> str:
     """Return the text of the tokens after a prompt's. Decoded by themselves, they may lose a space at their start."""
     prompt, text = (str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in (prompt_ids, ids))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import find_stacks
 from laserlm.out_of_memory import uniform_out_of_memory
@@ -213,7 +214,7 @@ class PrefixCheck:
                 self._exact.add(target)
                 return True
         # A model that needs more than its blocks' outputs may fail in any of these ways.
-        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, ScoringError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = f"{type(error).__name__}: {error}"
