@@ -87,8 +87,8 @@ def _hint(name: str, source: str | Path, error: Exception) -> str:
     inner = sorted(folder.glob("*/config.json")) if folder.is_dir() and (folder / "modules.json").is_file() else []
     if inner and not has_config:
         return (
-            f"modules.json keeps the model in the folder {inner[0].parent.name}, and laserlm reads it beside modules.json; "
-            'move its files there, and write "path": "" for it in modules.json.'
+            f"modules.json keeps the model in the folder {inner[0].parent.name}, and laserlm reads a model in the folder of "
+            'modules.json; move its files there, and write "path": "" for it in modules.json.'
         )
     if lacks_safetensors or "safetensors" in str(error):
         return "Only safetensors and GGUF weights are read; --allow-pickle (allow_pickle=True) also reads pickled ones."

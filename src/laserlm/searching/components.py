@@ -265,7 +265,7 @@ def room_for_derivatives(config: SearchConfig, components: int) -> int:
 
 def questions_with_room(config: SearchConfig, components: int, parts: Sequence[range], *, warn: bool = True) -> list[int]:
     """Return the questions of parts over which a gradient is taken: as many of each as there is room for the derivatives of."""
-    memory, room = config.memory, room_for_derivatives(config, components)
+    room = room_for_derivatives(config, components)
     most = max(LEAST_QUESTIONS, room // len(parts))
     asked = [i for part in parts for i in part[:most]]
     if warn and room < config.gradient_examples and any(len(part) > most for part in parts):
@@ -273,7 +273,7 @@ def questions_with_room(config: SearchConfig, components: int, parts: Sequence[r
             "components are chosen on %d of %d questions, for whose derivatives %.1f GiB have room; give more with --memory",
             len(asked),
             sum(map(len, parts)),
-            memory / 2**30,
+            config.memory / 2**30,
         )
     return asked
 

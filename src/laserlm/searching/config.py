@@ -20,16 +20,26 @@ Effort = Literal["quick", "normal", "thorough"]
 
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "quick": {
-        **{"gradient_examples": 150, "steps": 4},
-        **{"candidates": 16, "sizes_per_matrix": 2, "screen_examples": 50, "first_rung": 16, "keep": 0.25},
+        "gradient_examples": 150,
+        "steps": 4,
+        "candidates": 16,
+        "sizes_per_matrix": 2,
+        "screen_examples": 50,
+        "first_rung": 16,
+        "keep": 0.25,
     },
     "normal": {},
     "thorough": {
-        **{"gradient_examples": 4000, "steps": 24},
-        **{"candidates": 150, "sizes_per_matrix": 6, "screen_examples": 200, "first_rung": 64, "keep": 0.5},
+        "gradient_examples": 4000,
+        "steps": 24,
+        "candidates": 150,
+        "sizes_per_matrix": 6,
+        "screen_examples": 200,
+        "first_rung": 64,
+        "keep": 0.5,
     },
 }
-"""What each effort changes in the default settings: first of a choice of components, then of a race."""
+"""What each effort changes in the default settings."""
 DEFAULT_GRID = "fine"
 OF_COMPONENTS = ("strengths", "components")
 """The strategies that change single components."""
