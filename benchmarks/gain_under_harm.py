@@ -9,7 +9,7 @@ on other questions, the harm on other own text and on the passages of ``--text``
 - race, compose: the best single reduction, and a composition of reductions;
 - components: single components of all matrices;
 - strengths: factors from 0 to 1 for the components of all matrices;
-- random: for each removed component another one of the same matrix with nearly the same singular value;
+- random: the same strengths, or removals, for other components of the same matrices with nearly the same singular values;
 - lora: a LoRA of rank 8 on all linear layers, trained on the same questions; the last quarter of an epoch within the bound,
   and the first one beyond it;
 - both: the same LoRA, trained on the model without the components, or with the strengths;
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import random
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 
 import laserlm as laser
-from laserlm.reductions import Components, Intervention, Size
+from laserlm.reductions import Intervention, Size, Strengths
 from laserlm.scoring.evaluate import evaluate_rows
 from laserlm.scoring.forward import batches, forward_logits, run_rows
 from laserlm.scoring.tokenize import encode
@@ -44,7 +45,7 @@ EPOCHS, QUARTERS, RATE, BATCH, RANK = 5, 4, 2e-4, 16, 8
 """Of the LoRA: epochs at most, looks at the harm in each, step size, questions in a step, rank."""
 SHOTS = 4
 NEIGHBOURS = 20
-"""Components of nearly the same singular value among which a random one is drawn."""
+"""Components of nearly the same singular values, among which the strengths are drawn anew."""
 
 
 class Table:
@@ -62,6 +63,7 @@ class Table:
         self.on_text = {name: self._score(lm, guard.measuring) for name, guard in guards.items()}
         self.on_choosing = self._score(lm, guards["own text"].choosing)
         self.rows: list[dict[str, Any]] = []
+        self.scores: dict[str, laser.Evaluation] = {}
         print("| row | accuracy | gain, 95 % interval | corrected / broken | loss | " + " | ".join(guards) + " | s |")
         print("|---|---|---|---|---|" + "---|" * len(guards) + "---|")
 
@@ -78,7 +80,8 @@ class Table:
     ) -> None:
         """Measure a row; ``best`` is the text of its intervention."""
         edited = laser.evaluate(lm, test or self.test)
-        c = laser.compare(self.base, edited if test is None else replace(edited, task=self.base.task))
+        self.scores[row] = edited if test is None else replace(edited, task=self.base.task)
+        c = laser.compare(self.base, self.scores[row])
         harms = {
             name: Harm(name, "text", laser.compare(self.on_text[name], self._score(lm, guard.measuring)))
             for name, guard in self.guards.items()
@@ -100,18 +103,29 @@ class Table:
             }
         )
 
+    def print_pairs(self) -> None:
+        """Print by how much each row is ahead of each other one on the same questions."""
+        for first, second in itertools.combinations(self.scores, 2):
+            c = laser.compare(self.scores[second], self.scores[first])
+            low, high = c.interval
+            print(
+                f"{first} against {second}: {100 * c.gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], "
+                f"right alone {c.corrected} / {c.broken}, loss {c.edited_loss - c.base_loss:+.3f}"
+            )
+
 
 def random_components(lm: laser.LanguageModel, chosen: Intervention, seed: int) -> Intervention:
-    """Return as many components of the same matrices, drawn among those with nearly the same singular values."""
+    """Return the same strengths for other components of the same matrices, drawn among neighbours by singular value."""
     draw, drawn = random.Random(seed), []
     widths = {(m.stack, m.layer, m.name): m.max_rank for m in lm.matrices}
     for r in chosen.reductions:
-        removed = set(r.size.drop.numbers) if r.size.drop is not None else set()
-        k, taken = widths[r.stack, r.layers.first or 0, r.matrix], set[int]()
-        for i in sorted(removed):
-            near = sorted(set(range(k)) - removed - taken, key=lambda j: abs(j - i))[:NEIGHBOURS]
-            taken.add(draw.choice(near))
-        drawn.append(replace(r, size=Size(drop=Components.of(taken))))
+        of_matrix = r.size.strengths or {}
+        strengths = [of_matrix.get(i, 1.0) for i in range(widths[r.stack, r.layers.first or 0, r.matrix])]
+        for start in range(0, len(strengths), NEIGHBOURS):
+            part = strengths[start : start + NEIGHBOURS]
+            draw.shuffle(part)
+            strengths[start : start + NEIGHBOURS] = part
+        drawn.append(replace(r, size=Size(scale=Strengths.of(dict(enumerate(strengths))))))
     return Intervention(tuple(drawn))
 
 
@@ -203,7 +217,7 @@ def main() -> None:
         seconds = time.monotonic() - start
         with laser.applied(lm, result.best):
             table.add(strategy if result.best else f"{strategy}: keeps the model", lm, seconds, best=str(result.best))
-        if strategy == "components":
+        if strategy in ("components", "strengths"):
             components = result.best
     if "random" in chosen and components:
         with laser.applied(lm, random_components(lm, components, options.seed)):
@@ -215,6 +229,7 @@ def main() -> None:
             add_lora(table, lm, task.validation, options, "both")
     if "examples" in chosen:
         table.add("examples", lm, 0.0, with_examples(task.test, task.validation))
+    table.print_pairs()
     if options.json:
         options.json.write_text(json.dumps(table.rows, indent=2), encoding="utf-8")
 
