@@ -19,9 +19,10 @@ from laserlm import LanguageModel, load, task
 from laserlm.edit import applied
 from laserlm.errors import ScoringError
 from laserlm.export import save
-from laserlm.models.pooling import read_pooling
+from laserlm.models.pooling import DenseModule, Pooling, read_pooling
 from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.scoring.forward import batches, forward_logits
+from laserlm.scoring.identity import identity
 from laserlm.scoring.scorers import SCORERS
 from laserlm.scoring.tokenize import encode
 from laserlm.searching import search
@@ -278,6 +279,61 @@ def test_dense_modules_follow_the_pooling(tmp_path: Path) -> None:
     save(load(tmp_path), "0.fc_in@0.5", tmp_path / "out")
     for file in ("2_Dense/model.safetensors", "4_Dense/config.json", "modules.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_vectors_are_cut_where_sentence_transformers_cuts_them(tmp_path: Path) -> None:
+    lm = build("bert", "embedding")
+    lm.model.save_pretrained(tmp_path)
+    lm.require_tokenizer().save_pretrained(tmp_path)
+    sentence_encoder(tmp_path, pooling_mode_cls_token=True)
+    whole = load(tmp_path)
+    (tmp_path / "config_sentence_transformers.json").write_text('{"truncate_dim": 5, "similarity_fn_name": "cosine"}')
+    cut = load(tmp_path)
+    e = Example("a", "Rome is a city", "0.5", text_pair="Oslo is the capital")
+    inputs = [cut.require_tokenizer()(t, return_tensors="pt", return_token_type_ids=False) for t in (e.prompt, e.text_pair)]
+    with torch.no_grad():
+        a, b = (lm.model(**i).last_hidden_state[:, 0] for i in inputs)
+    split = Split("a", "all", (e,), "similarity")
+    for model, width in ((whole, lm.width), (cut, 5)):
+        cosine = float(F.cosine_similarity(a[:, :width], b[:, :width]))
+        assert float(evaluate(model, split).scores[0].predicted) == pytest.approx(cosine, abs=1e-5)
+    assert abs(float(F.cosine_similarity(a[:, :5], b[:, :5]) - F.cosine_similarity(a, b))) > 1e-3
+
+
+def test_another_pooling_has_other_scores_in_a_store(tmp_path: Path) -> None:
+    lm = build("bert", "embedding")
+    split = pairs().validation
+    rows = encode(lm, split.examples, "similarity")
+    seen = []
+    for pooling in (Pooling("mean"), Pooling("cls"), Pooling("mean", truncate_dim=lm.width - 1)):
+        lm.pooling = pooling
+        seen.append(identity(lm, "similarity", [split], rows, 0))
+    assert seen[0] != seen[1]
+    assert seen[0] != seen[2]
+    for activation in ("Identity", "Tanh"):
+        dense = DenseModule(torch.eye(lm.width), None, activation)
+        lm.pooling = Pooling("mean", dense=(dense,))
+        seen.append(identity(lm, "similarity", [split], rows, 0))
+    assert seen[0] != seen[3] != seen[4]
+
+
+def test_settings_of_sentence_transformers_that_are_not_used_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = sentence_encoder(tmp_path, pooling_mode_cls_token=True)
+    settings = {"prompts": {"query": "find: ", "none": ""}, "default_prompt_name": "query", "similarity_fn_name": "dot"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    read_pooling(folder)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder} puts 'find: ' in front of every text by default; laserlm does not: write it into the texts",
+        f"{folder} compares its vectors by 'dot'; laserlm compares them by cosine",
+    ]
+    caplog.clear()
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([*modules, {"path": "2", "type": "x.Normalize"}]))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings | {"default_prompt_name": "none"}))
+    read_pooling(folder)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

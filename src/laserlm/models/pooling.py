@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from laserlm.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 Mode = Literal["mean", "cls", "max", "lasttoken"]
 MODES: dict[str, Mode] = {
@@ -63,13 +67,20 @@ class Pooling:
         mode: ``mean`` of all tokens, the first one (``cls``), the largest values (``max``) or the last one (``lasttoken``).
         max_length: largest number of tokens of a text; None takes the model's.
         dense: layers that follow, in their order.
+        truncate_dim: number of values at the start of the vector that are kept; None keeps all.
         problem: why laserlm does not compute the vectors of this model; empty if it does.
     """
 
     mode: Mode = "mean"
     max_length: int | None = None
     dense: tuple[DenseModule, ...] = ()
+    truncate_dim: int | None = None
     problem: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what vectors depend on as plain values, with the sha256 of the weights of each dense module."""
+        dense = [[d.activation, *(_sha256(t) for t in (d.weight, d.bias) if t is not None)] for d in self.dense]
+        return {"mode": self.mode, "dense": dense, "truncate_dim": self.truncate_dim}
 
 
 def read_pooling(source: str | Path, revision: str | None = None) -> Pooling | None:
@@ -85,6 +96,8 @@ def read_pooling(source: str | Path, revision: str | None = None) -> Pooling | N
         return None
     settings = _read(source, revision, f"{types['Pooling']}/config.json") or {}
     limit = (_read(source, revision, "sentence_bert_config.json") or {}).get("max_seq_length")
+    whole = _read(source, revision, "config_sentence_transformers.json") or {}
+    _warn_of_unused(str(source), whole, is_normalised="Normalize" in types)
     own = settings.get("pooling_mode")  # one name, as sentence-transformers 5 writes it
     names = [own] if isinstance(own, str) else [n.removeprefix("pooling_mode_") for n, on in settings.items() if on is True]
     modes = [MODES.get(n, n) for n in names if n in (*MODES, *MODES.values()) or n.startswith("weightedmean")]
@@ -100,7 +113,22 @@ def read_pooling(source: str | Path, revision: str | None = None) -> Pooling | N
                 dense.append(read)
     if not problem and (len(modes) != 1 or modes[0] not in MODES.values()):
         problem = f"its pooling is {' and '.join(modes) or 'not known'}"
-    return Pooling(modes[0] if not problem else "mean", limit, tuple(dense), problem)  # type: ignore[arg-type]
+    mode: Any = modes[0] if not problem else "mean"
+    return Pooling(mode, limit, tuple(dense), whole.get("truncate_dim"), problem)
+
+
+def _warn_of_unused(name: str, settings: dict[str, Any], *, is_normalised: bool) -> None:
+    """Log which settings of sentence-transformers would change the vectors or their comparison, and are not used."""
+    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
+    if prompt:
+        log.warning("%s puts %r in front of every text by default; laserlm does not: write it into the texts", name, prompt)
+    similarity = settings.get("similarity_fn_name")
+    if similarity not in (None, "cosine", *(["dot"] if is_normalised else [])):
+        log.warning("%s compares its vectors by %r; laserlm compares them by cosine", name, similarity)
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _type_of(module: dict[str, Any]) -> str:

@@ -46,6 +46,8 @@ def identity(
         "algorithm": ALGORITHM,
         "seed": seed,
     }
+    if lm.pooling is not None:
+        values["pooling"] = lm.pooling.as_dict()
     if lm.update is not None:
         values["adapter"] = str(lm.update.folder)
     asked = [e for split in splits for e in split.examples if e.messages]

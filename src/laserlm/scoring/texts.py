@@ -71,7 +71,7 @@ def _embedded(lm: LanguageModel, i: int, e: Example) -> list[TokenSequence]:
         )
     dense = () if lm.pooling is None else lm.pooling.dense
     width = len(dense[-1].weight) if dense else int(lm.model.config.get_text_config().hidden_size)
-    coordinates = tuple(range(width))
+    coordinates = tuple(range(width if lm.pooling is None else min(width, lm.pooling.truncate_dim or width)))
     return [_sequence(lm, i, text, choice_tokens=coordinates) for text in (e.prompt, e.text_pair)]
 
 
@@ -120,7 +120,8 @@ def text_outputs(lm: LanguageModel, inputs: dict[str, Any], pad: int) -> Tensor:
     vectors = _pooled(output.last_hidden_state.float(), inputs["attention_mask"], mode)
     for module in () if lm.pooling is None else lm.pooling.dense:
         vectors = module(vectors)
-    return F.normalize(vectors, dim=-1)
+    kept = None if lm.pooling is None else lm.pooling.truncate_dim
+    return F.normalize(vectors[:, :kept], dim=-1)
 
 
 def _pooled(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
