@@ -34,6 +34,15 @@ Make = Callable[..., LanguageModel]
 GRID = "0-1.mlp@0.5,0.1"
 
 
+MOST_HARMS = 3
+
+
+@pytest.fixture(autouse=True)
+def few_harms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a race and an exhaustive search measure the harm of few candidates, for searches that are made again and again."""
+    monkeypatch.setattr("laserlm.searching.session.MAX_HARMS", MOST_HARMS)
+
+
 def texts(grid: str, lm: LanguageModel) -> list[str]:
     return [str(candidate.intervention) for candidate in expand(grid, lm.matrices)]
 
@@ -805,7 +814,14 @@ def test_the_best_within_the_bound_on_harm_wins(
     losses = {text: e.loss for text, e in brute_force(llama, task.validation, [*upper]).items()}
     unbound = search(llama, task, **options)
     assert str(unbound.best) == min(losses, key=losses.__getitem__)
-    assert unbound.points == ()
+    assert [p.intervention for p in unbound.points] == sorted(losses.keys() - {""}, key=losses.__getitem__)[:MOST_HARMS]
+    for point in unbound.points:
+        (harm,) = point.harms
+        assert harm.change + harm.error == pytest.approx(upper[point.intervention], abs=1e-4)
+    unguarded = search(llama, task, guards=(), **options)
+    assert (unguarded.points, unguarded.harms) == ((), ())
+    for name in ("best", "validation", "test", "rungs", "scored"):
+        assert getattr(unguarded, name) == getattr(unbound, name)
     bounds = [x for x in sorted(upper.values()) if x > 0]
     for bound in (bounds[len(bounds) // 2] - 1e-3, upper[str(unbound.best)] - 1e-3):
         allowed = [text for text in upper if upper[text] <= bound]
@@ -833,6 +849,63 @@ def test_a_race_over_several_rungs_and_a_composition_keep_within_the_bound(
     assert held
     assert all(held[step.intervention] <= bound for step in composed.steps)
     assert str(composed.best) == (composed.steps[-1].intervention if composed.steps else "")
+
+
+@pytest.mark.parametrize("strategy", ["race", "exhaustive"])
+def test_harm_that_no_time_is_left_for_leaves_the_choice_as_it_is(
+    strategy: Any,
+    llama: LanguageModel,
+    task: Task,
+    upper: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    before_scoring: BeforeScoring,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, looked_at = [0.0], list[str]()
+
+    def timed(text: str, split: Split) -> None:
+        if split.name == "guard 0 choosing":
+            looked_at.append(text)
+            clock[0] += 600 * (len(looked_at) == 2)
+
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    before_scoring(timed)
+    options: dict[str, Any] = {"strategy": strategy, "metric": "loss", "first_rung": 3}
+    result = search(llama, task, budget=8, **options)
+    assert result.complete
+    assert len(looked_at) == 3  # two of them and the unchanged model, which they are compared with
+    assert {p.intervention for p in result.points} == {*looked_at} - {""}
+    missing = MOST_HARMS - len(result.points)
+    assert f"the harm of {missing} of {MOST_HARMS} candidates of the last rung is not measured: the time" in caplog.text
+    clock[0] = 0.0
+    whole = search(llama, task, **options)
+    assert len(whole.points) == MOST_HARMS
+    assert (whole.best, whole.validation, whole.test) == (result.best, result.validation, result.test)
+
+
+@pytest.mark.parametrize("strategy", ["race", "exhaustive"])
+def test_a_candidate_whose_harm_cannot_be_measured_is_no_point(
+    strategy: Any,
+    llama: LanguageModel,
+    task: Task,
+    upper: dict[str, float],
+    before_scoring: BeforeScoring,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options: dict[str, Any] = {"strategy": strategy, "metric": "loss"}
+    best, second, *_ = (p.intervention for p in search(llama, task, **options).points)
+
+    def fail(text: str, split: Split) -> None:
+        if text == second and split.name == "guard 0 choosing":
+            raise ScoringError("a log-probability is not a number")
+
+    before_scoring(fail)
+    result = search(llama, task, **options)
+    assert str(result.best) == best
+    assert second not in [p.intervention for p in result.points]
+    assert len(result.points) == MOST_HARMS - 1
+    assert f"the harm of 1 of {MOST_HARMS} candidates" in caplog.text
+    assert "not a number" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["race", "exhaustive"])

@@ -98,7 +98,7 @@ def search(
     candidates = expand(config.grid, lm.matrices)
     on_stage(SearchProgress(stage="guards", alive=0, done=0.0, total=0.0, scored=0, best=None, last=""))
     guards = _guards(lm, config)
-    splits = encode_splits(lm, task, config) | _splits_of(guards)
+    splits = encode_splits(lm, task, config) | splits_of_guards(guards)
     run_settings = _run_settings(lm, task, splits, config, guards)
     with _open_run(lm, run_settings, config.seed, store, executor, restart=restart) as run:
         if run.outcome is not None:
@@ -203,7 +203,7 @@ def encode_splits(lm: LanguageModel, task: Task, config: SearchConfig) -> dict[s
     }
 
 
-def _splits_of(guards: Sequence[Guard]) -> dict[str, EncodedSplit]:
+def splits_of_guards(guards: Sequence[Guard]) -> dict[str, EncodedSplit]:
     """Return the parts of guards by the names under which they are scored."""
     parts: dict[str, EncodedSplit] = {}
     for i, guard in enumerate(guards):

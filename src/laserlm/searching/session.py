@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -15,14 +17,18 @@ from laserlm.scoring.records import Evaluation
 from laserlm.scoring.scorers import GENERATING
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import Metric, SearchConfig
+from laserlm.searching.executors import OutOfTimeError
 from laserlm.searching.guard import Guard, Harm
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.result import ComposeStep, Point, RungReport, ScreenReport, SearchProgress, sort_key
 from laserlm.store import Run
 
+log = logging.getLogger(__name__)
 BASE = Intervention()
 MAX_FINALISTS = 4
 """Number of candidates, the best by loss, under which the model generates text."""
+MAX_HARMS = 16
+"""Most candidates, the best by validation, whose harm a race or an exhaustive search measures for its map and its list."""
 MEAN_SHARE = 0.5
 """Part of the blocks that a pass runs, where it is not known what is scored."""
 GENERATED_PASSES = 8.0
@@ -246,6 +252,37 @@ class SearchSession:
         scored = [text for text in self.harms if ledger.scores.n(text) >= n]
         base = ledger.first(BASE, n) if scored else None
         return tuple(Point(t, compare(base, ledger.scores.first(t, n)), self.harms[t]) for t in scored if base is not None)
+
+    def compare_harms(self) -> None:
+        """Measure the harm of the candidates that were scored on every validation example, of the best ``MAX_HARMS`` at most.
+
+        It is for the list of gain against harm and for the map. The choice stays as it is. Where the time is used up, the
+        harm of some is not measured, and a warning says of how many.
+        """
+        ledger, n = self.on_validation, len(self.on_validation.split)
+        scored = [Intervention.parse(t) for t in sorted(ledger.scores) if t and ledger.scores.n(t) >= n]
+        ranked = sorted(scored, key=lambda i: sort_key(ledger.first(i, n), self.ranking_metric), reverse=True)
+        few = list(dict.fromkeys([*([self.best] if self.best else []), *ranked]))[:MAX_HARMS]
+        if not (few and self.guards):
+            return
+        for guard in self.guards:
+            choosing, size = guard.choosing, len(guard.choosing.split)
+            choosing.deadline = ledger.deadline
+            self.begin("harm", [BASE, *few], size, choosing)
+            with suppress(OutOfTimeError):  # the warning below counts what is missing
+                choosing.extend([BASE, *few], size)
+            choosing.deadline = math.inf
+        measured = [i for i in few if all(g.choosing.n(i) >= len(g.choosing.split) for g in self.guards)]
+        for intervention in measured:
+            self.harm_of(intervention)
+        if len(measured) < len(few):
+            reasons = {reason for g in self.guards for i in few if (reason := g.choosing.failed.get(str(i)))}
+            log.warning(
+                "the harm of %d of %d candidates of the last rung is not measured: %s",
+                len(few) - len(measured),
+                len(few),
+                "; ".join(sorted(reasons)) or "the time was used up",
+            )
 
     def measure_harms(self) -> tuple[Harm, ...]:
         """Return what the best costs on the measuring parts of the guards."""

@@ -40,6 +40,7 @@ def exhaustive(session: SearchSession) -> None:
     finally:
         scored = [i for i in everything if ledger.n(i) and str(i) not in ledger.failed]
         session.choose(scored, min(map(ledger.n, scored), default=0))
+    session.compare_harms()
 
 
 def race_candidates(session: SearchSession) -> None:
@@ -65,6 +66,7 @@ def race_candidates(session: SearchSession) -> None:
         everything = [BASE, *(c.intervention for c in session.candidates)]
         session.choose(everything, session.rungs[-1].examples if session.rungs else min(config.first_rung, len(ledger.split)))
         raise
+    session.compare_harms()
 
 
 def compose_reductions(session: SearchSession) -> None:
