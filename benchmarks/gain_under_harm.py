@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=1200, help="held-out questions")
     parser.add_argument("--max-harm", type=float, default=0.05)
     parser.add_argument("--text", help="text that no row chooses on")
+    parser.add_argument("--guard", action="append", default=[], help="a task that a search keeps within the bound too")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of everything random")
     parser.add_argument("--reduce", default="", help="what an earlier search chose, or its @FILE, for random and both")
     parser.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
@@ -207,12 +208,18 @@ def main() -> None:
     guards = {"own text": own} | (
         {Path(options.text).parent.name or options.text: guards_of(lm, [options.text])[0]} if options.text else {}
     )
+    guards |= {name: guards_of(lm, [name])[0] for name in options.guard}
     table = Table(lm, task.test, guards)
     components = Intervention.read(options.reduce or "")
     for strategy in [row for row in chosen if row in ("race", "compose", "components", "strengths")]:
         start = time.monotonic()
         result = laser.search(
-            lm, task, strategy=strategy, metric=options.metric, max_harm=options.max_harm, guards=("self",), seed=options.seed
+            *(lm, task),
+            strategy=strategy,
+            metric=options.metric,
+            max_harm=options.max_harm,
+            guards=("self", *options.guard),
+            seed=options.seed,
         )
         seconds = time.monotonic() - start
         with laser.applied(lm, result.best):

@@ -198,3 +198,23 @@ def test_components_that_a_file_names_are_explained_by_their_tokens(
     rows = list(csv.DictReader(io.StringIO(run(*command, "--store", tmp_path / "runs.db", "--csv")[1])))
     assert [row["reads"] for row in rows] == [" ".join(map(repr, r["reads"])) for r in values["removed"]]
     assert {len(r["writes"]) for r in values["removed"]} == {5}
+
+
+def test_points_are_tested_on_the_test_split(search: Run, run: Run, questions: Path, tmp_path: Path) -> None:
+    found = json.loads(search("--strategy", "exhaustive", "--grid", "0-1.mlp@0.5,0.1", "--guard", questions, "--json")[1])
+    command = ("analyze", "points", "last", "--store", tmp_path / "runs.db")
+    code, _, err = run(*command)
+    assert (code, "name their files again with --guard" in " ".join(err.split())) == (1, True)
+    values = json.loads(run(*command, "--guard", questions, "--json")[1])
+    chosen = next(p for p in values["points"] if p["is_chosen"])
+    assert chosen["intervention"] == found["best"]
+    assert chosen["comparison"]["gain"] == found["test"]["gain"]
+    assert chosen["harms"][0]["guard"] == "questions:questions"
+    assert chosen["harms"][0]["comparison"]["edited_loss"] == pytest.approx(found["harms"][0]["comparison"]["edited_loss"])
+    assert "hold for all" in run(*command, "--guard", questions)[1]
+    code, _, err = run(*command, "--guard", questions, "--point", "9")
+    assert code == 1
+    assert "there is no point 9" in err
+    code, _, err = run("analyze", "points", "last", "--reduce", "0.fc_in@0.5", "--store", tmp_path / "runs.db")
+    assert code == 1
+    assert "leave out --reduce" in err

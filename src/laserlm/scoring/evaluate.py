@@ -235,8 +235,13 @@ class Comparison:
         return f", Spearman {self.base_spearman:.3f} -> {self.edited_spearman:.3f}"
 
 
-def compare(base: Evaluation, edited: Evaluation) -> Comparison:
+def compare(base: Evaluation, edited: Evaluation, confidence: float = 0.95) -> Comparison:
     """Compare two evaluations of the same examples by the same scorer, in pairs.
+
+    Args:
+        base: of the unchanged model.
+        edited: of the other one.
+        confidence: of both intervals.
 
     Raises:
         ScoringError: if they do not hold the same examples in the same order, or were scored differently.
@@ -257,13 +262,13 @@ def compare(base: Evaluation, edited: Evaluation) -> Comparison:
         base=base.accuracy,
         edited=edited.accuracy,
         gain=(corrected - broken) / edited.n,
-        interval=paired_difference(corrected, broken, edited.n, clustering=clustering_of(differences, facts)),
+        interval=paired_difference(corrected, broken, edited.n, confidence, clustering=clustering_of(differences, facts)),
         mcnemar_p=sign_flip_test(differences, facts),
         corrected=corrected,
         broken=broken,
         base_loss=base.loss,
         edited_loss=edited.loss,
-        loss_interval=paired_mean([b.loss - a.loss for a, b in pairs], facts=facts),
+        loss_interval=paired_mean([b.loss - a.loss for a, b in pairs], confidence, facts=facts),
         facts=len(set(facts)),
         base_spearman=base.spearman,
         edited_spearman=edited.spearman,

@@ -178,7 +178,9 @@ def has_guard(lm: LanguageModel, sources: Sequence[str | Task] | None) -> bool:
     return can_write(lm) if sources is None else bool(sources)
 
 
-def measure_harm(lm: LanguageModel, guard: Guard, intervention: InterventionLike, batch_size: int = 32) -> Harm:
+def measure_harm(
+    lm: LanguageModel, guard: Guard, intervention: InterventionLike, batch_size: int = 32, confidence: float = 0.95
+) -> Harm:
     """Return what an intervention costs on the measuring part of a guard.
 
     Args:
@@ -186,6 +188,7 @@ def measure_harm(lm: LanguageModel, guard: Guard, intervention: InterventionLike
         guard: one of ``guards_of``.
         intervention: text such as ``27.fc_in@0.01``.
         batch_size: sequences in one forward pass.
+        confidence: of the interval.
 
     Raises:
         LaserError: as ``applied`` and ``evaluate``.
@@ -201,7 +204,8 @@ def measure_harm(lm: LanguageModel, guard: Guard, intervention: InterventionLike
                     batch_size,
                 )
             )
-    return Harm(guard.name, guard.kind, compare(*evaluations))
+    base, edited = evaluations
+    return Harm(guard.name, guard.kind, compare(base, edited, confidence))
 
 
 def is_text(source: str) -> bool:

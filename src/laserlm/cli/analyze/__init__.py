@@ -14,6 +14,7 @@ from laserlm.cli.analyze import (
     low_rank,
     matrices,
     paraphrases,
+    points,
     side_effects,
     terms,
 )
@@ -29,6 +30,7 @@ app.command()(generations.generations)
 app.command()(terms.terms)
 app.command()(controls.controls)
 app.command()(components.components)
+app.command()(points.points)
 app.command("low-rank")(low_rank.low_rank)
 app.command("side-effects")(side_effects.side_effects)
 app.command()(matrices.matrices)
