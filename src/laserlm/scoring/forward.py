@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,54 +18,20 @@ from laserlm.errors import ScoringError
 from laserlm.models.kinds import TEXT_KINDS
 from laserlm.models.language_model import LanguageModel
 from laserlm.out_of_memory import uniform_out_of_memory
+from laserlm.scoring.batch import MAX_SCORED_POSITIONS, PASS_OVERHEAD_TOKENS, Batch, batch_bounds, groups_of, make_batch
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
 from laserlm.scoring.model_errors import as_scoring_error
 from laserlm.scoring.output_layer import HALF, float32_output_layer
 from laserlm.scoring.records import TokenScores, TokenSequence
-from laserlm.scoring.texts import padding_token, text_outputs
+from laserlm.scoring.shared_prompts import can_be_joined, groups_with_one_prompt, joined_length
+from laserlm.scoring.texts import text_outputs
 
 log = logging.getLogger(__name__)
-PASS_OVERHEAD_TOKENS = 64
-"""Overhead of a forward pass on a CPU, reading the weights and starting operations, as a number of tokens; measured."""
 PADDED_KINDS = ("causal", *TEXT_KINDS)
 """Kinds of models whose scores padding may change, so that it is tested."""
-MAX_SCORED_POSITIONS = 2048
-"""Largest number of positions scored in one pass of several rows. Each takes memory for one row of logits (V)."""
-
 Progress = Callable[[int, int], None]
 """Called with the number of items done and their total."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows that go through the model together, as tensors on its device: B rows, N scored positions, C choice tokens.
-
-    Args:
-        rows: indices of the rows.
-        inputs: keyword arguments of the model.
-        length: tokens of the longest row.
-        positions: (2, N) row and position of every scored token, row by row.
-        targets: (N,) tokens to score.
-        first: (B,) index in N of each row's first position.
-        choice_tokens: (B, C) choice tokens, 0 where a row has none.
-        counts: numbers of targets and of choice tokens of each row.
-        ranked: whether the ranks of the targets are read.
-        top: number of most likely tokens to read, by row.
-        pad: token that the rows are padded with.
-    """
-
-    rows: tuple[int, ...]
-    inputs: dict[str, Any]
-    length: int
-    positions: Tensor
-    targets: Tensor
-    first: Tensor
-    choice_tokens: Tensor
-    counts: tuple[tuple[int, int], ...]
-    ranked: bool
-    top: tuple[int, ...]
-    pad: int
 
 
 @dataclass(frozen=True)
@@ -107,12 +71,13 @@ def run_rows(
     outcomes: dict[int, TokenScores] = {}
 
     def run(indices: Sequence[int]) -> None:
-        outcomes.update(zip(indices, run_batch(lm, _batch(lm, rows, indices)), strict=True))
+        batch = make_batch(lm, rows, indices, joined=bool(lm.shares_prompts))
+        outcomes.update(zip(batch.rows, run_batch(lm, batch), strict=True))
         if on_progress is not None:
             on_progress(len(outcomes), len(rows))
 
     try:
-        halve_until_it_fits(_batch_indices(lm, rows, batch_size), run, default_cache(lm.cache).clear)
+        halve_until_it_fits(_batch_indices(lm, rows, batch_size, joined=True), run, default_cache(lm.cache).clear)
     except torch.OutOfMemoryError as error:
         raise out_of_memory_error(lm, error) from None
     return [outcomes[i] for i in range(len(rows))]
@@ -127,48 +92,42 @@ def out_of_memory_error(lm: LanguageModel, error: torch.OutOfMemoryError) -> Sco
 
 
 @torch.no_grad()
-def batches(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int) -> list[Batch]:
-    """Return the rows in batches, the longest first: this saves padding, and memory runs out at once if it ever does."""
-    return [_batch(lm, rows, indices) for indices in _batch_indices(lm, rows, batch_size)]
+def batches(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int, *, joined: bool = False) -> list[Batch]:
+    """Return the rows in batches, the longest first: this saves padding, and memory runs out at once if it ever does.
+
+    Args:
+        lm: the model.
+        rows: the sequences.
+        batch_size: rows of the model's inputs.
+        joined: whether the continuations of one prompt may be one row of the model's inputs.
+    """
+    every = _batch_indices(lm, rows, batch_size, joined=joined)
+    return [make_batch(lm, rows, indices, joined=joined and bool(lm.shares_prompts)) for indices in every]
 
 
 @torch.no_grad()
-def _batch_indices(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int) -> list[list[int]]:
+def _batch_indices(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int, *, joined: bool) -> list[list[int]]:
     lm.require_evaluation_mode()
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
-    batch_size = max(1, min(batch_size, MAX_SCORED_POSITIONS // max(len(r.positions) for r in rows)))
     try:
         if lm.kind in PADDED_KINDS and lm.pads_exactly is None:
             lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
         if lm.reads_positions is None:
             lm.reads_positions = _reads_positions(lm, rows[order[-1]])
+        if joined and lm.shares_prompts is None and lm.kind == "causal" and lm.pads_exactly:
+            lm.shares_prompts = _shares_prompts(lm, rows)
     except torch.OutOfMemoryError:
         log.warning("two rows do not fit into the memory of %s; scoring without padding", lm.device)
+    groups = groups_of(lm, rows, range(len(rows)), joined=joined and bool(lm.shares_prompts))
+    length = {group: joined_length(rows, group) for group in groups}
+    groups.sort(key=lambda group: (-length[group], group))
+    batch_size = max(1, min(batch_size, MAX_SCORED_POSITIONS // max(sum(len(rows[i].positions) for i in g) for g in groups)))
     if lm.kind in PADDED_KINDS and not lm.pads_exactly:
-        groups = [list(same) for _, same in groupby(order, key=lambda i: len(rows[i].ids))]
-        return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+        same_length = [[i for group in same for i in group] for _, same in groupby(groups, key=length.__getitem__)]
+        return [same[i : i + batch_size] for same in same_length for i in range(0, len(same), batch_size)]
     overhead = PASS_OVERHEAD_TOKENS if lm.device.type == "cpu" else math.inf
-    return [order[a:b] for a, b in batch_bounds([len(rows[i].ids) for i in order], batch_size, overhead)]
-
-
-def batch_bounds(lengths: Sequence[int], batch_size: int, overhead: float) -> list[tuple[int, int]]:
-    """Cut rows, the longest first, into the batches of least total cost.
-
-    The cost of a batch is its padded tokens plus ``overhead``. With infinite overhead, the batches are as few as possible.
-    """
-    n = len(lengths)
-    if math.isinf(overhead):
-        return [(i, min(n, i + batch_size)) for i in range(0, n, batch_size)]
-    # best[i]: the least cost of the first i rows, and the start of their last batch.
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for i in range(1, n + 1):
-        starts = range(max(0, i - batch_size), i)
-        best.append(min((best[a][0] + overhead + (i - a) * lengths[a], a) for a in starts))
-    cuts: list[tuple[int, int]] = []
-    while n:
-        cuts.append((best[n][1], n))
-        n = best[n][1]
-    return cuts[::-1]
+    bounds = batch_bounds([length[group] for group in groups], batch_size, overhead)
+    return [[i for group in groups[a:b] for i in group] for a, b in bounds]
 
 
 def _pads_exactly(lm: LanguageModel, long: TokenSequence, short: TokenSequence) -> bool | None:
@@ -182,17 +141,39 @@ def _pads_exactly(lm: LanguageModel, long: TokenSequence, short: TokenSequence) 
         short = replace(long, ids=long.ids[1:], positions=tuple(p - 1 for p in long.positions))
     if len(short.ids) == len(long.ids):
         return None
-    together = run_batch(lm, _batch(lm, [long, short], (0, 1), padded=True))[1]
-    alone = run_batch(lm, _batch(lm, [short], (0,), padded=False))[0]
+    together = run_batch(lm, make_batch(lm, [long, short], (0, 1), padded=True))[1]
+    alone = run_batch(lm, make_batch(lm, [short], (0,), padded=False))[0]
     outputs = ([*scores.logprobs, *scores.choice_logprobs] for scores in (together, alone))
     return _is_close(lm, *outputs)
+
+
+def _shares_prompts(lm: LanguageModel, rows: Sequence[TokenSequence]) -> bool | None:
+    """Return whether continuations of one prompt score in one row as they do in rows of their own; None if unknown.
+
+    The longest and the shortest row of several continuations are tried next to each other, so that one of them is padded.
+    """
+    several = [g for g in groups_with_one_prompt(rows, range(len(rows))) if len(g) > 1 and can_be_joined(lm, rows, g)]
+    several = [g for g in several if any(len(rows[i].targets) > 1 for i in g)]  # others have one and the same row
+    if not several:
+        return None
+    chosen = {max(several, key=lambda g: joined_length(rows, g)), min(several, key=lambda g: joined_length(rows, g))}
+    indices = [i for group in chosen for i in group]
+    separate = [x for i in indices for outcome in run_batch(lm, make_batch(lm, rows, (i,))) for x in outcome.logprobs]
+    try:
+        together = [x for outcome in run_batch(lm, make_batch(lm, rows, indices, joined=True)) for x in outcome.logprobs]
+    # A model that takes no mask for each pair of tokens may fail in any of these ways.
+    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, ScoringError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+    return _is_close(lm, separate, together)
 
 
 def _reads_positions(lm: LanguageModel, row: TokenSequence) -> bool | None:
     """Return whether the output layer gives the same logits if it gets the scored positions only; None if unknown."""
     if lm.kind in TEXT_KINDS:
         return False
-    batch = _batch(lm, [row, row], (0, 1))
+    batch = make_batch(lm, [row, row], (0, 1))
     all_positions = [x for outcome in run_batch(lm, batch) for x in outcome.logprobs]
     try:
         scored_only = forward_logits(lm, batch, scored_only=True).logprobs.tolist()
@@ -301,67 +282,3 @@ def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> Bat
 @cache
 def _warn_of_rounded_logits(name: str, dtype: torch.dtype) -> None:
     log.warning("%s rounds its logits to %s, so that some may be equal; load it with dtype float32 for exact ones", name, dtype)
-
-
-def _batch(lm: LanguageModel, rows: Sequence[TokenSequence], indices: Sequence[int], *, padded: bool | None = None) -> Batch:
-    """Put rows into tensors. ``padded`` says whether to pass positions because of padding; None asks the model."""
-    chosen = [rows[i] for i in indices]
-    pad = padding_token(lm, chosen)
-    ids, mask = _pad([r.ids for r in chosen], pad, left=lm.kind == "causal")
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    positions = [r.positions for r in chosen]
-    if lm.kind == "causal":
-        # Padded on the left, all answers end at the right edge, and only the last positions need logits.
-        parameters = inspect.signature(lm.model.forward).parameters
-        n_logits = max(map(len, positions)) if "logits_to_keep" in parameters else ids.shape[1]
-        positions = [tuple(range(n_logits - len(p), n_logits)) for p in positions]
-        inputs |= _causal_inputs(parameters, mask, n_logits, has_positions=bool(lm.pads_exactly if padded is None else padded))
-    elif lm.kind in TEXT_KINDS:
-        inputs |= _text_inputs(inspect.signature(lm.model.forward).parameters, chosen, ids.shape[1])
-    elif lm.kind == "encoder-decoder":
-        inputs |= {"decoder_input_ids": _pad([r.decoder for r in chosen], pad, left=False)[0], "use_cache": False}
-    choice_tokens = torch.zeros(len(chosen), max(1, max(len(r.choice_tokens) for r in chosen)), dtype=torch.long)
-    for b, r in enumerate(chosen):
-        choice_tokens[b, : len(r.choice_tokens)] = torch.tensor(r.choice_tokens, dtype=torch.long)
-    counts = torch.tensor([len(p) for p in positions])
-    return Batch(
-        rows=tuple(indices),
-        inputs={name: value.to(lm.device) if isinstance(value, Tensor) else value for name, value in inputs.items()},
-        length=ids.shape[1],
-        positions=torch.tensor([[b, p] for b, of_row in enumerate(positions) for p in of_row], device=lm.device).T,
-        targets=torch.tensor([t for r in chosen for t in r.targets], device=lm.device),
-        first=(counts.cumsum(0) - counts).to(lm.device),
-        choice_tokens=choice_tokens.to(lm.device),
-        counts=tuple((len(r.targets), len(r.choice_tokens)) for r in chosen),
-        ranked=any(r.ranked for r in chosen),
-        top=tuple(r.top for r in chosen),
-        pad=pad,
-    )
-
-
-def _text_inputs(parameters: Mapping[str, Any], rows: Sequence[TokenSequence], length: int) -> dict[str, Any]:
-    """Return the inputs of a model of texts next to ids and mask, as far as its ``forward`` takes them."""
-    inputs: dict[str, Any] = {"use_cache": False}
-    if any(row.type_ids for row in rows):
-        inputs["token_type_ids"] = torch.tensor([[*row.type_ids, *[0] * (length - len(row.type_ids))] for row in rows])
-    return {name: value for name, value in inputs.items() if name in parameters}
-
-
-def _causal_inputs(parameters: Mapping[str, Any], mask: Tensor, n_logits: int, *, has_positions: bool) -> dict[str, Any]:
-    """Return the inputs of a causal model next to ids and mask, as far as its ``forward`` takes them."""
-    inputs: dict[str, Any] = {"logits_to_keep": n_logits, "use_cache": False}
-    if has_positions:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {name: value for name, value in inputs.items() if name in parameters}
-
-
-def _pad(sequences: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Return ids and attention mask, (B, T) both."""
-    T = max(map(len, sequences))
-    ids = torch.full((len(sequences), T), pad)
-    mask = torch.zeros(len(sequences), T, dtype=torch.long)
-    for b, s in enumerate(sequences):
-        columns = slice(T - len(s), T) if left else slice(0, len(s))
-        ids[b, columns] = torch.tensor(s)
-        mask[b, columns] = 1
-    return ids, mask

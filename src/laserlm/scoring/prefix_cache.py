@@ -20,7 +20,8 @@ from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import find_stacks
 from laserlm.out_of_memory import uniform_out_of_memory
-from laserlm.scoring.forward import Batch, batches, run_batch
+from laserlm.scoring.batch import Batch
+from laserlm.scoring.forward import batches, run_batch
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.records import TokenScores, TokenSequence
 
@@ -56,7 +57,7 @@ class PrefixCache:
         self.lm = lm
         self.boundary = 0
         self.check = check or PrefixCheck(lm, rows)
-        self._batches = batches(lm, rows, batch_size)
+        self._batches = batches(lm, rows, batch_size, joined=True)
         self._outputs: list[dict[str, Any]] = [{} for _ in self._batches]  # of each batch, by stack
         self._earlier: dict[int, list[dict[str, Any]]] = {}  # outputs at boundaries that were left
 

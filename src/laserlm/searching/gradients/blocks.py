@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import find_stacks
-from laserlm.scoring.forward import Batch
+from laserlm.scoring.batch import Batch
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import find_stacks
 from laserlm.out_of_memory import is_out_of_memory, uniform_out_of_memory
-from laserlm.scoring.forward import Batch, batches, forward_logits
+from laserlm.scoring.batch import Batch
+from laserlm.scoring.forward import batches, forward_logits
 from laserlm.scoring.records import TokenSequence
 from laserlm.searching.gradients.blocks import (
     copied,
