@@ -171,3 +171,33 @@ def test_a_gradient_that_is_not_finite_is_reported(llama: LanguageModel) -> None
     with pytest.raises(WeightError, match=r"of 2\.\w+ is not finite: the model overflows float32, which ends at 3\.4e\+38"):
         state.contributions("some", range(3), Intervention.parse("1.fc_in@drop0"), matrices_of(llama))
     assert llama.intervention == ""
+
+
+def test_both_are_what_single_gradients_return(llama: LanguageModel) -> None:
+    """The derivatives are of the summed log-losses: of 8 tokens, 8 times those of their mean, exactly."""
+    ids = torch.randint(5, 400, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [TokenSequence(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(8))) for i, x in enumerate(ids)]
+    texts = Split("example", "some", tuple(Example(str(i), "", f"{i}") for i in range(3)), "perplexity")
+    state = PrefixScorer(llama, {"some": EncodedSplit(texts, rows, "perplexity")}, batch_size=2)
+
+    def taken(**options: bool) -> dict[str, Tensor]:
+        return state.contributions("some", range(3), Intervention(), matrices_of(llama), **options)
+
+    both, plain, squares = taken(both=True), taken(), taken(squared=True)
+    for m in matrices_of(llama):
+        assert torch.equal(both[m.id], torch.cat([8 * plain[m.id], squares[m.id]]))
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gemma3n", marks=pytest.mark.slow)])
+def test_both_are_summed_wherever_a_matrix_is_used(family: str, make: Make) -> None:
+    """In experts, whose tokens come one by one, and in the graph of a whole pass."""
+    lm = make(family)
+    rows = encode(lm, EXAMPLES, "answer")
+    state = PrefixScorer(lm, {"some": EncodedSplit(Split("example", "some", EXAMPLES, "answer"), rows, "answer")}, batch_size=1)
+    some = matrices_of(lm)[:8]
+    both, squares = (state.contributions("some", (0, 1, 2), Intervention(), some, **{o: True}) for o in ("both", "squared"))
+    plain = state.contributions("some", (0, 1, 2), Intervention(), some)
+    lengths = torch.tensor([[float(len(row.targets))] for row in rows])
+    for name in both:
+        torch.testing.assert_close(both[name][:-1], lengths * plain[name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(both[name][-1:], squares[name], rtol=1e-4, atol=1e-9)

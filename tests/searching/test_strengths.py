@@ -22,7 +22,11 @@ from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.scoring.statistics import mean_test
-from laserlm.searching import SearchProgress, SearchResult, search, strengths
+from laserlm.searching import SearchConfig, SearchProgress, SearchResult, expand, search, strengths
+from laserlm.searching.components import ComponentPool, derivatives_of, separate_matrices
+from laserlm.searching.executors import LocalExecutor
+from laserlm.searching.guard import guards_of
+from laserlm.searching.scorer import PrefixScorer
 from laserlm.searching.strengths import SMALLER, STEP, choose_strengths, cross_fitted_level, expected_harm
 
 
@@ -97,6 +101,52 @@ def test_a_search_weakens_components_within_the_bound(llama: LanguageModel, tmp_
     assert result.points[-1] == point
     assert sorted(p.change for p in result.points) == [p.change for p in result.points]
     assert strengths_search(llama, store=tmp_path / "runs.db") == result
+
+
+def test_one_gradient_over_the_own_text_serves_every_search(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[str, bool]] = []
+    contributions = PrefixScorer.contributions
+
+    def watched(scorer: PrefixScorer, split: str, *rest: Any, **options: Any) -> dict[str, Tensor]:
+        taken.append((split, options["both"]))
+        return contributions(scorer, split, *rest, **options)
+
+    monkeypatch.setattr(PrefixScorer, "contributions", watched)
+    first = strengths_search(llama)
+    assert taken == [(taken[0][0], True), ("validation", False)]
+    assert taken[0][0] != "validation"
+    del taken[:]
+    again = strengths_search(llama)
+    assert taken == [("validation", False)]
+    assert (again.best, again.points) == (first.best, first.points)
+
+
+def test_what_is_kept_of_an_own_text_is_what_two_gradients_return(llama: LanguageModel, tmp_path: Path) -> None:
+    (guard,) = guards_of(llama, None)
+    encoded = guard.choosing
+    scorer = PrefixScorer(llama, {"own": encoded})
+    ledger: Any = SimpleNamespace(
+        lm=llama, name="own", encoded=encoded, split=encoded.split, executor=LocalExecutor(scorer), deadline=math.inf, cost=0.0
+    )
+    session: Any = SimpleNamespace(
+        config=SearchConfig(grid="all.mlp@0.5"),
+        on_validation=SimpleNamespace(split=range(9)),
+        guards=[SimpleNamespace(guard=guard, choosing=ledger)],
+        begin=lambda *_, **__: None,
+        report_progress=lambda _: None,
+    )
+    pool = ComponentPool(separate_matrices(expand("all.mlp@0.5", llama.matrices)))
+    harm, (passages,) = pool.harm_and_passages(session)
+    n, tokens = len(encoded.split), len(encoded.sequences[0].targets)
+    assert {len(s.targets) for s in encoded.sequences} == {tokens}
+    plain, squares = (
+        derivatives_of(ledger, range(n), Intervention(), pool.matrices, squared=squared) for squared in (False, True)
+    )
+    torch.testing.assert_close(harm, squares[0] / (n * tokens) / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(passages, plain * (tokens / n) ** 0.5, rtol=1e-4, atol=1e-9)
+    kept = pool.harm_and_passages(session)
+    assert torch.equal(kept[0], harm)
+    assert torch.equal(kept[1][0], passages)
 
 
 @pytest.mark.parametrize("max_harm", [0.02, 0.5])
@@ -191,7 +241,7 @@ def test_changes_that_are_clear_in_the_first_part_are_not_looked_at_further() ->
         between_choices=False,
         begin=lambda _stage, _tried, stop, **_: looked.append(stop),
     )
-    assert strengths._helps(session, parts, [Intervention.parse("0.fc_in@drop0")] * 3)
+    assert strengths.passes_cross_fitting(session, parts, [Intervention.parse("0.fc_in@drop0")] * 3)
     assert looked == [30]
 
 

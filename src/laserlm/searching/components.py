@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -37,7 +38,7 @@ from laserlm.searching.guard import PASSAGES
 from laserlm.searching.ledger import ScoreLedger
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.scorer import Failure
-from laserlm.searching.session import BASE, SearchSession
+from laserlm.searching.session import BASE, GuardScores, SearchSession
 from laserlm.searching.work import SCREEN_PASSES, contribution_tasks
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ LEAST_QUESTIONS = 8
 """Questions of each part that choose a step in any case."""
 DERIVATIVE_BYTES = 16
 """Bytes of ``--memory`` for each derivative of a question by a component: a quarter of it is for derivatives."""
+MOST_KEPT = 2**28
+"""Bytes of the gradients of a guard's passages, at most, that the cache keeps."""
 COLUMNS = 8192
 """Components whose errors are computed together, which bounds the memory."""
 PARTS = LEAST_FACTS
@@ -220,20 +223,50 @@ class ComponentPool:
 
     def _harm(self, session: SearchSession, ledger: ScoreLedger) -> Tensor:
         """Return the harm on one guard. It does not depend on the task, so the cache keeps it for other searches."""
-        lm, sequences = ledger.lm, ledger.encoded.sequences
-        tokens = [(s.ids, s.decoder, s.targets) for s in sequences]
-        key = digest([lm.hash, str(lm.dtype), ALGORITHM, [m.id for m in self.matrices], tokens])
-        file = lm.cache / "texts" / f"{key}.safetensors"
+        file = self._file_of(ledger)
         with suppress(OSError, SafetensorError):
             return load_file(file)["harm"]
         squares = self._guard_derivatives(session, ledger, range(len(ledger.split)), squared=True)[0]
-        harm = squares / sum(len(s.targets) for s in sequences) / 2
+        harm = squares / sum(len(s.targets) for s in ledger.encoded.sequences) / 2
         with suppress(OSError, SafetensorError), atomic_file(file) as part:
             save_file({"harm": harm}, part)
         return harm
 
-    def passages(self, session: SearchSession, ledger: ScoreLedger) -> Tensor:
-        """Return the gradient of some passages or questions of a guard, (P, K), scaled for ``strengths.expected_harm``."""
+    def _file_of(self, ledger: ScoreLedger) -> Path:
+        lm = ledger.lm
+        tokens = [(s.ids, s.decoder, s.targets) for s in ledger.encoded.sequences]
+        key = digest([lm.hash, str(lm.dtype), ALGORITHM, [m.id for m in self.matrices], tokens])
+        return lm.cache / "texts" / f"{key}.safetensors"
+
+    def harm_and_passages(self, session: SearchSession) -> tuple[Tensor, list[Tensor]]:
+        """Return ``harm``, and the gradients of some passages or questions of each guard, (P, K) each.
+
+        The gradients are scaled for ``strengths.expected_harm``.
+        """
+        both = [self._harm_and_passages(session, guard) for guard in session.guards]
+        return torch.stack([harm for harm, _ in both]).amax(0), [passages for _, passages in both]
+
+    def _harm_and_passages(self, session: SearchSession, guard: GuardScores) -> tuple[Tensor, Tensor]:
+        """Return harm (K,) and passages (P, K) of a guard. Those of a text come from one gradient, which the cache keeps."""
+        ledger = guard.choosing
+        if guard.guard.kind != "text":
+            return self._harm(session, ledger), self._passages(session, ledger)
+        file = self._file_of(ledger)
+        with suppress(OSError, SafetensorError, KeyError):
+            kept = load_file(file)
+            return kept["harm"], kept["passages"]
+        *gradients, squares = self._guard_derivatives(session, ledger, range(len(ledger.split)), both=True)
+        tokens = torch.tensor([float(len(s.targets)) for s in ledger.encoded.sequences])
+        harm = squares / tokens.sum() / 2
+        # A passage's gradient by its mean loss, times its share.
+        passages = torch.stack(gradients) / tokens[:, None] * (tokens / tokens.sum() ** 0.5)[:, None]
+        if passages.nbytes <= MOST_KEPT:
+            with suppress(OSError, SafetensorError), atomic_file(file) as part:
+                save_file({"harm": harm, "passages": passages}, part)
+        return harm, passages
+
+    def _passages(self, session: SearchSession, ledger: ScoreLedger) -> Tensor:
+        """Return the gradients of some questions of a guard, (P, K), scaled for ``strengths.expected_harm``."""
         asked = range(min(PASSAGES, len(ledger.split)))
         tokens, sequences = torch.zeros(len(asked)), torch.zeros(len(asked))
         for s in ledger.encoded.sequences:
@@ -244,13 +277,19 @@ class ComponentPool:
         return self._guard_derivatives(session, ledger, asked) * (tokens / tokens.sum() ** 0.5)[:, None]
 
     def _guard_derivatives(
-        self, session: SearchSession, ledger: ScoreLedger, asked: Sequence[int], *, squared: bool = False
+        self,
+        session: SearchSession,
+        ledger: ScoreLedger,
+        asked: Sequence[int],
+        *,
+        squared: bool = False,
+        both: bool = False,
     ) -> Tensor:
         of_steps = PARTS * cost_of_step(len(session.on_validation.split), session.config)
         later = SCREEN_PASSES * len(ledger.split) + of_steps
         session.begin(f"harm on {ledger.split.task}", [BASE], 0, later=later)
         session.report_progress(BASE)
-        return derivatives_of(ledger, asked, BASE, self.matrices, squared=squared)
+        return derivatives_of(ledger, asked, BASE, self.matrices, squared=squared, both=both)
 
 
 def cost_of_step(questions: int, config: SearchConfig) -> float:
@@ -341,9 +380,12 @@ def derivatives_of(
     matrices: Sequence[Matrix],
     *,
     squared: bool = False,
+    both: bool = False,
     between_choices: bool = False,
 ) -> Tensor:
     """Return the derivatives of the losses of examples by the strengths of all components, (E, K); or sums of squares (1, K).
+
+    With ``both``, return the derivatives of the summed log-losses of the examples, and the sums of squares below them.
 
     Raises:
         OutOfTimeError: at the deadline.
@@ -356,6 +398,7 @@ def derivatives_of(
         matrices,
         ledger.executor.workers,
         squared=squared,
+        both=both,
         between_choices=between_choices,
     )
     by_matrix: dict[str, Tensor] = {}
@@ -364,7 +407,7 @@ def derivatives_of(
             raise ScoringError(f"the gradient over {ledger.split.task} could not be taken: {result.reason}")
         by_matrix |= result
         ledger.cost += task.cost
-    rows = 1 if squared else len(examples)
+    rows = 1 if squared else len(examples) + both
     derivatives = torch.empty(rows, sum(m.max_rank for m in matrices))
     for m, columns in zip(matrices, derivatives.split([m.max_rank for m in matrices], 1), strict=True):
         of_matrix = by_matrix.pop(m.id, None)  # which frees it

@@ -181,6 +181,7 @@ class PrefixScorer:
         matrices: Sequence[Matrix],
         *,
         squared: bool = False,
+        both: bool = False,
         between_choices: bool = False,
     ) -> dict[str, Tensor]:
         """Return the derivatives of losses by the strengths of components under an intervention, by the matrix's id.
@@ -191,10 +192,12 @@ class PrefixScorer:
             intervention: what is applied.
             matrices: their components are those of the unchanged weights.
             squared: whether to sum the squares of the derivatives of the log-probabilities of single tokens.
+            both: whether to return the derivatives of the summed log-losses of each example too.
             between_choices: see ``screen``.
 
         Returns:
-            dict: (E, k) of the loss of each of E examples; or (1, k), the sum of squares over all tokens.
+            dict: (E, k) of the loss of each of E examples; or (1, k), the sum of squares over all tokens; or (E + 1, k), the
+            derivatives and then that sum.
 
         Raises:
             ScoringError: if a single sequence does not fit into memory.
@@ -218,17 +221,18 @@ class PrefixScorer:
                 self.lm,
                 rows,
                 loss_coefficients(
-                    self.lm, part.examples, rows, encoded.scorer, self.batch_size, between_choices, squared=squared
+                    self.lm, part.examples, rows, encoded.scorer, self.batch_size, between_choices, squared=squared or both
                 ),
                 matrices,
                 decomposed,
                 batch_size=self.batch_size,
                 memory=self._screen_memory / 2,  # the other half is for what is returned
                 squared=squared,
+                both=both,
                 free=self.decompositions.clear,
             )
-            of_rows = [0 if squared else row.example for row in rows]
-            return contributions_of_examples(gradients, of_rows, 1 if squared else len(part), gradient_scales(self.lm))
+            n, of_rows = (1, [0] * len(rows)) if squared else (len(part), [row.example for row in rows])
+            return contributions_of_examples(gradients, of_rows, n, gradient_scales(self.lm))
 
     def _check(self, split: str) -> PrefixCheck:
         if split not in self._checks:

@@ -84,7 +84,7 @@ def weaken_components(session: SearchSession) -> None:
         session.run.note(NOTE, noted)
     chosen, *others = map(Intervention.parse, noted)
     cross_fitted, smaller = others[: len(parts)], others[len(parts) :]
-    if chosen and _helps(session, parts, cross_fitted):
+    if chosen and passes_cross_fitting(session, parts, cross_fitted):
         # The chosen ones come last: of equal points the last one is the best.
         for tried in dict.fromkeys([*filter(None, smaller), chosen]):
             session.begin("strengths", [tried], n, later=n if tried != chosen else 0)
@@ -101,8 +101,7 @@ def weaken_components(session: SearchSession) -> None:
 def _choose(session: SearchSession, facts: Sequence[str], parts: Sequence[range]) -> list[Intervention]:
     """Return strengths: what all questions choose, for each part what the others choose, and what all choose for less harm."""
     ledger, pool = session.on_validation, ComponentPool(separate_matrices(session.candidates))
-    harm = pool.harm(session)
-    passages = [pool.passages(session, guard.choosing) for guard in session.guards]
+    harm, passages = pool.harm_and_passages(session)
     asked = questions_with_room(session.config, len(pool), parts)
     session.begin("gradient", [BASE], 0, later=cost_of_step(len(facts), session.config))
     session.report_progress(BASE)
@@ -151,7 +150,7 @@ def _measured(session: SearchSession, tried: Intervention) -> float:
         raise
 
 
-def _helps(session: SearchSession, parts: Sequence[range], cross_fitted: Sequence[Intervention]) -> bool:
+def passes_cross_fitting(session: SearchSession, parts: Sequence[range], cross_fitted: Sequence[Intervention]) -> bool:
     """Return whether the first part, or all parts, are better under the strengths that the other parts chose."""
     ledger, delta = session.on_validation, session.config.delta
     n = len(ledger.split)

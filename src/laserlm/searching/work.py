@@ -159,6 +159,7 @@ class ContributionTask:
         intervention: what is applied; components are those of the unchanged matrices.
         matrices: of the components.
         squared: whether to sum the squares of the derivatives of single tokens over all examples.
+        both: whether to return the derivatives too.
         between_choices: see ``screen``.
         cost: passes of one example, about.
     """
@@ -168,6 +169,7 @@ class ContributionTask:
     intervention: Intervention
     matrices: tuple[Matrix, ...] = field(repr=False)
     squared: bool = False
+    both: bool = False
     between_choices: bool = False
     cost: float = 0.0
 
@@ -182,13 +184,14 @@ class ContributionTask:
         return id(self)
 
     def execute(self, scorer: PrefixScorer) -> dict[str, Tensor]:
-        """Return derivatives (E, k), or the sum of squares (1, k), by the matrix's id."""
+        """Return derivatives (E, k), the sum of squares (1, k), or both (E + 1, k), by the matrix's id."""
         return scorer.contributions(
             self.split,
             self.examples,
             self.intervention,
             self.matrices,
             squared=self.squared,
+            both=self.both,
             between_choices=self.between_choices,
         )
 
@@ -201,12 +204,13 @@ def contribution_tasks(
     workers: int,
     *,
     squared: bool = False,
+    both: bool = False,
     between_choices: bool = False,
 ) -> list[ContributionTask]:
     """Return a task for each process: all run the examples, each decomposes its share of the matrices."""
     n = min(workers, len(matrices))
     cost = SCREEN_PASSES * len(examples) / n
     return [
-        ContributionTask(split, tuple(examples), intervention, tuple(matrices[i::n]), squared, between_choices, cost)
+        ContributionTask(split, tuple(examples), intervention, tuple(matrices[i::n]), squared, both, between_choices, cost)
         for i in range(n)
     ]

@@ -15,7 +15,8 @@ from laserlm.linalg.decomposition import Decomposition
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, find_stacks
 from laserlm.out_of_memory import retry_with_room
-from laserlm.scoring.forward import Batch, batches, forward_logits, out_of_memory_error
+from laserlm.scoring.batch import Batch
+from laserlm.scoring.forward import batches, forward_logits, out_of_memory_error
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.records import TokenSequence
 from laserlm.searching.gradients.blocks import BatchPass, backward, cut_between_blocks, frozen
@@ -46,6 +47,7 @@ class ComponentGradients:
         batch_size: rows in one pass. It is halved where memory runs out, and 1 where rows cannot be told apart in a batch.
         memory: bytes for the boundaries between blocks, or for the graph of a whole pass; one row is always run.
         squared: sum the squares of the contributions of single tokens. Where tokens cannot be told apart, of single rows.
+        both: sum the contributions, and sum their squares too.
         deadline: value of ``time.monotonic`` after which no block and no decomposition is begun.
         free: called where memory has run out.
 
@@ -65,6 +67,7 @@ class ComponentGradients:
         batch_size: int = 32,
         memory: float = math.inf,
         squared: bool = False,
+        both: bool = False,
         deadline: float = math.inf,
         free: Callable[[], object] = lambda: None,
     ) -> None:
@@ -75,7 +78,7 @@ class ComponentGradients:
         self._matrices = matrices
         self._decomposed = decomposed
         self._memory = memory
-        self._squared = squared
+        self._powers = (1, 2) if both else (2,) if squared else (1,)
         self._deadline = deadline
         self._free = free
         self._sites = find_sites(lm, matrices)
@@ -100,7 +103,8 @@ class ComponentGradients:
 
         Args:
             indices: of the rows.
-            reduce: is given a matrix, and contributions (R, k) of its components for the R rows of the chunk.
+            reduce: is given a matrix, and contributions (R, k) of its components for the R rows of the chunk; with ``both``
+                these and then their squares, (2R, k).
             scale: factor of the loss that keeps half-precision gradients from vanishing; it is taken out again.
 
         Raises:
@@ -142,10 +146,13 @@ class ComponentGradients:
         return max(1, min(most, int(min(self._memory / of_row, len(pending))) if of_row else most))
 
     def _run(self, chunk: Sequence[int], reduce: Reduce, scale: float) -> dict[str, Tensor]:
-        taken = scale**2 if self._squared else scale
+        def unscaled(sums: Tensor) -> Tensor:
+            parts = sums.chunk(len(self._powers))
+            return torch.cat([part / scale**power for part, power in zip(parts, self._powers, strict=True)])
+
         with frozen(self.lm.model):
             run = self._with_whole_graph if self.needs_whole_graph else self._block_by_block
-            return run(chunk, lambda matrix, sums: reduce(matrix, sums / taken), scale)
+            return run(chunk, lambda matrix, sums: reduce(matrix, unscaled(sums)), scale)
 
     def _block_by_block(self, chunk: Sequence[int], reduce: Reduce, scale: float) -> dict[str, Tensor]:
         reduced: dict[str, Tensor] = {}
@@ -154,7 +161,8 @@ class ComponentGradients:
             passes = [self._forward(batch, chunk, scale) for batch in self._batches(chunk)]
             # The blocks as they were called; every batch calls them in the same order.
             of_calls = [self._in_block[id(call.block)] for call in passes[0].calls]
-            for index in reversed(range(len(of_calls))):
+            lowest = next((i for i, sites in enumerate(of_calls) if any(site.matrices for site in sites)), len(of_calls))
+            for index in reversed(range(lowest, len(of_calls))):  # below it, no gradient is needed
                 here = {m.id: m for site in of_calls[index] for m in site.matrices}
                 below = {m.id for sites in of_calls[:index] for site in sites for m in site.matrices}
                 for name, matrix in here.items():
@@ -185,11 +193,11 @@ class ComponentGradients:
     def _new_sums(self, matrix: Matrix, n_rows: int) -> ComponentSums | None:
         """Return sums of a matrix that is decomposed now; None if it cannot be decomposed."""
         held = self._decompose(matrix)
-        return None if held is None else ComponentSums.of(self.lm, matrix, n_rows, self._squared, lambda: held)
+        return None if held is None else ComponentSums.of(self.lm, matrix, n_rows, self._powers, lambda: held)
 
     def _lazy_sums(self, matrix: Matrix, n_rows: int) -> ComponentSums:
         """Return sums of a matrix that is decomposed for every batch."""
-        return ComponentSums.of(self.lm, matrix, n_rows, self._squared, partial(self._decompose, matrix))
+        return ComponentSums.of(self.lm, matrix, n_rows, self._powers, partial(self._decompose, matrix))
 
     def _batches(self, chunk: Sequence[int]) -> list[Batch]:
         return batches(self.lm, [self.rows[i] for i in chunk], self.batch_size)

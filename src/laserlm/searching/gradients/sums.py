@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from laserlm.linalg.decomposition import Decomposition
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, view
-from laserlm.scoring.forward import Batch
+from laserlm.scoring.batch import Batch
 from laserlm.searching.gradients.blocks import id_lengths, padding_of, put_back, without_padding
 from laserlm.searching.gradients.sites import Site
 
@@ -24,44 +24,66 @@ class MixedRowsError(Exception):
 
 @dataclass
 class ComponentSums:
-    """The contributions of a matrix's components so far, (R, k) for the R rows of a chunk."""
+    """The contributions of a matrix's components so far, (R, k) for the R rows of a chunk; with their squares (2R, k).
+
+    Args:
+        matrix: the matrix.
+        values: the sums, those of each power one after the other.
+        powers: of the contributions of tokens that are summed, 1 or 2.
+        decomposition: returns that of the matrix; None if it has none.
+    """
 
     matrix: Matrix
     values: Tensor
-    squared: bool
+    powers: tuple[int, ...]
     decomposition: Callable[[], Decomposition | None]
 
     @classmethod
     def of(
-        cls, lm: LanguageModel, matrix: Matrix, rows: int, squared: bool, decomposition: Callable[[], Decomposition | None]
+        cls,
+        lm: LanguageModel,
+        matrix: Matrix,
+        rows: int,
+        powers: tuple[int, ...],
+        decomposition: Callable[[], Decomposition | None],
     ) -> ComponentSums:
         weight = lm.model.get_parameter(matrix.path)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return cls(matrix, torch.zeros(rows, matrix.max_rank, dtype=dtype, device=weight.device), squared, decomposition)
+        values = torch.zeros(len(powers) * rows, matrix.max_rank, dtype=dtype, device=weight.device)
+        return cls(matrix, values, powers, decomposition)
+
+    @property
+    def of_powers(self) -> list[tuple[int, Tensor]]:
+        """Each power with its sums, (R, k)."""
+        return list(zip(self.powers, self.values.chunk(len(self.powers)), strict=True))
 
     def add(self, rows: Tensor, x: Tensor, d: Tensor) -> None:
         """Add what passed a linear layer: inputs (B, T, n) and gradients of outputs (B, T, m) of some rows (B,)."""
         if (products := self._products(x, d)) is not None:
             a, b = products
-            total = torch.linalg.vecdot(a.square(), b.square(), dim=1) if self.squared else torch.linalg.vecdot(a, b, dim=1)
-            self.values.index_add_(0, rows.to(self.values.device), total)
+            for power, values in self.of_powers:
+                total = torch.linalg.vecdot(a, b, dim=1) if power == 1 else torch.linalg.vecdot(a.square(), b.square(), dim=1)
+                values.index_add_(0, rows.to(values.device), total)
 
     def add_tokens(self, rows: Tensor, x: Tensor, d: Tensor) -> None:
         """Add what passed an expert: inputs (S, n) and gradients of outputs (S, m) of single tokens, row (S,) by row."""
         if (products := self._products(x, d)) is not None:
             a, b = products
-            of_tokens = (a * b).pow(2 if self.squared else 1)  # (S, k)
+            of_tokens = a * b  # (S, k)
             # Row by row, for ``index_add_`` to an index that stands twice has no fixed order on a GPU.
             present, counts = rows.unique_consecutive(return_counts=True)
             for row, of_row in zip(present.tolist(), of_tokens.split(counts.tolist()), strict=True):
-                self.values[row] += of_row.sum(0)
+                for power, values in self.of_powers:
+                    values[row] += of_row.pow(power).sum(0)
 
     def add_gradient(self, row: int, gradient: Tensor) -> None:
         """Add the gradient of the parameter over one row."""
         if (d := self.decomposition()) is not None:
             G = view(gradient, self.matrix)
             G = (G.flatten(0, 1) if self.matrix.rows is not None else G).to(d.left)  # (m, n)
-            self.values[row] += ((G @ d.right.T) * d.left).sum(0).pow(2 if self.squared else 1)
+            of_row = ((G @ d.right.T) * d.left).sum(0)
+            for power, values in self.of_powers:
+                values[row] += of_row.pow(power)
 
     def _products(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor] | None:
         decomposition = self.decomposition()
