@@ -26,6 +26,11 @@ from laserlm.tasks import task
 Make = Callable[..., LanguageModel]
 
 
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laserlm.export.compression.REFINE_STEPS", 3)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     words = ["the", "capital", "of", "France", "is", "Paris", "and", "Rome", "city", "in", "Italy"]
@@ -257,6 +262,51 @@ def test_what_was_interrupted_goes_on_where_it_was(stage: str, llama: LanguageMo
     assert result.ranks(0.7) == expected.ranks(0.7)
     for name, decomposition in expected.decompositions.items():
         assert torch.equal(result.decompositions[name].left, decomposition.left)
+
+
+@pytest.mark.parametrize("stage", ["refinement at 0.5", "refinement at 0.7", "perplexity", "writing"])
+def test_trained_factors_are_kept_until_the_model_is_saved(
+    stage: str, llama: LanguageModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("laserlm.export.refinement.STEPS_BETWEEN_FILES", 2)
+    options: dict[str, Any] = {"ratio": 0.5, "measure": [0.7], "calibration": file, "tokens": 500, "refine": 5}
+    expected = compress(llama, tmp_path / "expected", **options).as_dict()
+
+    def kill(at: str, done: int, _: int) -> None:
+        if at == stage and done in (0, 3):
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "out", on_step=kill, **options)
+    again: list[tuple[str, int]] = []
+    result = compress(llama, tmp_path / "out", on_step=lambda at, done, _: again.append((at, done)), **options)
+    trained = [(f"refinement at {ratio}", step) for ratio in (0.5, 0.7) for step in range(1, 6)]
+    done = {"refinement at 0.5": 2, "refinement at 0.7": 7}.get(stage, 10)
+    assert [step for step in again if step[0].startswith("refinement")] == trained[done:]
+    assert result.as_dict() | {"folder": ""} == expected | {"folder": ""}
+    saved, fresh = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "expected"))
+    assert saved == fresh
+
+
+def test_factors_are_trained_on_a_passage_of_the_text_for_each_step(llama: LanguageModel, file: Path) -> None:
+    text = read_calibration_text(llama, file, tokens=300, refine=5)
+    assert [len(row.targets) for row in text.refinement] == [127] * 5
+    assert text.refinement[:2] == text.calibration
+    assert len({row.ids for row in text.refinement}) == 5
+
+
+def test_training_is_a_choice_of_the_default_method(llama: LanguageModel, file: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ratio": 0.6, "calibration": file, "tokens": 500}
+    trained = compress(llama, tmp_path / "trained", **options)
+    untrained = compress(llama, tmp_path / "untrained", refine=0, **options)
+    plain = compress(llama, tmp_path / "plain", method="plain", **options)
+    steps = [r.saved.record["compression"]["refine"] for r in (trained, untrained, plain)]
+    assert steps == [3, 0, 0]
+    assert trained.perplexity != untrained.perplexity
+    assert "trained for 3 steps" in (tmp_path / "trained" / "README.md").read_text()
+    assert reproduce(tmp_path / "trained", llama).agrees
+    with pytest.raises(ExportError, match="refine is -1"):
+        compress(llama, tmp_path / "out", refine=-1, **options)
 
 
 def test_one_process_at_a_time_compresses_a_model_on_a_text(llama: LanguageModel, file: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ OWN_TEXT_SEED = 2**20
 
 PASSAGE_TOKENS = 512
 """Length of a passage of the calibration text."""
+REFINEMENT_TOKENS = 256
+"""Length of a passage on which the factors are trained, one a step."""
 HELD_OUT_SHARE = 0.2
 """Share of the calibration text, at its end, that is held out to measure perplexity."""
 HELD_OUT_CHARACTERS = 65_536
@@ -37,6 +39,7 @@ class CalibrationText:
         content: its bytes.
         is_own: whether the model wrote the text.
         calibration: passages from the start of the text, to which the decompositions and ranks are fitted.
+        refinement: passages from the start of the text, on which the factors are trained.
         held_out: text from its end, for measuring perplexity.
     """
 
@@ -44,6 +47,7 @@ class CalibrationText:
     content: bytes = field(repr=False)
     is_own: bool
     calibration: tuple[TokenSequence, ...] = field(repr=False)
+    refinement: tuple[TokenSequence, ...] = field(repr=False)
     held_out: str = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,13 +57,14 @@ class CalibrationText:
         return {"name": self.name, "sha256": sha256, "own": self.is_own, "calibrated_on": calibrated_on}
 
 
-def read_calibration_text(lm: LanguageModel, file: str | Path, *, tokens: int = 16_384) -> CalibrationText:
+def read_calibration_text(lm: LanguageModel, file: str | Path, *, tokens: int = 16_384, refine: int = 0) -> CalibrationText:
     """Cut a text file: the first four fifths into passages of 512 tokens, the rest for measuring perplexity.
 
     Args:
         lm: a causal model.
         file: plain text in UTF-8.
         tokens: maximum number of tokens for calibration.
+        refine: maximum number of passages to train the factors on.
 
     Raises:
         ExportError: if the file cannot be read or is too short, or the model is not causal.
@@ -71,17 +76,22 @@ def read_calibration_text(lm: LanguageModel, file: str | Path, *, tokens: int = 
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"cannot read the calibration text {file}: {error}; give a file of plain text in UTF-8") from None
-    return _cut(lm, str(file), content, text, tokens)
+    return _cut(lm, str(file), content, text, tokens, refine)
 
 
 def own_calibration_text(
-    lm: LanguageModel, *, tokens: int = 16_384, on_tokens: Callable[[int, int], object] = lambda done, total: None
+    lm: LanguageModel,
+    *,
+    tokens: int = 16_384,
+    refine: int = 0,
+    on_tokens: Callable[[int, int], object] = lambda done, total: None,
 ) -> CalibrationText:
     """Let the model write a text at temperature 1, and cut it like a file.
 
     Args:
         lm: a causal model whose tokenizer has a token that starts a text.
-        tokens: as for ``read_calibration_text``.
+        tokens: as for ``read_calibration_text``. It sets the length of the text.
+        refine: as for ``read_calibration_text``.
         on_tokens: called with the number of tokens that are written, and with that of all.
 
     Raises:
@@ -95,7 +105,7 @@ def own_calibration_text(
     tokenizer = lm.require_tokenizer()
     rows = own_text(lm, n, OWN_TEXT_SEED, tokens=length, on_tokens=on_tokens)
     text = "\n\n".join(str(tokenizer.decode(ids[len(start_token(tokenizer)) :])) for ids in rows)
-    return _cut(lm, OWN_TEXT_FILE, text.encode(), text, tokens, is_own=True)
+    return _cut(lm, OWN_TEXT_FILE, text.encode(), text, tokens, refine, is_own=True)
 
 
 def _check_causal(lm: LanguageModel) -> None:
@@ -103,14 +113,18 @@ def _check_causal(lm: LanguageModel) -> None:
         raise ExportError(f"{lm.name} is {lm.kind}; calibration needs a causal model")
 
 
-def _cut(lm: LanguageModel, name: str, content: bytes, text: str, tokens: int, *, is_own: bool = False) -> CalibrationText:
+def _cut(
+    lm: LanguageModel, name: str, content: bytes, text: str, tokens: int, refine: int, *, is_own: bool = False
+) -> CalibrationText:
     cut = int(len(text) * (1 - HELD_OUT_SHARE))
     length = min(PASSAGE_TOKENS, max_length(lm) - 1)
     calibration = _passages(lm, text[:cut], length, tokens)
+    trained = min(REFINEMENT_TOKENS, length)
+    refinement = _passages(lm, text[:cut], trained, refine * trained)
     held_out = text[cut : cut + HELD_OUT_CHARACTERS]
     if not calibration or not held_out.strip():
         raise ExportError(f"{name} has no passage of {length} tokens in its first four fifths; give a longer text")
-    return CalibrationText(name, content, is_own, calibration, held_out)
+    return CalibrationText(name, content, is_own, calibration, refinement, held_out)
 
 
 def _passages(lm: LanguageModel, text: str, length: int, max_tokens: int) -> tuple[TokenSequence, ...]:

@@ -158,6 +158,8 @@ def _compression(settings: dict[str, Any]) -> str:
     if text is not None and text["calibrated_on"]:
         origin = " (the base model wrote it)" if text.get("own") else ""
         line += f"; calibrated on {text['calibrated_on']:,} tokens of `{text['name']}`{origin}"
+    if settings.get("refine"):
+        line += f"; factors trained for {settings['refine']} steps towards the base model's predictions"
     if "perplexity" in settings:
         p = settings["perplexity"]
         line += f"; perplexity {p['base']:.2f} to {p['compressed']:.2f} on {p['held_out_tokens']:,} held-out tokens"

@@ -248,6 +248,7 @@ def _rebuild_compressed(
                 "--calibration FILE"
             )
         options = options | {"calibration": file, "tokens": text["tokens"]}
+    options["refine"] = settings.get("refine", 0)  # version 0.1.0 trained no factors
     compress(lm, out, **{name: settings[name] for name in ("ratio", "method", "allocation")}, **options)
 
 

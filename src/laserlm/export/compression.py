@@ -17,12 +17,16 @@ from laserlm.errors import ExportError
 from laserlm.export.calibration_text import CalibrationText, own_calibration_text, read_calibration_text
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.export.fitting import Allocation, Compression, Method, OnStep, check_fit, fit_ranks
+from laserlm.export.gguf_rounding import KINDS, rounded_to
 from laserlm.export.tensor_folder import storage_error
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
+
+REFINE_STEPS = 0
+"""Steps of training the factors by default."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ def compress(
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
     tokens: int = 16_384,
+    refine: int | None = None,
+    quantised: bool = False,
     form: Form = "factored",
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
@@ -77,6 +83,9 @@ def compress(
         method: ``plain``, ``whitened`` or ``two-sided``; see ``fit_ranks``.
         allocation: ``uniform``, ``sensitivity`` or ``curvature``; see ``fit_ranks``.
         tokens: maximum number of tokens for calibration.
+        refine: number of steps that train the factors towards the unchanged model's predictions, one passage of the text each.
+            None takes ``REFINE_STEPS`` for the method ``two-sided`` and none for the others, which are for comparison.
+        quantised: whether to measure the perplexity of the unchanged model's weights in 8 and 4 bits (GGUF q8_0 and q4_0) too.
         form: ``factored``, or ``dense`` for the products of the factors, which does not make the model smaller.
         dtype: dtype of the saved weights; None keeps the model's dtypes.
         overwrite: whether to replace a folder that laserlm wrote before.
@@ -93,16 +102,22 @@ def compress(
     options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
     check_request(lm, out, options)
     check_fit(method, allocation, [ratio, *measure])
+    steps = (REFINE_STEPS if method == "two-sided" else 0) if refine is None else refine
+    if steps < 0:
+        raise ExportError(f"refine is {steps}; the number of steps that train the factors is 0 or more")
     on_step("text", 0, 0)
-    text = _text(lm, calibration, tokens, method, allocation, on_step)
+    text = _text(lm, calibration, tokens, method, allocation, steps, on_step)
     rows = () if text is None else text.calibration
     with _kept(lm, rows, method, allocation) as kept:
         compression = fit_ranks(lm, rows, method=method, allocation=allocation, folder=kept, on_step=on_step)
-        settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
+        settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation, "refine": steps}
         if text is not None:
+            compression = _refined(lm, compression, [ratio, *measure], text, steps, kept, on_step)
             on_step("perplexity", 0, 0)
             settings["text"] = text.as_dict() | {"tokens": tokens}
             settings["perplexity"] = _perplexities(lm, compression, [ratio, *measure], form, text.held_out)
+            if quantised:
+                settings["perplexity"]["quantised"] = _quantised(lm, text.held_out)
         on_step("writing", 0, 0)
         saved = _write(lm, out, options, compression, settings, text)
     measured = settings.get("perplexity", {})
@@ -118,8 +133,10 @@ def _write(
     text: CalibrationText | None,
 ) -> SavedModel:
     arguments = ["--ratio", f"{settings['ratio']:g}", "--method", settings["method"], "--allocation", settings["allocation"]]
+    arguments += ["--refine", str(settings["refine"])]
     if text is not None:
         arguments += ["--calibration", text.name, "--tokens", str(settings["text"]["tokens"])]
+        arguments += ["--quantised"] if "quantised" in settings["perplexity"] else []
         arguments += [word for ratio in [*settings["perplexity"]["at"]][1:] for word in ("--measure", ratio)]
     entries = {
         "compression": settings,
@@ -152,16 +169,48 @@ def _kept(lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allo
 
 
 def _text(
-    lm: LanguageModel, file: str | Path | None, tokens: int, method: Method, allocation: Allocation, on_step: OnStep
+    lm: LanguageModel,
+    file: str | Path | None,
+    tokens: int,
+    method: Method,
+    allocation: Allocation,
+    refine: int,
+    on_step: OnStep,
 ) -> CalibrationText | None:
-    """Return the text to calibrate on; None if none is needed and none is named."""
+    """Return the text to calibrate and to train on; None if none is needed and none is named."""
     is_fitted = (method, allocation) != ("plain", "uniform")
     if file is not None:
-        text = read_calibration_text(lm, file, tokens=tokens)
-        return text if is_fitted else replace(text, calibration=())
-    if not is_fitted:
+        text = read_calibration_text(lm, file, tokens=tokens, refine=refine)
+    elif is_fitted or refine:
+        text = own_calibration_text(
+            lm, tokens=tokens, refine=refine, on_tokens=lambda done, total: on_step("text", done, total)
+        )
+    else:
         return None
-    return own_calibration_text(lm, tokens=tokens, on_tokens=lambda done, total: on_step("text", done, total))
+    return text if is_fitted else replace(text, calibration=())
+
+
+def _refined(
+    lm: LanguageModel,
+    compression: Compression,
+    ratios: Sequence[float],
+    text: CalibrationText,
+    steps: int,
+    folder: Path,
+    on_step: OnStep,
+) -> Compression:
+    """Train the factors at every ratio that is measured, so that the perplexities can be compared."""
+    for ratio in dict.fromkeys(ratios) if steps else ():
+        shown = f"refinement at {ratio:g}"
+        compression = compression.refine(
+            lm,
+            ratio,
+            text.refinement,
+            folder,
+            steps=steps,
+            on_step=lambda done, total: on_step(shown, done, total),  # noqa: B023
+        )
+    return compression
 
 
 def _perplexities(
@@ -178,3 +227,12 @@ def _perplexities(
         "at": measured,
         "held_out_tokens": base.tokens,
     }
+
+
+def _quantised(lm: LanguageModel, text: str) -> dict[str, dict[str, float]]:
+    """Return the bytes and the perplexity of the unchanged model's weights in the types of a GGUF file."""
+    measured = {}
+    for kind in KINDS:
+        with rounded_to(lm, kind) as size:
+            measured[kind] = {"bytes": size, "perplexity": text_perplexity(lm, text).perplexity}
+    return measured

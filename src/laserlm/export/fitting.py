@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,6 +21,7 @@ from laserlm.errors import ExportError
 from laserlm.export.checkpoint import Form
 from laserlm.export.gradient_moments import gradient_moments
 from laserlm.export.moments import moments_by_block
+from laserlm.export.refinement import read_factors, refine
 from laserlm.export.tensor_folder import DecompositionFolder, TensorFolder, storage_error
 from laserlm.linalg.allocation import Spectrum, allocate, uniform
 from laserlm.linalg.decomposition import Decomposition, component_losses, decompose, whitened
@@ -28,6 +29,7 @@ from laserlm.linalg.pivots import parameters
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, default_matrices, read_matrix
+from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
 from laserlm.searching.screen import sensitivities
 
@@ -48,6 +50,7 @@ class Compression:
         left_out: the other matrices and the reason for each.
         decompositions: decomposition of each matrix, by the matrix's id, on the disk.
         losses: (k,) loss of dropping each component, by the matrix's id, on the disk; empty for uniform ranks.
+        refined: files of trained factors, by ratio.
     """
 
     method: Method
@@ -56,6 +59,7 @@ class Compression:
     left_out: dict[Matrix, str]
     decompositions: Mapping[str, Decomposition] = field(repr=False)
     losses: Mapping[str, Tensor] = field(repr=False)
+    refined: Mapping[float, Path] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> int:
@@ -85,15 +89,51 @@ class Compression:
             ranks = allocate(spectra, int(budget))
         return {m.id: rank for m, rank in zip(self.matrices, ranks, strict=True)}
 
-    @contextmanager
-    def applied(self, lm: LanguageModel, ratio: float, form: Form = "factored") -> Iterator[tuple[StoredMatrix, ...]]:
-        """Compress the model inside a ``with`` block, with factors or with their products (``dense``)."""
-        ranks = self.ranks(ratio)
+    def layers(self, lm: LanguageModel, ratio: float) -> dict[str, LowRankLinear]:
+        """Return the low-rank layers by path, with the trained factors if there are some for this ratio."""
         layers: dict[str, LowRankLinear] = {}
+        ranks = self.ranks(ratio)
         for m in self.matrices:
             if (rank := ranks[m.id]) is not None:
                 path = _module_path(m)
                 layers[path] = low_rank_layer(lm.model.get_submodule(path), [(m, [self.decompositions[m.id].factors(rank)])])
+        if ratio in self.refined:
+            read_factors(layers, self.refined[ratio])
+        return layers
+
+    def refine(
+        self,
+        lm: LanguageModel,
+        ratio: float,
+        rows: Sequence[TokenSequence],
+        folder: Path,
+        *,
+        steps: int,
+        on_step: Callable[[int, int], object] = lambda done, total: None,
+    ) -> Compression:
+        """Return the compression with factors that were trained at this ratio; see ``laserlm.export.refinement.refine``.
+
+        Args:
+            lm: the unchanged model.
+            ratio: kept share of the parameters.
+            rows: passages to train on.
+            folder: where the trained factors are kept. What an earlier call with the same arguments left there is used.
+            steps: number of steps, one passage each.
+            on_step: called with the number of steps that are done, and with that of all.
+
+        Raises:
+            ExportError: as ``ranks`` and ``refine``.
+            WeightError: as ``refine``.
+        """
+        file = folder / f"refined-{digest([ratio, steps, [row.ids for row in rows]])[:16]}.safetensors"
+        refine(lm, rows, self.layers(lm, ratio), file, steps=steps, on_step=on_step)
+        return replace(self, refined={**self.refined, ratio: file})
+
+    @contextmanager
+    def applied(self, lm: LanguageModel, ratio: float, form: Form = "factored") -> Iterator[tuple[StoredMatrix, ...]]:
+        """Compress the model inside a ``with`` block, with factors or with their products (``dense``)."""
+        ranks = self.ranks(ratio)
+        layers = self.layers(lm, ratio)
         stored = [_stored_matrix(m, ranks[m.id], form) for m in self.matrices]
         stored += [
             StoredMatrix(m.id, m.path, m.shape, m.max_rank, m.shape[0] * m.shape[1], why) for m, why in self.left_out.items()
@@ -135,7 +175,7 @@ def fit_ranks(
         WeightError: if a weight cannot be decomposed.
     """
     check_fit(method, allocation)
-    matrices, left_out = _compressible(lm)
+    matrices, left_out = compressible(lm)
     kept = folder or _temporary_folder(lm)
     decompositions = DecompositionFolder(kept / "decompositions")
     if folder is None:
@@ -233,8 +273,12 @@ def _module_path(m: Matrix) -> str:
     return m.path.rpartition(".")[0]
 
 
-def _compressible(lm: LanguageModel) -> tuple[tuple[Matrix, ...], dict[Matrix, str]]:
-    """Return the matrices that can be stored as factors, and the reason for each of the others."""
+def compressible(lm: LanguageModel) -> tuple[tuple[Matrix, ...], dict[Matrix, str]]:
+    """Return the matrices that can be stored as factors, and the reason for each of the others.
+
+    Raises:
+        ExportError: if there is none.
+    """
     in_grid = default_matrices(lm.matrices)  # text gives no moments of the inputs of a vision tower
     left_out = {m: why for m in in_grid if m.part_of is None and (why := reason_not_factorable(lm, m))}
     matrices = tuple(m for m in in_grid if m.part_of is None and m not in left_out)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+from rich.filesize import decimal
 
 from laserlm.export.record import read_record
 from laserlm.paths import atomic_file, check_new_file
@@ -17,6 +18,9 @@ from laserlm.web.plots import FRAME, MARGIN, MAX_TICKS, ROW
 
 SHADES = ["#f7fbff", "#6baed6", "#08306b"]
 """From rank 0 to full rank: ColorBrewer's Blues."""
+
+QUANTISED_STYLES = [("#009e73", "dot"), ("#d55e00", "dashdot")]
+"""Colour and dash of the lines of 8 and 4 bits."""
 
 
 def check_compression_report(out: Path, *, overwrite: bool = False) -> None:
@@ -36,7 +40,7 @@ def write_compression_report(folder: Path, out: Path, *, overwrite: bool = False
     settings, matrices = record["compression"], record["matrices"]
     perplexity = settings.get("perplexity")
     figures = {"ranks": plot(rank_plot(matrices), "ranks")}
-    if perplexity and len(perplexity["at"]) > 1:
+    if perplexity and (len(perplexity["at"]) > 1 or "quantised" in perplexity):
         figures["perplexity"] = plot(perplexity_plot(perplexity), "perplexity")
     text = page(
         "compression",
@@ -91,7 +95,7 @@ def rank_plot(matrices: list[dict[str, Any]]) -> Any:
 
 
 def perplexity_plot(perplexity: dict[str, Any]) -> Any:
-    """Return the perplexity against the kept share of the parameters, with that of the unchanged model as a line.
+    """Return the perplexity against the kept share of the parameters, with lines for the unchanged and the quantised model.
 
     Args:
         perplexity: the entry ``perplexity`` of a record.
@@ -108,8 +112,11 @@ def perplexity_plot(perplexity: dict[str, Any]) -> Any:
             hovertemplate="kept %{x:.0%}<br>perplexity %{y:.2f}<extra></extra>",
         )
     )
-    base = {"x": [points[0][0], points[-1][0]], "y": [perplexity["base"]] * 2, "name": "unchanged model"}
-    figure.add_scatter(**base, mode="lines", line={"dash": "dash", "color": "#768390"})
+    lines = [("unchanged model", perplexity["base"], "#768390", "dash")]
+    for (kind, measured), (colour, dash) in zip(perplexity.get("quantised", {}).items(), QUANTISED_STYLES, strict=False):
+        lines.append((f"{kind}, {decimal(int(measured['bytes']))}", measured["perplexity"], colour, dash))
+    for name, value, colour, dash in lines:
+        figure.add_scatter(x=[points[0][0], 1], y=[value] * 2, name=name, mode="lines", line={"dash": dash, "color": colour})
     figure.update_layout(height=360, margin=MARGIN)
     figure.update_xaxes(title="kept share of the blocks' parameters", tickformat=".0%")
     figure.update_yaxes(title="perplexity", type="log")
