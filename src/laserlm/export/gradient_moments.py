@@ -86,7 +86,7 @@ class _OutputGradients(ComponentGradients):
 
     def _new_sums(self, matrix: Matrix, n_rows: int) -> ComponentSums:
         m = matrix.shape[0]
-        sums = _OutputSums.of(self.lm, matrix, n_rows, True, _never_decomposed)
+        sums = _OutputSums.of(self.lm, matrix, n_rows, (2,), _never_decomposed)
         return replace(sums, values=sums.values.new_zeros(m, m))
 
     _lazy_sums = _new_sums
