@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import logging
 import os
 import secrets
 import shutil
@@ -17,6 +18,8 @@ from typing import Literal
 import platformdirs
 
 from laserlm.errors import LaserError, WriteError
+
+log = logging.getLogger(__name__)
 
 DISK_VARIABLE = "LASER_CACHE_GIB"
 """Environment variable with the most GiB of decompositions on disk."""
@@ -234,6 +237,24 @@ def _write_errors(target: Path) -> Iterator[None]:
         if isinstance(error, LaserError) or error.errno not in STEPS or not is_of_target:
             raise
         raise WriteError(f"cannot write {target}: {error.strerror}; {STEPS[error.errno]}") from error
+
+
+def warn_of_full_disk(folder: Path, needed: int, what: str, option: str) -> None:
+    """Warn where the disk of a folder, which may not exist yet, has less than ``needed`` bytes and a tenth more.
+
+    Args:
+        folder: the folder.
+        needed: bytes.
+        what: what takes them, with its verb.
+        option: with which another folder is given.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < 1.1 * needed:
+        log.warning(
+            "%s %.1f GiB in %s, whose disk has %.1f GiB left; free space there, or give another folder with %s",
+            *(what, needed / 2**30, folder, free / 2**30, option),
+        )
 
 
 def remove_leftovers(folder: Path, name: str) -> None:

@@ -21,6 +21,7 @@ from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.statistics import dense_ranks, spearman
 from laserlm.scoring.tokenize import encode
 from laserlm.searching import expand
+from laserlm.searching.gradients.blocks import BatchPass, backward
 from laserlm.searching.screen import HALF_PRECISION_SCALES, OUT_OF_TIME, Prediction, Screening, screen, sensitivities
 from laserlm.tasks import Example, Scorer, Split
 
@@ -177,6 +178,19 @@ def test_memory_bounds_what_is_held_between_blocks(make: Make) -> None:
         predict(lm, "all.all@0.5", batch_size=5, memory=room)
     assert len(tokens) >= 3
     assert max(tokens) <= 2 * lengths[0]
+
+
+def test_no_block_below_the_candidates_is_run_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make("llama")
+    indices: list[int] = []
+
+    def noted(one: BatchPass, index: int) -> None:
+        indices.append(index)
+        backward(one, index)
+
+    monkeypatch.setattr("laserlm.searching.gradients.components.backward", noted)
+    check(predict(lm, "1-2.mlp@0.5"), by_hand(lm, "1-2.mlp@0.5"))
+    assert set(indices) == {1, 2}
 
 
 def small_mistral(make: Make, dtype: torch.dtype) -> LanguageModel:

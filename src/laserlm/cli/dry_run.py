@@ -105,7 +105,7 @@ def _print(planned: Plan, costs: CostModel, alone: Simulation, on_cluster: Mappi
     )
     if planned.strategy == "components":
         print("As many steps as --steps allows are counted; the search ends earlier where no step gains.")
-    print("The time to write a guard's text once is not counted, and neither are guards of questions.")
+    print("The time to write a guard's text once is not counted.")
     if planned.generates:
         print(
             f"The text of an answer takes {1000 * costs.write:.0f} ms here, as the unchanged model writes the first ones; its "

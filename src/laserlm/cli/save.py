@@ -14,6 +14,7 @@ from laserlm.cli.search_result import search_result
 
 if TYPE_CHECKING:
     from laserlm.export import SavedModel
+    from laserlm.export.export_plan import ExportPlan
 
 MAX_DENSE_LINES = 8
 """Number of matrices that are listed because they stay dense."""
@@ -35,6 +36,7 @@ class FolderOptions:
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that laserlm wrote before.")] = False
     shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "5GB"
     push: Annotated[str | None, typer.Option(help="Hub repository to upload the folder to, OWNER/NAME.")] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory and the disk space; write nothing.")] = False
     public: Annotated[bool, typer.Option("--public/--private", help="With --push: whether a new repository is public.")] = False
 
     def check(self, model: str) -> None:
@@ -42,6 +44,20 @@ class FolderOptions:
         from laserlm.export.checkpoint import check_target
 
         check_target(self.out.expanduser(), self.overwrite, model)
+
+    def print_plan(self, planned: ExportPlan, cache: Path, json: bool) -> None:
+        """Print what writing the folder will take, and warn where a disk has too little space."""
+        planned.warn_of_full_disks(self.out.expanduser(), cache)
+        if json:
+            print_json(planned.as_dict())
+            return
+        gib = 2**30
+        phases = ", ".join(f"{name} {phase.total / gib:.2f} GiB" for name, phase in planned.phases.items())
+        print(f"Memory of a process, without PyTorch's own: {planned.memory.total / gib:.2f} GiB.")
+        print(f"Peak of each phase: {phases}. The model's weights take {planned.memory.weights / gib:.2f} GiB of it.")
+        meanwhile = f", and {planned.temporary_bytes / gib:.2f} GiB more until it is done" if planned.temporary_bytes else ""
+        print(f"{self.out} takes {planned.folder_bytes / gib:.2f} GiB of its disk{meanwhile}.")
+        print(f"The cache folder grows by up to {planned.cache_bytes / gib:.2f} GiB.")
 
     def finish(self, saved: SavedModel, json: bool, values: dict[str, Any] | None = None) -> None:
         """Upload the saved model if asked to, and print it."""
@@ -87,7 +103,8 @@ def save(
     Example: laser save bundled --reduce 28.fc_up@0.05 --out smollm2-laser
     """
     from laserlm.errors import ExportError
-    from laserlm.export.saving import save
+    from laserlm.export.export_plan import plan_save
+    from laserlm.export.saving import chosen_intervention, save
     from laserlm.reductions import Intervention
 
     if (run is None) == (not reduce):
@@ -96,6 +113,12 @@ def save(
         raise typer.BadParameter("--point is a number in the Pareto list of a search; add --run ID")
     intervention = Intervention.read(reduce) if reduce else search_result(str(run), store)
     folder.check(model_options.model)
+    if folder.dry_run:
+        lm = model_options.load()
+        tried = intervention if isinstance(intervention, Intervention) else chosen_intervention(lm, intervention, point)
+        planned = plan_save(lm, tried, form=form, outtype=outtype, dtype=folder.save_dtype)  # type: ignore[arg-type]
+        folder.print_plan(planned, lm.cache, json)
+        return
     with progress_bar("reducing and writing", unit="matrices"):
         saved = save(
             model_options.load(),

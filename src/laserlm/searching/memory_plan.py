@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,7 @@ import torch
 
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, language_config
-from laserlm.scoring.forward import MAX_SCORED_POSITIONS
+from laserlm.scoring.batch import MAX_SCORED_POSITIONS
 from laserlm.scoring.output_layer import CHUNK_BYTES, HALF
 from laserlm.scoring.records import TokenSequence
 
@@ -109,10 +109,12 @@ class MemoryPlanner:
         n_components = sum(m.max_rank for m in self.matrices)
         returned, of_chunk = (4 * n * n_components if results else 0 for n in (results, in_chunk))
         before = returned if in_chunk < len(ordered) else 0  # of earlier chunks
-        held, block = self._held, max(self._block_bytes)
+        held, block = self._held, self._of_block
         phases = [
             # The pass from the first block to the logits, and the gradient of the logits.
-            PhaseMemory(self.weights, boundaries + before, 0, self._pass(batch) + self._logits(batch, LOGITS_WITH_GRADIENT)),
+            PhaseMemory(
+                self.weights, boundaries + before, 0, self.pass_bytes(batch) + self.logits_bytes(batch, LOGITS_WITH_GRADIENT)
+            ),
             # A decomposition, while the other matrices of its block are held already.
             *(
                 PhaseMemory(
@@ -125,7 +127,7 @@ class MemoryPlanner:
             ),
             # The last block to be done, with its activations and their gradients.
             PhaseMemory(
-                self.weights, boundaries + before + of_chunk, max(held, block), 2 * self._pass(batch) + self._sums(batch)
+                self.weights, boundaries + before + of_chunk, max(held, block), 2 * self.pass_bytes(batch) + self._sums(batch)
             ),
             # The derivatives of a chunk are added to the sums over all chunks.
             PhaseMemory(self.weights, returned + of_chunk, max(held, block)),
@@ -145,7 +147,7 @@ class MemoryPlanner:
         """
         sizes = sorted((m.shape[0] * m.shape[1] for m in self.matrices), reverse=True)
         edited = sum(sizes[:n_edited]) * self.lm.dtype.itemsize
-        passes = max(self._pass(batch) + self._logits(batch, LOGITS) for batch in batches)
+        passes = max(self.pass_bytes(batch) + self.logits_bytes(batch, LOGITS) for batch in batches)
         new = max(4 * sizes[0], 0 if is_decomposed else max(decomposing_bytes(m, self.lm.dtype) for m in self.matrices))
         return PhaseMemory(self.weights, activations, self._held, edited + max(passes, new))
 
@@ -156,12 +158,18 @@ class MemoryPlanner:
         return int(max(min(self.memory / 2, sum(sizes)), max(sizes)))
 
     @cached_property
-    def _block_bytes(self) -> list[int]:
-        """Bytes of the decompositions of each block, which a gradient holds together."""
-        of_block: dict[tuple[str, int], int] = {}
+    def _of_block(self) -> int:
+        """Bytes of the decompositions of the block that has most, which a gradient holds together."""
+        return self.most_in_a_block(decomposed_bytes)
+
+    def most_in_a_block(
+        self, size: Callable[[Matrix], int], *, key: Callable[[Matrix], Hashable] = lambda matrix: matrix.id
+    ) -> int:
+        """Return the largest sum of sizes of the matrices of a block; those with the same key count once."""
+        of_block: dict[tuple[str, int], dict[Hashable, int]] = {}
         for m in self.matrices:
-            of_block[m.stack, m.layer] = of_block.get((m.stack, m.layer), 0) + decomposed_bytes(m)
-        return list(of_block.values())
+            of_block.setdefault((m.stack, m.layer), {})[key(m)] = size(m)
+        return max(sum(sizes.values()) for sizes in of_block.values())
 
     def writing(self, texts: int, tokens: int) -> int:
         """Return the bytes that texts take while the model writes them.
@@ -180,7 +188,7 @@ class MemoryPlanner:
     def _vocabulary(self) -> int:
         return int(getattr(self.lm.model.config, "vocab_size", 0) or 0)
 
-    def _pass(self, batch: Sequence[TokenSequence]) -> int:
+    def pass_bytes(self, batch: Sequence[TokenSequence]) -> int:
         """Return the bytes of what a block holds of a batch, about."""
         longest = max(map(_tokens, batch))
         widest = max(max(m.shape) for m in self.lm.all_matrices if m.part_of is None)
@@ -188,7 +196,7 @@ class MemoryPlanner:
         values = len(batch) * longest * (4 * self.lm.width + 3 * widest) + len(batch) * heads * longest**2
         return values * self.lm.dtype.itemsize
 
-    def _logits(self, batch: Sequence[TokenSequence], copies: int) -> int:
+    def logits_bytes(self, batch: Sequence[TokenSequence], copies: int) -> int:
         """Return the bytes of logits in float32 at the scored positions, and of the part of the output layer in float32."""
         most = max(len(row.positions) for row in batch)
         positions = most * max(1, min(len(batch), MAX_SCORED_POSITIONS // most))

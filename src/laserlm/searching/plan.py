@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ import torch
 from laserlm.edit import resolve
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix
+from laserlm.paths import warn_of_full_disk
 from laserlm.reductions import Intervention
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import GENERATING
@@ -30,12 +28,12 @@ from laserlm.searching.components import (
 )
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
-from laserlm.searching.guard import BATCH, OWN_TEXT, PASSAGE_TOKENS, PASSAGES, has_guard, is_text
+from laserlm.searching.guard import BATCH, OWN_TEXT, PASSAGE_TOKENS, PASSAGES, guards_of, has_guard
 from laserlm.searching.ledger import cut, max_sequences
 from laserlm.searching.memory_plan import MemoryPlanner, PhaseMemory
 from laserlm.searching.race import rung_sizes
 from laserlm.searching.scorer import EncodedSplit, first_changed_block
-from laserlm.searching.session import MAX_FINALISTS
+from laserlm.searching.session import MAX_FINALISTS, MAX_HARMS
 from laserlm.searching.simulation import WRITING, CostModel, Simulation, simulate
 from laserlm.searching.strategies import screen_size
 from laserlm.searching.strengths import SMALLER
@@ -50,7 +48,6 @@ from laserlm.searching.work import (
 )
 from laserlm.tasks import Task
 
-log = logging.getLogger(__name__)
 BASE = Intervention()
 EIGENSOLVER_CUBES = 9
 """Floating-point operations of all eigenvectors of a symmetric matrix, in cubes of its size (Golub and Van Loan,
@@ -219,7 +216,7 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
     tokens = sum(len(s.ids) + len(s.decoder) for s in sequences) / len(task.validation)
     gradients = sum(stage.name in GRADIENTS for stage in builder.stages(1))
     disk = sum((8 if lm.dtype == torch.float64 else 4) * min(m.shape) ** 2 for m in matrices if m.update_rank is None)
-    _warn_of_full_disk(lm.cache, disk)
+    warn_of_full_disk(lm.cache, disk, "the decompositions take", "--cache")
     return Plan(
         strategy=config.strategy,
         candidates=len(candidates),
@@ -232,20 +229,6 @@ def plan(lm: LanguageModel, task: Task, config: SearchConfig) -> Plan:
         phases=builder.phases(),
         disk=disk,
     )
-
-
-def _warn_of_full_disk(cache: Path, needed: int) -> None:
-    """Warn where the disk of the cache has less than ``needed`` bytes and a tenth more."""
-    folder = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free < 1.1 * needed:
-        log.warning(
-            "the decompositions take %.1f GiB in %s, whose disk has %.1f GiB left; free space there, or give another folder "
-            "with --cache",
-            needed / 2**30,
-            cache,
-            free / 2**30,
-        )
 
 
 @dataclass(frozen=True)
@@ -285,14 +268,12 @@ class _PlanBuilder:
         elif config.strategy == "exhaustive":
             stages.append(self._scores("exhaustive", VALIDATION, [BASE, *interventions], 0, n, workers))
         elif config.strategy == "race":
-            alive, start = config.candidates + config.random_candidates, 0
-            for stop in rung_sizes(n, config.first_rung):
+            for start, stop, alive in self._rungs():
                 entered = [BASE, *_sample_evenly(interventions, alive)]
                 stages.append(self._scores(f"{RUNG} {stop}", VALIDATION, entered, start, stop, workers))
                 if start:  # the neighbours that were added have to catch up
                     added = self._scores("", VALIDATION, _sample_evenly(interventions, NEIGHBOURS), 0, start, workers)
                     stages[-1] = replace(stages[-1], items=added.items + stages[-1].items)
-                alive, start = max(1, int(config.keep * alive)) + NEIGHBOURS, stop
             neighbours = _sample_evenly(interventions, NEIGHBOURS)
             stages.append(self._scores("the leader's neighbours", VALIDATION, neighbours, 0, n, workers))
         else:
@@ -302,6 +283,19 @@ class _PlanBuilder:
             stages += [self._scores("trial", VALIDATION, [trial], 0, n, workers) for trial in tried]
         stages.append(self._scores("best on test", TEST, _sample_evenly(interventions, 1), 0, on_test, workers))
         return (*stages, *self._texts(), *self._harm())
+
+    def _rungs(self) -> list[tuple[int, int, int]]:
+        """Return of each rung of a race its first example, the end of its examples, and about how many candidates are in it."""
+        alive, start, rungs = self.config.candidates + self.config.random_candidates, 0, []
+        for stop in rung_sizes(len(self.splits[VALIDATION].split), self.config.first_rung):
+            rungs.append((start, stop, min(alive, len(self.candidates))))
+            alive, start = max(1, int(self.config.keep * alive)) + NEIGHBOURS, stop
+        return rungs
+
+    def _compared_harms(self) -> int:
+        """Return about how many candidates have their harm measured for the list of gain against harm."""
+        at_the_end = {"exhaustive": len(self.candidates), "race": self._rungs()[-1][2] + NEIGHBOURS}
+        return min(MAX_HARMS, at_the_end.get(self.config.strategy or "", 0), len(self.candidates))
 
     def _steps(self, workers: int) -> list[Stage]:
         """Return the steps of a choice of components, as many as may be tried."""
@@ -323,23 +317,30 @@ class _PlanBuilder:
         return [Stage(WRITTEN, tuple(chunks))]
 
     def _harm(self) -> list[Stage]:
-        """Return the passes of the passages of a guard, as passes of as many examples as have the same number of tokens."""
-        rows, encoded = self._guard_rows(), self.splits[VALIDATION]
+        """Return the passes of the guards, as passes of as many examples as have the same number of tokens."""
+        encoded = self.splits[VALIDATION]
         tokens = sum(len(s.ids) + len(s.decoder) for s in encoded.sequences) / len(encoded.split)
-        n = math.ceil(sum(len(s.ids) for s in rows) / tokens)
+        n = math.ceil(sum(len(s.ids) + len(s.decoder) for rows in self.guards for s in rows) / tokens)
         measurements = 2  # of the unchanged model and of the choice
         if self.config.strategy == "strengths":
             measurements += 1 + EXPECTED_CORRECTIONS + len(SMALLER) + 2 * SCREEN_PASSES
         elif self.config.strategy == "components":
             measurements += 1 + self.config.steps + SCREEN_PASSES
-        items = tuple(ScoreTask(HARM, k * n, (k + 1) * n, BASE) for k in range(measurements))  # no two are equal
-        return [Stage(HARM, items)] if rows else []
+        compared = _sample_evenly([c.intervention for c in self.candidates], self._compared_harms())
+        measured = [BASE] * (measurements + bool(compared)) + compared
+        shares = self._shares(measured)
+        items = tuple(ScoreTask(HARM, k * n, (k + 1) * n, i, shares[i]) for k, i in enumerate(measured))  # no two are equal
+        return [Stage(HARM, items)] if self.guards else []
+
+    def _shares(self, interventions: Sequence[Intervention]) -> dict[Intervention, float]:
+        """Return of each the part of the blocks that a pass has to run."""
+        n = len(self.blocks)
+        return {i: 1 - first_changed_block(i, self.lm.matrices, self.blocks) / n for i in interventions}
 
     def _scores(
         self, name: str, split: str, interventions: Sequence[Intervention], start: int, stop: int, workers: int
     ) -> Stage:
-        encoded, blocks = self.splits[split], self.blocks
-        shares = {i: 1 - first_changed_block(i, self.lm.matrices, blocks) / len(blocks) for i in interventions}
+        encoded, shares = self.splits[split], self._shares(interventions)
         most = max_sequences(encoded.count(start, stop), len(shares), workers, self.config.batch_size)
         chunks = cut(self.lm, encoded, start, stop, memory=self.config.memory / 2, most=most)
         ordered = sorted(shares, key=lambda i: -shares[i])
@@ -350,29 +351,28 @@ class _PlanBuilder:
         config, encoded = self.config, self.splits[VALIDATION]
         matrices = separate_matrices(self.candidates)
         planner = MemoryPlanner(self.lm, matrices, config.memory, config.batch_size)
-        passages, phases, derivatives = self._guard_rows(), dict[str, PhaseMemory](), 0
+        phases, derivatives = dict[str, PhaseMemory](), 0
         if config.is_of_components:
             n_components = sum(m.max_rank for m in matrices)
             n = self.screen_size
-            n_guards = 1 if config.guards is None else len(config.guards)
-            passages_kept = PASSAGES * n_guards if config.strategy == "strengths" else 0
-            derivatives = 4 * (n + passages_kept) * n_components
+            passages_kept = sum(min(PASSAGES, rows[-1].example + 1) for rows in self.guards)
+            derivatives = 4 * (n + (passages_kept if config.strategy == "strengths" else 0)) * n_components
             gradients = [planner.gradient(encoded.part(range(n))[1], config.memory / 4, results=n)]
-            gradients += [planner.gradient(passages, config.memory / 4, results=1)] if passages else []
+            gradients += [planner.gradient(rows, config.memory / 4, results=1) for rows in self.guards]
             phases["gradient"] = max(gradients, key=lambda phase: phase.total)
         elif config.screens:
             _, rows = encoded.part(range(len(encoded.split) - self.screen_size, len(encoded.split)))
             phases["gradient"] = planner.gradient(rows, config.memory / 2)
         n_edited = {"components": min(len(matrices), STEP_COMPONENTS), "strengths": len(matrices)}
-        scored: list[Sequence[TokenSequence]] = [passages] if passages else []
-        scored += [encoded.sequences for name, encoded in self.splits.items() if name != FINALISTS]
+        scored = [*self.guards, *(encoded.sequences for name, encoded in self.splits.items() if name != FINALISTS)]
         phases["scoring"] = planner.scoring(
             [sorted(rows, key=lambda s: -len(s.ids) - len(s.decoder))[: config.batch_size] for rows in scored],
             derivatives + max(self.activation_bytes(name) for name in (VALIDATION, TEST)),
             n_edited=n_edited.get(config.strategy or "", 1),
             is_decomposed=bool(phases),
         )
-        kept = planner.writing(BATCH, len(passages[0].ids)) if self._writes_guard and self.lm.device.type == "cpu" else 0
+        is_kept = self._writes_guard and self.lm.device.type == "cpu"
+        kept = planner.writing(BATCH, min(PASSAGE_TOKENS, max_length(self.lm) - 1)) if is_kept else 0
         return {name: replace(phase, kept=kept) for name, phase in phases.items()}
 
     @property
@@ -380,13 +380,15 @@ class _PlanBuilder:
         """Whether a guard is text that the model writes."""
         return has_guard(self.lm, self.config.guards) and OWN_TEXT in (self.config.guards or (OWN_TEXT,))
 
-    def _guard_rows(self) -> list[TokenSequence]:
-        """Return rows of the size of a text guard's passages; none where no text is a guard."""
-        guards = (OWN_TEXT,) if self.config.guards is None else self.config.guards
-        if not has_guard(self.lm, self.config.guards) or not any(isinstance(g, str) and is_text(g) for g in guards):
+    @cached_property
+    def guards(self) -> list[Sequence[TokenSequence]]:
+        """The sequences by which each guard chooses; those of a text that is not written yet by their size."""
+        if not has_guard(self.lm, self.config.guards):
             return []
         ids = (0,) * min(PASSAGE_TOKENS, max_length(self.lm) - 1)
-        return [TokenSequence(i, ids, ids, tuple(range(len(ids)))) for i in range(PASSAGES)]
+        own = [TokenSequence(i, ids, ids, tuple(range(len(ids)))) for i in range(PASSAGES)]
+        sources = (OWN_TEXT,) if self.config.guards is None else self.config.guards
+        return [own if source == OWN_TEXT else guards_of(self.lm, [source])[0].choosing.sequences for source in sources]
 
     def activation_bytes(self, split: str) -> int:
         """Return the bytes of cached activations: for every block that the cache has been at, as long as there is room."""

@@ -1,0 +1,238 @@
+"""What ``save`` and ``compress`` will take: memory of each phase and bytes on disks, from shapes; the model is not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from laserlm.edit.apply import InterventionLike, default_cache, resolve
+from laserlm.edit.factors import StoredMatrix, reason_not_factorable
+from laserlm.export.calibration_text import PASSAGE_TOKENS, read_calibration_text
+from laserlm.export.checkpoint import Form
+from laserlm.export.fitting import Allocation, Method, check_fit, compressible
+from laserlm.export.gguf_file import BITS, OutType
+from laserlm.models.language_model import LanguageModel
+from laserlm.models.loading import dtype_named
+from laserlm.models.matrices import Matrix
+from laserlm.paths import warn_of_full_disk
+from laserlm.scoring.batch import MAX_SCORED_POSITIONS
+from laserlm.scoring.output_layer import HALF
+from laserlm.scoring.records import TokenSequence
+from laserlm.scoring.tokenize import encode, max_length
+from laserlm.searching.guard import BATCH
+from laserlm.searching.memory_plan import (
+    LOGITS,
+    LOGITS_WITH_GRADIENT,
+    MemoryPlanner,
+    PhaseMemory,
+    decomposed_bytes,
+    decomposing_bytes,
+)
+from laserlm.tasks.perplexity import passages
+
+CALIBRATION_BATCH = 4
+"""Rows of a pass of the calibration."""
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """The memory and the disk that saving or compressing a model takes.
+
+    Args:
+        phases: memory of each phase, in their order.
+        folder_bytes: bytes of the weights in the folder that is written.
+        temporary_bytes: further bytes on the disk of that folder until it is complete.
+        cache_bytes: bytes that the cache folder grows by at most.
+    """
+
+    phases: Mapping[str, PhaseMemory]
+    folder_bytes: int
+    temporary_bytes: int
+    cache_bytes: int
+
+    @property
+    def memory(self) -> PhaseMemory:
+        """The memory of the phase that takes most."""
+        return max(self.phases.values(), key=lambda phase: phase.total)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain JSON values, in bytes."""
+        return {
+            "memory": self.memory.total,
+            "memory_of_phases": {name: phase.total for name, phase in self.phases.items()},
+            "disk": self.folder_bytes,
+            "disk_meanwhile": self.temporary_bytes,
+            "disk_of_cache": self.cache_bytes,
+        }
+
+    def warn_of_full_disks(self, out: Path, cache: Path) -> None:
+        """Warn where a disk has less than is planned for it."""
+        warn_of_full_disk(out, self.folder_bytes + self.temporary_bytes, "the saved model takes", "--out")
+        warn_of_full_disk(cache, self.cache_bytes, "the decompositions take", "--cache")
+
+
+def plan_save(
+    lm: LanguageModel,
+    intervention: InterventionLike,
+    *,
+    form: Form | Literal["gguf"] = "dense",
+    outtype: OutType = "f16",
+    dtype: str | torch.dtype | None = None,
+) -> ExportPlan:
+    """Return what ``save`` with the same arguments will take.
+
+    Raises:
+        LaserError: if the intervention cannot be applied to the model, or the dtype is unknown.
+    """
+    edits = [edit for edit in resolve(lm.matrices, intervention) if not edit.is_identity]
+    matrices = list(dict.fromkeys(edit.matrix for edit in edits))
+    sizes = _Sizes(lm, lm.dtype if dtype is None else dtype_named(dtype))
+    kept = {e.matrix.id: reason_not_factorable(lm, e.matrix) if form == "factored" else "dense" for e in edits}
+    stored = [StoredMatrix.of(edit, kept[edit.matrix.id]) for edit in edits]
+    values = sum(m.parameters for m in stored)
+    held = _held(lm, matrices)
+    phases = {"reducing": sizes.reducing(values * lm.dtype.itemsize, matrices, held)}
+    saved = sizes.saved - sum(m.shape[0] * m.shape[1] for m in stored) * sizes.itemsize + values * sizes.itemsize
+    if form == "adapter":
+        itemsize = torch.promote_types(lm.dtype, torch.float32).itemsize if dtype is None else sizes.itemsize
+        factors = itemsize * sum(sum(e.matrix.shape) * len(e.strengths) * e.reduction.split for e in edits)
+        phases = {"reducing": sizes.reducing(factors, matrices, held), "writing": sizes.writing(factors, sizes.weights, held)}
+        return ExportPlan(phases, factors, 0, _bases(lm, matrices))
+    phases["writing"] = sizes.writing(values * lm.dtype.itemsize, saved, held)
+    temporary = 0
+    if form == "gguf":
+        saved, temporary = int(sizes.parameters * BITS[outtype] / 8), saved
+    return ExportPlan(phases, saved, temporary, _bases(lm, matrices))
+
+
+def plan_compression(
+    lm: LanguageModel,
+    *,
+    ratio: float,
+    calibration: str | Path | None = None,
+    method: Method = "two-sided",
+    allocation: Allocation = "curvature",
+    tokens: int = 16_384,
+    form: Form = "factored",
+    dtype: str | torch.dtype | None = None,
+) -> ExportPlan:
+    """Return what ``compress`` with the same arguments will take.
+
+    Raises:
+        ExportError: if an argument is invalid, no matrix can be compressed, or the text cannot be read.
+    """
+    check_fit(method, allocation, [ratio])
+    matrices, _ = compressible(lm)
+    sizes = _Sizes(lm, lm.dtype if dtype is None else dtype_named(dtype))
+    planner = MemoryPlanner(lm, matrices, 0, CALIBRATION_BATCH)
+    size = sum(m.shape[0] * m.shape[1] for m in matrices)
+    new = int(ratio * size) if form == "factored" else size
+    kept_on_disk = sum(map(decomposed_bytes, matrices))
+    phases: dict[str, PhaseMemory] = {}
+    is_fitted = (method, allocation) != ("plain", "uniform")
+    rows, held_out = _text(lm, calibration, tokens)
+    if calibration is None and is_fitted:
+        phases["text"] = PhaseMemory(sizes.weights, work=planner.writing(BATCH, PASSAGE_TOKENS))
+    if method == "two-sided" or allocation == "curvature":
+        phases["gradients"] = _gradients(planner, rows)
+        kept_on_disk += sum(4 * m.shape[0] ** 2 for m in matrices)
+    phases["decompositions"] = _decompositions(planner, rows, method)
+    if is_fitted or calibration is not None:
+        scored = max(planner.logits_bytes(batch, LOGITS) + planner.pass_bytes(batch) for batch in _batches(held_out))
+        phases["perplexity"] = PhaseMemory(sizes.weights, decompositions=new * lm.dtype.itemsize, work=scored)
+    saved = sizes.saved - (size - new) * sizes.itemsize
+    phases["writing"] = sizes.writing(new * lm.dtype.itemsize, saved, 0)
+    return ExportPlan(phases, saved, 0, kept_on_disk)
+
+
+class _Sizes:
+    """Bytes of a model in memory, and saved in a dtype."""
+
+    def __init__(self, lm: LanguageModel, dtype: torch.dtype) -> None:
+        own = {p.data_ptr() or id(p): p for p in lm.model.parameters()}.values()
+        blocks = [b for module in lm.model.modules() if isinstance(module, torch.nn.ModuleList) for b in module]
+        of_block = [sum(p.numel() for p in block.parameters()) for block in blocks]
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        self.lm = lm
+        self.itemsize = dtype.itemsize
+        self.parameters = sum(p.numel() for p in own)
+        self.weights = MemoryPlanner(lm, (), 0, 1).weights
+        self.saved = sum(p.numel() * (dtype.itemsize if p.dtype == lm.dtype else p.itemsize) for p in own)
+        self._widened = 0 if dtype not in HALF else 4 * (max(of_block) + sum(p.numel() for p in own if id(p) not in inside))
+
+    def reducing(self, new: int, matrices: Sequence[Matrix], held: int) -> PhaseMemory:
+        """Return the memory of the last reduction: all new values, and the work of a matrix."""
+        work = max((decomposing_bytes(m, self.lm.dtype) + 4 * m.shape[0] * m.shape[1] for m in matrices), default=0)
+        return PhaseMemory(self.weights, new, held, work)
+
+    def writing(self, new: int, saved: int, held: int) -> PhaseMemory:
+        """Return the memory of the outputs of the saved model, which is loaded and computed in float32."""
+        return PhaseMemory(self.weights, new, held, saved + self._widened)
+
+
+def _held(lm: LanguageModel, matrices: Sequence[Matrix]) -> int:
+    """Return the bytes of the decompositions that the cache holds."""
+    sizes = [decomposed_bytes(m) for m in matrices]
+    return int(max(min(default_cache(lm.cache).memory, sum(sizes)), max(sizes, default=0)))
+
+
+def _bases(lm: LanguageModel, matrices: Sequence[Matrix]) -> int:
+    """Return the bytes of the bases on the disk."""
+    return sum((8 if lm.dtype == torch.float64 else 4) * min(m.shape) ** 2 for m in matrices if m.update_rank is None)
+
+
+def _text(
+    lm: LanguageModel, calibration: str | Path | None, tokens: int
+) -> tuple[Sequence[TokenSequence], Sequence[TokenSequence]]:
+    """Return the passages of the calibration text and of the held-out text; those of a text to be written, by their size."""
+    if calibration is not None:
+        text = read_calibration_text(lm, calibration, tokens=tokens)
+        return text.calibration, encode(lm, list(passages(text.held_out)), "perplexity")
+    length = min(PASSAGE_TOKENS, max_length(lm) - 1)
+    ids = (0,) * length
+    rows = [TokenSequence(i, ids, ids, tuple(range(length))) for i in range(max(1, tokens // length))]
+    return rows, rows[: max(1, len(rows) // 4)]
+
+
+def _batches(rows: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:
+    """Return the batch of the longest rows."""
+    ordered = sorted(rows, key=lambda row: -len(row.ids))
+    return [ordered[: max(1, MAX_SCORED_POSITIONS // max(len(row.positions) for row in rows))]]
+
+
+def _gradients(planner: MemoryPlanner, rows: Sequence[TokenSequence]) -> PhaseMemory:
+    """Return the memory of the moments of gradients: the boundaries of all rows, and the moments of a block's outputs."""
+    batch = sorted(rows, key=lambda row: -len(row.ids))[:CALIBRATION_BATCH]
+    boundaries = (planner.n_blocks + 1) * planner.lm.width * planner.lm.dtype.itemsize * sum(len(row.ids) for row in rows)
+    of_block = planner.most_in_a_block(lambda m: 4 * m.shape[0] ** 2)
+    most = max(4 * m.shape[0] ** 2 for m in planner.matrices)  # a product that is added, or the mean that is written
+    first = planner.pass_bytes(batch) + planner.logits_bytes(batch, LOGITS_WITH_GRADIENT)
+    last = 2 * planner.pass_bytes(batch) + of_block + most
+    return PhaseMemory(planner.weights, boundaries, 0, max(first, last))
+
+
+def _decompositions(planner: MemoryPlanner, rows: Sequence[TokenSequence], method: Method) -> PhaseMemory:
+    """Return the memory of the decompositions of a block, with the moments of its layers' inputs."""
+    if method == "plain":
+        work = max(decomposing_bytes(m, planner.lm.dtype) + decomposed_bytes(m) for m in planner.matrices)
+    else:
+        work = max(whitening_bytes(m, is_two_sided=method == "two-sided") for m in planner.matrices)
+    inputs = planner.most_in_a_block(lambda m: 8 * m.shape[1] ** 2, key=lambda m: m.shape[1])
+    activations = 2 * planner.lm.width * planner.lm.dtype.itemsize * sum(len(row.ids) for row in rows)
+    return PhaseMemory(planner.weights, activations + inputs, 0, work)
+
+
+def whitening_bytes(matrix: Matrix, *, is_two_sided: bool) -> int:
+    """Return the bytes that a decomposition for moments takes at its peak, next to the weight and the moments of inputs.
+
+    They are the weight in float32 and float64, the moments of gradients as read and in float64, both square roots of moments of
+    the shorter side, and the weight times one of them. To them come a factor in float64 and float32, or the eigensolver's work.
+    """
+    m, n = matrix.shape
+    small = min(m, n)
+    outputs = (12 if is_two_sided else 8) * m * m
+    return outputs + 20 * m * n + max(12 * m * n + 28 * small**2, 48 * small**2)

@@ -1,0 +1,70 @@
+"""The planned disk and memory of saving and compressing, against the files and the bytes of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from searching.test_memory_plan import LiveBytes
+
+from laserlm.export import compress, save
+from laserlm.export.export_plan import plan_compression, plan_save, whitening_bytes
+from laserlm.linalg.decomposition import whitened
+from laserlm.models import LanguageModel
+from laserlm.models.matrices import Matrix
+
+Make = Callable[..., LanguageModel]
+HEADERS = 30_000
+"""Bytes of headers, at most, of the files of a tiny model."""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The capital of France is Paris and the capital of Italy is Rome in Italy or Oslo. " * 120)
+    return file
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("form", ["dense", "factored", "adapter"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_saved_model_takes_the_planned_bytes(family: str, form: Any, dtype: str | None, make: Make, tmp_path: Path) -> None:
+    lm = make(family)
+    reduction = "1.fc_out@0.3" if family != "mixtral" else "1.q_proj@0.3"
+    planned = plan_save(lm, reduction, form=form, dtype=dtype)
+    saved = save(lm, reduction, tmp_path / "out", form=form, dtype=dtype)
+    assert planned.folder_bytes <= saved.bytes <= planned.folder_bytes + HEADERS
+    assert planned.temporary_bytes == 0
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_a_compressed_model_takes_the_planned_bytes(form: Any, llama: LanguageModel, text: Path, tmp_path: Path) -> None:
+    planned = plan_compression(llama, ratio=0.6, calibration=text, tokens=500, form=form)
+    saved = compress(llama, tmp_path / "out", ratio=0.6, calibration=text, tokens=500, form=form).saved
+    assert saved.bytes - HEADERS <= planned.folder_bytes <= 1.02 * saved.bytes
+    assert list(planned.phases) == ["gradients", "decompositions", "perplexity", "writing"]
+
+
+@pytest.mark.parametrize(("m", "n"), [(512, 192), (192, 512), (192, 192)])
+@pytest.mark.parametrize("is_two_sided", [True, False])
+def test_a_decomposition_for_moments_takes_what_is_planned(m: int, n: int, is_two_sided: bool) -> None:
+    weight, x, g = torch.randn(m, n).bfloat16(), torch.randn(600, n).double(), torch.randn(600, m)
+    M, G = x.T @ x / 600, g.T @ g / 600
+    with LiveBytes(weight, M) as live:
+        kept = whitened(weight, M, G.clone() if is_two_sided else None)
+    assert kept.max_rank == min(m, n)
+    planned = whitening_bytes(Matrix("", 0, "fc_in", "", (m, n)), is_two_sided=is_two_sided)
+    assert live.most - weight.nbytes - M.nbytes == pytest.approx(planned, rel=0.1)
+
+
+def test_a_disk_without_room_is_reported(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    planned = plan_save(llama, "1.fc_out@0.3")
+    for share, is_warned in ((1.05, True), (1.15, False)):
+        caplog.clear()
+        usage = type("Usage", (), {"free": int(share * planned.folder_bytes)})
+        monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
+        planned.warn_of_full_disks(Path("out"), Path("cache"))
+        assert ("another folder with --out" in caplog.text) == is_warned
