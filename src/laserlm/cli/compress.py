@@ -50,6 +50,22 @@ def compress(
             "the adapter's folder as the model, which merges it"
         )
     folder.check(model_options.model)
+    if folder.dry_run:
+        from laserlm.export.export_plan import plan_compression
+
+        lm = model_options.load()
+        planned = plan_compression(
+            lm,
+            ratio=ratio,
+            calibration=calibration,
+            method=method,  # type: ignore[arg-type]
+            allocation=allocation,  # type: ignore[arg-type]
+            tokens=tokens,
+            form=form,  # type: ignore[arg-type]
+            dtype=folder.save_dtype,
+        )
+        folder.print_plan(planned, lm.cache, json)
+        return
     report = folder.out.expanduser().absolute()
     report = report.with_name(f"{report.name}.html")
     check_compression_report(report, overwrite=folder.overwrite)
