@@ -24,3 +24,13 @@ def test_perplexities_are_in_order_of_the_ratio_above_the_unchanged_model() -> N
     figure = perplexity_plot({"base": 10.0, "at": {"0.8": 12.0, "0.6": 20.0}})
     assert list(zip(figure.data[0].x, figure.data[0].y, strict=True)) == [(0.6, 20.0), (0.8, 12.0)]
     assert list(figure.data[1].y) == [10.0, 10.0]
+
+
+def test_quantised_models_are_lines_at_their_perplexity() -> None:
+    quantised = {"q8_0": {"bytes": 1_000_000, "perplexity": 10.1}, "q4_0": {"bytes": 600_000, "perplexity": 11.0}}
+    figure = perplexity_plot({"base": 10.0, "at": {"0.8": 12.0}, "quantised": quantised})
+    assert [(trace.name, list(trace.x), list(trace.y)) for trace in figure.data[1:]] == [
+        ("unchanged model", [0.8, 1], [10.0, 10.0]),
+        ("q8_0, 1.0 MB", [0.8, 1], [10.1, 10.1]),
+        ("q4_0, 600.0 kB", [0.8, 1], [11.0, 11.0]),
+    ]
