@@ -30,7 +30,7 @@ from laserlm.export.record import (
     without_folders,
     without_paths,
 )
-from laserlm.export.source import Source, copy_side_files
+from laserlm.export.source import Source, copy_side_files, quantisation_of
 from laserlm.export.weights import HIDDEN_CONFIG, dtype_name, write_from_source, write_model
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.adapter import LOCAL, base_of
@@ -170,7 +170,8 @@ def check_request(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
         raise ExportError(
             f"{lm.name} already stores {low_rank[0]} as two factors; load its base model, which its {RECORD} names"
         )
-    if options.form == "factored" and (method := _quantisation_of_source(lm)):
+    source = None if lm.update is not None else _folder_of_source(lm)
+    if options.form == "factored" and (method := quantisation_of(source)):
         raise ExportError(
             f"{lm.name} is quantised by {method}, and one config cannot describe both its weights and factors; save the dense "
             "form (--form dense), or reduce an unquantised copy"
@@ -180,14 +181,6 @@ def check_request(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
 
 def _folder_of_source(lm: LanguageModel) -> Path | None:
     return None if lm.loaded is None else source_folder(lm.loaded["name"], lm.loaded["revision"])
-
-
-def _quantisation_of_source(lm: LanguageModel) -> str:
-    """Return how the weights of the checkpoint are stored that a saved model takes its other tensors from; empty for floats."""
-    folder = None if lm.update is not None else _folder_of_source(lm)
-    file = None if folder is None else folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
-    return str((config.get("quantization_config") or {}).get("quant_method", ""))
 
 
 def write(

@@ -101,9 +101,14 @@ def main() -> None:
     if record["form"] == "adapter":
         source = {"pretrained_model_name_or_path": sys.argv[2], "dtype": record["dtype"]["base"]}
         source["revision"] = record["base"]["revision"] or "main"
-    model, info = loader.from_pretrained(
-        **source, output_loading_info=True, use_safetensors=True, trust_remote_code="--allow-remote-code" in sys.argv
-    )
+    source["trust_remote_code"] = "--allow-remote-code" in sys.argv
+    config = transformers.AutoConfig.from_pretrained(**{name: source[name] for name in source if name != "dtype"})
+    quantised = getattr(config, "quantization_config", None) or {}
+    if quantised.get("quant_method") in ("fp8", "compressed-tensors"):  # the outputs are those of the weights as floats
+        source["config"] = config
+        quantised["dequantize"] = True
+    model, info = loader.from_pretrained(**source, output_loading_info=True, use_safetensors=True)
+    model = model.dequantize() if quantised.get("quant_method") == "bitsandbytes" else model
     if record["form"] == "adapter":
         from peft import PeftModel
 

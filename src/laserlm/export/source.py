@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from laserlm.errors import ExportError
+from laserlm.models.adapter import has_adapter
 from laserlm.models.language_model import LanguageModel
+from laserlm.models.quantised import SKIPPED, candidates, packed_weights
 from laserlm.models.source import side_files, source_folder
 from laserlm.models.weight_files import StoredTensor, parameter_names, read_tensor, stored_tensors
 
@@ -35,8 +37,8 @@ class Written:
 
     Args:
         changed: names of the tensors with other values.
-        dropped: names of the scales that belonged to changed eight-bit tensors.
-        added: names of the second factors of low-rank layers.
+        dropped: names of the codes and scales that belonged to changed packed weights.
+        added: names of the second factors of low-rank layers, and of weights that were packed under other names.
         dtype: the dtype that tensors of the model's dtype were cast to, or None for the source's dtypes.
     """
 
@@ -59,6 +61,8 @@ class Source:
         stored: its tensors, as the headers of its files describe them.
         parameters: name in the model of each tensor that the model reads.
         converted: names of tensors that transformers puts together or divides.
+        packed: the tensors that hold each weight of few bits, by the name of the weight as floats.
+        in_parts: names in the model of what is put together from several weights of few bits.
         memory: the unchanged model's tensors, by their names in the model.
         base: the same, by their names in the source.
     """
@@ -67,6 +71,8 @@ class Source:
     stored: dict[str, StoredTensor]
     parameters: dict[str, str]
     converted: frozenset[str]
+    packed: dict[str, list[str]]
+    in_parts: frozenset[str]
     memory: dict[str, Tensor] = field(repr=False)
     base: dict[str, Tensor] = field(repr=False)
 
@@ -82,17 +88,19 @@ class Source:
         stored = {} if folder is None else stored_tensors(folder)
         if folder is None or not stored:
             return None
-        memory = lm.model.state_dict()
+        memory, packed, in_parts = lm.model.state_dict(), {}, set()
         by_name = parameter_names(lm.model, stored)
-        if any(tensor.dtype.startswith("F8") for tensor in stored.values()):
-            # Eight-bit floats count as converted because of their scales, which are no weights of the model.
-            same = {n: p for n, (p, _) in by_name.items() if stored[n].shape == tuple(memory[p].shape)}
-            by_name = {n: (p, False) for n, p in same.items()}
+        if any(tensor.float_dtype is None for tensor in stored.values()) and quantisation_of(folder) in SKIPPED:
+            if has_adapter(lm.loaded["name"]):  # type: ignore[index]
+                return None  # packed weights cannot be compared with those in memory, which the adapter may have changed
+            packed, by_name, in_parts = _packed(lm, stored, memory)
         parameters = {name: parameter for name, (parameter, _) in by_name.items()}
         converted = frozenset(name for name, (_, is_converted) in by_name.items() if is_converted)
-        source = cls(folder, stored, parameters, converted, memory, {})
+        source = cls(folder, stored, parameters, converted, packed, frozenset(in_parts), memory, {})
         source.base.update(source.named_as_stored(lm, memory))
         for name, tensor in source.base.items():
+            if name in packed:
+                continue
             if tuple(tensor.shape) != stored[name].shape and stored[name].float_dtype is None:
                 raise ExportError(
                     f"{name} of {lm.name} is packed ({stored[name].dtype}), and weights that transformers has unpacked are not "
@@ -109,11 +117,27 @@ class Source:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that most of its weights have."""
-        sizes = Counter[torch.dtype]()
-        for tensor in self.stored.values():
-            if tensor.float_dtype is not None:
+        sizes, of_packed = Counter[torch.dtype](), self._of_packed
+        for name, tensor in self.stored.items():
+            if tensor.float_dtype is not None and name not in of_packed:
                 sizes[tensor.float_dtype] += tensor.bytes
         return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+    @property
+    def _of_packed(self) -> set[str]:
+        """The names of all tensors that hold packed weights."""
+        return {name for names in self.packed.values() for name in names}
+
+    def modules_in_floats(self, lm: LanguageModel, written: Collection[str]) -> list[str]:
+        """Return the linear modules that are not packed once some weights are written as floats.
+
+        Args:
+            lm: the model.
+            written: names in the source of the weights that are written as floats.
+        """
+        packed = {self.parameters[name] for name in self.packed.keys() - set(written)}
+        linear = [path for path, module in lm.model.named_modules() if isinstance(module, nn.Linear)]
+        return [path for path in linear if f"{path}.weight" not in packed]
 
     def named_as_stored(self, lm: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a state of the model by their names in the source."""
@@ -142,11 +166,11 @@ class Source:
         """
         state = lm.model.state_dict()
         edited = self.named_as_stored(lm, state)
-        changed = {name for name, tensor in edited.items() if not _same(tensor, self.base[name])}
+        different = {name for name, tensor in edited.items() if not _same(tensor, self.base[name])}
+        changed = different & self.stored.keys()
         self._check_all_stored(lm, state, paths)
-        eight_bit = [name for name in changed if self.stored[name].float_dtype is None]
-        dropped = {f"{name}{end}" for name in eight_bit for end in ("_scale_inv", "_scale")} & self.stored.keys()
-        added = self._second_factors(state)
+        dropped = {old for name in different & self.packed.keys() for old in self.packed[name]} - changed
+        added = self._second_factors(state) | {name: edited[name] for name in different - changed}
         entries: dict[str, _Entry] = {}
         for name, stored in self.stored.items():
             dtype = self._dtype(lm, name, cast)
@@ -179,7 +203,7 @@ class Source:
     def _dtype(self, lm: LanguageModel, name: str, cast: torch.dtype | None) -> torch.dtype | None:
         """Return the dtype to write a stored tensor in; None for what has no floating-point dtype."""
         stored = self.stored[name].float_dtype
-        if cast is None or stored is None or name.endswith(("_scale", "_scale_inv")):
+        if cast is None or stored is None or name in self._of_packed:
             return stored
         of_model = self.base[name].dtype == lm.dtype if name in self.base else stored == self.dtype
         return cast if of_model else stored
@@ -204,6 +228,11 @@ class Source:
 
     def _check_all_stored(self, lm: LanguageModel, state: Mapping[str, Tensor], paths: Collection[str]) -> None:
         """Raise an ExportError if a reduced parameter is none of the source's tensors."""
+        if parts := self.in_parts & set(paths):
+            raise ExportError(
+                f"{min(parts)} of {lm.name} is put together from several weights of few bits, which are not written as floats "
+                "one by one; reduce other matrices, or an unquantised copy of the model"
+            )
         written = set(self.parameters.values())
         pointers = {state[parameter].data_ptr() for parameter in written}
         lost = [path for path in paths if path not in written and state[path].data_ptr() not in pointers]
@@ -225,6 +254,34 @@ class Source:
                 raise ExportError(f"{module} is stored in {self.folder} in another layout; save the dense form (--form dense)")
             added[f"{stored[f'{module}.weight'].removesuffix('weight')}{last}"] = tensor
         return added
+
+
+def quantisation_of(folder: Path | None) -> str:
+    """Return the method by which the weights of a checkpoint are stored; empty for floats, and without a folder."""
+    file = None if folder is None else folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+    return str((config.get("quantization_config") or {}).get("quant_method", ""))
+
+
+def _packed(
+    lm: LanguageModel, stored: Mapping[str, StoredTensor], memory: Mapping[str, Tensor]
+) -> tuple[dict[str, list[str]], dict[str, tuple[str, bool]], set[str]]:
+    """Tell the packed weights of a checkpoint from its other tensors.
+
+    Returns:
+        The tensors that hold each packed weight, by the weight's name; what is made of each tensor and packed weight, as
+        ``parameter_names`` says; and the parameters that are put together from several packed weights, as experts are.
+    """
+    few_bits = [name for name, tensor in stored.items() if tensor.float_dtype is None]
+    possible = {candidate for name in few_bits for candidate in candidates(name)}
+    read_as = parameter_names(lm.model, {*stored, *possible})
+    weights = [n for n in possible & read_as.keys() if memory[read_as[n][0]].ndim > 1]
+    packed = packed_weights(few_bits, stored, [n for n in weights if n not in stored or stored[n].float_dtype is None])
+    of_packed = {part for parts in packed.values() for part in parts}
+    in_parts = {read_as[name][0] for name in packed if read_as[name][1]}
+    packed = {name: parts for name, parts in packed.items() if not read_as[name][1]}
+    names = [name for name in stored.keys() & read_as.keys() - of_packed if read_as[name][0] not in in_parts]
+    return packed, {name: read_as[name] for name in [*names, *packed]}, in_parts
 
 
 def copy_side_files(source: Path, folder: Path) -> list[str]:

@@ -21,8 +21,8 @@ from laserlm.export.transformers_4 import adapt_tokenizer, config_for_transforme
 from laserlm.linalg.precision import full_precision
 from laserlm.low_rank import LowRankConfig, LowRankLinear
 from laserlm.models.language_model import LanguageModel
-from laserlm.models.loading import dequantise
 from laserlm.models.loading_errors import silence_transformers
+from laserlm.models.quantised import dequantise, leave_in_floats, with_floats
 
 HIDDEN_CONFIG = "config.json.part"
 """Name of the config until the folder is complete. Without a config.json, the folder of a killed save does not load."""
@@ -69,10 +69,9 @@ def write_from_source(
     layers = {path: module.as_dict() for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if layers:
         config["quantization_config"] = LowRankConfig(layers).to_dict()
-    elif written.dropped:
-        names = [name.removesuffix(".weight") for name in written.changed]
-        skipped = config["quantization_config"].get("modules_to_not_convert") or []
-        config["quantization_config"]["modules_to_not_convert"] = [*skipped, *names]
+    elif source.packed.keys() & {*written.changed, *written.added}:
+        floats = source.modules_in_floats(lm, {*written.changed, *written.added})
+        config["quantization_config"] = leave_in_floats(config["quantization_config"], floats)
     file = folder / HIDDEN_CONFIG
     file.write_text(json.dumps(config_for_transformers_4(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for weights in folder.glob("*.safetensors"):
@@ -87,6 +86,7 @@ def write_from_source(
         loaded, info = loader.from_pretrained(
             folder, config=loaded_config, dtype="auto", output_loading_info=True, use_safetensors=True
         )
+        loaded = with_floats(loaded, loaded_config)
         compute_in_float32(loaded)
         with full_precision():
             outputs = recorded_outputs(loaded.eval())

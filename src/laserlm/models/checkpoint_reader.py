@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers.quantizers.auto import get_hf_quantizer
 
 from laserlm.errors import ModelError, WeightError
+from laserlm.low_rank import METHOD
 from laserlm.models import adapter, bundled, gguf
 from laserlm.models.kinds import CLASSES, Kind, check_head, head_kinds, model_class
 from laserlm.models.loading import check_no_wrappers, locate
 from laserlm.models.loading_errors import as_model_error
 from laserlm.models.matrices import FLOATS, Matrix, find_matrices, view
 from laserlm.models.plugins import read_config
-from laserlm.models.quantised import way_out
+from laserlm.models.quantised import method_of, way_out
 from laserlm.models.weight_files import parameter_names, tensor_files
 from laserlm.paths import cache_folder
 
@@ -138,10 +139,10 @@ def list_matrices(
         check_head(str(name), config, kind)
         if step := way_out(config):
             raise WeightError(f"{str(name)!r} has no matrices to list. {step}")
-        quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
         model = _build_on_meta(config, kind, allow_remote_code)
-        if quantizer is not None:  # it puts packed or low-rank layers in place of dense ones
-            quantizer.preprocess_model(model=model)
+        if method_of(config) == METHOD:
+            quantizer, _, _ = get_hf_quantizer(config, None, None, True, {})
+            quantizer.preprocess_model(model=model)  # puts low-rank layers in place of dense ones
     if Path(source).is_dir():
         check_no_wrappers(str(name), tensor_files(Path(source)))  # raises for a damaged file too
     return find_matrices(model)

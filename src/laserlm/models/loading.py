@@ -27,7 +27,7 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading_errors import as_model_error, silence_transformers
 from laserlm.models.plugins import read_config
 from laserlm.models.pooling import read_pooling
-from laserlm.models.quantised import way_out
+from laserlm.models.quantised import dequantise, step_of, way_out, with_floats
 from laserlm.models.tokenizers import load_tokenizer, pad_with_a_known_token
 from laserlm.models.weight_files import parameter_names, read_tensor, tensor_files
 from laserlm.paths import atomic_folder, cache_folder
@@ -143,8 +143,9 @@ def _read(
             common = common | {"revision": config._commit_hash}
         loader = model_class(config, kind)
         options = weights | common | ({"config": config} if dequantise(config) else {})
-        with as_model_error(name, source, way_out(config)):
+        with as_model_error(name, source, step_of(config)):
             model, info = loader.from_pretrained(source, output_loading_info=True, **options)
+            model = with_floats(model, config)
         tokenizer = load_tokenizer(source, common, kind)
         pad_with_a_known_token(tokenizer, model)
         _keep_stored_weights(model)
@@ -267,15 +268,6 @@ def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise ModelError(f"no dtype {dtype!r}; write float32, bfloat16 or float16")
     return value
-
-
-def dequantise(config: Any) -> bool:
-    """Let transformers multiply eight-bit floats by their scales on every device. Return whether the config has such floats."""
-    quantised = getattr(config, "quantization_config", None)
-    if not isinstance(quantised, dict) or quantised.get("quant_method") != "fp8":
-        return False
-    quantised["dequantize"] = True
-    return True
 
 
 def check_no_adapter(name: str, folder: Path, model: Any = None) -> None:
