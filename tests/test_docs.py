@@ -63,7 +63,7 @@ SHORT = {
     "evaluate bundled --task humaneval": "--limit 2 --new-tokens 32",
     "evaluate": "--limit 12",
     "sweep-layers": "--limit 6",
-    "compress": "--tokens 512",
+    "compress": "--tokens 512 --refine 2",
     "analyze controls": "--limit 12 --draws 1",
     "analyze components": "--limit 60",
     "analyze low-rank": "--limit 12",

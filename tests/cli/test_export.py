@@ -118,7 +118,7 @@ def test_nothing_or_two_things_to_save_is_an_error(run: Run, folder: Path, tmp_p
 
 def test_a_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--ratio", 0.5, "--measure", 0.8, "--calibration", text, "--out", out, "--json")
+    options = ("--ratio", 0.5, "--measure", 0.8, "--calibration", text, "--refine", 3, "--quantised", "--out", out, "--json")
     code, printed, err = run("compress", folder, *options)
     assert code == 0, err
     output = json.loads(printed)
@@ -128,6 +128,13 @@ def test_a_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, t
     for perplexity in (output["base_perplexity"], output["perplexity"]):
         assert f"{perplexity:.2f}" in report
     assert all(f'id="{name}"' in report for name in ("ranks", "perplexity"))
+    assert "3 steps towards the unchanged model" in report
+    record = json.loads((out / "laser.json").read_text())
+    quantised = record["compression"]["perplexity"]["quantised"]
+    assert quantised["q4_0"]["bytes"] < quantised["q8_0"]["bytes"] < 4 * output["base_parameters"]
+    assert all(f"{measured['perplexity']:.2f}" in report for measured in quantised.values())
+    assert "--refine 3 --calibration" in record["command"]
+    assert "--quantised --measure 0.8" in record["command"]
     assert output["parameters"] < 0.8 * output["base_parameters"]
     assert output["perplexity"] != output["base_perplexity"]
     code, printed, _ = run("reproduce", out)

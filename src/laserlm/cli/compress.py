@@ -32,6 +32,11 @@ def compress(
     method: Annotated[str, typer.Option(help="Decomposition: plain, whitened, or two-sided.")] = "two-sided",
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, sensitivity, or curvature.")] = "curvature",
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 16_384,
+    refine: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps that train the factors.", show_default="200 for two-sided, else 0"),
+    ] = None,
+    quantised: Annotated[bool, typer.Option("--quantised", help="Measure 8 and 4 bits of the base model too.")] = False,
     form: Annotated[str, typer.Option(help="Form: dense, or factored (smaller).")] = "factored",
     json: Json = False,
 ) -> None:
@@ -79,6 +84,8 @@ def compress(
             method=method,  # type: ignore[arg-type]
             allocation=allocation,  # type: ignore[arg-type]
             tokens=tokens,
+            refine=refine,
+            quantised=quantised,
             form=form,  # type: ignore[arg-type]
             dtype=folder.save_dtype,
             overwrite=folder.overwrite,
