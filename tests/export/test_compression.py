@@ -28,7 +28,7 @@ Make = Callable[..., LanguageModel]
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laserlm.export.compression.REFINE_STEPS", 3)
+    monkeypatch.setattr("laserlm.export.refinement.STEPS", 3)
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ import torch
 from searching.test_memory_plan import LiveBytes
 
 from laserlm.export import compress, save
+from laserlm.export.calibration_text import read_calibration_text
 from laserlm.export.export_plan import plan_compression, plan_save, whitening_bytes
+from laserlm.export.fitting import fit_ranks
 from laserlm.linalg.decomposition import whitened
 from laserlm.models import LanguageModel
 from laserlm.models.matrices import Matrix
@@ -46,6 +48,23 @@ def test_a_compressed_model_takes_the_planned_bytes(form: Any, llama: LanguageMo
     saved = compress(llama, tmp_path / "out", ratio=0.6, calibration=text, tokens=500, form=form).saved
     assert saved.bytes - HEADERS <= planned.folder_bytes <= 1.02 * saved.bytes
     assert list(planned.phases) == ["gradients", "decompositions", "perplexity", "writing"]
+
+
+def test_training_the_factors_takes_what_is_planned(llama: LanguageModel, text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibration": text, "tokens": 500}
+    planned = plan_compression(llama, ratio=0.6, refine=3, **options)
+    assert list(planned.phases) == ["gradients", "decompositions", "refinement", "perplexity", "writing"]
+    without = plan_compression(llama, ratio=0.6, refine=0, **options)
+    compression = fit_ranks(llama, (), method="plain", allocation="uniform")
+    (tmp_path / "kept").mkdir()
+    rows = read_calibration_text(llama, text, refine=3).refinement
+    weights = list(llama.model.parameters())
+    with LiveBytes(*weights) as live:
+        trained = compression.refine(llama, 0.6, rows, tmp_path / "kept", steps=3)
+    on_disk = trained.refined[0.6].stat().st_size
+    assert planned.cache_bytes - without.cache_bytes == pytest.approx(on_disk, rel=0.1)
+    expected = planned.phases["refinement"]
+    assert live.most == pytest.approx(expected.total, rel=0.35)
 
 
 @pytest.mark.parametrize(("m", "n"), [(512, 192), (192, 512), (192, 192)])

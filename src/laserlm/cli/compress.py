@@ -66,6 +66,7 @@ def compress(
             method=method,  # type: ignore[arg-type]
             allocation=allocation,  # type: ignore[arg-type]
             tokens=tokens,
+            refine=refine,
             form=form,  # type: ignore[arg-type]
             dtype=folder.save_dtype,
         )

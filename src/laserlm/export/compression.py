@@ -18,15 +18,13 @@ from laserlm.export.calibration_text import CalibrationText, own_calibration_tex
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.export.fitting import Allocation, Compression, Method, OnStep, check_fit, fit_ranks
 from laserlm.export.gguf_rounding import KINDS, rounded_to
+from laserlm.export.refinement import steps_of
 from laserlm.export.tensor_folder import storage_error
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
-
-REFINE_STEPS = 0
-"""Steps of training the factors by default."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,8 @@ def compress(
         allocation: ``uniform``, ``sensitivity`` or ``curvature``; see ``fit_ranks``.
         tokens: maximum number of tokens for calibration.
         refine: number of steps that train the factors towards the unchanged model's predictions, one passage of the text each.
-            None takes ``REFINE_STEPS`` for the method ``two-sided`` and none for the others, which are for comparison.
+            None takes ``laserlm.export.refinement.STEPS`` for the method ``two-sided`` and none for the others, which are for
+            comparison.
         quantised: whether to measure the perplexity of the unchanged model's weights in 8 and 4 bits (GGUF q8_0 and q4_0) too.
         form: ``factored``, or ``dense`` for the products of the factors, which does not make the model smaller.
         dtype: dtype of the saved weights; None keeps the model's dtypes.
@@ -102,9 +101,7 @@ def compress(
     options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
     check_request(lm, out, options)
     check_fit(method, allocation, [ratio, *measure])
-    steps = (REFINE_STEPS if method == "two-sided" else 0) if refine is None else refine
-    if steps < 0:
-        raise ExportError(f"refine is {steps}; the number of steps that train the factors is 0 or more")
+    steps = steps_of(method, refine)
     on_step("text", 0, 0)
     text = _text(lm, calibration, tokens, method, allocation, steps, on_step)
     rows = () if text is None else text.calibration

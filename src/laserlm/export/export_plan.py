@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ import torch
 
 from laserlm.edit.apply import InterventionLike, default_cache, resolve
 from laserlm.edit.factors import StoredMatrix, reason_not_factorable
-from laserlm.export.calibration_text import PASSAGE_TOKENS, read_calibration_text
+from laserlm.export.calibration_text import PASSAGE_TOKENS, REFINEMENT_TOKENS, read_calibration_text
 from laserlm.export.checkpoint import Form
 from laserlm.export.fitting import Allocation, Method, check_fit, compressible
 from laserlm.export.gguf_file import BITS, OutType
+from laserlm.export.refinement import steps_of
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
 from laserlm.models.matrices import Matrix
@@ -117,6 +118,7 @@ def plan_compression(
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
     tokens: int = 16_384,
+    refine: int | None = None,
     form: Form = "factored",
     dtype: str | torch.dtype | None = None,
 ) -> ExportPlan:
@@ -133,7 +135,8 @@ def plan_compression(
     new = int(ratio * size) if form == "factored" else size
     kept_on_disk = sum(map(decomposed_bytes, matrices))
     phases: dict[str, PhaseMemory] = {}
-    is_fitted = (method, allocation) != ("plain", "uniform")
+    steps = steps_of(method, refine)
+    is_fitted = (method, allocation) != ("plain", "uniform") or bool(steps)
     rows, held_out = _text(lm, calibration, tokens)
     if calibration is None and is_fitted:
         phases["text"] = PhaseMemory(sizes.weights, work=planner.writing(BATCH, PASSAGE_TOKENS))
@@ -141,6 +144,10 @@ def plan_compression(
         phases["gradients"] = _gradients(planner, rows)
         kept_on_disk += sum(4 * m.shape[0] ** 2 for m in matrices)
     phases["decompositions"] = _decompositions(planner, rows, method)
+    if steps:
+        factors = int(ratio * size)
+        phases["refinement"] = _refinement(planner, rows[0], factors)
+        kept_on_disk += 3 * 4 * factors
     if is_fitted or calibration is not None:
         scored = max(planner.logits_bytes(batch, LOGITS) + planner.pass_bytes(batch) for batch in _batches(held_out))
         phases["perplexity"] = PhaseMemory(sizes.weights, decompositions=new * lm.dtype.itemsize, work=scored)
@@ -213,6 +220,18 @@ def _gradients(planner: MemoryPlanner, rows: Sequence[TokenSequence]) -> PhaseMe
     first = planner.pass_bytes(batch) + planner.logits_bytes(batch, LOGITS_WITH_GRADIENT)
     last = 2 * planner.pass_bytes(batch) + of_block + most
     return PhaseMemory(planner.weights, boundaries, 0, max(first, last))
+
+
+def _refinement(planner: MemoryPlanner, row: TokenSequence, factors: int) -> PhaseMemory:
+    """Return the memory of a step that trains factors: the graph of a passage, and the optimiser's numbers in float32.
+
+    These are the factors, their gradients and two averages, next to the layers themselves and a copy in bfloat16.
+    """
+    length = min(REFINEMENT_TOKENS, len(row.ids))
+    passage = replace(row, ids=row.ids[:length], targets=row.targets[:length], positions=tuple(range(length)))
+    graph = planner.n_blocks * planner.pass_bytes([passage])
+    work = (4 * 4 + 2) * factors + planner.logits_bytes([passage], LOGITS_WITH_GRADIENT)
+    return PhaseMemory(planner.weights, graph, factors * planner.lm.dtype.itemsize, work)
 
 
 def _decompositions(planner: MemoryPlanner, rows: Sequence[TokenSequence], method: Method) -> PhaseMemory:
