@@ -24,6 +24,8 @@ WAYS: list[tuple[Method, Allocation]] = [
     ("whitened", "curvature"),
     ("two-sided", "sensitivity"),
     ("two-sided", "curvature"),
+    ("scaled", "uniform"),
+    ("scaled", "curvature"),
 ]
 
 

@@ -104,6 +104,24 @@ def test_whitened_decompositions_change_the_outputs_of_every_layer_less(llama: L
         assert errors[1] <= errors[0] * (1 + 1e-4), m.id
 
 
+def test_inputs_are_scaled_by_their_root_mean_square(llama: LanguageModel, file: Path) -> None:
+    """With s the root mean squares, the truncation is that of the singular value decomposition of W diag(s), over s."""
+    rows = read_calibration_text(llama, file, tokens=1000).calibration
+    compression = fit_ranks(llama, rows, method="scaled", allocation="uniform")
+    inputs: list[torch.Tensor] = []
+    layer = llama.model.model.layers[0].mlp.gate_proj
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        for row in rows:
+            llama.model(input_ids=torch.tensor([row.ids]))
+    hook.remove()
+    s = torch.cat(inputs).square().mean(0).sqrt()
+    U, S, Vh = torch.linalg.svd(layer.weight.detach().double() * s, full_matrices=False)
+    (m,) = [m for m in compression.matrices if m.path == "model.layers.0.mlp.gate_proj.weight"]
+    expected = (U[:, :9] * S[:9]) @ Vh[:9] / s
+    torch.testing.assert_close(compression.decompositions[m.id].truncate(9).double(), expected, atol=1e-3, rtol=1e-2)
+
+
 @pytest.mark.parametrize("allocation", ["sensitivity", "curvature"])
 def test_allocation_expects_less_loss_than_uniform_ranks_of_the_same_budget(
     allocation: Allocation, llama: LanguageModel, file: Path

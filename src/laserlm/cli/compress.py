@@ -29,7 +29,7 @@ def compress(
         Path | None,
         typer.Option(help="Text file; perplexity is measured on its last fifth.", show_default="text that the model writes"),
     ] = None,
-    method: Annotated[str, typer.Option(help="Decomposition: plain, whitened, or two-sided.")] = "two-sided",
+    method: Annotated[str, typer.Option(help="Decomposition: plain, scaled, whitened, or two-sided.")] = "two-sided",
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, sensitivity, or curvature.")] = "curvature",
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 16_384,
     refine: Annotated[

@@ -78,7 +78,7 @@ def compress(
         ratio: share of the parameters of the blocks' matrices to keep; embeddings and biases do not change.
         measure: further ratios whose perplexity is measured.
         calibration: a text file. None lets the model write the text, unless the plain method with uniform ranks needs none.
-        method: ``plain``, ``whitened`` or ``two-sided``; see ``fit_ranks``.
+        method: ``plain``, ``scaled``, ``whitened`` or ``two-sided``; see ``fit_ranks``.
         allocation: ``uniform``, ``sensitivity`` or ``curvature``; see ``fit_ranks``.
         tokens: maximum number of tokens for calibration.
         refine: number of steps that train the factors towards the unchanged model's predictions, one passage of the text each.

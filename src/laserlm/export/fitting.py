@@ -33,7 +33,7 @@ from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
 from laserlm.searching.screen import sensitivities
 
-Method = Literal["plain", "whitened", "two-sided"]
+Method = Literal["plain", "scaled", "whitened", "two-sided"]
 Allocation = Literal["uniform", "sensitivity", "curvature"]
 OnStep = Callable[[str, int, int], object]
 """Is called with the stage, and how many of its steps are done, of how many: tokens, gradients or decompositions."""
@@ -44,7 +44,7 @@ class Compression:
     """The decompositions of a model's matrices and the loss of each component, which give ranks for any budget.
 
     Args:
-        method: ``plain``, ``whitened`` or ``two-sided``.
+        method: ``plain``, ``scaled``, ``whitened`` or ``two-sided``.
         allocation: ``uniform``, ``sensitivity`` or ``curvature``.
         matrices: the compressed matrices; fused matrices are compressed as a whole.
         left_out: the other matrices and the reason for each.
@@ -156,7 +156,8 @@ def fit_ranks(
 ) -> Compression:
     """Decompose all matrices of a model's linear layers, and estimate the loss of dropping each component.
 
-    ``plain`` decomposes the weights. ``whitened`` minimises the change of the layers' outputs on the text (SVD-LLM).
+    ``plain`` decomposes the weights. ``scaled`` scales each input by its root mean square on the text (as ASVD, arXiv
+    2312.05821, which takes a power of the mean). ``whitened`` minimises the change of the layers' outputs (SVD-LLM).
     ``two-sided`` minimises the expected change of the loss: it weighs the outputs by the loss's gradients on the text.
     ``uniform`` keeps the same share of every matrix. The other two choose the ranks by an estimate of the loss: ``curvature``
     by the second moments of each layer's inputs and gradients, ``sensitivity`` by the gradient along each component.
@@ -164,7 +165,7 @@ def fit_ranks(
     Args:
         lm: the unchanged model.
         rows: passages; may be empty for the plain method with uniform ranks.
-        method: ``plain``, ``whitened`` or ``two-sided``.
+        method: ``plain``, ``scaled``, ``whitened`` or ``two-sided``.
         allocation: ``uniform``, ``sensitivity`` or ``curvature``.
         folder: where moments and decompositions are kept. What an earlier call with the same arguments left there is used.
             None keeps them in the cache as long as the result exists.
@@ -264,7 +265,8 @@ def _decomposed(
             if method == "plain":
                 decomposition = decompose(weight)
             else:
-                decomposition = whitened(weight, M, G if method == "two-sided" else None)
+                moments_kept = M.diagonal().diag() if method == "scaled" else M
+                decomposition = whitened(weight, moments_kept, G if method == "two-sided" else None)
             yield m, decomposition, None if G is None else component_losses(decomposition, M, G).cpu()
         moments.clear()  # before the next block has its own
 
