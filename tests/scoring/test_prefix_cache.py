@@ -160,6 +160,15 @@ def test_a_model_that_passes_things_by_its_blocks_is_run_in_full_and_reported(
     assert replace(evaluate_rows(lm, SPLIT, "answer", rows, frontier.run), seconds=0) == replace(full, seconds=0)
 
 
+def test_a_model_that_cannot_be_cut_is_not_called_one_that_cannot_be_scored(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = make("gemma3n")  # later blocks take keys and values that earlier ones put aside
+    with caplog.at_level(logging.WARNING):
+        PrefixCache(lm, encode(lm, EXAMPLES, "answer"), 2).move_to("", 3)
+    assert "(KeyError: 'full_attention'); every pass is a complete one" in caplog.text
+
+
 def test_a_block_that_adds_to_its_input_in_place_leaves_what_is_kept_as_it_was(llama: LanguageModel) -> None:
     def add(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         args[0].add_(0.5)

@@ -228,8 +228,9 @@ def refuse_unstorable(lm: LanguageModel, changed: Mapping[str, str]) -> None:
         changed: what an error calls each parameter, by its path.
 
     Raises:
-        ExportError: if the model has an adapter merged, so that no folder holds the weights that a new one would change; or if
-            a parameter has several paths in the model, because peft would add the difference once for each.
+        ExportError: if the model has an adapter merged, so that no folder holds the weights that a new one would change; if
+            a parameter has several paths in the model, because peft would add the difference once for each; or if its layer
+            gives out more than a tensor, to which peft cannot add anything.
     """
     if lm.loaded is not None and has_adapter(lm.loaded["name"]):
         raise ExportError(
@@ -245,6 +246,22 @@ def refuse_unstorable(lm: LanguageModel, changed: Mapping[str, str]) -> None:
             f"an adapter cannot change {', '.join(shared[:MAX_NAMED])}{more}: several layers share the weights, and peft would "
             "add the difference once for each layer; save the dense form (--form dense)"
         )
+    layers = {name: lm.model.get_submodule(path.rpartition(".")[0]) for path, name in changed.items()}
+    others = [name for name, layer in layers.items() if _gives_out_more_than_a_tensor(layer)]
+    if others:
+        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
+        raise ExportError(
+            f"an adapter cannot change {', '.join(others[:MAX_NAMED])}{more}: the layer gives out more than a tensor, and peft "
+            "would fail in a forward pass; leave it out, or save the dense form (--form dense)"
+        )
+
+
+@torch.no_grad()
+def _gives_out_more_than_a_tensor(layer: nn.Module) -> bool:
+    """Return whether a linear layer has a ``forward`` of its own that returns a tuple, as a router may."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
+        return False
+    return not isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), Tensor)
 
 
 def check_finite(differences: Sequence[Difference]) -> None:

@@ -218,7 +218,8 @@ class PrefixCheck:
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, ScoringError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = f"{type(error).__name__}: {error}"
+            cause = error.__cause__ or error  # a ScoringError would say that the model cannot be scored
+            reason = f"{type(cause).__name__}: {cause}"
         text = "%s hands on more than its blocks give out (%s); every pass is a complete one"
         log.warning(text, self._lm.family, reason)
         self.disable()
