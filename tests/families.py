@@ -90,6 +90,19 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("llama4_text", SMALL_HEADS | EXPERTS | {"intermediate_size_mlp": 48, "moe_layers": [1]}),
     # Transposed experts with biases, and a router that is no linear layer.
     "gpt_oss": ("gpt_oss", SMALL_HEADS | EXPERTS),
+    # Experts one below the other in parameters of two axes.
+    "dbrx": (
+        "dbrx",
+        {
+            "d_model": D,
+            "n_heads": HEADS,
+            "n_layers": 3,
+            "vocab_size": VOCAB,
+            "max_seq_len": 128,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 3, "moe_top_k": 2, "hidden_size": D},
+        },
+    ),
     "olmoe": ("olmoe", GROUPED | {"num_experts": 3, "num_experts_per_tok": 2, "pad_token_id": 0}),
 }
 """Causal families without a row in the table, whose matrices are named by their modules' paths."""

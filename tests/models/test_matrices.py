@@ -5,18 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from families import ATTENTION, CAUSAL, CROSS, FAMILIES, GPT2, GROUPED, OTHER, SEQ2SEQ, T5, D
+from families import ATTENTION, CAUSAL, CROSS, FAMILIES, GPT2, GROUPED, OTHER, SEQ2SEQ, SIZES, T5, D
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import AutoConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from laserlm.edit import applied
 from laserlm.errors import MatrixError, WeightError
 from laserlm.models import LanguageModel, Matrix, read_matrix, select
+from laserlm.models.left_out import line_of, weights_left_out
 from laserlm.models.matrices import find_matrices
 from laserlm.reductions import Layers
 
 Make = Callable[..., LanguageModel]
+UNCHANGED = "of the blocks are no matrices here, and no reduction changes them:"
 
 
 def names(matrices: tuple[Matrix, ...], layer: int, stack: str = "") -> list[str]:
@@ -212,6 +214,46 @@ def test_experts_of_an_unknown_layout_are_not_taken_for_gate_and_up() -> None:
     actual = names(lm.matrices, 0)
     assert "experts.1.mlp.experts.gate_up_proj" in actual
     assert not any(name.endswith(("fc_in", "fc_up", "bias")) for name in actual)
+
+
+def test_experts_in_the_rows_of_one_parameter_are_a_matrix_each(make: Make) -> None:
+    lm = make("dbrx")
+    names = ["ffn.experts.mlp.w1", "ffn.experts.mlp.v1", "ffn.experts.mlp.w2"]
+    experts = [m for m in lm.matrices if m.layer == 1 and m.name.startswith("experts.")]
+    assert [m.name for m in experts] == [f"experts.{e}.{name}" for name in names for e in range(3)]
+    assert {m.shape for m in experts} == {(24, 32)}
+    for m in experts:
+        e = int(m.name.split(".")[1])
+        assert torch.equal(read_matrix(lm.model, m), lm.model.get_parameter(m.path)[24 * e : 24 * (e + 1)])
+    assert len(select(lm.matrices, Layers.parse("1"), "w1")) == 3
+    assert len(select(lm.matrices, Layers.parse("all"), "mlp")) == 27
+    before = {m.id: read_matrix(lm.model, m).clone() for m in lm.matrices}
+    with applied(lm, "1.experts.2.ffn.experts.mlp.w2@r3+1.experts.0.ffn.experts.mlp.w2@r2"):
+        changed = {m.id: m for m in lm.matrices if not torch.equal(read_matrix(lm.model, m), before[m.id])}
+        ranks = {m: int(torch.linalg.matrix_rank(read_matrix(lm.model, value))) for m, value in changed.items()}
+    assert ranks == {"1.experts.0.ffn.experts.mlp.w2": 2, "1.experts.2.ffn.experts.mlp.w2": 3}
+
+
+@pytest.mark.parametrize(
+    ("family", "line"),
+    [
+        ("mixtral", f"3 weights {UNCHANGED} mlp.gate.weight (3 x 32)"),
+        ("t5", f"2 weights {UNCHANGED} layer.N.SelfAttention.relative_attention_bias.weight (32 x 4)"),
+        ("llama", ""),
+        ("dbrx", ""),
+        ("gpt_oss", ""),
+    ],
+)
+def test_weights_of_blocks_that_are_not_listed_are_named_in_one_line(family: str, line: str, make: Make) -> None:
+    lm = make(family)
+    assert line_of(weights_left_out(lm.model, lm.matrices)) == line
+
+
+def test_linear_layers_with_a_class_of_their_own_have_the_names_of_a_known_shape() -> None:
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("ibert", **SIZES, max_position_embeddings=130))
+    matrices = find_matrices(model)
+    assert [m.name for m in matrices if m.layer == 0] == ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]
+    assert not weights_left_out(model, matrices)
 
 
 def test_what_is_no_matrix_is_not_listed() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 REPORTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 N_TOKENS = 16
@@ -83,6 +84,16 @@ def _widen_while_it_runs(block: torch.nn.Module) -> None:
     block.register_forward_hook(put_back)
 
 
+def _with_floats(model: Any, method: str) -> Any:
+    """Return a model whose weights are floats, where transformers keeps them packed after loading."""
+    if method == "bitsandbytes":
+        return model.dequantize()
+    for module in model.modules() if method == "torchao" else ():
+        if is_traceable_wrapper_subclass(weight := module._parameters.get("weight")):
+            module.weight = torch.nn.Parameter(weight.dequantize().to(model.dtype), requires_grad=False)
+    return model
+
+
 def main() -> None:
     """Print the outputs and the loading report of the model in the folder named on the command line, as JSON.
 
@@ -108,7 +119,7 @@ def main() -> None:
         source["config"] = config
         quantised["dequantize"] = True
     model, info = loader.from_pretrained(**source, output_loading_info=True, use_safetensors=True)
-    model = model.dequantize() if quantised.get("quant_method") == "bitsandbytes" else model
+    model = _with_floats(model, str(quantised.get("quant_method")))
     if record["form"] == "adapter":
         from peft import PeftModel
 

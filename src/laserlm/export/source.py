@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from laserlm.models.adapter import has_adapter
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.quantised import SKIPPED, candidates, packed_weights
 from laserlm.models.source import side_files, source_folder
-from laserlm.models.weight_files import StoredTensor, parameter_names, read_tensor, stored_tensors
+from laserlm.models.weight_files import StoredTensor, parameter_names, read_tensor, stored_metadata, stored_tensors
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,11 @@ class Source:
         """The names of all tensors that hold packed weights."""
         return {name for names in self.packed.values() for name in names}
 
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """What the headers of its files say beside their tensors."""
+        return stored_metadata(self.folder)
+
     def modules_in_floats(self, lm: LanguageModel, written: Collection[str]) -> list[str]:
         """Return the linear modules that are not packed once some weights are written as floats.
 
@@ -181,7 +187,9 @@ class Source:
                 entries[name] = _Entry(size, _reader(self._stored_tensor, name, dtype, changed))
         for name, tensor in added.items():
             entries[name] = _in_memory(tensor, cast if cast is not None and tensor.is_floating_point() else tensor.dtype)
-        _write_shards(entries, folder, shard_size)
+        # torchao describes each of its weights there.
+        floats = dict.fromkeys(different & self.packed.keys() & self.metadata.keys(), '{"_type": "Tensor"}')
+        _write_shards(entries, folder, shard_size, {"format": "pt"} | self.metadata | floats)
         others = sorted(name for name in changed if self.parameters[name] not in paths and name not in self.converted)
         if others:
             text = "%d tensors are saved as they are in memory, where they are not as in %s: %s"
@@ -321,8 +329,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.numel() > 0) or torch.equal(a, b)
 
 
-def _write_shards(entries: Mapping[str, _Entry], folder: Path, shard_size: str) -> None:
-    """Write tensors to files of a maximum size, one file in memory at a time, and an index for several files."""
+def _write_shards(entries: Mapping[str, _Entry], folder: Path, shard_size: str, metadata: dict[str, str]) -> None:
+    """Write tensors to files of a maximum size, one file in memory at a time, and an index for several files.
+
+    Args:
+        entries: the tensors, by name.
+        folder: the folder.
+        shard_size: maximum size of a file, such as ``5GB``.
+        metadata: what the header of every file says beside its tensors.
+    """
     plan = split_state_dict_into_shards_factory(
         dict(entries),
         get_storage_size=lambda entry: entry.bytes,
@@ -330,7 +345,7 @@ def _write_shards(entries: Mapping[str, _Entry], folder: Path, shard_size: str) 
         max_shard_size=shard_size,
     )
     for file, names in plan.filename_to_tensors.items():
-        save_file({name: entries[name].read() for name in names}, folder / file, metadata={"format": "pt"})
+        save_file({name: entries[name].read() for name in names}, folder / file, metadata=metadata)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

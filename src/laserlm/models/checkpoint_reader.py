@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from laserlm.errors import ModelError, WeightError
 from laserlm.low_rank import METHOD
 from laserlm.models import adapter, bundled, gguf
 from laserlm.models.kinds import CLASSES, Kind, check_head, head_kinds, model_class
+from laserlm.models.left_out import line_of, weights_left_out
 from laserlm.models.loading import check_no_wrappers, locate
 from laserlm.models.loading_errors import as_model_error
 from laserlm.models.matrices import FLOATS, Matrix, find_matrices, view
@@ -24,6 +26,8 @@ from laserlm.models.plugins import read_config
 from laserlm.models.quantised import method_of, way_out
 from laserlm.models.weight_files import parameter_names, tensor_files
 from laserlm.paths import cache_folder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def list_matrices(
 ) -> tuple[Matrix, ...]:
     """Return every matrix of a model, as ``load(name).matrices``, from the config and the headers of its files alone.
 
-    The weights need not be there. A GGUF file is not converted.
+    The weights need not be there. A GGUF file is not converted. A warning names weights of blocks that are no matrices here.
 
     Args:
         name: a hub id, a local folder, a ``.gguf`` file, or ``bundled``.
@@ -145,7 +149,10 @@ def list_matrices(
             quantizer.preprocess_model(model=model)  # puts low-rank layers in place of dense ones
     if Path(source).is_dir():
         check_no_wrappers(str(name), tensor_files(Path(source)))  # raises for a damaged file too
-    return find_matrices(model)
+    matrices = find_matrices(model)
+    if line := line_of(weights_left_out(model, matrices)):
+        log.warning("%s: %s", name, line)
+    return matrices
 
 
 def _locate_header(name: str | Path, revision: str | None, cache: Path) -> tuple[str | Path, list[Path]]:

@@ -52,7 +52,7 @@ class Matrix:
         shape: (out, in).
         transposed: whether the parameter stores the transpose.
         expert: index on the first axis of a stacked parameter, or None.
-        rows: its rows in a fused parameter, or None for the whole parameter.
+        rows: its rows in a fused parameter, or in one that holds all experts one below the other; None for the whole one.
         part_of: name of the fused matrix that contains it, or None.
         parts: names of its parts if it is fused, else empty.
         tied_to: path of the same tensor in an earlier block, or None.
@@ -299,7 +299,7 @@ def select(matrices: Sequence[Matrix], layers: Layers, matrix: str, stack: str =
     selected = tuple(m for m in in_stacks if m.layer in indices[m.stack] and _matches(m, matrix))
     if not selected:
         where = f"layer {layers}" if layers.first is not None else f"the layers {layers}"
-        names = ", ".join(dict.fromkeys(m.name if m.expert is None else f"experts.N.{m.type}" for m in in_stacks))
+        names = ", ".join(dict.fromkeys(f"experts.N.{m.type}" if m.name.startswith("experts.") else m.name for m in in_stacks))
         raise MatrixError(f"no matrix {matrix!r} in {where} of this model; it has {names}; see 'laser matrices MODEL'")
     return selected
 
@@ -339,7 +339,7 @@ def _matches(m: Matrix, name: str) -> bool:
         return not m.parts
     if name in GROUPS:
         return m.type in GROUPS[name] if m.role is None else m.role == name
-    return m.type == name and m.expert is not None
+    return m.type == name and m.name.startswith("experts.")
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -360,10 +360,17 @@ def _weights(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramet
         if isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            is_stack = parameter.ndim == 3 and "bias" not in name
+            is_stack = (parameter.ndim == 3 and "bias" not in name) or bool(_experts_in_rows(module, name, parameter))
             is_matrix = parameter.ndim == 2 and name == "weight" and not isinstance(module, LowRankLinear)
             if ((is_stack or is_matrix) and min(parameter.shape[-2:]) > 1) or parameter is _first_factor(module):
                 yield path, module, name, parameter
+
+
+def _experts_in_rows(module: nn.Module, name: str, parameter: nn.Parameter) -> int:
+    """Return how many experts of equal size the rows of a parameter hold, as those of DBRX do; 0 for any other parameter."""
+    experts = int(getattr(module, "moe_num_experts", 0))
+    is_stack = parameter.ndim == 2 and "weight" not in name and "bias" not in name and experts > 1
+    return experts if is_stack and len(parameter) % experts == 0 and len(parameter) > experts else 0
 
 
 def _first_factor(module: nn.Module) -> nn.Parameter | None:
@@ -383,7 +390,7 @@ def _recognise(blocks: Sequence[nn.Module]) -> Architecture | None:
     """
     weights = [weight for block in blocks for weight in _weights(block)]
     paths = {path for path, _, _, parameter in weights if parameter.ndim == 2}
-    if any(parameter.ndim == 3 for *_, parameter in weights):
+    if any(parameter.ndim == 3 or _experts_in_rows(module, name, parameter) for _, module, name, parameter in weights):
         return None
     return next((row for row in SHARED if paths <= {path for _, path in row.matrices}), None)
 
@@ -399,8 +406,9 @@ def _named_weights(block: nn.Module, row: Architecture | None) -> Iterator[tuple
         yield from ((path, *weight) for path, weight in weights.items())
         return
     for name, path in row.matrices:
-        if path in weights:
-            yield (name, *weights[path])
+        key = path if path in weights else f"{path}.weight"  # the latter of linear layers with a class of their own
+        if key in weights:
+            yield (name, *weights[key])
 
 
 def _expand(
@@ -418,6 +426,11 @@ def _expand(
     a, b = parameter.shape[-2:] if not isinstance(module, LowRankLinear) else (module.out_features, module.in_features)
     shape = (b, a) if transposed else (a, b)
     fused = row.fused.get(name) if row else None
+    if experts := _experts_in_rows(module, path.rpartition(".")[2], parameter):
+        for i in range(experts):
+            rows = Rows(1, a, i * (a // experts), a // experts)
+            yield Matrix(stack, layer, f"experts.{i}.{name}", path, (a // experts, b), rows=rows)
+        return
     for expert in range(parameter.shape[0]) if parameter.ndim == 3 else [None]:
         prefix = f"experts.{expert}." if expert is not None else ""
         names = tuple(prefix + part for part in fused.parts) if fused else ()

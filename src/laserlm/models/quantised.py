@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
 from laserlm.low_rank import METHOD
 
 SKIPPED = {
     "fp8": "modules_to_not_convert",
     "bitsandbytes": "llm_int8_skip_modules",
     "compressed-tensors": "ignore",
+    "torchao": "modules_to_not_convert",
 }
 """Methods whose weights are loaded as floats, and the setting of each that lists the modules which it leaves in floats."""
 MULTIPLIED_OUT = ("fp8", "compressed-tensors")
-"""Methods that transformers turns into floats while it loads; bitsandbytes does so afterwards."""
+"""Methods whose weights transformers turns into floats while it loads them."""
+PACKAGES = ("bitsandbytes", "compressed-tensors", "torchao")
+"""Methods that need the package of their name."""
 COPIES = {
     "mxfp4": "(NAME).save_pretrained(FOLDER, save_original_format=False)",
 }
@@ -43,7 +49,7 @@ def way_out(config: Any) -> str:
 def step_of(config: Any) -> str:
     """Return what to do if a quantised checkpoint does not load; empty if it is not quantised."""
     method = method_of(config)
-    if method in ("bitsandbytes", "compressed-tensors"):
+    if method in PACKAGES:
         return f"The checkpoint is quantised by {method}, whose package turns its weights into floats: pip install {method}"
     return way_out(config)
 
@@ -68,7 +74,13 @@ def with_floats(model: Any, config: Any) -> Any:
         config: the config that it was loaded with.
     """
     method = method_of(config)
-    model = model.dequantize() if method == "bitsandbytes" else model
+    if method == "bitsandbytes":
+        model = model.dequantize()
+    if method == "torchao":
+        for module in model.modules():
+            if is_traceable_wrapper_subclass(weight := module._parameters.get("weight")):
+                module.weight = nn.Parameter(weight.dequantize().to(model.dtype), requires_grad=False)
+        model.hf_quantizer.remove_quantization_config(model)
     if method in SKIPPED:
         model._weight_conversions = None  # they would save the floats as codes and scales
     return model

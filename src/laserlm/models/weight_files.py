@@ -60,6 +60,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
+def stored_metadata(folder: Path) -> dict[str, str]:
+    """Return what the headers of the safetensors files of a folder say beside their tensors.
+
+    Raises:
+        ModelError: as ``tensor_files``.
+    """
+    metadata: dict[str, str] = {}
+    for file in sorted(set(tensor_files(folder).values())):
+        metadata |= _header(file).get("__metadata__") or {}
+    return metadata
+
+
 def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))

@@ -15,7 +15,9 @@ from typing import Any
 
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
+from laserlm.models.left_out import line_of, weights_left_out
 from laserlm.provenance import provenance
+from laserlm.reductions import Grid
 from laserlm.scoring.identity import digest, identity
 from laserlm.scoring.scorers import GENERATING
 from laserlm.scoring.tokenize import encode
@@ -96,6 +98,7 @@ def search(
     config = _complete_config(lm, task, config, effort, settings)
     check(lm, task)
     candidates = expand(config.grid, lm.matrices)
+    _warn_of_weights_left_out(lm, config)
     on_stage(SearchProgress(stage="guards", alive=0, done=0.0, total=0.0, scored=0, best=None, last=""))
     guards = _guards(lm, config)
     splits = encode_splits(lm, task, config) | splits_of_guards(guards)
@@ -126,6 +129,13 @@ def search(
             result = _result(session, run, workers, run_settings, start)
             run.finish(result.as_dict())
             return result
+
+
+def _warn_of_weights_left_out(lm: LanguageModel, config: SearchConfig) -> None:
+    """Name the weights of blocks that a grid of all matrices does not change, because they are no matrices here."""
+    named = {reduction.matrix for part in Grid.parse(config.grid).parts for reduction in part}
+    if "all" in named and lm.update is None and (line := line_of(weights_left_out(lm.model, lm.matrices))):
+        log.warning("%s: %s", lm.name, line)
 
 
 def _complete_config(
