@@ -106,9 +106,17 @@ def test_a_run_stands_for_model_task_and_reduction(
     values = json.loads(out)
     assert len(values["measured"]) == 18  # three matrices of three blocks at two sizes
     assert {m["loss_change"]["n"] for m in values["measured"]} == {of_run["validation"]["n"]}
+    measured = {m["matrix"] + "@" + m["size"] for m in values["measured"] if m["harm"]}
+    assert measured == {p["intervention"] for p in of_run["points"]}
+    assert {m["guard"] for m in values["measured"]} == {"self", ""}
     code, out, _ = run("analyze", "low-rank", "last", "--map", *store, "--figure", tmp_path / "map.html")
     assert code == 0
     assert "fc_out" in out
+    assert f"Harm is measured for {len(measured)} of them" in out
+    assert "harm on self" in out
+    code, out, _ = run("analyze", "low-rank", "last", "--map", *store, "--csv")
+    assert code == 0
+    assert sum(bool(row["harm"]) for row in csv.DictReader(io.StringIO(out))) == len(measured)
     code, _, err = run("analyze", "flips", "last", *store, "--split", "validation")
     assert code == 1
     assert "leave out --split" in err
@@ -120,6 +128,30 @@ def test_a_run_stands_for_model_task_and_reduction(
     assert "Leave out --reduce, --limit" in err
     code, out, _ = run("runs", "list", *store, "--json")
     assert {r["status"] for r in json.loads(out) if r["kind"] == "scores"} == {"open"}
+
+
+def test_the_harm_of_more_cells_of_the_map_is_measured(
+    run: Run, folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("laserlm.searching.session.MAX_HARMS", 1)
+    store = ("--store", tmp_path / "runs.db")
+    search = ("search", folder, "--task", f"jsonl:{questions}", *store, "--grid", "1-2.mlp@0.2,0.5", "--metric", "loss")
+    code, _, err = run(*search, "--strategy", "exhaustive")
+    assert code == 0, err
+    code, out, _ = run("analyze", "low-rank", "last", "--map", *store)
+    assert "Harm is measured for 1 of them; --harm measures more." in out
+    code, out, err = run("analyze", "low-rank", "last", "--map", "--harm", *store)
+    assert code == 0, err
+    # The unchanged model and five of the six matrices, each on four passages.
+    assert "measuring the harm of 5 reductions: 24 passes at most, each of one passage or question of self" in err
+    assert "Harm is measured for 6 of them.\n" in out
+    code, out, err = run("analyze", "low-rank", "last", "--map", "--harm", "--json", *store)
+    assert code == 0, err
+    assert "is measured already" in err
+    assert sum(m["harm"] is not None for m in json.loads(out)["measured"]) == 6
+    code, _, err = run("analyze", "low-rank", "last", "--harm", *store)
+    assert code == 1
+    assert "Write --map --harm" in err
 
 
 def test_side_effects_are_a_matrix_of_runs_and_tasks(run: Run, folder: Path, questions: Path, tmp_path: Path) -> None:

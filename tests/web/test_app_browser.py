@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ TRIALS = {
     "2.v_proj@0.1": ("01", 2.5),
 }
 """Of each intervention, the places of the correct examples and the loss."""
+ON_GUARD = {"": 2.0, "0.fc_in@0.1": 2.25}
+"""Of the interventions whose harm was measured, the loss on the guard."""
 
 
 def evaluation(text: str, split: str) -> Evaluation:
@@ -58,11 +60,15 @@ def evaluation(text: str, split: str) -> Evaluation:
 
 
 def record(store: Store) -> str:
-    with store.run(kind="search", key="k", settings={"model": HOSTILE, "task": HOSTILE}, provenance={}) as run:
+    settings = {"model": HOSTILE, "task": HOSTILE, "guards": [{"name": HOSTILE, "hash": ""}]}
+    with store.run(kind="search", key="k", settings=settings, provenance={}) as run:
         for text in TRIALS:
             run.record(evaluation(text, "validation"), EXAMPLES)
         for text in ("", BEST):
             run.record(evaluation(text, "test"), EXAMPLES)
+        for text, loss in ON_GUARD.items():
+            scores = [replace(score, logprob=-loss) for score in evaluation(text, "").scores]
+            run.record(replace(evaluation(text, "guard 0 choosing"), scores=tuple(scores)), EXAMPLES)
         run.finish({"best": BEST, "test": {"base": 2 / 6, "best": 0.5, "gain": 1 / 6, "interval": [-0.2, 0.5], "n": 6}})
     return run.id
 
@@ -272,6 +278,23 @@ def test_sizes_and_candidates_are_chosen_next_to_the_map(visit: Callable[..., Vi
     user.page.get_by_role("option", name="2.v_proj@0.1").click()
     expect(user.page.locator("#changes h3").first).to_have_text("2.v_proj@0.1")
     expect(user.page.locator("#changes")).to_contain_text("Corrected (0)")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_map_is_coloured_by_harm_where_it_was_measured(width: int, visit: Callable[..., Visit]) -> None:
+    user = visit()
+    user.page.set_viewport_size({"width": width, "height": 900})
+    user.tab("Explorer")
+    cells = user.page.locator(".laser-map button")
+    expect(cells).to_have_text(["+0.250", "-1.000", "+0.500"])
+    user.page.get_by_label("harm", exact=True).check()
+    expect(cells).to_have_text(["+0.250"])
+    expect(user.page.locator(".laser-soft", has_text="Harm: rise")).to_contain_text("measured for 1 of 4 reductions")
+    cells.first.click()
+    expect(user.page.locator("#changes h3").first).to_have_text("0.fc_in@0.1")
+    user.page.get_by_label("change of loss", exact=True).check()
+    expect(cells).to_have_text(["+0.250", "-1.000", "+0.500"])
+    assert user.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_examples_fill_the_playground(visit: Callable[..., Visit]) -> None:

@@ -11,8 +11,10 @@ import pytest
 from laserlm.errors import ReportError, StoreError
 from laserlm.models import LanguageModel
 from laserlm.scoring.records import Evaluation, ExampleScore
+from laserlm.scoring.statistics import Interval
 from laserlm.searching import search
 from laserlm.store import RunInfo, Store
+from laserlm.studies.estimates import Estimate
 from laserlm.studies.loss_map import LossMap
 from laserlm.tasks import Example, Task
 from laserlm.web import explorer
@@ -89,6 +91,48 @@ def test_one_size_is_shown_by_itself(results: Store, record: Callable[..., RunIn
     assert [block for block, _ in shown.rows] == ["0", "2"]
     with pytest.raises(ReportError, match=r"nothing at size '0.9'; it has 0.1, 0.5, 0.5:bottom, r3"):
         explorer.table(loss_map, "0.9")
+
+
+def test_the_map_by_harm_has_the_cells_whose_harm_was_measured(results: Store, record: Callable[..., RunInfo]) -> None:
+    run = record(BASE, *TRIALS)
+    measured = Estimate(0.125, Interval(0.0625, 0.25), 64)
+    harms = {"0.fc_in@0.1": measured, "2.v_proj@0.5:bottom": replace(measured, value=-0.5)}
+    loss_map = LossMap(
+        tuple(
+            replace(m, harm=harms.get(m.intervention), guard=HOSTILE if m.intervention in harms else "")
+            for m in explorer.loss_map(results, run.id)
+        )
+    )
+    assert explorer.measured(loss_map) == "2 of 4"
+    shown = explorer.table(loss_map, by_harm=True)
+    # The lowest of a matrix is that of those that were measured; rows and columns are those of the whole map.
+    assert [[m and m.intervention for m in row] for _, row in shown.rows] == [
+        [None, "0.fc_in@0.1"],
+        ["2.v_proj@0.5:bottom", None],
+    ]
+    seen = Tags()
+    html = explorer.table_html(shown, by_harm=True, measured=explorer.measured(loss_map))
+    seen.feed(html)
+    assert seen.picks == ["0.fc_in@0.1", "2.v_proj@0.5:bottom"]
+    assert "measured for 2 of 4 reductions" in " ".join(seen.text.split())
+    assert "+0.125" in seen.text
+    assert "-0.500" in seen.text
+    assert html.count(f"background: {explorer.colour(-0.5, 0.5)}") == 1
+    assert "img" not in seen.tags
+    nothing = explorer.table(loss_map, "r3", by_harm=True)
+    assert nothing.cells == []
+    assert "<button" not in explorer.table_html(nothing, by_harm=True, measured="2 of 4")
+    assert "harm not measured" in explorer.table_html(explorer.table(loss_map))
+
+
+def test_harm_that_is_measured_later_is_a_change_of_the_map(results: Store, record: Callable[..., RunInfo]) -> None:
+    run = record(BASE, *TRIALS)
+    assert explorer.last_change(results, run.id) == run.updated
+    settings = {"model": "some/model", "task": "facts", "harm_of": run.id}
+    with results.run(kind="scores", key="harm", settings=settings, provenance={}):
+        pass
+    (later,) = [r for r in results.runs() if r.kind == "scores"]
+    assert explorer.last_change(results, run.id) == later.updated > run.updated
 
 
 def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(

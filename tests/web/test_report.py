@@ -82,6 +82,9 @@ def test_the_report_holds_what_the_search_found(llama: LanguageModel, tmp_path: 
         *result.verdict(),
     ):
         assert message in text, message
+    assert f"Harm is measured for {len(result.points)} of 18 reductions" in text
+    assert len(result.points) > 1
+    assert f"laser analyze low-rank {result.run} --map --harm" in text
     assert "src=" not in (tmp_path / "r.html").read_text(encoding="utf-8").replace(HOSTILE, "")[:3000]
     assert not re.findall(
         r"<(?:link|script|img)[^>]+(?:href|src)=[\"'](?!data:)", (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -43,6 +43,7 @@ def test_the_map_is_there_its_hover_works_and_nothing_leaves_the_machine(browser
             break
     assert "change of loss" in hover.first.text_content()
     assert "gain" in hover.first.text_content()
+    assert "harm" in hover.first.text_content()
     assert page.locator("#screen .scatterlayer .point").count() >= 3
     assert page.evaluate("window.hit") is None
     assert HOSTILE in page.locator("h1").text_content()
@@ -67,3 +68,30 @@ def test_without_scripts_the_tables_are_there(browser_page: Any, report: Path) -
         assert "The lowest change of loss of each block and matrix" in bare.locator("body").text_content()
     finally:
         context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_map_is_coloured_by_harm_where_it_was_measured(browser_page: Any, report: Path, width: int) -> None:
+    page = browser_page.page
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(report.as_uri())
+    page.wait_for_selector("#map .heatmaplayer image", state="attached")
+    panels = "[...document.querySelectorAll('#map .js-plotly-plot')]"
+    state = f"() => {panels}.map(f => [f.data[0].z, f.data[0].zmax])"
+    wanted = f"by => {panels}.map(f => [f.layout.meta[by].z, f.layout.meta[by].limit])"
+    by_loss = page.evaluate(state)
+    keys = page.locator(".key[data-by]")
+    assert [keys.nth(i).is_visible() for i in range(2)] == [True, False]
+    page.get_by_label("harm", exact=True).check()
+    by_harm = page.evaluate(state)
+    assert by_harm == page.evaluate(wanted, "harm") != by_loss
+    measured = [z for panel, _ in by_harm for row in panel for z in row if z is not None]
+    text = " ".join(page.locator("section", has=page.locator("#map")).inner_text().split())
+    assert f"Harm is measured for {len(measured)} of" in text
+    assert len(measured) > 1
+    assert [keys.nth(i).is_visible() for i in range(2)] == [False, True]
+    page.get_by_label("change of loss", exact=True).check()
+    assert page.evaluate(state) == page.evaluate(wanted, "loss") == by_loss
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser_page.requests == [report.as_uri()]
+    assert browser_page.errors == []

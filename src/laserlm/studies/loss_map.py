@@ -1,4 +1,4 @@
-"""The loss map of a search: the change of loss of every reduction of a single matrix that it scored."""
+"""The loss map of a search: the change of loss of every reduction of a single matrix that it scored, and harm of some."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from statistics import median_high
 from laserlm.errors import AnalysisError
 from laserlm.reductions import Intervention, Size
 from laserlm.scoring.records import Evaluation
+from laserlm.searching.guard import Harm
 from laserlm.store import RunInfo, Store
 from laserlm.studies.estimates import Estimate, paired_estimates
+from laserlm.studies.map_harms import stored_harms
 
 MATRIX_ORDER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_up", "fc_out")
 """Order of the matrices as a block runs them. Other matrices come after these."""
@@ -29,6 +31,9 @@ class LossAtRank:
         size: kept fraction or rank with its options, as text.
         gain: gain in accuracy over the unchanged model on the same examples.
         loss_change: change of the loss on the same examples, in nats per answer token.
+        harm: change of the loss on the guard where it is largest, in nats per token: the logarithm of the perplexity ratio.
+            None where it was not measured on every guard.
+        guard: name of this guard, empty where the harm was not measured.
     """
 
     matrix: str
@@ -38,6 +43,8 @@ class LossAtRank:
     size: str
     gain: Estimate
     loss_change: Estimate
+    harm: Estimate | None = None
+    guard: str = ""
 
     @property
     def intervention(self) -> str:
@@ -80,12 +87,13 @@ class LossMap:
         return iter(self.cells)
 
     @classmethod
-    def of(cls, base: Evaluation, trials: Mapping[str, Evaluation]) -> LossMap:
+    def of(cls, base: Evaluation, trials: Mapping[str, Evaluation], harms: Mapping[str, Harm] | None = None) -> LossMap:
         """Compare each reduction of a single matrix with the unchanged model on the same examples.
 
         Args:
             base: the unchanged model on the validation split.
             trials: by canonical text; each is over the first examples of ``base``, on all or on some of them.
+            harms: by canonical text, of those whose harm was measured.
 
         Raises:
             AnalysisError: if no trial is of a single matrix.
@@ -101,7 +109,11 @@ class LossMap:
                 continue
             changes = paired_estimates(replace(base, scores=base.scores[: trial.n]), trial)
             matrix = stacked_name(r.stack, f"{layer}.{r.matrix}")
-            cells.append(LossAtRank(matrix, r.stack, layer, r.matrix, str(r).partition("@")[2], *changes))
+            harm = (harms or {}).get(text)
+            measured = (
+                () if harm is None else (Estimate(harm.change, harm.comparison.loss_interval, harm.comparison.n), harm.guard)
+            )
+            cells.append(LossAtRank(matrix, r.stack, layer, r.matrix, str(r).partition("@")[2], *changes, *measured))
         if not cells:
             raise AnalysisError(
                 "the search scored no reduction of a single matrix, so there is nothing to map; search with --strategy race or "
@@ -127,7 +139,7 @@ class LossMap:
         if base is None:
             raise AnalysisError(f"run {run} has not scored the unchanged model yet; finish it with the same 'laser search'")
         try:
-            return cls.of(base, trials)
+            return cls.of(base, trials, stored_harms(store, store.find(run)))
         except AnalysisError as error:
             raise AnalysisError(f"run {run}: {error}") from None
 
@@ -156,9 +168,16 @@ class LossMap:
         It is the largest fall of the loss, or the median rise if that is larger. Changes that break the model would hide all
         others on a scale up to the largest rise.
         """
-        changes = [cell.loss_change.value for cell in self.cells]
-        rises = [change for change in changes if change > 0]
-        return max([*(-change for change in changes), median_high(rises) if rises else 0.0, 1e-6])
+        return _limit([cell.loss_change.value for cell in self.cells])
+
+    @property
+    def harm_limit(self) -> float:
+        """Harm, in nats per token, at which a colour scale ends on either side; see ``colour_limit``."""
+        return _limit([cell.harm.value for cell in self.cells if cell.harm is not None])
+
+    def with_harm(self) -> LossMap:
+        """Return the cells whose harm was measured."""
+        return LossMap(tuple(cell for cell in self.cells if cell.harm is not None))
 
     def at(self, size: str) -> LossMap:
         """Return the cells of one size."""
@@ -197,6 +216,12 @@ def matrix_order(matrix: tuple[str, str]) -> tuple[str, int, str]:
     """Return what stacks and names of matrices are sorted by: stack, then the order in which a block runs them."""
     stack, name = matrix
     return stack, MATRIX_ORDER.index(name) if name in MATRIX_ORDER else len(MATRIX_ORDER), name
+
+
+def _limit(changes: Iterable[float]) -> float:
+    changes = list(changes)
+    rises = [change for change in changes if change > 0]
+    return max([*(-change for change in changes), median_high(rises) if rises else 0.0, 1e-6])
 
 
 def _size_order(text: str) -> tuple[bool, Decimal | int, str]:

@@ -40,6 +40,7 @@ PROMPTS = (
 """Example prompts: facts that a small model partly knows."""
 VARIANT_NAMES = ("Base", "Edited", "Only the removed part")
 LOWEST_SIZE = "lowest over sizes"
+BY_LOSS, BY_HARM = "change of loss", "harm"
 MAX_EXAMPLES_SHOWN = 100
 """Number of corrected, and of broken, examples shown."""
 MAX_PROMPTS_OFFERED = 30
@@ -127,9 +128,9 @@ def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:  # noqa: C901
         return explorer.loss_map(store, run)
 
     def current_map(run: str) -> LossMap:
-        return cached_map(run, store.find(run).updated)
+        return cached_map(run, explorer.last_change(store, run))
 
-    def open_run(run: str | None) -> tuple[Any, Any, Any]:
+    def open_run(run: str | None, by: str) -> tuple[Any, Any, Any]:
         if not run:
             return gr.skip(), gr.skip(), gr.skip()
         try:
@@ -143,14 +144,16 @@ def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:  # noqa: C901
         return (
             gr.Dropdown(choices=[LOWEST_SIZE, *sizes], value=LOWEST_SIZE),
             gr.Dropdown(choices=[(short_form(text), text) for text in choices], value=None),
-            draw_map(run, LOWEST_SIZE),
+            draw_map(run, LOWEST_SIZE, by),
         )
 
-    def draw_map(run: str | None, size: str) -> str:
+    def draw_map(run: str | None, size: str, by: str) -> str:
         if not run:
             return ""
         try:
-            return explorer.table_html(explorer.table(current_map(run), "" if size == LOWEST_SIZE else size))
+            loss_map, by_harm = current_map(run), by == BY_HARM
+            table = explorer.table(loss_map, "" if size == LOWEST_SIZE else size, by_harm=by_harm)
+            return explorer.table_html(table, by_harm=by_harm, measured=explorer.measured(loss_map))
         except LaserError as error:
             return _alert(str(error))
 
@@ -169,14 +172,15 @@ def _explorer(store: Store) -> tuple[gr.Dropdown, gr.HTML]:  # noqa: C901
     with gr.Row():
         run = gr.Dropdown(label="Search", choices=[], scale=3, min_width=300)
         size = gr.Dropdown(label="Size", choices=[LOWEST_SIZE], value=LOWEST_SIZE)
+        by = gr.Radio([BY_LOSS, BY_HARM], value=BY_LOSS, label="Coloured by")
         candidate = gr.Dropdown(label="Candidate", choices=[], value=None, info="Or click one on the map.")
     with gr.Row():
         with gr.Column(min_width=340):
             map_html = _picks("")
         with gr.Column(min_width=340):
             changes_html = _html("", elem_id="changes")
-    run.change(open_run, run, [size, candidate, map_html], **LISTENER_OPTIONS)
-    size.input(draw_map, [run, size], map_html, **LISTENER_OPTIONS)
+    run.change(open_run, [run, by], [size, candidate, map_html], **LISTENER_OPTIONS)
+    gr.on([size.input, by.input], draw_map, [run, size, by], map_html, **LISTENER_OPTIONS)
     map_html.click(picked_value, None, candidate, **LISTENER_OPTIONS)
     candidate.change(show_changes, [run, candidate], changes_html, **LISTENER_OPTIONS)
     return run, map_html

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 
 from laserlm.errors import AnalysisError, ReportError
 from laserlm.reductions import short_form
@@ -28,6 +29,15 @@ def name_of(run: RunInfo) -> str:
     return f"{run.id}: {run.full_model} on {run.task}, {run.created:%Y-%m-%d}, {result}"
 
 
+def last_change(store: Store, run: str) -> datetime:
+    """Return when the scores of a search, or the harm that was measured after it, changed last.
+
+    Raises:
+        StoreError: if there is no such run.
+    """
+    return max([store.find(run).updated, *(r.updated for r in store.runs() if r.settings.get("harm_of") == run)])
+
+
 def loss_map(store: Store, run: str) -> LossMap:
     """Return the loss map of a search.
 
@@ -41,16 +51,20 @@ def loss_map(store: Store, run: str) -> LossMap:
         raise ReportError(str(error)) from None
 
 
-def table(loss_map: LossMap, size: str = "") -> LossTable:
+def table(loss_map: LossMap, size: str = "", *, by_harm: bool = False) -> LossTable:
     """Return a loss map as blocks by matrices.
 
     Args:
         loss_map: of one search.
         size: the size to show; empty takes, for every matrix, the size with the lowest loss.
+        by_harm: whether to show only cells whose harm was measured; there may be none.
 
     Raises:
         ReportError: if the search scored nothing at this size.
     """
+    if by_harm:
+        measured = loss_map.with_harm()
+        return loss_map.table(measured.at(size) if size else measured.lowest())
     shown = loss_map.at(size) if size else loss_map.lowest()
     if not shown:
         raise ReportError(f"the search measured nothing at size {size!r}; it has {', '.join(loss_map.sizes)}")
@@ -64,11 +78,25 @@ def colour(change: float, limit: float) -> str:
     return f"hsl({hue} 80% {100 - (100 - light) * abs(share):.0f}%)"
 
 
-def table_html(table: LossTable) -> str:
-    """Return a table of buttons, which hold the text of their reduction. All data is escaped."""
-    limit = LossMap(tuple(table.cells)).colour_limit
-    most = max(m.loss_change.n for m in table.cells)
-    return page("app_map", map=table, most=most, colour=lambda change: colour(change, limit))
+def table_html(table: LossTable, *, by_harm: bool = False, measured: str = "") -> str:
+    """Return a table of buttons, which hold the text of their reduction. All data is escaped.
+
+    Args:
+        table: the cells.
+        by_harm: whether the harm is shown and not the change of loss.
+        measured: of how many reductions the harm is measured, as ``3 of 40``.
+    """
+    shown = LossMap(tuple(table.cells))
+    limit = shown.harm_limit if by_harm else shown.colour_limit
+    most = max((m.loss_change.n for m in table.cells), default=0)
+    return page(
+        "app_map", map=table, most=most, colour=lambda change: colour(change, limit), by_harm=by_harm, measured=measured
+    )
+
+
+def measured(loss_map: LossMap) -> str:
+    """Return of how many reductions of a map the harm is measured."""
+    return f"{len(loss_map.with_harm()):,} of {len(loss_map):,}"
 
 
 def changes(store: Store, run: str, candidate: str, split: str = "") -> Flips:

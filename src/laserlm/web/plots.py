@@ -25,7 +25,7 @@ MAX_TICKS = 8
 """Labels of blocks below the cells; more of them overlap on a telephone."""
 COLOURS = ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"]
 """From a fall of the loss to a rise: ColorBrewer's RdBu, which colour-blind readers can distinguish."""
-FRAME = {"showgrid": False, "showline": True, "mirror": True, "linecolor": "#8c959f"}
+FRAME = {"showgrid": False, "zeroline": False, "showline": True, "mirror": True, "linecolor": "#8c959f"}
 MARGIN = {"t": 50, "r": 20, "b": 50, "l": 60}
 POINT_COLOURS = {"chosen": "#d55e00", "not dominated": "#0072b2", "dominated": "#8c959f"}
 """Colours of points that differ in lightness too, on white and on black."""
@@ -104,7 +104,10 @@ def _point_hover(point: Point, pareto: Sequence[Point]) -> str:
 
 
 def map_plots(loss_map: LossMap) -> list[tuple[str, Any]]:
-    """Return name and figure of each matrix: the change of loss by block and kept size. Blue is better, red is worse."""
+    """Return name and figure of each matrix: the change of loss by block and kept size. Blue is better, red is worse.
+
+    The field ``meta`` of a layout has the values and the end of the scale of both colourings, ``loss`` and ``harm``.
+    """
     blocks = {m.layer for m in loss_map}
     layers = list(range(min(blocks), max(blocks) + 1))  # plotly would widen cells over a block that is left out
     sizes, limit = loss_map.sizes, loss_map.colour_limit
@@ -112,11 +115,13 @@ def map_plots(loss_map: LossMap) -> list[tuple[str, Any]]:
     for stack, name in loss_map.matrices:
         of = {(m.size, m.layer): m for m in loss_map if (m.stack, m.name) == (stack, name)}
         cells = [[of.get((size, layer)) for layer in layers] for size in sizes]
+        by_loss = [[None if m is None else m.loss_change.value for m in row] for row in cells]
+        by_harm = [[None if m is None or m.harm is None else m.harm.value for m in row] for row in cells]
         figure = go.Figure(
             go.Heatmap(
                 x=layers,
                 y=[escape(size) for size in sizes],
-                z=[[None if m is None else m.loss_change.value for m in row] for row in cells],
+                z=by_loss,
                 text=[["" if m is None else _hover(m) for m in row] for row in cells],
                 hovertemplate="%{text}<extra></extra>",
                 colorscale=COLOURS,
@@ -127,7 +132,9 @@ def map_plots(loss_map: LossMap) -> list[tuple[str, Any]]:
                 ygap=1,
             )
         )
-        figure.update_layout(height=70 + max(PANEL, ROW * len(sizes)), margin={"t": 8, "b": 44, "l": 52, "r": 10})
+        colourings = {"loss": {"z": by_loss, "limit": limit}, "harm": {"z": by_harm, "limit": loss_map.harm_limit}}
+        height = 70 + max(PANEL, ROW * len(sizes))
+        figure.update_layout(height=height, margin={"t": 8, "b": 44, "l": 52, "r": 10}, meta=colourings)
         figure.update_xaxes(title={"text": "block", "standoff": 4}, dtick=-(-len(layers) // MAX_TICKS), **FRAME)
         figure.update_yaxes(title={"text": "kept", "standoff": 4}, type="category", **FRAME)
         figures.append((stacked_name(stack, name), figure))
@@ -173,9 +180,14 @@ def screen_plot(expected: Mapping[str, float], measured: Mapping[str, float]) ->
 
 
 def _hover(m: LossAtRank) -> str:
-    loss, gain = m.loss_change, m.gain
+    loss, gain, harm = m.loss_change, m.gain, m.harm
+    on_guard = "not measured"
+    if harm is not None:
+        low, high = (f"{math.exp(end):.3f}" if math.isfinite(end) else "unknown" for end in harm.interval)
+        on_guard = f"x{math.exp(harm.value):.3f} [{low}, {high}] on {escape(m.guard)}, n {harm.n}"
     return (
         f"<b>{escape(m.matrix)}@{escape(m.size)}</b>"
         f"<br>change of loss {loss.value:+.3f} [{loss.interval.low:+.3f}, {loss.interval.high:+.3f}]"
         f"<br>gain {gain.value:+.1%} [{gain.interval.low:+.1%}, {gain.interval.high:+.1%}]<br>n {loss.n}"
+        f"<br>harm {on_guard}"
     )

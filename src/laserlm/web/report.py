@@ -141,7 +141,7 @@ def _page(store: Store, info: RunInfo, result: SearchResult) -> str:
         figures=figures,
         maps=maps,
         colours=COLOURS,
-        limit=loss_map.colour_limit if loss_map else 0.0,
+        loss_map=loss_map,
         lowest=loss_map.table(loss_map.lowest()),
         top=sorted(loss_map, key=lambda m: m.loss_change.value)[:TRIALS],
         flips=flipped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from laserlm.cli.options import with_options
 from laserlm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from laserlm.studies.loss_map import LossAtRank, LossMap
+    from laserlm.studies.loss_map import LossAtRank, LossMap, LossTable
     from laserlm.studies.rank_curve import Point
 
 
@@ -22,10 +23,12 @@ def low_rank(
     ranks: Annotated[str, typer.Option(help="Ranks to score, separated by commas.")] = ("40,30,20,10,5,1,0"),
     rhos: Annotated[str | None, typer.Option(help="Kept fractions to score, by commas; default: ten from 1 to 0.")] = None,
     map_: Annotated[bool, typer.Option("--map", help="Show the loss map of a search instead.")] = False,
+    harm: Annotated[bool, typer.Option("--harm", help="With --map: measure harm of each matrix's lowest cell.")] = False,
+    guard: Annotated[list[str] | None, typer.Option(help="With --harm: the search's guards again, if files.")] = None,
 ) -> None:
     """Score the chosen matrices at other ranks, or show the loss map of a search by layer and matrix.
 
-    Ranks above the maximum of a matrix are left out. --map runs no model.
+    Ranks above the maximum of a matrix are left out. --map runs no model, unless --harm asks for harm on the search's guards.
 
     Example: laser analyze low-rank bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
@@ -36,7 +39,11 @@ def low_rank(
     output.check()
     if map_ and (study.reduce or study.limit or rhos):
         raise AnalysisError("--map shows all that a search measured. Leave out --reduce, --limit and --rhos.")
+    if (harm and not map_) or (guard and not harm):
+        raise AnalysisError("--harm measures what the loss map of a search shows, on its guards. Write --map --harm.")
     if map_:
+        if harm:
+            _measure_harm(study, guard)
         _show_map(study, output)
         return
     try:
@@ -65,6 +72,34 @@ def _row(p: Point) -> dict[str, Any]:
     }
 
 
+def _measure_harm(study: StudyOptions, guard: list[str] | None) -> None:
+    """Measure the harm of the lowest cell of each matrix on the guards of the search, where it is not measured."""
+    from laserlm.cli.progress import print_stderr
+    from laserlm.reductions import short_form
+    from laserlm.store import Store as Results
+    from laserlm.studies.loss_map import LossMap
+    from laserlm.studies.map_harms import measure_map_harms
+    from laserlm.studies.points import guards_of_run
+
+    with Results.open(study.store, create=False) as results:
+        info = study.find_run(results)
+        wanted = [m.intervention for m in LossMap.read(results, info.id).lowest() if m.harm is None]
+        if not wanted:
+            print_stderr("the harm of the lowest cell of each matrix is measured already")
+            return
+        lm = study.load_model_of(info)
+        guards = guards_of_run(lm, info.settings.get("guards", ()), int(info.settings.get("seed", 0)), guard)
+        n = sum(len(guard.choosing.split) for guard in guards)
+        print_stderr(
+            f"measuring the harm of {len(wanted)} reductions: {n * (1 + len(wanted)):,} passes at most, each of one passage or "
+            f"question of {', '.join(guard.name for guard in guards)}"
+        )
+        with progress_bar("measuring harm", unit="passes") as advance:
+            failed = measure_map_harms(lm, results, info, guards, wanted, batch_size=study.batch_size, on_scored=advance)
+        for text, reason in failed.items():
+            print_stderr(f"the harm of {short_form(text)} could not be measured: {reason}")
+
+
 def _show_map(study: StudyOptions, output: Output) -> None:
     from laserlm.store import Store as Results
     from laserlm.studies.figures import map_figure
@@ -74,12 +109,21 @@ def _show_map(study: StudyOptions, output: Output) -> None:
         info = study.find_run(results)
         loss_map = LossMap.read(results, info.id)
     title = f"change of loss on {info.task}, validation, by run {info.id}"
+    measured = loss_map.with_harm()
+    more = "" if all(m.harm for m in loss_map.lowest()) else "; --harm measures more"
+    tables = {title: [_cell_row(m) for m in loss_map] if output.csv else _lowest(loss_map)}
+    if measured and not output.csv:
+        names = ", ".join(sorted({m.guard for m in measured}))
+        tables[f"harm on {names}: change of loss in nats per token, of the lowest cell that has it"] = _lowest_with_harm(
+            loss_map
+        )
     output.show(
         {"run": info.id, "model": info.model, "task": info.task, "measured": loss_map.cells},
-        {title: [_cell_row(m) for m in loss_map] if output.csv else _lowest(loss_map)},
+        tables,
         lines=[
             f"{len(loss_map)} reductions of one matrix. A cell is the lowest change of loss of a matrix, its size and the",
             "number of examples. These are validation examples; the best of many candidates will look worse on new ones.",
+            f"Harm is measured for {len(measured)} of them{more}.",
         ],
         figure=lambda: map_figure(loss_map, title),
     )
@@ -87,17 +131,25 @@ def _show_map(study: StudyOptions, output: Output) -> None:
 
 def _cell_row(m: LossAtRank) -> dict[str, Any]:
     start = {"matrix": m.matrix, "layer": m.layer, "name": m.name, "size": m.size, "n": m.gain.n}
-    return start | {"gain": m.gain, "change of loss": m.loss_change}
+    low, high = m.harm.interval if m.harm else (None, None)
+    harm = {"harm": m.harm.value if m.harm else None, "harm low": low, "harm high": high, "guard": m.guard}
+    return start | {"gain": m.gain, "change of loss": m.loss_change} | harm
 
 
 def _lowest(loss_map: LossMap) -> list[dict[str, Any]]:
     """Return a row for each layer: the lowest change of loss of each of its matrices."""
     table = loss_map.table(loss_map.lowest())
+    return _rows(table, lambda m: f"{m.loss_change.value:+.3f} @{m.size} ({m.gain.n})")
+
+
+def _lowest_with_harm(loss_map: LossMap) -> list[dict[str, Any]]:
+    """Return a row for each layer: of each matrix the harm of the lowest cell whose harm is measured."""
+    table = loss_map.table(loss_map.with_harm().lowest())
+    return _rows(table, lambda m: "" if m.harm is None else f"{m.harm.value:+.3f} @{m.size} ({m.harm.n})")
+
+
+def _rows(table: LossTable, cell: Callable[[LossAtRank], str]) -> list[dict[str, Any]]:
     return [
-        {"layer": layer}
-        | {
-            name: None if m is None else f"{m.loss_change.value:+.3f} @{m.size} ({m.gain.n})"
-            for name, m in zip(table.columns, cells, strict=True)
-        }
+        {"layer": layer} | {name: None if m is None else cell(m) for name, m in zip(table.columns, cells, strict=True)}
         for layer, cells in table.rows
     ]

@@ -242,6 +242,23 @@ class StudyOptions(UpdateOptions, TaskOptions):
             )
         return info
 
+    def load_model_of(self, info: RunInfo) -> LanguageModel:
+        """Return the model of a search.
+
+        Raises:
+            AnalysisError: if it has other weights than those that were searched.
+        """
+        from laserlm.errors import AnalysisError
+
+        dtype = self.dtype or str(info.settings["dtype"]).removeprefix("torch.")
+        lm = replace(self, dtype=dtype).load_named(info.model, info.adapter)
+        if lm.hash != info.settings["model_hash"]:
+            raise AnalysisError(
+                f"{info.full_model} in {dtype} has other weights than run {info.id} searched in {info.settings['dtype']}; "
+                "leave --dtype out, and give its --revision or --kind"
+            )
+        return lm
+
     def _of_run(self, results: Results, info: RunInfo) -> ModelPair:
         from laserlm.errors import AnalysisError
 
@@ -255,16 +272,6 @@ class StudyOptions(UpdateOptions, TaskOptions):
             raise AnalysisError(f"run {info.id} has no test scores of its best; run the same 'laser search' with --restart")
         base, edited = (replace(e, scores=e.scores[: self.limit]) for e in (base, edited))
         examples = results.examples(info.id, "test")[: self.limit]
-
-        def load_model() -> LanguageModel:
-            dtype = self.dtype or str(info.settings["dtype"]).removeprefix("torch.")
-            lm = replace(self, dtype=dtype).load_named(info.model, info.adapter)
-            if lm.hash != info.settings["model_hash"]:
-                raise AnalysisError(
-                    f"{info.full_model} in {dtype} has other weights than run {info.id} searched in {info.settings['dtype']}; "
-                    "leave --dtype out, and give its --revision or --kind"
-                )
-            return lm
 
         def load_split() -> Split:
             """Return the examples of the search's test split as they were scored."""
@@ -281,5 +288,15 @@ class StudyOptions(UpdateOptions, TaskOptions):
 
         seed, model_hash = int(info.settings.get("seed", 0)), str(info.settings["model_hash"])
         return ModelPair(
-            info.model, best, base, edited, examples, results, self.batch_size, model_hash, load_model, load_split, seed
+            info.model,
+            best,
+            base,
+            edited,
+            examples,
+            results,
+            self.batch_size,
+            model_hash,
+            lambda: self.load_model_of(info),
+            load_split,
+            seed,
         )
