@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laserlm.errors import LaserError, ModelError, WeightError
 from laserlm.linalg import Decomposition, basis_of, decompose, reference_truncation
-from laserlm.linalg.decomposition import component_losses, whitened
+from laserlm.linalg.decomposition import component_losses, seeded, whitened
 from laserlm.reductions import Keep
 
 SEED = 20
@@ -480,3 +480,18 @@ def test_the_random_state_of_an_apple_gpu_is_put_back(monkeypatch: pytest.Monkey
     with pytest.raises(ZeroDivisionError):
         reference_truncation(gaussian(20, 12).float(), 3)
     assert len(written) == 2
+
+
+def test_a_seed_leaves_the_random_state_of_every_device_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generator of Apple's GPUs, which ``fork_rng`` does not restore, too."""
+    restored: list[str] = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "state of the GPU")
+    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
+    before = torch.get_rng_state()
+    with seeded(3):
+        first = torch.rand(4)
+    with seeded(3):
+        assert torch.equal(torch.rand(4), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert restored == ["state of the GPU"] * 2

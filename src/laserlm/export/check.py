@@ -275,7 +275,8 @@ def _compare_adapter(folder: Path, lm: LanguageModel, record: dict[str, Any]) ->
     intervention = Intervention.parse(record["intervention"])
     rebuilt = adapter_of(lm, intervention, cache=DecompositionCache(), seed=seed, dtype=dtype_named(saved_dtype))
     saved = rebuilt.read(folder)
-    pairs = [(a.dense(), b.dense()) for a, b in zip(rebuilt.differences, saved.differences, strict=True)]
+    # The model's device may be a GPU, and the file was read on the CPU.
+    pairs = [(a.dense().cpu(), b.dense().cpu()) for a, b in zip(rebuilt.differences, saved.differences, strict=True)]
     identical = all(torch.equal(a, b) for a, b in pairs)
     largest = max(_relative_difference(a.double(), b.double()) for a, b in pairs)
     return Reproduction(identical, largest, TOLERANCE.get(saved_dtype, 3e-2), len(pairs))

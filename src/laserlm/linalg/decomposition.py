@@ -255,13 +255,13 @@ def reference_decomposition(weight: Tensor, rank: int, *, niter: int = 2, seed: 
         raise ValueError(f"rank {rank} is not within 0 to {min(weight.shape)}")
     if rank == 0:
         return Decomposition(left=weight.new_zeros(len(weight), 0), right=weight.new_zeros(0, weight.shape[1]))
-    with _seeded(seed):
+    with seeded(seed):
         U, S, V = torch.svd_lowrank(weight, q=rank, niter=niter)
     return Decomposition(left=U * S, right=V.T)
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the generators of every device inside a ``with`` block, and restore them at its end."""
     apple = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None  # fork_rng knows one kind of device
     try:

@@ -13,6 +13,7 @@ from transformers.generation.streamers import TextStreamer
 
 from laserlm.edit.apply import default_cache
 from laserlm.errors import ScoringError, TokenizationError
+from laserlm.linalg.decomposition import seeded
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.chat import ChatTemplate, without_thoughts
 from laserlm.scoring.forward import Progress
@@ -216,8 +217,7 @@ def _generate_batch(
     more: dict[str, Any] = {"max_new_tokens": new_tokens, "stops": decoding.stops, "end_tokens": end_tokens}
     if decoding.samples == 1:
         return [[text] for text in generate(lm, prompts, **more)]
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        torch.manual_seed(decoding.seed)
+    with seeded(decoding.seed):
         samples = [generate(lm, prompts, temperature=decoding.temperature, **more) for _ in range(decoding.samples)]
     return [list(of_prompt) for of_prompt in zip(*samples, strict=True)]
 

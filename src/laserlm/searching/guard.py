@@ -21,6 +21,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from laserlm.edit.apply import InterventionLike, applied, default_cache
 from laserlm.errors import ScoringError
+from laserlm.linalg.decomposition import seeded
 from laserlm.models.language_model import LanguageModel
 from laserlm.paths import atomic_file
 from laserlm.scoring.evaluate import Comparison, compare, evaluate_rows
@@ -372,11 +373,10 @@ def _sampled(lm: LanguageModel, n: int, tokens: int, seed: int, counter: _TokenC
     model: Any = lm.model
     with (
         _without_settings(model),
-        torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []),
+        seeded(seed),
         fast_cpu_kernels(lm.device, tokens),
         as_scoring_error(lm),
     ):
-        torch.manual_seed(seed)
         ids = model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),

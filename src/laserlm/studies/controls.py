@@ -85,7 +85,7 @@ def _noise(W: Tensor, size: float, generator: torch.Generator) -> Tensor:
 def _projected(W: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     """Return W projected on ``rank`` random directions of its shorter side."""
     m, n = W.shape
-    Q = torch.linalg.qr(torch.randn(min(m, n), rank, generator=generator, dtype=torch.float64))[0].to(W)
+    Q = torch.linalg.qr(torch.randn(min(m, n), rank, generator=generator, dtype=torch.float64))[0].to(W.dtype).to(W.device)
     projected: Tensor = (W @ Q) @ Q.T if n <= m else Q @ (Q.T @ W)
     return projected
 
