@@ -204,11 +204,11 @@ def test_runs_are_listed_shown_exported_and_deleted(
 def test_generate_shows_base_edited_and_bottom_only(run: Run, folder: Path) -> None:
     command = ("generate", folder, "The capital of France is", "--max-new-tokens", 4)
     values = json.loads(run(*command, "--reduce", "0-2.mlp@0.1", "--json")[1])["generations"]
-    assert [g["variant"] for g in values] == ["base", "edited", "bottom only"]
+    assert [g["variant"] for g in values] == ["base", "edited", "removed part"]
     assert values[2]["intervention"].startswith("0.fc_in@r29:bottom+0.fc_out@r29:bottom+")
     assert len({g["text"] for g in values}) > 1
     assert [g["variant"] for g in json.loads(run(*command, "--json")[1])["generations"]] == ["base"]
-    assert "bottom only" in run(*command, "--reduce", "1.fc_in@0.5")[1]
+    assert "removed part" in run(*command, "--reduce", "1.fc_in@0.5")[1]
 
 
 def test_what_is_typed_by_others_shows_as_text(run: Run, folder: Path) -> None:

@@ -166,7 +166,7 @@ def test_the_command_line_searches_lists_and_saves_an_update(tmp_path: Path, run
     assert code == 0
     task = ["--task", f"jsonl:{file}", "--scorer", "first_token"]
     code, out, _ = run("generate", *with_adapter, "The city", "--reduce", "0.q_proj@r0", "--json")
-    assert (code, [row["variant"] for row in json.loads(out)["generations"]]) == (0, ["base", "edited", "bottom only"])
+    assert (code, [row["variant"] for row in json.loads(out)["generations"]]) == (0, ["base", "edited", "removed part"])
     code, out, _ = run("sweep-layers", *with_adapter, *task, "--from-top", "1", "--ratios", "0.5", "--json")
     assert (code, len(json.loads(out))) == (0, 2)
     code, out, _ = run("analyze", "flips", *with_adapter, *task, "--reduce", "0.q_proj@r0", "--store", store, "--json")

@@ -9,10 +9,11 @@ import torch
 from laserlm.edit import applied, removed_part
 from laserlm.errors import AnalysisError
 from laserlm.models import LanguageModel, read_matrix
+from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import compare, evaluate
 from laserlm.store import Store
 from laserlm.studies import cached_scorer
-from laserlm.studies.controls import CONTROLS, changed, controls
+from laserlm.studies.controls import CONTROLS, changed, controls, kind_of
 from laserlm.tasks import Example, Split, Task
 
 Make = Callable[..., LanguageModel]
@@ -45,7 +46,7 @@ def test_each_control_changes_the_matrix_by_as_much_and_nothing_else(family: str
         assert others == [matrix.path]
         assert sizes[0] == pytest.approx(float((W - by_name[name]).norm() / W.norm()), rel=1e-5)
     assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters())
-    torch.testing.assert_close(by_name["low rank"], kept)
+    torch.testing.assert_close(by_name["the reduction"], kept)
     torch.testing.assert_close(by_name["removed part alone"], removed, atol=1e-5, rtol=1e-4)
     largest = float(W.abs().max())
     for name in ("smallest entries zero", "random entries zero", "Gaussian noise"):
@@ -73,9 +74,8 @@ def test_the_table_is_over_examples_and_seeds(llama: LanguageModel, split: Split
         again = controls(llama, TEXT, counted, draws=2)  # type: ignore[arg-type]
     assert again == list(by_control.values())
     assert len(calls) == 1 + 4 + 3 * 2
-    assert {name: c.draws for name, c in by_control.items()} == {
-        name: 2 if random else 1 for name, (random, _) in CONTROLS.items()
-    }
+    names = {name: 2 if random else 1 for name, (random, _) in CONTROLS.items()}
+    assert {name: c.draws for name, c in by_control.items()} == {"low rank": names.pop("the reduction")} | names
     base = evaluate(llama, split)
     with applied(llama, TEXT):
         edited = evaluate(llama, split)
@@ -116,3 +116,27 @@ def test_a_random_subspace_is_of_the_shorter_side_and_of_all_ranks_kept(llama: L
         assert int(torch.linalg.matrix_rank(weight)) == rank
         # A projection changes nothing of what it keeps: the change is orthogonal to what is left.
         assert float(((W - weight) * weight).sum().abs()) < 1e-4 * float(W.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("1.fc_in@0.25", "low rank"),
+        ("1.fc_in@0.25:bottom+2.fc_in@r3", "low rank"),
+        ("1.fc_in@drop0-2", "components removed"),
+        ("1.fc_in@scale0-2=0.5,3=0", "strengths"),
+        ("1.fc_in@drop0-2+2.fc_in@scale0=0.5", "strengths"),
+        ("1.fc_in@0.25+2.fc_in@drop0", "the reduction"),
+    ],
+)
+def test_the_reduction_is_called_what_it_is(text: str, kind: str) -> None:
+    assert kind_of(Intervention.parse(text)) == kind
+
+
+def test_strengths_have_no_random_subspace_which_would_change_nothing(
+    llama: LanguageModel, split: Split, tmp_path: Path
+) -> None:
+    with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as score:
+        rows = controls(llama, "1.fc_in@scale0-2=0.5", score, draws=1)
+    assert [c.control for c in rows] == ["strengths", *(n for n in CONTROLS if n not in ("the reduction", "random subspace"))]
+    assert all(c.size > 0.01 for c in rows)

@@ -168,7 +168,8 @@ def test_removed_components_are_counted_and_explained_once_a_study_has_looked_at
     counts, tokens = (re.sub(r"\s+", " ", parse_page(tmp_path / f"{n}.html").text) for n in ("counts", "tokens"))
     assert "5 of 18 singular components are removed, from 2 matrices" in counts
     assert "block v_ proj fc_ in all 0 4 4 2 1 1 all 1 4 5 share 20% 80%" in counts
-    assert f"laser analyze components {run.id} computes it" in counts
+    assert f"which questions want them gone: laser analyze components {run.id} computes it" in counts
+    assert f"laser analyze components {run.id} # what the removed components read and write" in counts
     assert f"{rows[0].matrix} {rows[0].component} {rows[0].value:.2f} {rows[0].reads[0]!r}" in tokens
     assert any(prompt in tokens for row in rows for prompt, _ in row.questions)
 
@@ -184,7 +185,10 @@ def test_the_long_text_of_strengths_is_nowhere_in_a_report(llama: LanguageModel,
         write_report(store, run.id, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "29=0.99" not in page
-    assert re.search(r"90 of \d+ singular components are weakened, in\s+3 matrices", parse_page(tmp_path / "r.html").text)
+    text = re.sub(r"\s+", " ", parse_page(tmp_path / "r.html").text)
+    assert re.search(r"90 of \d+ singular components are weakened, in 3 matrices", text)
+    assert "which questions want them weaker" in text
+    assert f"laser analyze components {run.id} # what the changed components read and write" in text
 
 
 def test_everything_from_data_stays_text(llama: LanguageModel, tmp_path: Path) -> None:

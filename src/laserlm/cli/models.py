@@ -82,7 +82,7 @@ def generate(
     lm = model_options.load()
     variants = {"base": Intervention()}
     if intervention:
-        variants |= {"edited": intervention, "bottom only": removed_part(lm.matrices, intervention)}
+        variants |= {"edited": intervention, "removed part": removed_part(lm.matrices, intervention)}
     rows = []
     for name, variant in variants.items():
         with applied(lm, variant):

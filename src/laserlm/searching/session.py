@@ -191,10 +191,15 @@ class SearchSession:
             ledger.deadline = math.inf
             ledger.extend([BASE], n)
             scored = [BASE, *scored]
-        ranked = sorted(scored, key=lambda i: sort_key(ledger.first(i, n), self.ranking_metric), reverse=True)
+        ranked = self._best_first(scored, n)
         for guard in self.guards:
             guard.choosing.deadline = math.inf  # what was chosen has to be within the bound, also where the time is used up
         self.best = next(filter(self.allows, ranked), BASE)
+
+    def _best_first(self, interventions: Iterable[Intervention], n: int) -> list[Intervention]:
+        """Return interventions by their scores on the first ``n`` validation examples; of equals the earlier first."""
+        ledger = self.on_validation
+        return sorted(interventions, key=lambda i: sort_key(ledger.first(i, n), self.ranking_metric), reverse=True)
 
     def confirm(self, *, complete: bool) -> dict[str, float]:
         """Generate text under the best few and under the unchanged model; keep the best of them, return their accuracies.
@@ -261,8 +266,7 @@ class SearchSession:
         """
         ledger, n = self.on_validation, len(self.on_validation.split)
         scored = [Intervention.parse(t) for t in sorted(ledger.scores) if t and ledger.scores.n(t) >= n]
-        ranked = sorted(scored, key=lambda i: sort_key(ledger.first(i, n), self.ranking_metric), reverse=True)
-        few = list(dict.fromkeys([*([self.best] if self.best else []), *ranked]))[:MAX_HARMS]
+        few = list(dict.fromkeys([*([self.best] if self.best else []), *self._best_first(scored, n)]))[:MAX_HARMS]
         if not (few and self.guards):
             return
         for guard in self.guards:

@@ -15,6 +15,7 @@ from laserlm.errors import AnalysisError
 from laserlm.linalg.decomposition import as_float_matrix
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import read_matrix
+from laserlm.reductions import Intervention
 from laserlm.scoring.evaluate import compare
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import Interval, paired_mean
@@ -26,7 +27,7 @@ class Control:
     """One way of changing the matrices, against the unchanged model.
 
     Args:
-        control: name of the control.
+        control: name of the control; of the reduction itself what it is, as ``kind_of`` says.
         draws: number of random draws; 1 for a control that is not random.
         n: number of examples.
         size: Frobenius norm of the change over the norm of the matrices, mean over the draws.
@@ -94,18 +95,19 @@ def _size(W: Tensor, kept: Tensor) -> float:
     return float((W - kept).norm())
 
 
-LOW_RANK = "low rank"
+REDUCTION, SUBSPACE = "the reduction", "random subspace"
 CONTROLS: dict[str, tuple[bool, Make]] = {
-    LOW_RANK: (False, lambda W, kept, rank, g: kept),
+    REDUCTION: (False, lambda W, kept, rank, g: kept),
     "removed part alone": (False, lambda W, kept, rank, g: W - kept),
     "smallest entries zero": (False, lambda W, kept, rank, g: _pruned(W, _size(W, kept), W.abs().flatten().argsort())),
     "random entries zero": (True, lambda W, kept, rank, g: _pruned(W, _size(W, kept), _random(W, g))),
-    "random subspace": (True, lambda W, kept, rank, g: _projected(W, rank, g)),
+    SUBSPACE: (True, lambda W, kept, rank, g: _projected(W, rank, g)),
     "Gaussian noise": (True, lambda W, kept, rank, g: _noise(W, _size(W, kept), g)),
     "all zero": (False, lambda W, kept, rank, g: torch.zeros_like(W)),
 }
 """By name, whether the control is random, and the function that makes it. Zeroed entries and noise have the Frobenius norm
-of the part that the reduction removes. A random subspace has the rank of the reduction, so its change is larger.
+of the part that the reduction removes. A random subspace has the rank of the reduction, so its change is larger; where no
+matrix loses rank, as under strengths above zero, there is none.
 
 Source: arXiv 2312.13558, appendix; the released code calls the zeroing of the smallest entries dropout.
 """
@@ -155,6 +157,17 @@ def key_of(control: str, draw: int, intervention: str) -> str:
     return f"control: {control}, draw {draw}, {intervention}"
 
 
+def kind_of(intervention: Intervention) -> str:
+    """Return what an intervention is: low rank, components removed, strengths, or the reduction if it is mixed."""
+    kinds = set()
+    for r in intervention.reductions:
+        named = r.size.strengths
+        kinds.add("low rank" if named is None else "strengths" if any(named.values()) else "components removed")
+    if kinds == {"strengths", "components removed"}:
+        return "strengths"
+    return kinds.pop() if len(kinds) == 1 else REDUCTION
+
+
 def controls(
     lm: LanguageModel,
     intervention: str,
@@ -177,7 +190,10 @@ def controls(
     Raises:
         AnalysisError: if the reduction changes nothing.
     """
-    models = [(name, draw) for name, (random, _) in CONTROLS.items() for draw in range(draws if random else 1)]
+    parsed = Intervention.parse(intervention)
+    loses_rank = any(e.rank < e.max_rank for e in resolve(lm.matrices, parsed))
+    wanted = {name: random for name, (random, _) in CONTROLS.items() if loses_rank or name != SUBSPACE}
+    models = [(name, draw) for name, random in wanted.items() for draw in range(draws if random else 1)]
     evaluations: dict[str, list[Evaluation]] = {}
     sizes: dict[str, list[float]] = {}
     base = scorer("")
@@ -188,14 +204,14 @@ def controls(
             pass  # measures the size, which the store does not keep
         evaluation = (
             scorer(intervention)
-            if name == LOW_RANK
+            if name == REDUCTION
             else scorer(
                 key_of(name, draw, intervention), changed(lm, intervention, name, draw, seed=seed), matrices_of=intervention
             )
         )
         evaluations.setdefault(name, []).append(evaluation)
-    reduced = evaluations[LOW_RANK][0]
-    return [_control(name, base, reduced, scored, sizes[name]) for name, scored in evaluations.items()]
+    reduced, titles = evaluations[REDUCTION][0], {REDUCTION: kind_of(parsed)}
+    return [_control(titles.get(name, name), base, reduced, scored, sizes[name]) for name, scored in evaluations.items()]
 
 
 def _control(name: str, base: Evaluation, reduced: Evaluation, scored: Sequence[Evaluation], sizes: Sequence[float]) -> Control:

@@ -14,6 +14,8 @@ from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import Interval, clustering_of, paired_difference, paired_mean, wilson
 from laserlm.tasks import Example
 
+ROUNDING_ERROR = 1e-12
+"""Size below which an estimate of scores is zero up to rounding."""
 MIN_EXAMPLES = 5
 """Number of examples below which an estimate is marked as having too few."""
 
@@ -80,8 +82,9 @@ class Estimate:
         if not self.n:
             return ""
         if math.isinf(self.interval.low):
-            return f"{self.value:.3g} (few)"
-        return f"{self.value:.3g} [{self.interval.low:.3g}, {self.interval.high:.3g}]" + (" (few)" if self.is_small else "")
+            return f"{short(self.value)} (few)"
+        few = " (few)" if self.is_small else ""
+        return f"{short(self.value)} [{short(self.interval.low)}, {short(self.interval.high)}]{few}"
 
     def percent(self) -> str:
         """Return the share and its interval in per cent, as text."""
@@ -89,6 +92,11 @@ class Estimate:
             return "unknown (no examples)"
         few = ", few" if self.is_small else ""
         return f"{self.value:.1%} [{self.interval.low:.1%}, {self.interval.high:.1%}] (n {self.n}{few})"
+
+
+def short(value: float) -> str:
+    """Return a figure with three digits; what is zero up to rounding is 0."""
+    return f"{0.0 if abs(value) < ROUNDING_ERROR else value:.3g}"
 
 
 def paired_estimates(base: Evaluation, edited: Evaluation) -> tuple[Estimate, Estimate]:

@@ -184,13 +184,21 @@ def _settings(info: RunInfo, titles: dict[str, str]) -> dict[str, str]:
     return {title: str(info.settings[key]) for key, title in titles.items() if info.settings.get(key) is not None}
 
 
+def _about_components(result: SearchResult) -> str:
+    """Return what the study of components shows of a choice."""
+    counts = removed_counts(result.best)
+    if counts is None:
+        return "what the removed part says"
+    return f"what the {'changed' if counts.scaled else 'removed'} components read and write"
+
+
 def _commands(info: RunInfo, result: SearchResult) -> list[str]:
     """Return the next commands."""
     commands = result.next_commands(info.model, "reduced")
     if result.best:
         commands += [
             (f"laser analyze side-effects {info.id} --text FILE --on TASK", "what else changes"),
-            *([(f"laser analyze components {info.id}", "what the removed part says")] if info.adapter is None else []),
+            *([(f"laser analyze components {info.id}", _about_components(result))] if info.adapter is None else []),
             ("laser reproduce reduced", "makes it again and compares"),
         ]
     commands.append((f"laser runs show {info.id}", ""))

@@ -33,8 +33,8 @@ def components(
     """Show what the smallest singular values answer alone, which runs are signal or noise, and what is read and written.
 
     The first part is over the examples that the reduction corrects, the second over all examples. The third names the tokens
-    that the strongest removed components read and write, and the questions that want them gone. Reductions that drop single
-    components have the third part alone. A report of the run shows the third part from then on.
+    that the strongest changed components read and write, and the questions that want them gone or weaker. Reductions of single
+    components, such as strengths, have the third part alone. A report of the run shows the third part from then on.
 
     Example: laser analyze components bundled --task worldfacts --reduce 28.fc_up@0.05 --limit 300
     """
@@ -54,6 +54,7 @@ def components(
     with study.pair() as pair, pair.scorer() as scorer:
         corrected = _corrected(pair)
         is_cut = all(r.size.strengths is None for r in Intervention.parse(pair.intervention).reductions)
+        is_scaled = any(any((r.size.strengths or {}).values()) for r in Intervention.parse(pair.intervention).reductions)
         removed = removed_components(scorer, pair.intervention, corrected)
         if corrected and is_cut:
             with progress_bar("keeping the smallest", unit="fractions") as advance:
@@ -66,7 +67,7 @@ def components(
         (f"without a run of singular values, n {pair.base.n}", [_chunk_row(c) for c in chunks]),
         (
             "the components whose singular value changes most, and the tokens nearest to them",
-            [_removed_row(c) for c in removed],
+            [_removed_row(c, "weaker" if is_scaled else "gone") for c in removed],
         ),
     )
     values = {"corrected": len(corrected), "words": words.source, "bottom": bottom, "chunks": chunks, "removed": removed}
@@ -122,7 +123,7 @@ def _chunk_row(c: SpectrumRun) -> dict[str, Any]:
     }
 
 
-def _removed_row(c: ComponentTokens) -> dict[str, Any]:
+def _removed_row(c: ComponentTokens, wish: str) -> dict[str, Any]:
     row = {"component": f"{c.matrix} {c.component}", "singular value": c.value}
     tokens = {name: " ".join(map(repr, getattr(c, name))) for name in ("reads", "writes")}
-    return row | tokens | {"wanted gone by": "; ".join(prompt for prompt, _ in c.questions)}
+    return row | tokens | {f"wanted {wish} by": "; ".join(prompt for prompt, _ in c.questions)}
