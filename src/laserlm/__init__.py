@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from laserlm import interrupt as _interrupt
+
+if _interrupt.is_command():  # before anything that takes long to import
+    _interrupt.install()
+
 import importlib
 import warnings
 from importlib.metadata import version as _version

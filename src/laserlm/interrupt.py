@@ -17,6 +17,14 @@ CLEAR = b"\r\x1b[K\x1b[?25h"
 """Clears a line with a part of a bar, and shows the cursor that a bar hides."""
 
 
+def is_command() -> bool:
+    """Return whether this process is the command ``laser`` or ``python -m laserlm``, and no program that imports laserlm."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if name == "-m":  # Python looks for the module to run
+        return any(pair == ("-m", "laserlm") for pair in zip(sys.orig_argv, sys.orig_argv[1:], strict=False))
+    return name in ("laser", "laser.exe")
+
+
 def install() -> bool:
     """Handle Ctrl-C from here on, unless it is handled or ignored already; return whether it was installed."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

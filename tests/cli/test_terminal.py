@@ -158,6 +158,30 @@ def test_ctrl_c_while_the_program_starts_is_one_line(module: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("start", ["script", "module", "import"])
+def test_ctrl_c_in_the_first_import_ends_the_command_in_one_line(start: str, tmp_path: Path) -> None:
+    # Stands for the first module that the package imports, and is interrupted.
+    (tmp_path / "wrapt.py").write_text("import signal; signal.raise_signal(signal.SIGINT); print('it goes on')")
+    script = tmp_path / "laser"
+    script.write_text("import sys\nfrom laserlm.__main__ import main\nsys.exit(main())")
+    arguments = {"script": [script], "module": ["-m", "laserlm"], "import": ["-c", "import laserlm"]}[start]
+    # A shell lets a process in the background ignore the signal.
+    (tmp_path / "sitecustomize.py").write_text("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)")
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    if start == "import":  # in a program of another, Ctrl-C is the program's own matter
+        assert "KeyboardInterrupt" in process.stderr
+        return
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "Interrupted.\n")
+
+
+@pytest.mark.slow
 def test_ctrl_c_in_a_destructor_is_not_forgotten() -> None:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
