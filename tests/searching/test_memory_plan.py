@@ -13,8 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from laserlm.edit import DecompositionCache
+from laserlm.models import LanguageModel
 from laserlm.models.matrices import Matrix
+from laserlm.scoring.tokenize import encode
+from laserlm.searching import SearchResult, search
 from laserlm.searching.memory_plan import LOGITS_OF_A_DRAW, MemoryPlanner, decomposed_bytes, decomposing_bytes
+from laserlm.tasks import Task
 
 WIDTH, INNER = 192, 512
 
@@ -72,3 +76,22 @@ def test_the_writing_of_texts_takes_two_copies_of_all_keys_and_values() -> None:
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
     planned = MemoryPlanner(lm, lm.matrices, memory=0, batch_size=1).writing(n, tokens)
     assert planned == 2 * cached + LOGITS_OF_A_DRAW * output.logits[:, -1].nbytes
+
+
+@pytest.mark.parametrize("strategy", ["race", "exhaustive"])
+def test_too_little_memory_is_exceeded_with_a_word_and_changes_no_result(
+    strategy: Any, llama: LanguageModel, task: Task, caplog: pytest.LogCaptureFixture
+) -> None:
+    def found(memory: float) -> SearchResult:
+        caplog.clear()
+        return search(llama, task, strategy=strategy, grid="all.mlp@0.5,0.3", metric="loss", guards=(), memory=memory)
+
+    tokens = max(len(s.ids) for s in encode(llama, task.validation.examples, "first_token"))
+    a_matrix, activations = 4 * 32 * (32 + 48), 4 * 32 * tokens
+    # Three matrices of a block and four boundaries between blocks, or one matrix and two boundaries.
+    least = 3 * a_matrix + 4 * activations if strategy == "race" else a_matrix + 2 * activations
+    enough = found(least)
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    little = found(least - 1)
+    assert "keeps to a bound from --memory 0.001 on" in caplog.text
+    assert (little.best, little.test.edited_loss) == (enough.best, pytest.approx(enough.test.edited_loss, abs=1e-6))

@@ -56,7 +56,7 @@ def test_a_race_takes_about_what_was_planned(llama: LanguageModel, task: Task) -
     options: dict[str, Any] = {"grid": "all.all@0.5,0.3,0.1", "candidates": 8, "first_rung": 2, "random_candidates": 2}
     estimate = plan(llama, task, SearchConfig(**options, guards=()))
     steps: list[SearchProgress] = []
-    search(llama, task, metric="loss", on_step=steps.append, **options)
+    search(llama, task, metric="loss", guards=(), on_step=steps.append, **options)
     assert estimate.is_estimate
     assert steps[-1].done == pytest.approx(estimate.passes, rel=0.3)
     names = [stage.name for stage in estimate.stages]

@@ -28,6 +28,7 @@ from laserlm.searching.config import Effort, SearchConfig
 from laserlm.searching.executors import Executor, LocalExecutor, OutOfTimeError
 from laserlm.searching.guard import Guard, guards_of, has_guard
 from laserlm.searching.ledger import ScoreLedger
+from laserlm.searching.memory_plan import MemoryPlanner, warn_of_little_memory
 from laserlm.searching.race import shuffled_order
 from laserlm.searching.ray_cluster import Ray
 from laserlm.searching.result import SearchProgress, SearchResult
@@ -102,6 +103,8 @@ def search(
     on_stage(SearchProgress(stage="guards", alive=0, done=0.0, total=0.0, scored=0, best=None, last=""))
     guards = _guards(lm, config)
     splits = encode_splits(lm, task, config) | splits_of_guards(guards)
+    planner = MemoryPlanner(lm, separate_matrices(candidates), config.memory, config.batch_size)
+    warn_of_little_memory(planner, splits[VALIDATION].sequences, has_gradient=config.screens or config.is_of_components)
     run_settings = _run_settings(lm, task, splits, config, guards)
     with _open_run(lm, run_settings, config.seed, store, executor, restart=restart) as run:
         if run.outcome is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +16,9 @@ from laserlm.scoring.batch import MAX_SCORED_POSITIONS
 from laserlm.scoring.output_layer import CHUNK_BYTES, HALF
 from laserlm.scoring.records import TokenSequence
 
+log = logging.getLogger(__name__)
+
+GIB = 2**30
 LOGITS = 3
 """Copies of a batch's logits (N, V) in a pass without its gradient, measured: the logits, and steps of their normalisation."""
 LOGITS_WITH_GRADIENT = 5
@@ -171,6 +176,17 @@ class MemoryPlanner:
             of_block.setdefault((m.stack, m.layer), {})[key(m)] = size(m)
         return max(sum(sizes.values()) for sizes in of_block.values())
 
+    def least(self, rows: Sequence[TokenSequence], *, has_gradient: bool) -> int:
+        """Return the bytes of cached activations and decompositions that a search holds at least, whatever its bound is.
+
+        A gradient holds the decompositions of a block, and what goes into all blocks for a sequence. The scoring of a question
+        holds the decomposition of a matrix, and the old and the new activations while the cache moves up.
+        """
+        boundaries, decompositions = 2, max(map(decomposed_bytes, self.matrices))
+        if has_gradient:
+            boundaries, decompositions = self.n_blocks + 1, self._of_block
+        return decompositions + boundaries * self.lm.width * self.lm.dtype.itemsize * max(map(_tokens, rows))
+
     def writing(self, texts: int, tokens: int) -> int:
         """Return the bytes that texts take while the model writes them.
 
@@ -206,6 +222,23 @@ class MemoryPlanner:
     def _sums(self, batch: Sequence[TokenSequence]) -> int:
         """Return the bytes of a matrix's inputs, gradients of outputs, and their products with both factors, in float32."""
         return 4 * len(batch) * max(map(_tokens, batch)) * max(sum(m.shape) + 2 * m.max_rank for m in self.matrices)
+
+
+def warn_of_little_memory(planner: MemoryPlanner, rows: Sequence[TokenSequence], *, has_gradient: bool) -> None:
+    """Warn where a search will hold more than its bound, and name the least bound that it keeps.
+
+    Args:
+        planner: of the search.
+        rows: the sequences of the questions.
+        has_gradient: whether the search takes a gradient.
+    """
+    least = planner.least(rows, has_gradient=has_gradient)
+    if planner.memory < least:
+        log.warning(
+            "--memory %.3g is less than the %.3g GiB that the decompositions of a %s and a single question take in any case; "
+            "the search takes these, and keeps to a bound from --memory %.3g on",
+            *(planner.memory / GIB, least / GIB, "block" if has_gradient else "matrix", math.ceil(1000 * least / GIB) / 1000),
+        )
 
 
 def _tokens(row: TokenSequence) -> int:
