@@ -191,6 +191,10 @@ def test_an_adapter_on_eight_bits_is_in_the_saved_weights(tmp_path: Path) -> Non
     with applied(lm, "0.fc_up@r4"):
         expected = {name: p.detach().float() for name, p in lm.model.named_parameters()}
     assert all(torch.equal(p, expected[name]) for name, p in opened.named_parameters())
+    update = load(source, adapter=tmp_path / "adapter")
+    assert [(m.id, m.max_rank) for m in update.matrices] == [("0.q_proj", 2), ("1.q_proj", 2)]
+    merged = T.AutoModelForCausalLM.from_pretrained(save(update, "", tmp_path / "merged").folder)
+    assert all(torch.equal(p, update.model.get_parameter(name)) for name, p in merged.named_parameters())
 
 
 @pytest.mark.parametrize(

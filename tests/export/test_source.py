@@ -277,6 +277,8 @@ def test_side_files_go_with_the_weights(tmp_path: Path, caplog: pytest.LogCaptur
         "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]),
         "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
         "2_Dense/config.json": "{}",
+        "router_config.json": '{"types": {"query_0_SparseStaticEmbedding": "x"}}',
+        "query_0_SparseStaticEmbedding/config.json": "{}",
         "chat_template.jinja": "{{ messages }}",
         "tokenizer.model": "pieces",
         "generation_config.json": '{"temperature": 0.5, "do_sample": false}',

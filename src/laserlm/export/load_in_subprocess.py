@@ -89,7 +89,8 @@ def _with_floats(model: Any, method: str) -> Any:
     if method == "bitsandbytes":
         return model.dequantize()
     for module in model.modules() if method == "torchao" else ():
-        if is_traceable_wrapper_subclass(weight := module._parameters.get("weight")):
+        weight: Any = module._parameters.get("weight")
+        if is_traceable_wrapper_subclass(weight):
             module.weight = torch.nn.Parameter(weight.dequantize().to(model.dtype), requires_grad=False)
     return model
 

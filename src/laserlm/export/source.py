@@ -89,7 +89,9 @@ class Source:
         stored = {} if folder is None else stored_tensors(folder)
         if folder is None or not stored:
             return None
-        memory, packed, in_parts = lm.model.state_dict(), {}, set()
+        memory = lm.model.state_dict()
+        packed: dict[str, list[str]] = {}
+        in_parts: set[str] = set()
         by_name = parameter_names(lm.model, stored)
         if any(tensor.float_dtype is None for tensor in stored.values()) and quantisation_of(folder) in SKIPPED:
             if has_adapter(lm.loaded["name"]):  # type: ignore[index]
@@ -124,7 +126,7 @@ class Source:
                 sizes[tensor.float_dtype] += tensor.bytes
         return sizes.most_common(1)[0][0] if sizes else torch.float32
 
-    @property
+    @cached_property
     def _of_packed(self) -> set[str]:
         """The names of all tensors that hold packed weights."""
         return {name for names in self.packed.values() for name in names}

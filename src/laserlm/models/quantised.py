@@ -78,7 +78,8 @@ def with_floats(model: Any, config: Any) -> Any:
         model = model.dequantize()
     if method == "torchao":
         for module in model.modules():
-            if is_traceable_wrapper_subclass(weight := module._parameters.get("weight")):
+            weight: Any = module._parameters.get("weight")
+            if is_traceable_wrapper_subclass(weight):
                 module.weight = nn.Parameter(weight.dequantize().to(model.dtype), requires_grad=False)
         model.hf_quantizer.remove_quantization_config(model)
     if method in SKIPPED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -58,9 +59,18 @@ def side_files(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _modules(folder: Path) -> set[str]:
-    """Return the folders of the modules of a sentence encoder (``modules.json``)."""
+    """Return the folders of the modules of a sentence encoder (``modules.json``), and of those that a router chooses from."""
+    listed = _read(folder / "modules.json", [])
+    routed = _read(folder / "router_config.json", {})
     try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        return {Path(module["path"]).parts[0] for module in modules if module["path"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        names = [module["path"] for module in listed if module["path"]] + list(routed.get("types", {}))
+        return {Path(name).parts[0] for name in names}
+    except (AttributeError, KeyError, TypeError):
         return set()
+
+
+def _read(file: Path, default: Any) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
