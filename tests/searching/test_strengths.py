@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,6 +228,15 @@ def test_useless_strengths_are_accepted_no_more_often_than_stated() -> None:
     allowance = 2 * (0.05 * 0.95 * runs) ** 0.5
     assert 0 < sum(p <= cross_fitted_level(0.05) for p in p_values) <= 0.05 * runs + allowance
     assert sum(p <= 0.05 for p in p_values) > 0.05 * runs + allowance  # the allowance for twice the variance is needed
+
+
+def test_strengths_that_help_nobody_are_seldom_accepted_where_questions_share_facts() -> None:
+    """At the level of 5 % (``scripts/acceptance_rate.py``), and much more often if the questions are taken as independent."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "acceptance_rate.py"))
+    runs, rate = 60, script["acceptance_rate"]
+    allowance = 2 * (0.05 * 0.95 / runs) ** 0.5
+    assert rate("loss", 12, 1.0, runs, is_shrunk=False) <= 0.05 + allowance
+    assert rate("loss", 12, 1.0, runs, is_shrunk=False, by_fact=False) > 0.05 + allowance
 
 
 def test_changes_that_are_clear_in_the_first_part_are_not_looked_at_further() -> None:
