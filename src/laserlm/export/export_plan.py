@@ -242,6 +242,9 @@ def _decompositions(planner: MemoryPlanner, rows: Sequence[TokenSequence], metho
         work = max(whitening_bytes(m, is_two_sided=method == "two-sided") for m in planner.matrices)
     inputs = planner.most_in_a_block(lambda m: 8 * m.shape[1] ** 2, key=lambda m: m.shape[1])
     activations = 2 * planner.lm.width * planner.lm.dtype.itemsize * sum(len(row.ids) for row in rows)
+    if rows and method != "plain":  # the last block is run up to the logits
+        batch = sorted(rows, key=lambda row: -len(row.ids))[:CALIBRATION_BATCH]
+        work = max(work, planner.pass_bytes(batch) + planner.logits_bytes(batch, LOGITS))
     return PhaseMemory(planner.weights, activations + inputs, 0, work)
 
 
