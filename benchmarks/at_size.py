@@ -91,7 +91,7 @@ def do(name: str, lm: laser.LanguageModel, folder: Path, options: argparse.Names
 def compress(lm: laser.LanguageModel, folder: Path, options: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """Compress; return the peak and the plan of each stage."""
     text = worldfacts_text(folder / "text.txt", TEXT_CHARACTERS)
-    settings: dict[str, Any] = {"ratio": RATIO, "calibration": text, "tokens": options.tokens}
+    settings: dict[str, Any] = {"ratio": RATIO, "calibration": text, "tokens": options.tokens, "refine": STEPS}
     phases = plan_compression(lm, **settings).phases
     peaks: dict[str, int] = {}
     stage = "text"
@@ -99,14 +99,14 @@ def compress(lm: laser.LanguageModel, folder: Path, options: argparse.Namespace)
     def on_step(now: str, _done: int, total: int) -> None:
         """Note the peak of a step that is done, or of the stage that ends where another one begins."""
         nonlocal stage
-        part = now if total else stage
+        part = now.partition(" ")[0] if total else stage
         peaks[part] = max(peaks.get(part, 0), resident("VmHWM"))
         forget_peak()
-        stage = now
+        stage = now.partition(" ")[0]
 
     laser.compress(lm, folder / "small", on_step=on_step, **settings)
     on_step("end", 0, 0)
-    return {name: (peaks[name], phases[name].total) for name in phases}
+    return {name: (peaks.get(name, 0), phases[name].total) for name in phases}
 
 
 def search(strategy: Any, lm: laser.LanguageModel, folder: Path, options: argparse.Namespace) -> dict[str, tuple[int, int]]:
