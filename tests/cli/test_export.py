@@ -107,10 +107,11 @@ def test_what_a_search_found_is_saved_with_its_gain_and_scored_again(
 
 
 def test_nothing_or_two_things_to_save_is_an_error(run: Run, folder: Path, tmp_path: Path) -> None:
-    for options in ((), ("--reduce", "1.mlp@0.5", "--run", "last")):
+    both = ("--reduce", "1.mlp@0.5", "--run", "last")
+    for options, message in (((), "give --reduce SPEC, or --run ID"), (both, "--reduce and --run both name a reduction")):
         code, _, err = run("save", folder, *options, "--out", tmp_path / "out")
         assert code == 1
-        assert "give --reduce SPEC, or --run ID" in err
+        assert message in err
     code, _, err = run("save", folder, "--run", "last", "--store", tmp_path / "none.db", "--out", tmp_path / "out")
     assert code == 1
     assert not (tmp_path / "out").exists()

@@ -231,6 +231,8 @@ def test_errors_come_before_anything_is_written(llama: LanguageModel, tmp_path: 
     for arguments, error in wrong:
         with pytest.raises(error):
             save(llama, arguments.pop("intervention", "1.fc_in@0.1"), tmp_path / "out", **arguments)
+    with pytest.raises(ExportError, match="no form 'gguff'; there are dense, factored, adapter, gguf"):
+        save(llama, "1.fc_in@0.1", tmp_path / "out", form="gguff")  # type: ignore[arg-type]
     with applied(llama, "1.fc_in@0.1"), pytest.raises(ModelError, match="changed by"):
         save(llama, "1.fc_up@0.1", tmp_path / "out")
     assert list(tmp_path.glob("*out*")) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +21,11 @@ from laserlm.searching.driver import VALIDATION, encode_splits
 from laserlm.searching.guard import PASSAGE_TOKENS, PASSAGES
 from laserlm.searching.measured_cost import measure_cost
 from laserlm.searching.plan import Plan, decomposition_flop, plan
+from laserlm.searching.session import MAX_HARMS
 from laserlm.searching.simulation import CostModel, simulate
 from laserlm.searching.strategies import screen_size
 from laserlm.searching.work import SCREEN_PASSES, ScoreTask
+from laserlm.store import Store
 from laserlm.tasks import Task
 
 Make = Callable[..., LanguageModel]
@@ -68,6 +71,20 @@ def test_a_race_takes_about_what_was_planned(llama: LanguageModel, task: Task) -
         "the leader's neighbours",
         "best on test",
     ]
+
+
+@pytest.mark.parametrize("grid", ["0-1.mlp@0.5", "all.all@0.5,0.3"])
+def test_the_harm_of_the_last_candidates_is_planned(grid: str, llama: LanguageModel, task: Task, tmp_path: Path) -> None:
+    planned = plan(llama, task, SearchConfig(strategy="exhaustive", grid=grid)).stages[-1]
+    result = search(llama, task, strategy="exhaustive", grid=grid, store=tmp_path / "runs.db")
+    with Store.open(tmp_path / "runs.db") as store:
+        measured = {part: store.evaluations(result.run, f"guard 0 {part}") for part in ("choosing", "measuring")}
+    assert planned.name == "harm"
+    # The unchanged model on both parts, the choice on the measuring one.
+    assert len(measured["choosing"]) == 1 + min(MAX_HARMS, result.candidates)
+    assert len(planned.items) == len(measured["choosing"]) + 2
+    whole = sum(item.share == 1 for item in planned.items)
+    assert 3 <= whole < len(planned.items)  # other passes begin at the block that changes
 
 
 def test_what_is_there_at_the_same_time_is_added_up(llama: LanguageModel, task: Task) -> None:

@@ -107,8 +107,10 @@ def save(
     from laserlm.export.saving import chosen_intervention, save
     from laserlm.reductions import Intervention
 
-    if (run is None) == (not reduce):
-        raise ExportError("nothing to save: give --reduce SPEC, or --run ID for the result of a search, but not both")
+    if run is None and not reduce:
+        raise ExportError("nothing to save: give --reduce SPEC, or --run ID for the result of a search")
+    if run is not None and reduce:
+        raise ExportError("--reduce and --run both name a reduction: leave one of them out")
     if point is not None and run is None:
         raise typer.BadParameter("--point is a number in the Pareto list of a search; add --run ID")
     intervention = Intervention.read(reduce) if reduce else search_result(str(run), store)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from huggingface_hub import HfApi
@@ -80,6 +80,9 @@ def save(
         MissingExtraError: if llama.cpp's converter is not installed.
         LaserError: as ``applied``.
     """
+    forms = (*get_args(Form), "gguf")
+    if form not in forms:
+        raise ExportError(f"no form {form!r}; there are {', '.join(forms)}")
     out = Path(out).expanduser().absolute()
     options = SaveOptions("dense" if form == "gguf" else form, dtype, overwrite, shard_size, hub_id)
     check_request(lm, out, options)
