@@ -90,7 +90,8 @@ def _with_floats(model: Any, method: str) -> Any:
         return model.dequantize()
     for module in model.modules() if method == "torchao" else ():
         weight: Any = module._parameters.get("weight")
-        if is_traceable_wrapper_subclass(weight):
+        is_packed = is_traceable_wrapper_subclass(weight)
+        if is_packed:
             module.weight = torch.nn.Parameter(weight.dequantize().to(model.dtype), requires_grad=False)
     return model
 

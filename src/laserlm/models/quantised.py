@@ -79,7 +79,8 @@ def with_floats(model: Any, config: Any) -> Any:
     if method == "torchao":
         for module in model.modules():
             weight: Any = module._parameters.get("weight")
-            if is_traceable_wrapper_subclass(weight):
+            is_packed = is_traceable_wrapper_subclass(weight)
+            if is_packed:
                 module.weight = nn.Parameter(weight.dequantize().to(model.dtype), requires_grad=False)
         model.hf_quantizer.remove_quantization_config(model)
     if method in SKIPPED:
