@@ -13,6 +13,7 @@ from families import SCORED
 import laserlm.scoring.forward as forward
 import laserlm.scoring.kernels as module
 from laserlm.models import LanguageModel
+from laserlm.scoring import batch
 from laserlm.scoring.forward import batches, run_batch
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.tokenize import encode
@@ -113,7 +114,7 @@ def test_a_model_that_works_on_its_logits_by_place_gets_all_places(make: Make, m
         return out
 
     monkeypatch.setattr(lm.model, "forward", by_place)
-    monkeypatch.setattr(forward.inspect, "signature", lambda _: type("S", (), {"parameters": {"use_cache": 1}}))
+    monkeypatch.setattr(batch.inspect, "signature", lambda _: type("S", (), {"parameters": {"use_cache": 1}}))
     batches(lm, encode(lm, EXAMPLES, "answer"), 5)
     assert lm.reads_positions is False
 

@@ -35,7 +35,7 @@ class LanguageModel:
         cache: folder for decompositions and converted models.
         pads_exactly: whether left-padded batches give the scores of single sequences; None until it is tested.
         reads_positions: whether the output layer can compute the scored positions alone; None until it is tested.
-        shares_prompts: whether continuations of one prompt can be one row; None until it is tested.
+        shares_prompts: whether sequences that begin alike can be one row; None until it is tested.
         active: interventions that are applied now, outermost first.
         pooling: how an embedding model makes one vector of a text; None takes the mean of its tokens.
         update: of an adapter that is merged; reductions then change the update in place of the weights. None without one.

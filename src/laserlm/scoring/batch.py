@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from laserlm.errors import ScoringError
 from laserlm.models.kinds import TEXT_KINDS
 from laserlm.models.language_model import LanguageModel
 from laserlm.scoring.records import TokenSequence
-from laserlm.scoring.shared_prompts import JoinedRow, can_be_joined, groups_with_one_prompt, joined_inputs
+from laserlm.scoring.shared_prompts import Group, JoinedRow, joined_inputs
 from laserlm.scoring.texts import padding_token
 
 PASS_OVERHEAD_TOKENS = 64
@@ -28,7 +30,7 @@ MAX_SCORED_POSITIONS = 2048
 class Batch:
     """Sequences that go through the model together, as tensors on its device: B sequences, N scored positions, C choice tokens.
 
-    Each sequence is a row of the model's inputs, unless sequences with one prompt are joined to one row.
+    Each sequence is a row of the model's inputs, unless sequences that begin alike are joined to one row.
 
     Args:
         rows: indices of the sequences.
@@ -57,19 +59,32 @@ class Batch:
     pad: int
 
 
-def batch_bounds(lengths: Sequence[int], batch_size: int, overhead: float) -> list[tuple[int, int]]:
+def batch_bounds(
+    lengths: Sequence[int], batch_size: int, overhead: float, sizes: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
     """Cut rows, the longest first, into the batches of least total cost.
 
     The cost of a batch is its padded tokens plus ``overhead``. With infinite overhead, the batches are as few as possible.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: sequences of a batch.
+        overhead: tokens that take as long as the overhead of a pass.
+        sizes: sequences in each row; None counts each row as one.
     """
     n = len(lengths)
+    before = [0, *accumulate(sizes or [1] * n)]  # sequences in the rows before each
     if math.isinf(overhead):
-        return [(i, min(n, i + batch_size)) for i in range(0, n, batch_size)]
+        starts = [0]
+        for i in range(1, n):
+            if before[i + 1] - before[starts[-1]] > batch_size:
+                starts.append(i)
+        return list(pairwise([*starts, n]))
     # best[i]: the least cost of the first i rows, and the start of their last batch.
     best: list[tuple[float, int]] = [(0.0, 0)]
     for i in range(1, n + 1):
-        starts = range(max(0, i - batch_size), i)
-        best.append(min((best[a][0] + overhead + (i - a) * lengths[a], a) for a in starts))
+        first = min(i - 1, bisect_left(before, before[i] - batch_size))
+        best.append(min((best[a][0] + overhead + (i - a) * lengths[a], a) for a in range(first, i)))
     cuts: list[tuple[int, int]] = []
     while n:
         cuts.append((best[n][1], n))
@@ -77,30 +92,20 @@ def batch_bounds(lengths: Sequence[int], batch_size: int, overhead: float) -> li
     return cuts[::-1]
 
 
-def groups_of(
-    lm: LanguageModel, rows: Sequence[TokenSequence], indices: Sequence[int], *, joined: bool
-) -> list[tuple[int, ...]]:
-    """Return the indices in groups, each of which is one row of the model's inputs."""
-    if not joined:
-        return [(i,) for i in indices]
-    groups: list[tuple[int, ...]] = []
-    for group in groups_with_one_prompt(rows, indices):
-        groups += [group] if can_be_joined(lm, rows, group) else [(i,) for i in group]
-    return groups
-
-
 def make_batch(
-    lm: LanguageModel,
-    rows: Sequence[TokenSequence],
-    indices: Sequence[int],
-    *,
-    padded: bool | None = None,
-    joined: bool = False,
+    lm: LanguageModel, rows: Sequence[TokenSequence], groups: Sequence[Group], *, padded: bool | None = None
 ) -> Batch:
-    """Put rows into tensors. ``padded`` says whether to pass positions because of padding; None asks the model."""
+    """Put groups of sequences into tensors, a row for each group.
+
+    Args:
+        lm: the model.
+        rows: all sequences.
+        groups: of the batch.
+        padded: whether to pass positions because of padding; None asks the model.
+    """
+    indices = [i for group in groups for i in group]
     chosen = [rows[i] for i in indices]
-    groups = groups_of(lm, rows, indices, joined=joined)
-    if any(len(group) > 1 for group in groups):
+    if len(indices) > len(groups):
         inputs, places = _joined_inputs(lm, [JoinedRow.of(rows, group) for group in groups], padding_token(lm, chosen))
     else:
         inputs, places = _inputs(lm, chosen, padded=padded)
@@ -152,10 +157,10 @@ def _joined_inputs(lm: LanguageModel, joined: Sequence[JoinedRow], pad: int) -> 
     """
     parameters = inspect.signature(lm.model.forward).parameters
     if "position_ids" not in parameters:
-        raise ScoringError(f"{lm.name} takes no positions, so that each continuation of a prompt needs a row of its own")
+        raise ScoringError(f"{lm.name} takes no positions of tokens, so that each sequence needs a row of its own")
     ids, _ = _pad([row.ids for row in joined], pad, left=True)
     T = ids.shape[1]
-    n_logits = max(len(row.ids) - row.places[0][0] for row in joined) if "logits_to_keep" in parameters else T
+    n_logits = max(len(row.ids) - min(map(min, row.places)) for row in joined) if "logits_to_keep" in parameters else T
     positions, mask = joined_inputs(joined, T, lm.dtype)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     inputs |= {n: v for n, v in {"logits_to_keep": n_logits, "use_cache": False}.items() if n in parameters}

@@ -18,18 +18,23 @@ from laserlm.errors import ScoringError
 from laserlm.models.kinds import TEXT_KINDS
 from laserlm.models.language_model import LanguageModel
 from laserlm.out_of_memory import uniform_out_of_memory
-from laserlm.scoring.batch import MAX_SCORED_POSITIONS, PASS_OVERHEAD_TOKENS, Batch, batch_bounds, groups_of, make_batch
+from laserlm.scoring.batch import MAX_SCORED_POSITIONS, PASS_OVERHEAD_TOKENS, Batch, batch_bounds, make_batch
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
 from laserlm.scoring.model_errors import as_scoring_error
 from laserlm.scoring.output_layer import HALF, float32_output_layer
 from laserlm.scoring.records import TokenScores, TokenSequence
-from laserlm.scoring.shared_prompts import can_be_joined, groups_with_one_prompt, joined_length
+from laserlm.scoring.shared_prompts import Group, common_length, cost_of_row, groups_that_begin_alike, joined_length
 from laserlm.scoring.texts import text_outputs
 
 log = logging.getLogger(__name__)
 PADDED_KINDS = ("causal", *TEXT_KINDS)
 """Kinds of models whose scores padding may change, so that it is tested."""
+LOGITS_BYTES = 2**23
+"""Bytes of the part of the logits, in float32, that is read at a time."""
+LEAST_SAVING = 0.1
+"""Share of the work that joined rows have to save. Where they save less, each sequence has a row of its own."""
+
 Progress = Callable[[int, int], None]
 """Called with the number of items done and their total."""
 
@@ -70,14 +75,14 @@ def run_rows(
     """
     outcomes: dict[int, TokenScores] = {}
 
-    def run(indices: Sequence[int]) -> None:
-        batch = make_batch(lm, rows, indices, joined=bool(lm.shares_prompts))
+    def run(groups: Sequence[Group]) -> None:
+        batch = make_batch(lm, rows, groups)
         outcomes.update(zip(batch.rows, run_batch(lm, batch), strict=True))
         if on_progress is not None:
             on_progress(len(outcomes), len(rows))
 
     try:
-        halve_until_it_fits(_batch_indices(lm, rows, batch_size, joined=True), run, default_cache(lm.cache).clear)
+        halve_until_it_fits(_batches_of_groups(lm, rows, batch_size, joined=True), run, default_cache(lm.cache).clear)
     except torch.OutOfMemoryError as error:
         raise out_of_memory_error(lm, error) from None
     return [outcomes[i] for i in range(len(rows))]
@@ -98,15 +103,15 @@ def batches(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int, *
     Args:
         lm: the model.
         rows: the sequences.
-        batch_size: rows of the model's inputs.
-        joined: whether the continuations of one prompt may be one row of the model's inputs.
+        batch_size: sequences in a batch.
+        joined: whether sequences that begin alike may be one row of the model's inputs.
     """
-    every = _batch_indices(lm, rows, batch_size, joined=joined)
-    return [make_batch(lm, rows, indices, joined=joined and bool(lm.shares_prompts)) for indices in every]
+    return [make_batch(lm, rows, groups) for groups in _batches_of_groups(lm, rows, batch_size, joined=joined)]
 
 
 @torch.no_grad()
-def _batch_indices(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int, *, joined: bool) -> list[list[int]]:
+def _batches_of_groups(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int, *, joined: bool) -> list[list[Group]]:
+    """Return batches of groups of indices; each group is one row of the model's inputs."""
     lm.require_evaluation_mode()
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     try:
@@ -114,20 +119,34 @@ def _batch_indices(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size:
             lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
         if lm.reads_positions is None:
             lm.reads_positions = _reads_positions(lm, rows[order[-1]])
-        if joined and lm.shares_prompts is None and lm.kind == "causal" and lm.pads_exactly:
-            lm.shares_prompts = _shares_prompts(lm, rows)
+        if joined and lm.shares_prompts is None and lm.kind == "causal" and lm.pads_exactly and lm.reads_positions:
+            lm.shares_prompts = _shares_prompts(lm, rows, batch_size)
     except torch.OutOfMemoryError:
         log.warning("two rows do not fit into the memory of %s; scoring without padding", lm.device)
-    groups = groups_of(lm, rows, range(len(rows)), joined=joined and bool(lm.shares_prompts))
+    batch_size = max(1, min(batch_size, MAX_SCORED_POSITIONS // max(len(r.positions) for r in rows)))
+    separate = _cut(lm, rows, [(i,) for i in range(len(rows))], batch_size)
+    if not (joined and lm.shares_prompts):
+        return separate
+    together = _cut(lm, rows, groups_that_begin_alike(lm, rows, batch_size), batch_size)
+    return together if _cost(rows, together) <= (1 - LEAST_SAVING) * _cost(rows, separate) else separate
+
+
+def _cut(lm: LanguageModel, rows: Sequence[TokenSequence], groups: Sequence[Group], batch_size: int) -> list[list[Group]]:
+    """Cut groups into batches, the longest first."""
     length = {group: joined_length(rows, group) for group in groups}
-    groups.sort(key=lambda group: (-length[group], group))
-    batch_size = max(1, min(batch_size, MAX_SCORED_POSITIONS // max(sum(len(rows[i].positions) for i in g) for g in groups)))
+    ordered = sorted(groups, key=lambda group: (-length[group], group))
     if lm.kind in PADDED_KINDS and not lm.pads_exactly:
-        same_length = [[i for group in same for i in group] for _, same in groupby(groups, key=length.__getitem__)]
+        same_length = [list(same) for _, same in groupby(ordered, key=length.__getitem__)]
         return [same[i : i + batch_size] for same in same_length for i in range(0, len(same), batch_size)]
     overhead = PASS_OVERHEAD_TOKENS if lm.device.type == "cpu" else math.inf
-    bounds = batch_bounds([length[group] for group in groups], batch_size, overhead)
-    return [[i for group in groups[a:b] for i in group] for a, b in bounds]
+    bounds = batch_bounds([length[group] for group in ordered], batch_size, overhead, [len(group) for group in ordered])
+    return [ordered[a:b] for a, b in bounds]
+
+
+def _cost(rows: Sequence[TokenSequence], batches_: Sequence[Sequence[Group]]) -> float:
+    """Return the work of batches, in tokens: padding, attention and the overhead of passes included."""
+    lengths = [[joined_length(rows, group) for group in groups] for groups in batches_]
+    return sum(PASS_OVERHEAD_TOKENS + len(of) * cost_of_row(max(of)) for of in lengths)
 
 
 def _pads_exactly(lm: LanguageModel, long: TokenSequence, short: TokenSequence) -> bool | None:
@@ -141,26 +160,29 @@ def _pads_exactly(lm: LanguageModel, long: TokenSequence, short: TokenSequence) 
         short = replace(long, ids=long.ids[1:], positions=tuple(p - 1 for p in long.positions))
     if len(short.ids) == len(long.ids):
         return None
-    together = run_batch(lm, make_batch(lm, [long, short], (0, 1), padded=True))[1]
-    alone = run_batch(lm, make_batch(lm, [short], (0,), padded=False))[0]
+    together = run_batch(lm, make_batch(lm, [long, short], [(0,), (1,)], padded=True))[1]
+    alone = run_batch(lm, make_batch(lm, [short], [(0,)], padded=False))[0]
     outputs = ([*scores.logprobs, *scores.choice_logprobs] for scores in (together, alone))
     return _is_close(lm, *outputs)
 
 
-def _shares_prompts(lm: LanguageModel, rows: Sequence[TokenSequence]) -> bool | None:
-    """Return whether continuations of one prompt score in one row as they do in rows of their own; None if unknown.
+def _shares_prompts(lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int) -> bool | None:
+    """Return whether sequences that begin alike score in one row as they do in rows of their own; None if unknown.
 
-    The longest and the shortest row of several continuations are tried next to each other, so that one of them is padded.
+    The longest and the shortest of such rows are tried next to each other, so that one of them is padded.
     """
-    several = [g for g in groups_with_one_prompt(rows, range(len(rows))) if len(g) > 1 and can_be_joined(lm, rows, g)]
-    several = [g for g in several if any(len(rows[i].targets) > 1 for i in g)]  # others have one and the same row
+
+    def own_tokens(group: Group) -> list[int]:
+        return [i for i in group if len(rows[i].ids) > common_length(rows, group)]
+
+    several = [group for group in groups_that_begin_alike(lm, rows, batch_size) if len(own_tokens(group)) > 1]
     if not several:
         return None
-    chosen = {max(several, key=lambda g: joined_length(rows, g)), min(several, key=lambda g: joined_length(rows, g))}
-    indices = [i for group in chosen for i in group]
-    separate = [x for i in indices for outcome in run_batch(lm, make_batch(lm, rows, (i,))) for x in outcome.logprobs]
+    several.sort(key=lambda group: (joined_length(rows, group), group))
+    groups = list(dict.fromkeys((several[0], several[-1])))
+    separate = [x for group in groups for i in group for x in run_batch(lm, make_batch(lm, rows, [(i,)]))[0].logprobs]
     try:
-        together = [x for outcome in run_batch(lm, make_batch(lm, rows, indices, joined=True)) for x in outcome.logprobs]
+        together = [x for outcome in run_batch(lm, make_batch(lm, rows, groups)) for x in outcome.logprobs]
     # A model that takes no mask for each pair of tokens may fail in any of these ways.
     except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, ScoringError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -173,7 +195,7 @@ def _reads_positions(lm: LanguageModel, row: TokenSequence) -> bool | None:
     """Return whether the output layer gives the same logits if it gets the scored positions only; None if unknown."""
     if lm.kind in TEXT_KINDS:
         return False
-    batch = make_batch(lm, [row, row], (0, 1))
+    batch = make_batch(lm, [row, row], [(0,), (1,)])
     all_positions = [x for outcome in run_batch(lm, batch) for x in outcome.logprobs]
     try:
         scored_only = forward_logits(lm, batch, scored_only=True).logprobs.tolist()
@@ -262,21 +284,32 @@ def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> Bat
     if logits.dtype in HALF:
         _warn_of_rounded_logits(lm.name, logits.dtype)
     logits = (logits[0] if scored_only else logits[row, position]).float()  # (N, V)
-    total = logits.new_zeros(len(logits)) if lm.kind in ("reward", "embedding") else logits.logsumexp(-1)  # (N,)
-    wanted = logits.gather(-1, batch.targets[:, None])  # (N, 1)
-    best, argmax = logits.max(-1)  # (N,) both
+    # In parts that a CPU's cache holds, for these are several passes over all logits.
+    rows = len(logits) if torch.is_grad_enabled() else max(1, LOGITS_BYTES // (4 * logits.shape[-1]))
+    parts = [_read(lm, part, of, batch.ranked) for part, of in zip(logits.split(rows), batch.targets.split(rows), strict=True)]
+    total, logprobs, best, argmax, tied, *ranks = map(torch.cat, zip(*parts, strict=True))  # (N,) each
     at_first = logits[batch.first]  # (B, V)
     k = min(max(batch.top), logits.shape[-1])
     return BatchLogits(
-        logprobs=wanted[:, 0] - total,
+        logprobs=logprobs,
         argmax=argmax,
-        tied=(logits == best[:, None]).sum(-1) > 1,
-        best=best - total,
+        tied=tied,
+        best=best,
         choice_logprobs=at_first.gather(-1, batch.choice_tokens) - total[batch.first][:, None],
-        ranks=(logits > wanted).sum(-1) if batch.ranked else None,
-        last_ranks=(logits >= wanted).sum(-1) - 1 if batch.ranked else None,
+        ranks=ranks[0] if ranks else None,
+        last_ranks=ranks[1] if ranks else None,
         top=at_first.topk(k).indices if k else None,
     )
+
+
+def _read(lm: LanguageModel, logits: Tensor, targets: Tensor, ranked: bool) -> tuple[Tensor, ...]:
+    """Return what logits (N, V) say, (N,) each: log-normaliser, log-probabilities of targets and best, argmax, ties, ranks."""
+    total = logits.new_zeros(len(logits)) if lm.kind in ("reward", "embedding") else logits.logsumexp(-1)  # (N,)
+    wanted = logits.gather(-1, targets[:, None])  # (N, 1)
+    best, argmax = logits.max(-1)  # (N,) both
+    tied = (logits == best[:, None]).sum(-1) > 1
+    ranks = ((logits > wanted).sum(-1), (logits >= wanted).sum(-1) - 1) if ranked else ()
+    return total, wanted[:, 0] - total, best - total, argmax, tied, *ranks
 
 
 @cache

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from laserlm.out_of_memory import retry_with_room
 
+Item = TypeVar("Item")
+
 
 def halve_until_it_fits(
-    batches: Sequence[Sequence[int]], run: Callable[[Sequence[int]], None], free: Callable[[], bool] = lambda: False
+    batches: Sequence[Sequence[Item]], run: Callable[[Sequence[Item]], None], free: Callable[[], bool] = lambda: False
 ) -> None:
-    """Run batches of indices in their order. Where one does not fit into memory, no later one is larger than its half.
+    """Run batches of items in their order. Where one does not fit into memory, no later one is larger than its half.
 
     Args:
         batches: the batches.
@@ -20,7 +23,7 @@ def halve_until_it_fits(
         free: frees memory and returns whether there was something to free. It is tried before a batch is halved.
 
     Raises:
-        torch.OutOfMemoryError: if a single index does not fit.
+        torch.OutOfMemoryError: if a single item does not fit.
     """
     pending = list(batches)[::-1]
 

@@ -49,15 +49,22 @@ class PrefixCache:
         rows: the rows to score.
         batch_size: rows in one forward pass. It stays the same, because another shape changes the last bits of scores.
         check: the check of this model's boundaries; several caches of one model can share it.
+        joined: whether sequences that begin alike may be one row.
     """
 
     def __init__(
-        self, lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int, check: PrefixCheck | None = None
+        self,
+        lm: LanguageModel,
+        rows: Sequence[TokenSequence],
+        batch_size: int,
+        check: PrefixCheck | None = None,
+        *,
+        joined: bool = True,
     ) -> None:
         self.lm = lm
         self.boundary = 0
         self.check = check or PrefixCheck(lm, rows)
-        self._batches = batches(lm, rows, batch_size, joined=True)
+        self._batches = batches(lm, rows, batch_size, joined=joined)
         self._outputs: list[dict[str, Any]] = [{} for _ in self._batches]  # of each batch, by stack
         self._earlier: dict[int, list[dict[str, Any]]] = {}  # outputs at boundaries that were left
 
@@ -186,7 +193,7 @@ class PrefixCheck:
         self.block_order: list[Block] = []
         self._exact = {0}
         self._lm = lm
-        self._cache = PrefixCache(lm, sample, 2, self)
+        self._cache = PrefixCache(lm, sample, 2, self, joined=False)
         called: list[Block] = []
         try:
             with ExitStack() as hooks:
