@@ -100,18 +100,44 @@ def test_a_folder_that_cannot_be_made_costs_the_cache_and_nothing_else(
     torch.testing.assert_close(decomposition.left @ decomposition.right, matrix(), atol=1e-5, rtol=0)
 
 
-def test_memory_holds_what_fits_and_drops_the_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_holds_what_fits_and_drops_the_one_used_before_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
     one = DecompositionCache().get(matrix()).bytes
     cache = DecompositionCache(memory=2 * one)
     a = cache.get(matrix(0))
     cache.get(matrix(1))
-    assert cache.get(matrix(0)) is a
-    cache.get(matrix(2))
+    newest = cache.get(matrix(2))
     monkeypatch.setattr(module, "basis_of", refuse)
+    assert cache.get(matrix(2)) is newest
     assert cache.get(matrix(0)) is a
-    cache.get(matrix(2))
     with pytest.raises(AssertionError, match="computed again"):
         cache.get(matrix(1))
+
+
+def test_matrices_asked_for_in_turns_are_mostly_in_memory_where_most_of_them_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = DecompositionCache().get(matrix()).bytes
+    cache = DecompositionCache(memory=6 * one)
+    calls = counted(monkeypatch, "basis_of")
+    for _ in range(5):
+        for seed in range(8):
+            assert cache.get(matrix(seed)).bytes == one
+    assert cache.peak == 6 * one
+    # The first round computes all 8; each later one the 2 that have no room, and one more at the place where room ran out.
+    assert 8 + 4 * 2 <= len(calls) <= 8 + 4 * 3
+
+
+def test_what_was_not_asked_for_for_long_is_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = DecompositionCache().get(matrix()).bytes
+    cache = DecompositionCache(memory=2 * one)
+    for seed in (0, 1):
+        cache.get(matrix(seed))
+    for _ in range(20):
+        cache.get(matrix(1))
+    last = cache.get(matrix(2))
+    monkeypatch.setattr(module, "basis_of", refuse)
+    cache.get(matrix(1))
+    assert cache.get(matrix(2)) is last
+    with pytest.raises(AssertionError, match="computed again"):
+        cache.get(matrix(0))
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:

@@ -286,7 +286,7 @@ def _reduced(block: Tensor, edit: Edit, cache: DecompositionCache) -> Tensor:
         return decomposition.truncate(edit.rank, edit.reduction.keep)
     # Subtracting the few components that change rounds less than adding up the many others.
     left, right = edit.changed_factors(decomposition)
-    return as_float_matrix(block) - left @ right
+    return block.detach().to(left.dtype) - left @ right
 
 
 @full_precision()

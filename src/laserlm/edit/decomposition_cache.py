@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 GIB = 2.0**30
 FREE = GIB
 """Bytes of the disk that the cache leaves free, for the results database that is often on the same disk."""
+LONG_UNUSED = 4
+"""Requests, for each decomposition in memory, after which one that was not asked for may go."""
 HEADER = 1024
 """Bytes of a file, at most, in addition to those of its tensor."""
 
@@ -38,12 +40,16 @@ class DecompositionCache:
     and compared when a process first reads it. A damaged file is computed again. A disk that cannot be written is not
     used. Both are logged as warnings.
 
+    Interventions that change many matrices ask for all of them in the same order again and again. If they do not fit into
+    memory together, dropping the least recently used would drop each just before it is asked for. So the one before the newest
+    is dropped, unless another one has not been used for long.
+
     If the files would take more than ``disk`` bytes, or leave less than 1 GiB of the disk free, the least recently used
     are removed. The first time this is logged as a warning.
 
     Args:
         folder: folder of the bases, or None for memory only.
-        memory: maximum bytes of decompositions in memory; the least recently used are dropped first.
+        memory: maximum bytes of decompositions in memory.
         disk: maximum bytes of bases in the folder; None takes ``LASER_CACHE_GIB`` or 20 GiB.
 
     Attributes:
@@ -56,6 +62,8 @@ class DecompositionCache:
         self.disk = disk_limit() if disk is None else disk
         self.peak = 0
         self._in_memory: OrderedDict[Hashable, Decomposition] = OrderedDict()
+        self._last_use: dict[Hashable, int] = {}  # numbers of requests
+        self._requests = 0
         self._files: dict[str, Path] = {}  # of bases that were read or written before, by the quick hash of the weight
         self._room = 0.0  # bytes that may be written before the folder is looked at again
         self._is_announced = False
@@ -93,6 +101,7 @@ class DecompositionCache:
         """Drop the decompositions in memory, and return whether there were any; files on disk stay."""
         held = bool(self._in_memory)
         self._in_memory.clear()
+        self._last_use.clear()
         return held
 
     def _held(self, key: Hashable, make: Callable[[], Decomposition]) -> Decomposition:
@@ -101,10 +110,19 @@ class DecompositionCache:
         if decomposition is None:
             decomposition = self._in_memory[key] = make()
         self._in_memory.move_to_end(key)
+        self._requests += 1
+        self._last_use[key] = self._requests
         while (total := sum(d.bytes for d in self._in_memory.values())) > self.memory and len(self._in_memory) > 1:
-            self._in_memory.popitem(last=False)
+            dropped = self._to_drop()
+            del self._in_memory[dropped], self._last_use[dropped]
         self.peak = max(self.peak, total)
         return decomposition
+
+    def _to_drop(self) -> Hashable:
+        """Return the least recently used one if it was not used for long, and otherwise the one used just before the newest."""
+        oldest, (_, before, *_) = next(iter(self._in_memory)), reversed(self._in_memory)
+        is_old = self._requests - self._last_use[oldest] > LONG_UNUSED * len(self._in_memory)
+        return oldest if is_old else before
 
     def _basis(self, key: str, weight: Tensor, full: Tensor) -> Tensor:
         """Return the basis of a weight, which is ``full`` in float32 or float64."""
