@@ -188,6 +188,20 @@ def test_what_cannot_be_compressed_is_reported(llama: LanguageModel, make: Make,
     assert not (tmp_path / "out").exists()
 
 
+def test_matrices_stay_dense_where_factors_would_take_nearly_as_much(llama: LanguageModel, file: Path) -> None:
+    rows = read_calibration_text(llama, file, tokens=500).calibration
+    compression = fit_ranks(llama, rows, dense_above=0.7)
+    with compression.applied(llama, 0.8) as stored:
+        shares = [m.parameters / (m.shape[0] * m.shape[1]) for m in stored if not m.reason_kept_dense]
+        assert max(shares) <= 0.7
+        assert sum(m.parameters for m in stored) <= 0.8 * compression.parameters
+        assert any(m.reason_kept_dense for m in stored)
+    every = replace(compression, dense_above=1.0).ranks(0.8)
+    assert sum(rank is None for rank in every.values()) < sum(rank is None for rank in compression.ranks(0.8).values())
+    with pytest.raises(ExportError, match=r"share of 1\.2"):
+        fit_ranks(llama, rows, dense_above=1.2)
+
+
 def test_experts_are_left_out_with_the_reason(make: Make, file: Path) -> None:
     lm = make("mixtral")
     compression = fit_ranks(lm, read_calibration_text(lm, file, tokens=500).calibration, method="plain")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from laserlm.linalg.allocation import Spectrum, allocate, uniform
+from laserlm.linalg.pivots import parameters
 
 
 def price(spectrum: Spectrum, rank: int | None) -> int:
@@ -75,3 +76,14 @@ def test_a_matrix_that_is_of_low_rank_costs_its_rank() -> None:
 def test_uniform_ranks_take_the_same_share_of_each() -> None:
     assert uniform([(48, 32), (32, 32)], 0.5) == [11, 9]  # 11 x 69 = 759 < 768 < 12 x 68, 9 x 55 = 495 < 512 < 10 x 54
     assert uniform([(48, 32)], 1.0) == [None]
+
+
+def test_factors_that_take_nearly_all_of_a_matrix_are_not_made() -> None:
+    """Of 20 x 30, rank 12 takes 456 of 600 parameters (76 %) and rank 13 takes 481 (80.2 %)."""
+    spectra = [Spectrum((20, 30), torch.linspace(2, 1, 20) * scale, most=0.8) for scale in (1.0, 1.1, 1.2)]
+    assert [s.max_rank for s in spectra] == [12] * 3
+    for budget in (1200, 1500, 1700):
+        ranks = allocate(spectra, budget)
+        assert all(rank is None or rank <= 12 for rank in ranks)
+        assert sum(600 if rank is None else parameters((20, 30), rank) for rank in ranks) <= budget
+    assert allocate(spectra, 1799).count(None) == 2

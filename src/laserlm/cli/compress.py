@@ -32,6 +32,7 @@ def compress(
     method: Annotated[str, typer.Option(help="Decomposition: plain, scaled, whitened, or two-sided.")] = "two-sided",
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, sensitivity, or curvature.")] = "curvature",
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 16_384,
+    dense_above: Annotated[float, typer.Option(help="Keep matrices dense whose factors exceed this share.")] = 0.9,
     refine: Annotated[
         int | None,
         typer.Option(min=0, help="Steps that train the factors.", show_default="200 for two-sided, else 0"),
@@ -85,6 +86,7 @@ def compress(
             method=method,  # type: ignore[arg-type]
             allocation=allocation,  # type: ignore[arg-type]
             tokens=tokens,
+            dense_above=dense_above,
             refine=refine,
             quantised=quantised,
             form=form,  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from laserlm.errors import ExportError
 from laserlm.export.calibration_text import CalibrationText, own_calibration_text, read_calibration_text
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
-from laserlm.export.fitting import Allocation, Compression, Method, OnStep, check_fit, fit_ranks
+from laserlm.export.fitting import DENSE_ABOVE, Allocation, Compression, Method, OnStep, check_fit, fit_ranks
 from laserlm.export.gguf_rounding import KINDS, rounded_to
 from laserlm.export.refinement import steps_of
 from laserlm.export.tensor_folder import storage_error
@@ -59,6 +59,7 @@ def compress(
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
     tokens: int = 16_384,
+    dense_above: float = DENSE_ABOVE,
     refine: int | None = None,
     quantised: bool = False,
     form: Form = "factored",
@@ -81,6 +82,7 @@ def compress(
         method: ``plain``, ``scaled``, ``whitened`` or ``two-sided``; see ``fit_ranks``.
         allocation: ``uniform``, ``sensitivity`` or ``curvature``; see ``fit_ranks``.
         tokens: maximum number of tokens for calibration.
+        dense_above: a matrix whose factors would take more than this share of its parameters stays dense; see ``fit_ranks``.
         refine: number of steps that train the factors towards the unchanged model's predictions, one passage of the text each.
             None takes ``laserlm.export.refinement.STEPS`` for the method ``two-sided`` and none for the others, which are for
             comparison.
@@ -106,8 +108,11 @@ def compress(
     text = _text(lm, calibration, tokens, method, allocation, steps, on_step)
     rows = () if text is None else text.calibration
     with _kept(lm, rows, method, allocation) as kept:
-        compression = fit_ranks(lm, rows, method=method, allocation=allocation, folder=kept, on_step=on_step)
-        settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation, "refine": steps}
+        compression = fit_ranks(
+            lm, rows, method=method, allocation=allocation, dense_above=dense_above, folder=kept, on_step=on_step
+        )
+        settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
+        settings |= {"dense_above": dense_above, "refine": steps}
         if text is not None:
             compression = _refined(lm, compression, [ratio, *measure], text, steps, kept, on_step)
             on_step("perplexity", 0, 0)
@@ -130,7 +135,7 @@ def _write(
     text: CalibrationText | None,
 ) -> SavedModel:
     arguments = ["--ratio", f"{settings['ratio']:g}", "--method", settings["method"], "--allocation", settings["allocation"]]
-    arguments += ["--refine", str(settings["refine"])]
+    arguments += ["--dense-above", f"{settings['dense_above']:g}", "--refine", str(settings["refine"])]
     if text is not None:
         arguments += ["--calibration", text.name, "--tokens", str(settings["text"]["tokens"])]
         arguments += ["--quantised"] if "quantised" in settings["perplexity"] else []

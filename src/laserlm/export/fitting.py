@@ -35,6 +35,8 @@ from laserlm.searching.screen import sensitivities
 
 Method = Literal["plain", "scaled", "whitened", "two-sided"]
 Allocation = Literal["uniform", "sensitivity", "curvature"]
+DENSE_ABOVE = 0.9
+"""Default share of the dense parameters above which factors are not worth it: they are slower, and gain few parameters."""
 OnStep = Callable[[str, int, int], object]
 """Is called with the stage, and how many of its steps are done, of how many: tokens, gradients or decompositions."""
 
@@ -51,6 +53,8 @@ class Compression:
         decompositions: decomposition of each matrix, by the matrix's id, on the disk.
         losses: (k,) loss of dropping each component, by the matrix's id, on the disk; empty for uniform ranks.
         refined: files of trained factors, by ratio.
+        dense_above: share of the dense parameters above which a matrix stays dense instead of being factored. Uniform ranks
+            have no such share.
     """
 
     method: Method
@@ -60,6 +64,7 @@ class Compression:
     decompositions: Mapping[str, Decomposition] = field(repr=False)
     losses: Mapping[str, Tensor] = field(repr=False)
     refined: Mapping[float, Path] = field(default_factory=dict, repr=False)
+    dense_above: float = DENSE_ABOVE
 
     @property
     def parameters(self) -> int:
@@ -85,7 +90,7 @@ class Compression:
         if self.allocation == "uniform":
             ranks = uniform([m.shape for m in self.matrices], budget / self.parameters)
         else:
-            spectra = [Spectrum(m.shape, self.losses[m.id].cpu()) for m in self.matrices]
+            spectra = [Spectrum(m.shape, self.losses[m.id].cpu(), self.dense_above) for m in self.matrices]
             ranks = allocate(spectra, int(budget))
         return {m.id: rank for m, rank in zip(self.matrices, ranks, strict=True)}
 
@@ -125,7 +130,7 @@ class Compression:
             ExportError: as ``ranks`` and ``refine``.
             WeightError: as ``refine``.
         """
-        file = folder / f"refined-{digest([ratio, steps, [row.ids for row in rows]])[:16]}.safetensors"
+        file = folder / f"refined-{digest([ratio, self.dense_above, steps, [row.ids for row in rows]])[:16]}.safetensors"
         refine(lm, rows, self.layers(lm, ratio), file, steps=steps, on_step=on_step)
         return replace(self, refined={**self.refined, ratio: file})
 
@@ -151,6 +156,7 @@ def fit_ranks(
     *,
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
+    dense_above: float = DENSE_ABOVE,
     folder: Path | None = None,
     on_step: OnStep = lambda *_: None,
 ) -> Compression:
@@ -167,6 +173,7 @@ def fit_ranks(
         rows: passages; may be empty for the plain method with uniform ranks.
         method: ``plain``, ``scaled``, ``whitened`` or ``two-sided``.
         allocation: ``uniform``, ``sensitivity`` or ``curvature``.
+        dense_above: share of its parameters above which a matrix stays dense, unless ranks are uniform.
         folder: where moments and decompositions are kept. What an earlier call with the same arguments left there is used.
             None keeps them in the cache as long as the result exists.
         on_step: is called after each matrix.
@@ -176,6 +183,10 @@ def fit_ranks(
         WeightError: if a weight cannot be decomposed.
     """
     check_fit(method, allocation)
+    if not 0 < dense_above <= 1:
+        raise ExportError(
+            f"a share of {dense_above} above which matrices stay dense is out of range; give more than 0, up to 1"
+        )
     matrices, left_out = compressible(lm)
     kept = folder or _temporary_folder(lm)
     decompositions = DecompositionFolder(kept / "decompositions")
@@ -197,7 +208,7 @@ def fit_ranks(
     matrices = tuple(m for m in matrices if m not in left_out)
     is_measured = allocation == "sensitivity"
     losses = sensitivities(lm, rows, matrices, lambda m: decompositions[m.id]) if is_measured else curvatures
-    return Compression(method, allocation, matrices, left_out, decompositions, losses)
+    return Compression(method, allocation, matrices, left_out, decompositions, losses, dense_above=dense_above)
 
 
 def check_fit(method: str, allocation: str, ratios: Sequence[float] = ()) -> None:

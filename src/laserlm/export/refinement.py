@@ -30,8 +30,6 @@ WARM_UP_STEPS = 10
 """Steps in which the learning rate rises from 0. It falls to 0 until the last step."""
 BETAS = (0.9, 0.98)
 """Decay of Adam's averages: the second spans 50 steps, because there are few."""
-EPSILON = 1e-12
-"""Added to the root of the second average. It is far below gradients of mean losses, which are about 1e-6."""
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 """PyTorch's names of the instructions of x86 and ARM processors for products in bfloat16."""
 STEPS_BETWEEN_FILES = 25
@@ -83,7 +81,7 @@ def refine(
         )
     factors = _factors(layers)
     masters = {name: factor.detach().float().clone() for name, factor in factors.items()}
-    optimiser = torch.optim.Adam(masters.values(), betas=BETAS, eps=EPSILON)
+    optimiser = torch.optim.Adam(masters.values(), betas=BETAS)
     start = _continued(file, masters, optimiser)
     by_row = {batch.rows[0]: batch for batch in batches(lm, rows, 1)}
     with _only_trainable(lm.model, factors.values()):

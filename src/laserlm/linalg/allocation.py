@@ -19,10 +19,12 @@ class Spectrum:
     Args:
         shape: (m, n).
         losses: (k,) non-negative loss of each component, largest singular value first.
+        most: largest share of the dense parameters that pivots and coefficients may take.
     """
 
     shape: tuple[int, int]
     losses: Tensor
+    most: float = 1.0
 
     @property
     def dense_parameters(self) -> int:
@@ -31,8 +33,9 @@ class Spectrum:
 
     @property
     def max_rank(self) -> int:
-        """Largest rank at which pivots and coefficients take fewer parameters than the dense matrix."""
-        return min(min(self.shape) - 1, len(self.losses))
+        """Largest rank at which pivots and coefficients take fewer parameters than the dense matrix, and the share at most."""
+        within = rank_within(self.shape, int(self.most * self.dense_parameters))
+        return min(min(self.shape) - 1, len(self.losses), within)
 
 
 def uniform(shapes: Sequence[tuple[int, int]], ratio: float) -> list[int | None]:
