@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CAUSAL, SENTENCES, UNUSUAL
+from families import CAUSAL, SENTENCES, TOKENIZERS, UNUSUAL, build, random_model
 from searching.support import CORE
 
 from laserlm.edit import applied
@@ -162,3 +162,54 @@ def test_questions_that_begin_alike_score_as_single_passes(family: str, make: Ma
     for batch_size in (1, 5, 6):  # a padded row, too
         for outcome, expected in zip(run_rows(lm, rows, batch_size), alone(lm, rows), strict=True):
             assert outcome.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def continuations(common: int, n: int, own: int, seed: int) -> list[TokenSequence]:
+    """Return sequences of random tokens that begin alike, with all of their own tokens scored."""
+    tokens = torch.randint(5, 200, (common + n * own,), generator=torch.Generator().manual_seed(seed)).tolist()
+    start, rest = tokens[:common], tokens[common:]
+    parts = [rest[i * own : (i + 1) * own] for i in range(n)]
+    return [TokenSequence(seed, (*start, *p), (*p, 3), tuple(range(common - 1, common + own))) for p in parts]
+
+
+def windowed(family: str) -> LanguageModel:
+    """Return a model whose tokens see 24 tokens, in all blocks or in every other one."""
+    if family == "mistral":
+        lm = build("mistral")
+        lm.model.config.sliding_window = 24
+        return lm
+    sizes = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}
+    neo = random_model("causal", family, sizes | {"attention_types": [[["global", "local"], 2]], "window_size": 24})
+    return LanguageModel(model=neo.eval(), tokenizer=TOKENIZERS["causal"](), name=family, kind="causal")
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt_neo"])
+def test_a_model_with_a_window_scores_long_rows_next_to_rows_that_begin_alike(family: str) -> None:
+    lm = windowed(family)
+    run_rows(lm, continuations(12, 3, 3, seed=0), 8)  # short ones, on which a window cannot be seen
+    rows = [*continuations(12, 3, 3, seed=0), *continuations(57, 1, 3, seed=1)]
+    for outcome, expected in zip(run_rows(lm, rows, 8), alone(lm, rows), strict=True):
+        assert outcome.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_sequences_whose_row_does_not_fit_into_memory_run_in_rows_of_their_own(make: Make) -> None:
+    lm = make("llama")
+    rows = continuations(12, 10, 4, seed=0)
+    lm.shares_prompts = True
+
+    def hook(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        if inputs["input_ids"].numel() > 40:
+            raise torch.OutOfMemoryError("no room")
+
+    with lm.model.register_forward_pre_hook(hook, with_kwargs=True):
+        outcomes = run_rows(lm, rows, 4)
+    for outcome, expected in zip(outcomes, alone(lm, rows), strict=True):
+        assert outcome.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_edited_model_does_not_decide_for_the_unchanged_one(make: Make) -> None:
+    lm = make("llama")
+    rows = encode(lm, EXAMPLES, "choice")
+    with applied(lm, "all.out_proj@0"):
+        run_rows(lm, rows, 9)
+    assert lm.shares_prompts is None

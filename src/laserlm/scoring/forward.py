@@ -24,7 +24,14 @@ from laserlm.scoring.memory import halve_until_it_fits
 from laserlm.scoring.model_errors import as_scoring_error
 from laserlm.scoring.output_layer import HALF, float32_output_layer
 from laserlm.scoring.records import TokenScores, TokenSequence
-from laserlm.scoring.shared_prompts import Group, common_length, cost_of_row, groups_that_begin_alike, joined_length
+from laserlm.scoring.shared_prompts import (
+    Group,
+    common_length,
+    cost_of_row,
+    groups_that_begin_alike,
+    joined_length,
+    most_tokens,
+)
 from laserlm.scoring.texts import text_outputs
 
 log = logging.getLogger(__name__)
@@ -76,8 +83,16 @@ def run_rows(
     outcomes: dict[int, TokenScores] = {}
 
     def run(groups: Sequence[Group]) -> None:
-        batch = make_batch(lm, rows, groups)
-        outcomes.update(zip(batch.rows, run_batch(lm, batch), strict=True))
+        is_one_row = len(groups) == 1 < len(groups[0])
+        try:
+            batch = make_batch(lm, rows, groups)
+            outcomes.update(zip(batch.rows, run_batch(lm, batch), strict=True))
+        except torch.OutOfMemoryError:
+            if not is_one_row:
+                raise
+        if groups[0][0] not in outcomes:  # what does not fit as one row, may fit in rows of their own
+            for i in groups[0]:
+                run([(i,)])
         if on_progress is not None:
             on_progress(len(outcomes), len(rows))
 
@@ -119,13 +134,16 @@ def _batches_of_groups(lm: LanguageModel, rows: Sequence[TokenSequence], batch_s
             lm.pads_exactly = _pads_exactly(lm, rows[order[0]], rows[order[-1]])
         if lm.reads_positions is None:
             lm.reads_positions = _reads_positions(lm, rows[order[-1]])
-        if joined and lm.shares_prompts is None and lm.kind == "causal" and lm.pads_exactly and lm.reads_positions:
+        # Under an intervention a model may show nothing of how it treats the mask.
+        is_open = lm.shares_prompts is None and not lm.active
+        if joined and is_open and lm.kind == "causal" and lm.pads_exactly and lm.reads_positions:
             lm.shares_prompts = _shares_prompts(lm, rows, batch_size)
     except torch.OutOfMemoryError:
         log.warning("two rows do not fit into the memory of %s; scoring without padding", lm.device)
     batch_size = max(1, min(batch_size, MAX_SCORED_POSITIONS // max(len(r.positions) for r in rows)))
     separate = _cut(lm, rows, [(i,) for i in range(len(rows))], batch_size)
-    if not (joined and lm.shares_prompts):
+    # A batch with a joined row has a mask for each pair of tokens, which takes the window away from its long rows too.
+    if not (joined and lm.shares_prompts) or len(rows[order[0]].ids) > most_tokens(lm):
         return separate
     together = _cut(lm, rows, groups_that_begin_alike(lm, rows, batch_size), batch_size)
     return together if _cost(rows, together) <= (1 - LEAST_SAVING) * _cost(rows, separate) else separate

@@ -75,9 +75,11 @@ class PrefixCache:
 
     @property
     def bytes(self) -> int:
-        """Memory in bytes of the activations at the boundary and at earlier boundaries."""
+        """Memory in bytes of the activations at the boundary and at earlier boundaries, and of masks for pairs of tokens."""
         sizes: dict[int, int] = {}
-        tree_map(lambda x: sizes.update({id(x): x.nbytes}) if isinstance(x, Tensor) else None, [self._outputs, self._earlier])
+        masks = [x for batch in self._batches for x in batch.inputs.values() if isinstance(x, Tensor) and x.ndim > 2]
+        held = [self._outputs, self._earlier, masks]
+        tree_map(lambda x: sizes.update({id(x): x.nbytes}) if isinstance(x, Tensor) else None, held)
         return sum(sizes.values())
 
     @torch.no_grad()

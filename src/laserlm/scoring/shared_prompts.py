@@ -21,8 +21,8 @@ from laserlm.scoring.records import TokenSequence
 
 Group = tuple[int, ...]
 """Indices of sequences that are one row."""
-WINDOWS = ("sliding_window", "attention_chunk_size")
-"""Settings that bound how far a token sees. A mask for each pair of tokens takes the place of this bound."""
+WINDOWS = ("window", "chunk_size")
+"""Parts of the names of settings that bound how far a token sees. A mask for each pair of tokens takes this bound away."""
 MAX_SEQUENCES = 16
 """Most sequences in one row."""
 ATTENTION_TOKENS = 1000
@@ -90,7 +90,7 @@ def groups_that_begin_alike(lm: LanguageModel, rows: Sequence[TokenSequence], mo
     order = sorted(range(len(rows)), key=lambda i: (0 if several_examples else rows[i].example, rows[i].ids, i))
     # Of sequences in this order, a range begins alike as far as its neighbours do.
     common = [_common(rows[a].ids, rows[b].ids) for a, b in pairwise(order)]
-    most, most_tokens = min(most, MAX_SEQUENCES), _most_tokens(lm)
+    most, limit = min(most, MAX_SEQUENCES), most_tokens(lm)
     # best[i]: the least cost of the first i sequences, and where their last group starts.
     best: list[tuple[float, int]] = [(0.0, 0)]
     for i in range(1, len(order) + 1):
@@ -104,7 +104,7 @@ def groups_that_begin_alike(lm: LanguageModel, rows: Sequence[TokenSequence], mo
                     break
             total += len(row.ids)
             T = total - (i - 1 - start) * (0 if start == i - 1 else int(shared))
-            if start == i - 1 or most_tokens >= T:
+            if start == i - 1 or limit >= T:
                 options.append((best[start][0] + cost_of_row(T), start))
         best.append(min(options))
     groups: list[Group] = []
@@ -113,6 +113,15 @@ def groups_that_begin_alike(lm: LanguageModel, rows: Sequence[TokenSequence], mo
         groups.append(tuple(sorted(order[best[n][1] : n])))
         n = best[n][1]
     return groups
+
+
+def most_tokens(lm: LanguageModel) -> float:
+    """Return the most tokens of a row in which every token of the model sees all before it, by the names of its settings."""
+    config: Any = lm.model.config.get_text_config(decoder=True)
+    # Qwen's max_window_layers is a number of layers.
+    settings = {name: value for name, value in config.to_dict().items() if not name.endswith("_layers")}
+    windows = [value for name, value in settings.items() if any(part in name for part in WINDOWS)]
+    return min((w for w in windows if type(w) is int and w > 0), default=math.inf)
 
 
 def joined_inputs(joined: Sequence[JoinedRow], T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -133,10 +142,3 @@ def joined_inputs(joined: Sequence[JoinedRow], T: int, dtype: torch.dtype) -> tu
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the number of tokens that two sequences begin with."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _most_tokens(lm: LanguageModel) -> float:
-    """Return the most tokens of a row in which every token of the model sees all before it."""
-    config: Any = lm.model.config.get_text_config(decoder=True)
-    windows = [getattr(config, name, None) for name in WINDOWS]
-    return min((w for w in windows if isinstance(w, int) and w > 0), default=math.inf)
