@@ -26,8 +26,6 @@ from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.tokenize import encode, max_length
 from laserlm.searching.guard import BATCH
 from laserlm.searching.memory_plan import (
-    LOGITS,
-    LOGITS_WITH_GRADIENT,
     MemoryPlanner,
     PhaseMemory,
     decomposed_bytes,
@@ -149,7 +147,7 @@ def plan_compression(
         phases["refinement"] = _refinement(planner, rows[0], factors)
         kept_on_disk += 3 * 4 * factors
     if is_fitted or calibration is not None:
-        scored = max(planner.logits_bytes(batch, LOGITS) + planner.pass_bytes(batch) for batch in _batches(held_out))
+        scored = max(planner.logits_bytes(batch) + planner.pass_bytes(batch) for batch in _batches(held_out))
         phases["perplexity"] = PhaseMemory(sizes.weights, decompositions=new * lm.dtype.itemsize, work=scored)
     saved = sizes.saved - (size - new) * sizes.itemsize
     phases["writing"] = sizes.writing(new * lm.dtype.itemsize, saved, 0)
@@ -217,7 +215,7 @@ def _gradients(planner: MemoryPlanner, rows: Sequence[TokenSequence]) -> PhaseMe
     boundaries = (planner.n_blocks + 1) * planner.lm.width * planner.lm.dtype.itemsize * sum(len(row.ids) for row in rows)
     of_block = planner.most_in_a_block(lambda m: 4 * m.shape[0] ** 2)
     most = max(4 * m.shape[0] ** 2 for m in planner.matrices)  # a product that is added, or the mean that is written
-    first = planner.pass_bytes(batch) + planner.logits_bytes(batch, LOGITS_WITH_GRADIENT)
+    first = planner.pass_bytes(batch) + planner.logits_bytes(batch, has_gradient=True)
     last = 2 * planner.pass_bytes(batch) + of_block + most
     return PhaseMemory(planner.weights, boundaries, 0, max(first, last))
 
@@ -230,7 +228,7 @@ def _refinement(planner: MemoryPlanner, row: TokenSequence, factors: int) -> Pha
     length = min(REFINEMENT_TOKENS, len(row.ids))
     passage = replace(row, ids=row.ids[:length], targets=row.targets[:length], positions=tuple(range(length)))
     graph = planner.n_blocks * planner.pass_bytes([passage])
-    work = (4 * 4 + 2) * factors + planner.logits_bytes([passage], LOGITS_WITH_GRADIENT)
+    work = (4 * 4 + 2) * factors + planner.logits_bytes([passage], has_gradient=True)
     return PhaseMemory(planner.weights, graph, factors * planner.lm.dtype.itemsize, work)
 
 
@@ -244,7 +242,7 @@ def _decompositions(planner: MemoryPlanner, rows: Sequence[TokenSequence], metho
     activations = 2 * planner.lm.width * planner.lm.dtype.itemsize * sum(len(row.ids) for row in rows)
     if rows and method != "plain":  # the last block is run up to the logits
         batch = sorted(rows, key=lambda row: -len(row.ids))[:CALIBRATION_BATCH]
-        work = max(work, planner.pass_bytes(batch) + planner.logits_bytes(batch, LOGITS))
+        work = max(work, planner.pass_bytes(batch) + planner.logits_bytes(batch))
     return PhaseMemory(planner.weights, activations + inputs, 0, work)
 
 

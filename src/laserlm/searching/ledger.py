@@ -63,7 +63,8 @@ class ScoreLedger:
     def __post_init__(self) -> None:
         self.scores = ScoreTable(self.run.evaluations(self.split.name))
         self.failed = self.run.failures(self.split.name)
-        self._batch_size = self.executor.batch_size
+        self._batch_size = self._first_batch_size = self.executor.batch_size
+        self._earlier = self.run.notes.get("computed_on", [])[-1:]  # of the process before this one
         self._is_new = True  # nothing was saved by this process
         self._stops: set[int] = set()
         self._unsaved: dict[tuple[str, int], tuple[ScoreTask, Any]] = {}
@@ -177,13 +178,14 @@ class ScoreLedger:
         noted = self.run.notes.get("computed_on", [])
         if now in noted[-1:]:
             return
-        if noted and self._is_new:
+        # A batch that this process has halved is no reason to warn.
+        if self._is_new and self._earlier and self._earlier[-1] != now | {"batch_size": self._first_batch_size}:
             log.warning(
                 "run %s goes on with %s; its earlier scores are from %s: they may differ in the last digits, and by more in "
                 "half precision; --restart computes all of them anew",
                 self.run.id,
                 describe(now),
-                describe(noted[-1]),
+                describe(self._earlier[-1]),
             )
         self.run.note("computed_on", [*noted, now])
 

@@ -19,10 +19,9 @@ from laserlm.scoring.records import TokenSequence
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-LOGITS = 3
-"""Copies of a batch's logits (N, V) in a pass without its gradient, measured: the logits, and steps of their normalisation."""
 LOGITS_WITH_GRADIENT = 5
-"""Copies of them in a pass with its gradient: the logits, their gradient so far, and three intermediate results."""
+"""Copies of a batch's logits (N, V) in a pass with its gradient, measured: the logits, their gradient so far, and three
+intermediate results."""
 LOGITS_OF_A_DRAW = 4
 """Copies of the last token's logits in float32: the logits, those of the sampler, their probabilities, and their sums."""
 
@@ -118,7 +117,7 @@ class MemoryPlanner:
         phases = [
             # The pass from the first block to the logits, and the gradient of the logits.
             PhaseMemory(
-                self.weights, boundaries + before, 0, self.pass_bytes(batch) + self.logits_bytes(batch, LOGITS_WITH_GRADIENT)
+                self.weights, boundaries + before, 0, self.pass_bytes(batch) + self.logits_bytes(batch, has_gradient=True)
             ),
             # A decomposition, while the other matrices of its block are held already.
             *(
@@ -152,7 +151,7 @@ class MemoryPlanner:
         """
         sizes = sorted((m.shape[0] * m.shape[1] for m in self.matrices), reverse=True)
         edited = sum(sizes[:n_edited]) * self.lm.dtype.itemsize
-        passes = max(self.pass_bytes(batch) + self.logits_bytes(batch, LOGITS) for batch in batches)
+        passes = max(self.pass_bytes(batch) + self.logits_bytes(batch) for batch in batches)
         new = max(4 * sizes[0], 0 if is_decomposed else max(decomposing_bytes(m, self.lm.dtype) for m in self.matrices))
         return PhaseMemory(self.weights, activations, self._held, edited + max(passes, new))
 
@@ -212,12 +211,16 @@ class MemoryPlanner:
         values = len(batch) * longest * (4 * self.lm.width + 3 * widest) + len(batch) * heads * longest**2
         return values * self.lm.dtype.itemsize
 
-    def logits_bytes(self, batch: Sequence[TokenSequence], copies: int) -> int:
-        """Return the bytes of logits in float32 at the scored positions, and of the part of the output layer in float32."""
+    def logits_bytes(self, batch: Sequence[TokenSequence], *, has_gradient: bool = False) -> int:
+        """Return the bytes of logits in float32 at the scored positions, and of the part of the output layer in float32.
+
+        Without a gradient they are read in small parts, and those of the first position of each sequence are copied.
+        """
         most = max(len(row.positions) for row in batch)
         positions = most * max(1, min(len(batch), MAX_SCORED_POSITIONS // most))
+        rows = LOGITS_WITH_GRADIENT * positions if has_gradient else positions + min(len(batch), positions)
         part = CHUNK_BYTES if self.lm.dtype in HALF else 0
-        return copies * positions * self._vocabulary * 4 + part
+        return rows * self._vocabulary * 4 + part
 
     def _sums(self, batch: Sequence[TokenSequence]) -> int:
         """Return the bytes of a matrix's inputs, gradients of outputs, and their products with both factors, in float32."""
