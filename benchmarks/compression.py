@@ -1,20 +1,27 @@
 """Compress the bundled model at several ratios in every way, and print the perplexity of each on held-out text.
 
 The text is cut as by ``laser compress``: calibration from its first four fifths, perplexity on its last. Another text can be
-named for the calibration, or ``self`` for text that the model writes.
+named for the calibration, or ``self`` for text that the model writes. A perplexity stands with its ratio to that of the
+unchanged model, and the standard error of the ratio's logarithm over passages.
 Run: python benchmarks/compression.py --text FILE [--calibration FILE] [--ratios .9,.8,.6,.4] [--held-out CHARACTERS]
+     [--refine STEPS,STEPS] [--keep FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 import laserlm as laser
 from laserlm.export.calibration_text import own_calibration_text, read_calibration_text
-from laserlm.export.fitting import Allocation, Method, fit_ranks
+from laserlm.export.fitting import DENSE_ABOVE, Allocation, Method, fit_ranks
 from laserlm.scoring.evaluate import text_perplexity
+from laserlm.scoring.records import Evaluation
 
 WAYS: list[tuple[Method, Allocation]] = [
     ("plain", "uniform"),
@@ -29,6 +36,17 @@ WAYS: list[tuple[Method, Allocation]] = [
 ]
 
 
+def compared(base: Evaluation, small: Evaluation) -> str:
+    """Return a perplexity, its ratio to the unchanged model's, and the standard error of the ratio's logarithm."""
+    tokens = np.array([score.tokens for score in base.scores])
+    lost = np.array([b.logprob - s.logprob for b, s in zip(base.scores, small.scores, strict=True)])
+    ratio = math.exp(lost.sum() / tokens.sum())
+    residuals = lost - tokens * lost.sum() / tokens.sum()
+    error = math.sqrt((residuals**2).sum() * len(lost) / (len(lost) - 1)) / tokens.sum() if len(lost) > 1 else math.nan
+    perplexity = f"{small.perplexity:.2f}" if small.perplexity < 1000 else f"{small.perplexity:.1e}"
+    return f"{perplexity}, x{ratio:.3f} ({error:.3f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True)
@@ -37,30 +55,44 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--held-out", type=int, help="characters to measure perplexity on; default: as laser compress")
     parser.add_argument("--ways", default=",".join(map(str, range(len(WAYS)))), help="numbers of the rows to measure")
+    parser.add_argument("--refine", default="0", help="numbers of steps that train the factors, a row each")
+    parser.add_argument("--dense-above", type=float, default=DENSE_ABOVE)
+    parser.add_argument("--keep", type=Path, help="folder where decompositions and trained factors stay for the next run")
     arguments = parser.parse_args()
     lm = laser.load("bundled")
     ratios = [float(r) for r in arguments.ratios.split(",")]
-    text = read_calibration_text(lm, arguments.text, tokens=arguments.tokens)
+    all_steps = [int(steps) for steps in arguments.refine.split(",")]
+    cut = {"tokens": arguments.tokens, "refine": max(all_steps)}
+    text = read_calibration_text(lm, arguments.text, **cut)
     held_out = text.held_out[: arguments.held_out]
     if arguments.calibration == "self":
-        text = own_calibration_text(lm, tokens=arguments.tokens)
+        text = own_calibration_text(lm, **cut)
     elif arguments.calibration:
-        text = read_calibration_text(lm, arguments.calibration, tokens=arguments.tokens)
+        text = read_calibration_text(lm, arguments.calibration, **cut)
     base = text_perplexity(lm, held_out)
     print(f"{sum(len(row.targets) for row in text.calibration)} tokens to calibrate on, {base.tokens} held out")
-    print("|".join(["decomposition, ranks", *(f"{r:g}" for r in ratios), "calibration, s"]))
-    print("|".join(["unchanged model", *[f"{base.perplexity:.2f}"] * len(ratios), ""]), flush=True)
-    for way in arguments.ways.split(","):
-        method, allocation = WAYS[int(way)]
-        start = time.perf_counter()
-        compression = fit_ranks(lm, text.calibration, method=method, allocation=allocation)
-        seconds = time.perf_counter() - start
-        row = []
-        for ratio in ratios:
-            with compression.applied(lm, ratio):
-                row.append(text_perplexity(lm, held_out).perplexity)
-        shown = [f"{p:.2f}" if p < 1000 else f"{p:.1e}" for p in row]
-        print("|".join([f"{method}, {allocation}", *shown, f"{seconds:.0f}"]), flush=True)
+    print("|".join(["decomposition, ranks, steps", *(f"{r:g}" for r in ratios), "calibration, s", "training at each ratio, s"]))
+    print("|".join(["unchanged model", *[f"{base.perplexity:.2f}"] * len(ratios), "", ""]), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for way in arguments.ways.split(","):
+            method, allocation = WAYS[int(way)]
+            folder = (arguments.keep or Path(temporary)) / f"{method}-{allocation}"
+            folder.mkdir(parents=True, exist_ok=True)
+            start = time.perf_counter()
+            fitted = fit_ranks(
+                lm, text.calibration, method=method, allocation=allocation, dense_above=arguments.dense_above, folder=folder
+            )
+            seconds = time.perf_counter() - start
+            for steps in all_steps:
+                row, training = [], []
+                for ratio in ratios:
+                    start = time.perf_counter()
+                    rows = text.refinement[:steps]
+                    small = fitted.refine(lm, ratio, rows, folder, steps=steps) if steps else fitted
+                    training.append(f"{time.perf_counter() - start:.0f}")
+                    with small.applied(lm, ratio):
+                        row.append(compared(base, text_perplexity(lm, held_out)))
+                print("|".join([f"{method}, {allocation}, {steps}", *row, f"{seconds:.0f}", " ".join(training)]), flush=True)
 
 
 if __name__ == "__main__":
