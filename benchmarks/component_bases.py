@@ -26,7 +26,7 @@ import laserlm as laser
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.export.gradient_moments import gradient_moments
 from laserlm.export.moments import moments_by_block
-from laserlm.linalg.decomposition import Decomposition, decompose, whitened
+from laserlm.linalg.decomposition import ALGORITHM, Decomposition, decompose, whitened
 from laserlm.linalg.quick_hash import quick_hash
 from laserlm.models.matrices import read_matrix
 from laserlm.searching import components
@@ -74,8 +74,8 @@ def main() -> None:
             weight = read_matrix(lm.model, m)
             d = found[quick_hash(weight)]
             assert torch.allclose(d.left @ d.right, weight, atol=1e-3), m.id
-        components.ALGORITHM = f"{components.ALGORITHM}-{basis}"  # the harm of these components is cached apart
-        DecompositionCache.get = lambda _, weight: found[quick_hash(weight)]  # type: ignore[method-assign]
+        vars(components)["ALGORITHM"] = f"{ALGORITHM}-{basis}"  # the harm of these components is cached apart
+        DecompositionCache.get = lambda _, weight: found[quick_hash(weight)]  # type: ignore[method-assign, assignment]
     gain_under_harm.main()
 
 

@@ -115,11 +115,16 @@ class Table:
 
 
 def random_components(lm: laser.LanguageModel, chosen: Intervention, seed: int) -> Intervention:
-    """Return the same strengths for other components of the same matrices, drawn among neighbours by singular value."""
+    """Return the same strengths in another order: neighbours by singular value, in one matrix, change them by chance.
+
+    A component may keep its strength by chance, and where all neighbours have one strength, none changes.
+    """
     draw, drawn = random.Random(seed), []
     widths = {(m.stack, m.layer, m.name): m.max_rank for m in lm.matrices}
     for r in chosen.reductions:
-        of_matrix = r.size.strengths or {}
+        if r.size.strengths is None:
+            raise SystemExit(f"{r} keeps a rank; random rows are drawn for removed or weakened components alone")
+        of_matrix = r.size.strengths
         strengths = [of_matrix.get(i, 1.0) for i in range(widths[r.stack, r.layers.first or 0, r.matrix])]
         for start in range(0, len(strengths), NEIGHBOURS):
             part = strengths[start : start + NEIGHBOURS]

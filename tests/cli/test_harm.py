@@ -218,3 +218,14 @@ def test_points_are_tested_on_the_test_split(search: Run, run: Run, questions: P
     code, _, err = run("analyze", "points", "last", "--reduce", "0.fc_in@0.5", "--store", tmp_path / "runs.db")
     assert code == 1
     assert "leave out --reduce" in err
+
+
+def test_points_of_a_search_that_kept_the_model_are_tested(search: Run, run: Run, tmp_path: Path) -> None:
+    found = json.loads(search("--strategy", "exhaustive", "--grid", "0-1.mlp@0.5,0.1", "--max-harm", "1e-9", "--json")[1])
+    assert (found["best"], len(found["pareto"]) > 0) == ("", True)
+    code, out, err = run("analyze", "points", "last", "--store", tmp_path / "runs.db", "--json")
+    assert code == 0, err
+    values = json.loads(out)["points"]
+    assert len(values) == len(found["pareto"])
+    assert {p["confidence"] for p in values} == {1 - 0.05 / len(values)}
+    assert not any(p["is_chosen"] for p in values)

@@ -18,7 +18,7 @@ from laserlm.scoring.evaluate import evaluate_rows
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.records import Evaluation
 from laserlm.searching import guard as guards
-from laserlm.searching.guard import OWN_TEXT, Harm, guards_of, measure_harm, own_text
+from laserlm.searching.guard import OWN_TEXT, Guard, Harm, guards_of, measure_harm, own_text
 from laserlm.searching.scorer import EncodedSplit
 from laserlm.tasks import Example, Split, Task
 
@@ -291,3 +291,16 @@ def test_a_question_of_both_splits_of_a_task_is_not_measured_on(llama: LanguageM
 def test_texts_of_different_seeds_share_no_passage(llama: LanguageModel) -> None:
     texts = [{tuple(row) for row in own_text(llama, 64, seed)} for seed in (0, 32)]
     assert not texts[0] & texts[1]
+
+
+def test_guards_with_other_right_answers_are_others(llama: LanguageModel) -> None:
+    """Their token sequences are the same."""
+
+    def guard(right: int) -> Guard:
+        choices = ("a city in Italy", "a river in Spain")
+        rows = [Example(f"{i}", f"The place {i} is", choices[right], choices) for i in range(10)]
+        (of_task,) = guards_of(llama, [Task.of("places", rows, scorer="choice")])
+        return of_task
+
+    assert guard(0).identity == guard(0).identity
+    assert guard(0).identity["hash"] != guard(1).identity["hash"]

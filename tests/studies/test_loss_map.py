@@ -17,7 +17,7 @@ from laserlm.searching.guard import guards_of
 from laserlm.store import Store
 from laserlm.studies.estimates import Estimate
 from laserlm.studies.loss_map import LossMap
-from laserlm.studies.map_harms import measure_map_harms
+from laserlm.studies.map_harms import measure_map_harms, stored_harms
 from laserlm.tasks import Example, Scorer, Task
 
 
@@ -135,3 +135,12 @@ def test_harm_is_measured_after_a_search_and_goes_on_after_an_interruption(llama
             )
         with pytest.raises(AnalysisError, match=r"no guard to measure harm on; search again with --guard"):
             measure_map_harms(llama, store, run, [], wanted)
+
+
+def test_harm_on_a_part_of_a_guard_is_not_shown(tmp_path: Path) -> None:
+    """As an interruption between two chunks of passages leaves it."""
+    scores = [scored(t, "guard 0 choosing", [1.0, 2.0, 3.0], "perplexity") for t in ("", "1.fc_in@0.5")]
+    with Store.open(tmp_path / "runs.db") as store:
+        for n, shown in ((3, {"1.fc_in@0.5"}), (4, set())):
+            run = store.find(keep(store, scores, guards=[{"name": "self", "n": n, "hash": "1"}]))
+            assert stored_harms(store, run).keys() == shown

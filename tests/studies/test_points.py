@@ -43,7 +43,7 @@ def test_intervals_and_p_values_hold_for_all_points_together(llama: LanguageMode
     assert [point.is_chosen for point in both] == [True, False]
     for point, text in zip(both, TEXTS, strict=True):
         alone = compare(score(""), score(text))
-        assert point.comparison == compare(score(""), score(text), 0.975)
+        assert point.comparison == compare(score(""), score(text), confidence=0.975)
         assert point.p == min(1.0, 2 * alone.mcnemar_p)
         assert point.comparison.loss_interval.low < alone.loss_interval.low
         assert point.comparison.loss_interval.high > alone.loss_interval.high

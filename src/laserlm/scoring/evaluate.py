@@ -235,7 +235,7 @@ class Comparison:
         return f", Spearman {self.base_spearman:.3f} -> {self.edited_spearman:.3f}"
 
 
-def compare(base: Evaluation, edited: Evaluation, confidence: float = 0.95) -> Comparison:
+def compare(base: Evaluation, edited: Evaluation, *, confidence: float = 0.95) -> Comparison:
     """Compare two evaluations of the same examples by the same scorer, in pairs.
 
     Args:

@@ -235,7 +235,9 @@ class ComponentPool:
     def _file_of(self, ledger: ScoreLedger) -> Path:
         lm = ledger.lm
         tokens = [(s.ids, s.decoder, s.targets) for s in ledger.encoded.sequences]
-        key = digest([lm.hash, str(lm.dtype), ALGORITHM, [m.id for m in self.matrices], tokens])
+        pooling = None if lm.pooling is None else lm.pooling.as_dict()
+        of_guard = [ledger.encoded.scorer, ledger.split.hash, tokens]
+        key = digest([lm.hash, pooling, str(lm.dtype), ALGORITHM, [m.id for m in self.matrices], of_guard])
         return lm.cache / "texts" / f"{key}.safetensors"
 
     def harm_and_passages(self, session: SearchSession) -> tuple[Tensor, list[Tensor]]:

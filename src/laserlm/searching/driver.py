@@ -39,7 +39,7 @@ from laserlm.store import Run, Store
 from laserlm.tasks import Scorer, Task
 
 log = logging.getLogger(__name__)
-METHOD = 9
+METHOD = 10
 """Goes up when a change moves scores or the way of choosing, so that no run mixes old with new ones."""
 VALIDATION, TEST, FINALISTS = "validation", "test", "finalists"
 """Names of the splits of a search. The finalists are the validation split again, scored as the test split is."""

@@ -82,8 +82,11 @@ class Guard:
     @property
     def identity(self) -> dict[str, Any]:
         """What the guard consists of, as plain values for the settings of a run."""
-        sequences = [(s.ids, s.targets, s.decoder) for part in (self.choosing, self.measuring) for s in part.sequences]
-        return {"name": self.name, "hash": digest({"sequences": sequences})}
+        parts = (self.choosing, self.measuring)
+        sequences = [(s.ids, s.targets, s.decoder, s.choice_tokens) for part in parts for s in part.sequences]
+        # Of choices and pairs, the sequences do not say which answer is right.
+        of_parts = [(part.scorer, part.split.hash) for part in parts]
+        return {"name": self.name, "n": len(self.choosing.split), "hash": digest({"sequences": sequences, "parts": of_parts})}
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ def measure_harm(
                 )
             )
     base, edited = evaluations
-    return Harm(guard.name, guard.kind, compare(base, edited, confidence))
+    return Harm(guard.name, guard.kind, compare(base, edited, confidence=confidence))
 
 
 def is_text(source: str) -> bool:

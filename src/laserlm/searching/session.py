@@ -109,6 +109,7 @@ class SearchSession:
     harms: dict[str, tuple[Harm, ...]] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
     _best_shown: Evaluation | None = None
+    _are_harms_compared: bool = False
     _stage: str = "start"
     _n_interventions: int = 0
     _other_cost: float = 0.0
@@ -181,6 +182,9 @@ class SearchSession:
             others = [i for i in wanted if ledger is not current or i not in interventions]
             cost += _cost_left(ledger, others, n, self.on_validation)
             cost += 0.0 if self.is_chosen else _passes(ledger) * MEAN_SHARE * n
+        if self.config.strategy in ("race", "exhaustive") and not self._are_harms_compared:
+            of_guards = sum(_passes(guard.choosing) * len(guard.choosing.split) for guard in self.guards)
+            cost += (1 + MEAN_SHARE * MAX_HARMS) * of_guards
         return cost
 
     def choose(self, interventions: Sequence[Intervention], n: int) -> None:
@@ -267,6 +271,7 @@ class SearchSession:
         ledger, n = self.on_validation, len(self.on_validation.split)
         scored = [Intervention.parse(t) for t in sorted(ledger.scores) if t and ledger.scores.n(t) >= n]
         few = list(dict.fromkeys([*([self.best] if self.best else []), *self._best_first(scored, n)]))[:MAX_HARMS]
+        self._are_harms_compared = True
         if not (few and self.guards):
             return
         for guard in self.guards:

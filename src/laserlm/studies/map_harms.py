@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from laserlm.errors import AnalysisError
 from laserlm.models.language_model import LanguageModel
@@ -28,26 +29,23 @@ def stored_harms(store: Store, run: RunInfo) -> dict[str, Harm]:
     It is that on the passages or questions that the search looked at when it chose. Of several guards it is that on the
     guard where it is largest.
     """
-    names = _guard_names(run)
+    guards: list[Mapping[str, Any]] = run.settings.get("guards", [])
     harms: dict[str, Harm] = {}
     for id in [*(r.id for r in store.runs() if r.settings.get("harm_of") == run.id), run.id]:
-        of_guards = [_harms(name, store.evaluations(id, CHOOSING.format(i))) for i, name in enumerate(names)]
+        of_guards = [_harms(guard, store.evaluations(id, CHOOSING.format(i))) for i, guard in enumerate(guards)]
         for text in set.intersection(*map(set, of_guards)) if of_guards else ():
             harms[text] = max((of[text] for of in of_guards), key=lambda harm: harm.change)
     return harms
 
 
-def _guard_names(run: RunInfo) -> list[str]:
-    return [str(guard["name"]) for guard in run.settings.get("guards", ())]
-
-
-def _harms(guard: str, evaluations: Mapping[str, Evaluation]) -> dict[str, Harm]:
-    """Return the harm of what was scored on as many examples of a guard as the unchanged model."""
+def _harms(guard: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> dict[str, Harm]:
+    """Return the harm of what was scored on all examples of a guard."""
     base = evaluations.get("")
-    if base is None:
+    if base is None or base.n < guard.get("n", 0):
         return {}
     kind: GuardKind = "text" if base.scorer == "perplexity" else "questions"
-    return {text: Harm(guard, kind, compare(base, e)) for text, e in evaluations.items() if text and e.n == base.n}
+    complete = {text: e for text, e in evaluations.items() if text and e.n == base.n}
+    return {text: Harm(str(guard["name"]), kind, compare(base, e)) for text, e in complete.items()}
 
 
 def measure_map_harms(

@@ -2,7 +2,7 @@
 
 The search tests the point that it chose, once. Whoever tests others and keeps the best one has chosen again. With k points, the
 chosen one counted, each interval has the level 1 - 0.05 / k and each p-value is multiplied by k (Bonferroni). So the chance
-that any of the intervals misses is 5 % at most.
+that any of the k intervals of the gain misses is 5 % at most, and so it is for the change of loss and for each guard.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from laserlm.searching.guard import Guard, Harm, guards_of, measure_harm
 from laserlm.searching.result import SearchResult
 
 ERROR = 0.05
-"""Chance that any of the intervals misses."""
+"""Chance that any of the intervals of one figure misses."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class MeasuredPoint:
         intervention: canonical text.
         is_chosen: whether the search chose it.
         comparison: with the unchanged model on the test split, at the level of all points.
+        confidence: of each interval.
         p: exact p-value of the gain, for all points.
         harms: of each guard, at the level of all points.
     """
@@ -38,12 +39,13 @@ class MeasuredPoint:
     intervention: str
     is_chosen: bool
     comparison: Comparison
+    confidence: float
     p: float
     harms: tuple[Harm, ...]
 
 
 def numbered_points(result: SearchResult, asked: Sequence[int]) -> dict[str, int]:
-    """Return the asked points, all if none is asked, and the chosen one: number by canonical text.
+    """Return the asked points, all if none is asked, and the chosen one if there is one: number by canonical text.
 
     Raises:
         AnalysisError: if there is no such point.
@@ -52,9 +54,11 @@ def numbered_points(result: SearchResult, asked: Sequence[int]) -> dict[str, int
     if wrong := [number for number in asked if not 1 <= number <= len(listed)]:
         has = f"has the points 1 to {len(listed)}" if listed else "has no list of gain against harm"
         raise AnalysisError(f"there is no point {wrong[0]}: run {result.run} {has}; 'laser runs show {result.run}' prints it")
+    if not listed:
+        raise AnalysisError(f"run {result.run} has no list of gain against harm to test")
     numbers = {text: i for i, text in enumerate(listed, start=1)}
-    best = str(result.best)
-    return {text: numbers.get(text, 0) for text in dict.fromkeys([*(listed[i - 1] for i in asked or numbers.values()), best])}
+    wanted = [*(listed[i - 1] for i in asked or numbers.values()), *([str(result.best)] if result.best else [])]
+    return {text: numbers.get(text, 0) for text in dict.fromkeys(wanted)}
 
 
 def guards_of_run(
@@ -99,7 +103,7 @@ def measure_points(
     Args:
         lm: the unchanged model.
         points: number by canonical text.
-        best: the one that the search chose.
+        best: the one that the search chose; empty if it kept the unchanged model.
         score: returns the scores of an intervention on the test split.
         guards: of the search.
         batch_size: sequences in one forward pass.
@@ -107,9 +111,9 @@ def measure_points(
     """
     confidence, measured = 1 - ERROR / len(points), []
     for text, number in points.items():
-        comparison = compare(score(""), score(text), confidence)
+        comparison = compare(score(""), score(text), confidence=confidence)
         harms = tuple(measure_harm(lm, guard, text, batch_size, confidence) for guard in guards)
         p = min(1.0, len(points) * comparison.mcnemar_p)
-        measured.append(MeasuredPoint(number, text, text == best, comparison, p, harms))
+        measured.append(MeasuredPoint(number, text, text == best, comparison, confidence, p, harms))
         on_point(len(measured), len(points))
     return measured

@@ -24,7 +24,7 @@ from laserlm.searching.scorer import EncodedSplit, first_changed_block
 from laserlm.store import Run, Store
 from laserlm.tasks import Scorer, Split
 
-METHOD = 3
+METHOD = 4
 """Raise it when a change of the code changes scores; stored scores of another number are not used."""
 PREFIX_CACHE_BYTES = 2**30
 """Bytes for the activations of the prefix cache. If the activations of all examples do not fit, every pass is a full one."""

@@ -33,12 +33,13 @@ def points(
     output.check()
     if study.reduce:
         raise AnalysisError("points are of a search; give its run and leave out --reduce")
-    with study.pair() as pair, pair.scorer() as scorer:
-        info = study.find_run(pair.results)
+    with study.open_store() as results:
+        info = study.find_run(results)
+        pair = study.pair_of_run(results, info, needs_choice=False)
         result = SearchResult.from_dict((info.outcome or {}) | {"run": info.id})
         numbers = numbered_points(result, point or [])
         guards = guards_of_run(pair.lm, info.settings.get("guards", []), pair.seed, guard)
-        with progress_bar("testing points", unit="points") as advance:
+        with pair.scorer() as scorer, progress_bar("testing points", unit="points") as advance:
             tested = measure_points(
                 *(pair.lm, numbers, pair.intervention, scorer, guards), batch_size=pair.batch_size, on_point=advance
             )
@@ -46,7 +47,7 @@ def points(
     output.show(
         {**pair.description, "run": info.id, "points": tested},
         {title: [_row(t) for t in tested]},
-        lines=[f"Intervals and p-values hold for all {len(tested)} points together. The chosen point always counts."],
+        lines=[f"In each column the intervals and p-values hold for all {len(tested)} points. The chosen point always counts."],
     )
 
 

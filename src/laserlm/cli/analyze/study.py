@@ -191,9 +191,9 @@ class StudyOptions(UpdateOptions, TaskOptions):
         from laserlm.reductions import Intervention
         from laserlm.studies.scores import cached_scorer
 
-        with self._open() as results:
+        with self.open_store() as results:
             if not self.reduce:
-                yield self._of_run(results, self.find_run(results))
+                yield self.pair_of_run(results, self.find_run(results))
                 return
             text = str(Intervention.read(self.reduce))
             if not text:
@@ -205,7 +205,7 @@ class StudyOptions(UpdateOptions, TaskOptions):
             of = (base, edited, examples.examples, results, self.batch_size, lm.hash)
             yield ModelPair(lm.name, text, *of, lambda: lm, lambda: examples)
 
-    def _open(self) -> Results:
+    def open_store(self) -> Results:
         """Open the store. It is created only to keep the scores of a reduction."""
         from laserlm.errors import AnalysisError, StoreError
         from laserlm.store import Store as Results
@@ -259,13 +259,18 @@ class StudyOptions(UpdateOptions, TaskOptions):
             )
         return lm
 
-    def _of_run(self, results: Results, info: RunInfo) -> ModelPair:
+    def pair_of_run(self, results: Results, info: RunInfo, *, needs_choice: bool = True) -> ModelPair:
+        """Return the test scores of a search. If it kept the unchanged model, both are those of the unchanged model.
+
+        Raises:
+            AnalysisError: if the search is not finished, or kept the unchanged model and ``needs_choice`` is set.
+        """
         from laserlm.errors import AnalysisError
 
         best = (info.outcome or {}).get("best")
         if best is None:
             raise AnalysisError(f"run {info.id} is not finished; finish it with the same 'laser search'")
-        if not best:
+        if not best and needs_choice:
             raise AnalysisError(f"run {info.id} found nothing better than the unchanged model; give a model and --reduce SPEC")
         base, edited = (results.evaluation(info.id, "test", text) for text in ("", best))
         if base is None or edited is None:
