@@ -26,11 +26,6 @@ from laserlm.tasks import task
 Make = Callable[..., LanguageModel]
 
 
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laserlm.export.refinement.STEPS", 3)
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     words = ["the", "capital", "of", "France", "is", "Paris", "and", "Rome", "city", "in", "Italy"]
@@ -327,13 +322,11 @@ def test_factors_are_trained_on_a_passage_of_the_text_for_each_step(llama: Langu
     assert len({row.ids for row in text.refinement}) == 5
 
 
-def test_training_is_a_choice_of_the_default_method(llama: LanguageModel, file: Path, tmp_path: Path) -> None:
+def test_training_is_a_choice(llama: LanguageModel, file: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"ratio": 0.6, "calibration": file, "tokens": 500}
-    trained = compress(llama, tmp_path / "trained", **options)
-    untrained = compress(llama, tmp_path / "untrained", refine=0, **options)
-    plain = compress(llama, tmp_path / "plain", method="plain", **options)
-    steps = [r.saved.record["compression"]["refine"] for r in (trained, untrained, plain)]
-    assert steps == [3, 0, 0]
+    trained = compress(llama, tmp_path / "trained", refine=3, **options)
+    untrained = compress(llama, tmp_path / "untrained", **options)
+    assert [r.saved.record["compression"]["refine"] for r in (trained, untrained)] == [3, 0]
     assert trained.perplexity != untrained.perplexity
     assert "trained for 3 steps" in (tmp_path / "trained" / "README.md").read_text()
     assert reproduce(tmp_path / "trained", llama).agrees

@@ -33,10 +33,7 @@ def compress(
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, sensitivity, or curvature.")] = "curvature",
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 16_384,
     dense_above: Annotated[float, typer.Option(help="Keep matrices dense whose factors exceed this share.")] = 0.9,
-    refine: Annotated[
-        int | None,
-        typer.Option(min=0, help="Steps that train the factors.", show_default="200 for two-sided, else 0"),
-    ] = None,
+    refine: Annotated[int, typer.Option(min=0, help="Steps that train the factors.")] = 0,
     quantised: Annotated[bool, typer.Option("--quantised", help="Measure 8 and 4 bits of the base model too.")] = False,
     form: Annotated[str, typer.Option(help="Form: dense, or factored (smaller).")] = "factored",
     json: Json = False,

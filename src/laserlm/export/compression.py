@@ -18,7 +18,7 @@ from laserlm.export.calibration_text import CalibrationText, own_calibration_tex
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.export.fitting import DENSE_ABOVE, Allocation, Compression, Method, OnStep, check_fit, fit_ranks
 from laserlm.export.gguf_rounding import KINDS, rounded_to
-from laserlm.export.refinement import steps_of
+from laserlm.export.refinement import check_steps
 from laserlm.export.tensor_folder import storage_error
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
@@ -60,7 +60,7 @@ def compress(
     allocation: Allocation = "curvature",
     tokens: int = 16_384,
     dense_above: float = DENSE_ABOVE,
-    refine: int | None = None,
+    refine: int = 0,
     quantised: bool = False,
     form: Form = "factored",
     dtype: str | torch.dtype | None = None,
@@ -84,8 +84,6 @@ def compress(
         tokens: maximum number of tokens for calibration.
         dense_above: a matrix whose factors would take more than this share of its parameters stays dense; see ``fit_ranks``.
         refine: number of steps that train the factors towards the unchanged model's predictions, one passage of the text each.
-            None takes ``laserlm.export.refinement.STEPS`` for the method ``two-sided`` and none for the others, which are for
-            comparison.
         quantised: whether to measure the perplexity of the unchanged model's weights in 8 and 4 bits (GGUF q8_0 and q4_0) too.
         form: ``factored``, or ``dense`` for the products of the factors, which does not make the model smaller.
         dtype: dtype of the saved weights; None keeps the model's dtypes.
@@ -103,18 +101,18 @@ def compress(
     options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
     check_request(lm, out, options)
     check_fit(method, allocation, [ratio, *measure])
-    steps = steps_of(method, refine)
+    check_steps(refine)
     on_step("text", 0, 0)
-    text = _text(lm, calibration, tokens, method, allocation, steps, on_step)
+    text = _text(lm, calibration, tokens, method, allocation, refine, on_step)
     rows = () if text is None else text.calibration
     with _kept(lm, rows, method, allocation) as kept:
         compression = fit_ranks(
             lm, rows, method=method, allocation=allocation, dense_above=dense_above, folder=kept, on_step=on_step
         )
         settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
-        settings |= {"dense_above": dense_above, "refine": steps}
+        settings |= {"dense_above": dense_above, "refine": refine}
         if text is not None:
-            compression = _refined(lm, compression, [ratio, *measure], text, steps, kept, on_step)
+            compression = _refined(lm, compression, [ratio, *measure], text, refine, kept, on_step)
             on_step("perplexity", 0, 0)
             settings["text"] = text.as_dict() | {"tokens": tokens}
             settings["perplexity"] = _perplexities(lm, compression, [ratio, *measure], form, text.held_out)

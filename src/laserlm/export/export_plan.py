@@ -15,7 +15,7 @@ from laserlm.export.calibration_text import PASSAGE_TOKENS, REFINEMENT_TOKENS, r
 from laserlm.export.checkpoint import Form
 from laserlm.export.fitting import Allocation, Method, check_fit, compressible
 from laserlm.export.gguf_file import BITS, OutType
-from laserlm.export.refinement import steps_of
+from laserlm.export.refinement import check_steps
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
 from laserlm.models.matrices import Matrix
@@ -116,7 +116,7 @@ def plan_compression(
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
     tokens: int = 16_384,
-    refine: int | None = None,
+    refine: int = 0,
     form: Form = "factored",
     dtype: str | torch.dtype | None = None,
 ) -> ExportPlan:
@@ -126,6 +126,7 @@ def plan_compression(
         ExportError: if an argument is invalid, no matrix can be compressed, or the text cannot be read.
     """
     check_fit(method, allocation, [ratio])
+    check_steps(refine)
     matrices, _ = compressible(lm)
     sizes = _Sizes(lm, lm.dtype if dtype is None else dtype_named(dtype))
     planner = MemoryPlanner(lm, matrices, 0, CALIBRATION_BATCH)
@@ -133,8 +134,7 @@ def plan_compression(
     new = int(ratio * size) if form == "factored" else size
     kept_on_disk = sum(map(decomposed_bytes, matrices))
     phases: dict[str, PhaseMemory] = {}
-    steps = steps_of(method, refine)
-    is_fitted = (method, allocation) != ("plain", "uniform") or bool(steps)
+    is_fitted = (method, allocation) != ("plain", "uniform") or bool(refine)
     rows, held_out = _text(lm, calibration, tokens)
     if calibration is None and is_fitted:
         phases["text"] = PhaseMemory(sizes.weights, work=planner.writing(BATCH, PASSAGE_TOKENS))
@@ -142,7 +142,7 @@ def plan_compression(
         phases["gradients"] = _gradients(planner, rows)
         kept_on_disk += sum(4 * m.shape[0] ** 2 for m in matrices)
     phases["decompositions"] = _decompositions(planner, rows, method)
-    if steps:
+    if refine:
         factors = int(ratio * size)
         phases["refinement"] = _refinement(planner, rows[0], factors)
         kept_on_disk += 3 * 4 * factors

@@ -22,8 +22,6 @@ from laserlm.scoring.batch import Batch
 from laserlm.scoring.forward import batches
 from laserlm.scoring.records import TokenSequence
 
-STEPS = 0
-"""Number of steps by default, for the method two-sided."""
 LEARNING_RATE = 1e-4
 """Largest step of a number in the factors. Adam's steps do not depend on the scale of the loss."""
 WARM_UP_STEPS = 10
@@ -36,15 +34,10 @@ STEPS_BETWEEN_FILES = 25
 """Number of steps that are lost at most if the process is killed."""
 
 
-def steps_of(method: str, refine: int | None) -> int:
-    """Return the number of steps: as asked for, or the default of a method of decomposition; those for comparison have none.
-
-    Raises:
-        ExportError: if the number is negative.
-    """
-    if refine is not None and refine < 0:
-        raise ExportError(f"refine is {refine}; the number of steps that train the factors is 0 or more")
-    return (STEPS if method == "two-sided" else 0) if refine is None else refine
+def check_steps(steps: int) -> None:
+    """Raise an ExportError if a number of steps is negative."""
+    if steps < 0:
+        raise ExportError(f"refine is {steps}; the number of steps that train the factors is 0 or more")
 
 
 def refine(
