@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from gguf import GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,7 +41,7 @@ def rounded_to(lm: LanguageModel, kind: str) -> Iterator[int]:
             size += 4 * parameter.numel()
             continue
         of_parameter[path] = "q8_0" if module in ends else kind
-        block_bytes = quants.GGML_QUANT_SIZES[GGMLQuantizationType[of_parameter[path].upper()]][1]
+        block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[of_parameter[path].upper()]][1]
         size += parameter.numel() // BLOCK * block_bytes
 
     def make(path: str) -> Tensor:
