@@ -257,14 +257,12 @@ class ComponentPool:
         with suppress(OSError, SafetensorError, KeyError):
             kept = load_file(file)
             return kept["harm"], kept["passages"]
-        *gradients, squares = self._guard_derivatives(session, ledger, range(len(ledger.split)), both=True)
-        tokens = torch.tensor([float(len(s.targets)) for s in ledger.encoded.sequences])
-        harm = squares / tokens.sum() / 2
-        # A passage's gradient by its mean loss, times its share.
-        passages = torch.stack(gradients) / tokens[:, None] * (tokens / tokens.sum() ** 0.5)[:, None]
-        if passages.nbytes <= MOST_KEPT:
-            with suppress(OSError, SafetensorError), atomic_file(file) as part:
-                save_file({"harm": harm, "passages": passages}, part)
+        both = self._guard_derivatives(session, ledger, range(len(ledger.split)), both=True)
+        tokens = sum(len(s.targets) for s in ledger.encoded.sequences)
+        harm, passages = both[-1] / tokens / 2, both[:-1].div_(tokens**0.5)
+        computed = {"harm": harm} | ({"passages": passages} if passages.nbytes <= MOST_KEPT else {})
+        with suppress(OSError, SafetensorError), atomic_file(file) as part:
+            save_file(computed, part)
         return harm, passages
 
     def _passages(self, session: SearchSession, ledger: ScoreLedger) -> Tensor:

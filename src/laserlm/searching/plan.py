@@ -28,7 +28,7 @@ from laserlm.searching.components import (
 )
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
-from laserlm.searching.guard import BATCH, OWN_TEXT, PASSAGE_TOKENS, PASSAGES, guards_of, has_guard
+from laserlm.searching.guard import BATCH, OWN_TEXT, PASSAGE_TOKENS, PASSAGES, guards_of, has_guard, is_text
 from laserlm.searching.ledger import cut, max_sequences
 from laserlm.searching.memory_plan import MemoryPlanner, PhaseMemory
 from laserlm.searching.race import rung_sizes
@@ -323,7 +323,9 @@ class _PlanBuilder:
         n = math.ceil(sum(len(s.ids) + len(s.decoder) for rows in self.guards for s in rows) / tokens)
         measurements = 2  # of the unchanged model and of the choice
         if self.config.strategy == "strengths":
-            measurements += 1 + EXPECTED_CORRECTIONS + len(SMALLER) + 2 * SCREEN_PASSES
+            # Of a text one gradient gives all that is needed, of questions two.
+            gradients = 1 if all(is_text(source) for source in self._sources if isinstance(source, str)) else 2
+            measurements += 1 + EXPECTED_CORRECTIONS + len(SMALLER) + gradients * SCREEN_PASSES
         elif self.config.strategy == "components":
             measurements += 1 + self.config.steps + SCREEN_PASSES
         compared = _sample_evenly([c.intervention for c in self.candidates], self._compared_harms())
@@ -358,7 +360,8 @@ class _PlanBuilder:
             passages_kept = sum(min(PASSAGES, rows[-1].example + 1) for rows in self.guards)
             derivatives = 4 * (n + (passages_kept if config.strategy == "strengths" else 0)) * n_components
             gradients = [planner.gradient(encoded.part(range(n))[1], config.memory / 4, results=n)]
-            gradients += [planner.gradient(rows, config.memory / 4, results=1) for rows in self.guards]
+            kept = PASSAGES + 1 if config.strategy == "strengths" else 1
+            gradients += [planner.gradient(rows, config.memory / 4, results=kept) for rows in self.guards]
             phases["gradient"] = max(gradients, key=lambda phase: phase.total)
         elif config.screens:
             _, rows = encoded.part(range(len(encoded.split) - self.screen_size, len(encoded.split)))
@@ -387,8 +390,12 @@ class _PlanBuilder:
             return []
         ids = (0,) * min(PASSAGE_TOKENS, max_length(self.lm) - 1)
         own = [TokenSequence(i, ids, ids, tuple(range(len(ids)))) for i in range(PASSAGES)]
-        sources = (OWN_TEXT,) if self.config.guards is None else self.config.guards
-        return [own if source == OWN_TEXT else guards_of(self.lm, [source])[0].choosing.sequences for source in sources]
+        return [own if source == OWN_TEXT else guards_of(self.lm, [source])[0].choosing.sequences for source in self._sources]
+
+    @property
+    def _sources(self) -> tuple[str | Task, ...]:
+        """What the guards are read from."""
+        return (OWN_TEXT,) if self.config.guards is None else self.config.guards
 
     def activation_bytes(self, split: str) -> int:
         """Return the bytes of cached activations: for every block that the cache has been at, as long as there is room."""
