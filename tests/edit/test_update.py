@@ -15,6 +15,7 @@ from in_process import check_here
 from peft import LoraConfig, get_peft_model
 
 from laserlm.cli.analyze.study import StudyOptions
+from laserlm.cli.options import UpdatedModelOptions
 from laserlm.edit import applied
 from laserlm.errors import ExportError, MatrixError, ModelError, ReportError, WeightError
 from laserlm.export import load_check, reproduce, save
@@ -52,6 +53,16 @@ def saved_adapter(folder: Path, family: str = "llama", dtype: torch.dtype = torc
             parameter.data = torch.randn_like(parameter) / 5
     wrapped.save_pretrained(adapter)
     return base, adapter
+
+
+def test_commands_load_the_adapter_that_they_are_given(tmp_path: Path) -> None:
+    base, folder = saved_adapter(tmp_path)
+    options = UpdatedModelOptions(model=str(base), adapter=folder)
+    update = options.load().update
+    assert update is not None
+    assert update.folder == folder
+    assert UpdatedModelOptions(model=str(base)).load().update is None
+    assert options.load_named(str(base)).update is not None  # as commands do that load a model again by its name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
