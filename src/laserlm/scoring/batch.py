@@ -162,7 +162,7 @@ def _joined_inputs(lm: LanguageModel, joined: Sequence[JoinedRow], pad: int) -> 
     T = ids.shape[1]
     n_logits = max(len(row.ids) - min(map(min, row.places)) for row in joined) if "logits_to_keep" in parameters else T
     positions, mask = joined_inputs(joined, T, lm.dtype)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     inputs |= {n: v for n, v in {"logits_to_keep": n_logits, "use_cache": False}.items() if n in parameters}
     # All rows end at the right edge, where the logits end too.
     places = [(b, n_logits - len(row.ids) + p) for b, row in enumerate(joined) for of_one in row.places for p in of_one]
