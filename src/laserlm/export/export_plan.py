@@ -26,6 +26,7 @@ from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.tokenize import encode, max_length
 from laserlm.searching.guard import BATCH
 from laserlm.searching.memory_plan import (
+    HEAP,
     MemoryPlanner,
     PhaseMemory,
     decomposed_bytes,
@@ -150,7 +151,8 @@ def plan_compression(
         scored = max(planner.logits_bytes(batch) + planner.pass_bytes(batch) for batch in _batches(held_out))
         phases["perplexity"] = PhaseMemory(sizes.weights, decompositions=new * lm.dtype.itemsize, work=scored)
     saved = sizes.saved - (size - new) * sizes.itemsize
-    phases["writing"] = sizes.writing(new * lm.dtype.itemsize, saved, 0)
+    written = sizes.writing(new * lm.dtype.itemsize, saved, 0)
+    phases["writing"] = replace(written, kept=HEAP if lm.device.type == "cpu" else 0)
     return ExportPlan(phases, saved, 0, kept_on_disk)
 
 

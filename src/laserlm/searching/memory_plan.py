@@ -19,6 +19,8 @@ from laserlm.scoring.records import TokenSequence
 log = logging.getLogger(__name__)
 
 GIB = 2**30
+HEAP = 2**26
+"""Bytes of small tensors, freed by now, that the C library keeps for a process on a CPU (M_TRIM_THRESHOLD of mallopt(3))."""
 LOGITS_WITH_GRADIENT = 5
 """Copies of a batch's logits (N, V) in a pass with its gradient, measured: the logits, their gradient so far, and three
 intermediate results."""

@@ -30,7 +30,7 @@ from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
 from laserlm.searching.guard import BATCH, OWN_TEXT, PASSAGE_TOKENS, PASSAGES, guards_of, has_guard, is_text
 from laserlm.searching.ledger import cut, max_sequences
-from laserlm.searching.memory_plan import MemoryPlanner, PhaseMemory
+from laserlm.searching.memory_plan import HEAP, MemoryPlanner, PhaseMemory
 from laserlm.searching.race import rung_sizes
 from laserlm.searching.scorer import EncodedSplit, first_changed_block
 from laserlm.searching.session import MAX_FINALISTS, MAX_HARMS
@@ -376,7 +376,8 @@ class _PlanBuilder:
         )
         is_kept = self._writes_guard and self.lm.device.type == "cpu"
         kept = planner.writing(BATCH, min(PASSAGE_TOKENS, max_length(self.lm) - 1)) if is_kept else 0
-        return {name: replace(phase, kept=kept) for name, phase in phases.items()}
+        heap = {"gradient": HEAP} if self.lm.device.type == "cpu" else {}  # the unchanged model is scored on test before it
+        return {name: replace(phase, kept=kept + heap.get(name, 0)) for name, phase in phases.items()}
 
     @property
     def _writes_guard(self) -> bool:
