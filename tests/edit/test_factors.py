@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ
+import transformers as T
+from families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ, TOKENIZERS
 from torch import Tensor
 
 from laserlm.edit import applied, factored
@@ -130,3 +132,55 @@ def test_matrices_without_a_few_components_are_smaller(llama: LanguageModel) -> 
         assert isinstance(llama.model.get_submodule("model.layers.1.mlp.gate_proj"), LowRankLinear)
     assert (few.rank, few.parameters, few.reason_kept_dense) == (31, 31 * 49, "")
     assert (many.rank, many.parameters, many.reason_kept_dense) == (12, 12 * 68, "")
+
+
+@pytest.mark.parametrize("reduction", ["0.mixer.dt_proj@r1", "0.mixer.dt_proj@r2", "0.mixer.in_proj@r4", "0.mixer.x_proj@r3"])
+def test_a_layer_whose_weight_the_model_reads_itself_stays_dense(reduction: str) -> None:
+    """Mamba multiplies by the weight of dt_proj itself, and its fused operations by the weights of x_proj and out_proj."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 512, "time_step_rank": 4}
+    torch.manual_seed(0)
+    lm = LanguageModel(T.MambaForCausalLM(T.MambaConfig(**sizes)), TOKENIZERS["causal"](), "mamba", "causal")
+    with applied(lm, reduction):
+        expected = outputs(lm)
+    with factored(lm, reduction) as (stored,):
+        torch.testing.assert_close(outputs(lm), expected, atol=1e-6, rtol=1e-4)
+    assert stored.reason_kept_dense == ("" if "in_proj" in reduction else "the model reads its weight itself, beside its layer")
+
+
+class Plain(torch.nn.Linear):
+    """A layer as Falcon's, which multiplies by the weight in code of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+class Scaled(torch.nn.Linear):
+    """A layer that does more than a linear one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.25
+
+
+class Paired(torch.nn.Linear):
+    """A layer that gives out two tensors, as the router of Llama 4."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+class Grouped(torch.nn.Linear):
+    """A layer of another input, as that of DeepSeek V4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(7, 11, -1))
+
+
+@pytest.mark.parametrize("kind", [Plain, Scaled, Paired, Grouped])
+def test_a_layer_is_two_factors_only_if_it_computes_what_a_linear_layer_does(kind: Any, llama: LanguageModel) -> None:
+    layer = kind(32, 48, bias=False)
+    layer.weight = llama.model.model.layers[1].mlp.up_proj.weight
+    llama.model.model.layers[1].mlp.up_proj = layer
+    with factored(llama, "1.fc_up@0.2") as (stored,):
+        assert isinstance(llama.model.model.layers[1].mlp.up_proj, LowRankLinear) == (kind is Plain)
+    other = "the weight of a layer that computes something else than a linear layer"
+    assert stored.reason_kept_dense == ("" if kind is Plain else other)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import cache as cached
 from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from laserlm.edit.apply import Edit, InterventionLike, default_cache, label_as_edited, replaced_weights, resolve, truncation
@@ -22,6 +26,9 @@ from laserlm.low_rank import LowRankLinear, Part
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix, rows_of
 from laserlm.reductions import Intervention
+
+FACTS = r"dtype|device|shape"
+"""What a low-rank layer's weight shares with the weight that it replaces, or what tells nothing of its values."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ def factored(
     """Apply an intervention inside a ``with`` block, with its matrices stored as two factors.
 
     A matrix (m, n) of rank r becomes r of its rows and the coefficients of the others: r (m + n - r) parameters, which is
-    less than m n below full rank. It stays dense if it is not the weight of a linear layer, or if several blocks share it.
+    less than m n below full rank. It stays dense if it is not the weight of a linear layer, if the layer computes something
+    else, if the model reads the weight itself, or if several blocks share it.
     At the end of the ``with`` block the original modules and tensors are back in place.
 
     Args:
@@ -176,11 +184,63 @@ def reason_not_factorable(lm: LanguageModel, matrix: Matrix) -> str:
     """Return why a matrix cannot be stored as two factors, or empty text if it can."""
     if matrix.update_rank is not None:
         return "a base weight of full rank, to which the adapter adds its update"
-    if not isinstance(lm.model.get_submodule(matrix.path.rpartition(".")[0]), nn.Linear | Conv1D):
+    path = matrix.path.rpartition(".")[0]
+    layer = lm.model.get_submodule(path)
+    if not isinstance(layer, nn.Linear | Conv1D):
         return "not the weight of a linear layer"
+    if not _is_plain(layer):
+        return "the weight of a layer that computes something else than a linear layer"
+    if _is_read_directly(lm.model, path):
+        return "the model reads its weight itself, beside its layer"
     if any(m.tied_to == matrix.path or (m.path == matrix.path and m.tied_to) for m in lm.matrices):
         return "shared by several blocks"
     return ""
+
+
+@torch.no_grad()
+def _is_plain(layer: nn.Module) -> bool:
+    """Return whether a layer gives out the weight times its input, plus the bias, and nothing else."""
+    if type(layer) in (nn.Linear, Conv1D):
+        return True
+    weight, bias = layer.get_parameter("weight"), None if layer.bias is None else layer.get_parameter("bias")
+    weight = weight.T if isinstance(layer, Conv1D) else weight
+    x = torch.linspace(-1, 1, 2 * 3 * weight.shape[1], dtype=torch.float64).sin().view(2, 3, -1).to(weight)
+    try:
+        actual = layer(x)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):  # it takes another input
+        return False
+    expected = F.linear(x, weight, bias)
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape:
+        return False
+    tolerance = 8 * torch.finfo(weight.dtype).eps * weight.shape[1] ** 0.5 * max(1.0, float(expected.abs().max()))
+    return bool(torch.allclose(actual.to(expected), expected, rtol=0, atol=tolerance))
+
+
+def _is_read_directly(model: nn.Module, path: str) -> bool:
+    """Return whether the code of a module around a layer reads the values of the layer's weight, as Mamba does of dt_proj.
+
+    Such code would compute with the rows that a low-rank layer stores.
+    """
+    parts = path.split(".")
+    for i in range(len(parts)):
+        module, name = model.get_submodule(".".join(parts[:i])), re.escape(".".join(parts[i:]))
+        if getattr(module, "slow_but_exact", None) is False:  # Bloom reads parts of its weights where this is on
+            continue
+        if re.search(rf"self\.{name}\.weight\b(?!\.(?:{FACTS})\b|, torch\.Tensor\))", _code_of(type(module))):
+            return True
+    return False
+
+
+@cached
+def _code_of(module: type[nn.Module]) -> str:
+    """Return the code of a class of modules and of those that it inherits from; empty where there is no file of it."""
+    code = []
+    for own in module.__mro__[: module.__mro__.index(nn.Module)]:
+        try:
+            code.append(inspect.getsource(own))
+        except (OSError, TypeError):  # such as a class that was typed into a session
+            continue
+    return "\n".join(code)
 
 
 def _size(edit: Edit) -> int:
