@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from families import bpe
 from laserlm.edit import applied
 from laserlm.export import load_check, save
 from laserlm.models import load
+from laserlm.models.weight_files import stored_tensors
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -24,13 +25,15 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "tie_word_embeddings": False,
 }
-LAYER, OTHER = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"
+GPT2 = {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 128, "vocab_size": 512, "bos_token_id": 2, "eos_token_id": 3}
+LLAMA_LAYERS = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"
+GPT2_LAYERS = "transformer.h.1.attn.c_proj", "transformer.h.0.attn.c_proj"
 BITS_AND_BYTES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }
-LIMITS = {"nf4": 0.05, "fp4": 0.05, "int8": 0.05, "pack-quantized": 1e-5, "int-quantized": 0.05}
+LIMITS = {"nf4": 0.05, "fp4": 0.05, "int8": 0.05, "pack-quantized": 1e-5, "int-quantized": 0.05, "int8-weights": 1e-5}
 """Largest difference of logits, as a share of the largest one: eight bits also round the inputs of layers, and bitsandbytes
 computes four bits in bfloat16 on a CPU."""
 
@@ -76,6 +79,15 @@ def compressed_tensors(dense: Path, folder: Path) -> Iterator[str]:
         yield name
 
 
+def torchao(dense: Path, folder: Path) -> Iterator[str]:
+    """Write the model with weights of eight bits."""
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    config = T.TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    T.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(folder / "int8-weights")
+    yield "int8-weights"
+
+
 def logits(model: Any) -> torch.Tensor:
     """Return logits of a fixed text, as a share of the largest."""
     with torch.no_grad():
@@ -83,33 +95,52 @@ def logits(model: Any) -> torch.Tensor:
     return values / values.abs().max()
 
 
+def has_codes(folder: Path, layer: str) -> bool:
+    """Return whether a checkpoint stores a layer in integers."""
+    stored = stored_tensors(folder)
+    return any(tensor.dtype[0] in "IU" for name, tensor in stored.items() if name.startswith(f"{layer}."))
+
+
 def main() -> None:
     """Run the package named on the command line in the folder named there."""
     makers: dict[str, Callable[[Path, Path], Iterator[str]]] = {
         "bitsandbytes": bits_and_bytes,
         "compressed-tensors": compressed_tensors,
+        "torchao": torchao,
     }
     package, folder = sys.argv[1], Path(sys.argv[2])
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    T.LlamaForCausalLM(T.LlamaConfig(**SIZES, initializer_range=0.1)).save_pretrained(folder / "dense")
-    for name in makers[package](folder / "dense", folder):
-        bpe({"pad_token": "<pad>", "eos_token": "</s>"}).save_pretrained(folder / name)
-        lm = load(folder / name)
-        saved = save(lm, "1.fc_up@r4", folder / f"{name}-reduced").folder
-        opened = T.AutoModelForCausalLM.from_pretrained(saved)
-        with applied(lm, "1.fc_up@r4"):
-            edited = logits(lm.model)
-        answer = {
-            "form": name,
-            "agrees": load_check(saved).agrees,
-            "packed": type(T.AutoModelForCausalLM.from_pretrained(folder / name).get_submodule(OTHER)).__name__,
-            "layers": [type(opened.get_submodule(path)).__name__ for path in (LAYER, OTHER)],
-            "from_edited": float((logits(opened) - edited).abs().max()),
-            "from_base": float((logits(opened) - logits(lm.model)).abs().max()),
-            "limit": LIMITS[name],
-        }
-        print(json.dumps(answer))
+    T.LlamaForCausalLM(T.LlamaConfig(**SIZES, initializer_range=0.1)).save_pretrained(folder / "llama")
+    cases = [("llama", "1.fc_up@r4", LLAMA_LAYERS), ("llama", "all.all@0.5", LLAMA_LAYERS)]
+    if package == "bitsandbytes":  # it alone packs layers of GPT-2
+        T.GPT2LMHeadModel(T.GPT2Config(**GPT2, initializer_range=0.1)).save_pretrained(folder / "gpt2")
+        cases.append(("gpt2", "1.out_proj@r4", GPT2_LAYERS))
+    for model in dict.fromkeys(model for model, _, _ in cases):
+        for name in makers[package](folder / model, folder / "packed" / model):
+            source = folder / "packed" / model / name
+            bpe({"pad_token": "<pad>", "eos_token": "</s>"}).save_pretrained(source)
+            for reduction, layers in [case[1:] for case in cases if case[0] == model]:
+                out = folder / "reduced" / model / f"{name}-{reduction}"
+                print(json.dumps({"form": name} | reduced(source, reduction, layers, out) | {"limit": LIMITS[name]}))
+
+
+def reduced(source: Path, reduction: str, layers: Sequence[str], out: Path) -> dict[str, Any]:
+    """Save a reduction, and return what transformers alone makes of it."""
+    lm = load(source)
+    with applied(lm, reduction):
+        edited = logits(lm.model)
+    base = logits(lm.model)
+    saved = save(lm, reduction, out).folder
+    opened = T.AutoModelForCausalLM.from_pretrained(saved)
+    return {
+        "reduction": reduction,
+        "agrees": load_check(saved).agrees,
+        "has_codes": [has_codes(saved, layer) for layer in layers],
+        "layers": [type(opened.get_submodule(layer)).__name__ for layer in layers],
+        "from_edited": float((logits(opened) - edited).abs().max()),
+        "from_base": float((logits(opened) - base).abs().max()),
+    }
 
 
 if __name__ == "__main__":

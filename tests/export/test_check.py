@@ -99,11 +99,15 @@ def test_every_block_computes_in_float32_and_keeps_its_weights(make: Make) -> No
         lm, same = make(family), make(family)
         for model in (lm.model, same.model):
             model.to(torch.bfloat16).eval()
-        expected = fingerprint(same.model.float())
-        compute_in_float32(lm.model)
+        before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
         outputs = fingerprint(lm.model)
-        torch.testing.assert_close(torch.tensor(outputs), torch.tensor(expected))
+        expected = fingerprint(same.model.float())
+        undo = compute_in_float32(lm.model)
+        torch.testing.assert_close(torch.tensor(fingerprint(lm.model)), torch.tensor(expected))
         assert {p.dtype for p in lm.model.parameters()} == {torch.float32, torch.bfloat16}
+        undo()
+        assert all(t.dtype == before[n].dtype and torch.equal(t, before[n]) for n, t in lm.model.state_dict().items())
+        assert fingerprint(lm.model) == outputs
 
 
 @pytest.mark.parametrize("form", FORMS)

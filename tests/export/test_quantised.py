@@ -23,7 +23,8 @@ from laserlm.export import load_check, save
 from laserlm.export.source import Source
 from laserlm.export.source_check import differences
 from laserlm.models import LanguageModel, load
-from laserlm.models.quantised import leave_in_floats, packed_weights
+from laserlm.models.quantised import leave_in_floats, packed_weights, with_floats
+from laserlm.models.weight_files import stored_metadata
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +136,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "weight": lambda m, n: torch.randint(-9, 9, (m, n), dtype=torch.int8),
         "weight_scale": lambda m, n: torch.rand(m, 1),
     },
+    "torchao, 8 bits": {
+        "_weight_qdata": lambda m, n: torch.randint(-9, 9, (m, n), dtype=torch.int8),
+        "_weight_scale": lambda m, n: torch.rand(m, 1),
+        "_weight_zero_point": lambda m, n: torch.zeros(m, 1, dtype=torch.int8),
+    },
 }
 """What is stored in place of a weight (m, n), by its name below the module."""
 
@@ -144,10 +150,12 @@ def test_packed_weights_give_way_to_floats_where_they_are_reduced_alone(layout: 
     model = llama(attention_bias=True)
     source = write_folder(tmp_path / "source", model)
     tensors = weights(source)
+    header = {"format": "pt"} | {name: '{"_type": "Tensor"}' for name in tensors if layout.startswith("torchao")}
     for module in [name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")]:
+        header |= {name: '{"_type": "Int8Tensor"}' for name in [f"{module}.weight"] if name in header}
         m, n = tensors.pop(f"{module}.weight").shape
         tensors |= {f"{module}.{name}": make(m, n) for name, make in LAYOUTS[layout].items()}
-    save_file(tensors | {"steps": torch.tensor(3)}, source / "model.safetensors", {"format": "pt"})
+    save_file(tensors | {"steps": torch.tensor(3)}, source / "model.safetensors", header)
     change(source / "config.json", quantization_config={"quant_method": layout.partition(",")[0]})
     tokenizer = T.AutoTokenizer.from_pretrained(source)
     loaded = {"name": str(source), "revision": None, "dtype": None}
@@ -162,6 +170,8 @@ def test_packed_weights_give_way_to_floats_where_they_are_reduced_alone(layout: 
         expected = {f"{m}.weight": lm.model.get_parameter(f"{m}.weight").detach().clone() for m in reduced}
     saved = weights(tmp_path / "out")
     assert {n: torch.equal(saved[n], value) for n, value in expected.items()} == dict.fromkeys(expected, True)
+    described = {name: '{"_type": "Tensor"}' for name in expected if name in header}
+    assert stored_metadata(tmp_path / "out") == header | described
     gone = {f"{m}.{name}" for m in reduced for name in LAYOUTS[layout]}
     assert other_tensors(source, tmp_path / "out") == gone | expected.keys()
     assert set(written.changed) | set(written.added) == expected.keys()
@@ -211,8 +221,57 @@ def test_the_config_names_modules_in_floats_where_its_method_looks(method: str, 
     assert leave_in_floats(settings, ["a", "b"]) == {"quant_method": method, "bits": 8, name: after}
 
 
+class Packed(torch.nn.Module):
+    """A layer of bitsandbytes, with the weight that its codes stand for."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.source_cls, self.weight, self.bias = type(layer), layer.weight, layer.bias
+
+
+Packed.__module__ = "bitsandbytes.nn.modules"
+
+
+def dequantize(model: Any) -> Any:
+    """Make layers linear, as ``PreTrainedModel.dequantize`` does."""
+    for path in [path for path, module in model.named_modules() if isinstance(module, Packed)]:
+        old = model.get_submodule(path)
+        linear = torch.nn.Linear(*old.weight.shape)
+        linear.weight, linear.bias = torch.nn.Parameter(old.weight.detach().T.clone()), old.bias
+        model.set_submodule(path, linear)
+    return model
+
+
+def test_layers_of_gpt2_that_bitsandbytes_packed_are_as_in_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = T.GPT2LMHeadModel(T.GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=96)).eval()
+    expected, ids = model.state_dict(), torch.arange(9)[None]
+    logits = model(ids).logits
+    monkeypatch.setattr(type(model), "dequantize", dequantize)
+    for name in ("attn.c_proj", "mlp.c_fc"):
+        model.transformer.h[0].set_submodule(name, Packed(model.transformer.h[0].get_submodule(name)))
+    model = with_floats(model, T.GPT2Config(quantization_config={"quant_method": "bitsandbytes"}))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_a_checkpoint_without_packed_layers_is_loaded_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a reduction of all its layers: transformers' ``dequantize`` fails then."""
+    monkeypatch.delattr(T.PreTrainedModel, "dequantize")
+    model = llama()
+    assert with_floats(model, T.LlamaConfig(quantization_config={"quant_method": "bitsandbytes"})) is model
+
+
+@pytest.mark.parametrize("reduction", ["all.all@0.5", "0.fc_up@r4"])
+def test_the_config_tells_of_a_quantisation_as_long_as_there_are_codes(reduction: str, tmp_path: Path) -> None:
+    source, _ = fp8_folder(tmp_path / "source")
+    out = save(load(source), reduction, tmp_path / "out").folder
+    has_codes = any(tensor.dtype == torch.float8_e4m3fn for tensor in weights(out).values())
+    assert ("quantization_config" in read(out / "config.json")) == has_codes == (reduction == "0.fc_up@r4")
+    assert load_check(out).agrees
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["bitsandbytes==0.50.2", "compressed-tensors==0.20.1"])
+@pytest.mark.parametrize("package", ["bitsandbytes==0.50.2", "compressed-tensors==0.20.1", "torchao==0.18.0"])
 def test_real_packages_read_what_is_saved(package: str, tmp_path: Path) -> None:
     """In a process of its own, with the package installed for it alone."""
     library = tmp_path / "library"
@@ -225,9 +284,11 @@ def test_real_packages_read_what_is_saved(package: str, tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr[-2000:]
     answers = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    assert len(answers) == (3 if package.startswith("bits") else 2)
+    assert len(answers) == {"bitsandbytes": 9, "compressed-tensors": 4, "torchao": 2}[package.partition("==")[0]]
     for answer in answers:
+        is_all = answer["reduction"].startswith("all")
         assert answer["agrees"], answer
-        assert answer["layers"] == ["Linear", answer["packed"]], answer
-        assert answer["packed"] != "Linear" or package.startswith("compressed"), answer
+        assert answer["has_codes"] == [False, not is_all], answer
+        assert answer["layers"][0] in ("Linear", "Conv1D"), answer
+        assert ("bit" in answer["layers"][1]) == (package.startswith("bits") and not is_all), answer
         assert answer["from_edited"] < answer["limit"] < answer["from_base"], answer

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,8 +202,8 @@ def test_a_killed_save_leaves_nothing_of_that_name(make: Make, tmp_path: Path) -
     lm.model.save_pretrained(tmp_path / "model")
     lm.require_tokenizer().save_pretrained(tmp_path / "model")
     code = (
-        "import sys, time; import laserlm; from laserlm.export import record\n"
-        "record.fingerprint = lambda _: (print('written', flush=True), time.sleep(60))\n"
+        "import sys, time; import laserlm; from laserlm.export import weights\n"
+        "weights.recorded_outputs = lambda *_, **__: (print('written', flush=True), time.sleep(60))\n"
         "laserlm.save(laserlm.load(sys.argv[1]), '1.fc_in@0.2', sys.argv[2])"
     )
     process = subprocess.Popen(
@@ -219,6 +220,41 @@ def test_a_killed_save_leaves_nothing_of_that_name(make: Make, tmp_path: Path) -
     with pytest.raises((OSError, ValueError), match=r"config\.json"):
         modeling_auto.AutoModelForCausalLM.from_pretrained(left)
     save(lm, "1.fc_in@0.2", tmp_path / "out")
+
+
+@pytest.mark.parametrize("has_source", [True, False])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_folder_that_computes_something_else_than_the_reduced_model_is_not_written(
+    has_source: bool, dtype: str | None, llama: LanguageModel, tmp_path: Path
+) -> None:
+    if has_source:
+        llama.model.save_pretrained(tmp_path / "source")
+        llama.require_tokenizer().save_pretrained(tmp_path / "source")
+        llama = load(tmp_path / "source")
+    save(llama, "1.fc_in@0.2", tmp_path / "same", dtype=dtype)
+    layer = llama.model.get_submodule("model.layers.0.mlp.up_proj")
+    layer.register_forward_hook(lambda _module, _inputs, output: output * 1.25)  # such as a layer of another class
+    with pytest.raises(ExportError, match=r"gives other outputs than the reduced model in memory"):
+        save(llama, "1.fc_in@0.2", tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["dense", "factored", "adapter"])
+def test_a_model_that_computes_no_outputs_any_more_is_not_written(
+    form: Any, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make("llama")
+    forward = type(lm.model).forward
+
+    def only_unchanged(model: Any, *arguments: Any, **named: Any) -> Any:
+        if model is not lm.model:
+            raise RuntimeError("the shapes do not fit")
+        return forward(model, *arguments, **named)
+
+    monkeypatch.setattr(type(lm.model), "forward", only_unchanged)
+    with pytest.raises(ExportError, match=r"the unchanged LlamaForCausalLM computes outputs .* RuntimeError: the shapes"):
+        save(lm, "1.fc_in@0.2", tmp_path / "out", form=form)
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors_come_before_anything_is_written(llama: LanguageModel, tmp_path: Path) -> None:

@@ -165,8 +165,17 @@ class Adapter:
         """Dtype of the stored factors."""
         return self.differences[0].down.dtype
 
-    def write(self, lm: LanguageModel, folder: Path) -> list[list[float]] | None:
-        """Write weights and config to a folder. Return some outputs of the model with the adapter, computed in float32."""
+    def write(self, lm: LanguageModel, folder: Path, *, required: bool = False) -> list[list[float]] | None:
+        """Write weights and config to a folder. Return some outputs of the model with the adapter, computed in float32.
+
+        Args:
+            lm: the unchanged model.
+            folder: the folder.
+            required: whether the unchanged model computes outputs from tokens.
+
+        Raises:
+            ExportError: if outputs are required, and the model with the adapter fails.
+        """
         tensors: dict[str, Tensor] = {}
         for difference in self.differences:
             tensors |= {name: tensor.cpu() for name, tensor in difference.tensors().items()}
@@ -181,7 +190,7 @@ class Adapter:
             changed = model.from_pretrained(None, config=lm.model.config, state_dict=state, dtype=lm.dtype)
         compute_in_float32(changed)
         self.add_to(changed)
-        return recorded_outputs(changed.eval())
+        return recorded_outputs(changed.eval(), required=required)
 
     def read(self, folder: Path) -> Adapter:
         """Return this adapter with the factors that a folder holds.

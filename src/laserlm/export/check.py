@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -24,7 +23,7 @@ from laserlm.export import load_in_subprocess
 from laserlm.export.calibration_text import OWN_TEXT_FILE
 from laserlm.export.compression import compress
 from laserlm.export.load_in_subprocess import REPORTS
-from laserlm.export.record import file_hashes, read_record
+from laserlm.export.record import FLOAT32_TOLERANCE, file_hashes, read_record, relative_difference
 from laserlm.export.saving import save
 from laserlm.export.source_check import differences
 from laserlm.export.update_adapter import adapter_of
@@ -41,8 +40,6 @@ TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3
 """Largest relative difference that rounding explains, by dtype: of weights, and of outputs computed in that dtype."""
 TRAINED_TOLERANCE = 1e-2
 """Largest relative difference of trained factors: Adam makes steps of the same size of large and of tiny gradients."""
-FLOAT32_TOLERANCE = 1e-3
-"""Largest relative difference of outputs that are computed in float32 from the same weights, on two machines."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +267,7 @@ def _compare_weights(saved: Path, rebuilt: Path, tolerance: float) -> Reproducti
         identical = False
         if a.shape != b.shape:
             raise ExportError(f"{name} of the rebuilt model is {tuple(b.shape)}; {saved} has {tuple(a.shape)}")
-        largest = max(largest, _relative_difference(b.double(), a.double()))
+        largest = max(largest, relative_difference(b.double(), a.double()))
     return Reproduction(identical, largest, tolerance, len(saved_weights.names))
 
 
@@ -283,7 +280,7 @@ def _compare_adapter(folder: Path, lm: LanguageModel, record: dict[str, Any]) ->
     # The model's device may be a GPU, and the file was read on the CPU.
     pairs = [(a.dense().cpu(), b.dense().cpu()) for a, b in zip(rebuilt.differences, saved.differences, strict=True)]
     identical = all(torch.equal(a, b) for a, b in pairs)
-    largest = max(_relative_difference(a.double(), b.double()) for a, b in pairs)
+    largest = max(relative_difference(a.double(), b.double()) for a, b in pairs)
     return Reproduction(identical, largest, TOLERANCE.get(saved_dtype, 3e-2), len(pairs))
 
 
@@ -331,10 +328,4 @@ class _Weights:
 def _difference(outputs: list[list[float]] | None, recorded: list[list[float]] | None) -> float | None:
     if outputs is None or recorded is None:
         return None
-    return _relative_difference(torch.tensor(outputs), torch.tensor(recorded))
-
-
-def _relative_difference(value: Tensor, reference: Tensor) -> float:
-    """Return the largest difference as a share of the largest reference value; infinite if it is not finite."""
-    difference = float((value - reference).abs().max() / reference.abs().max().clamp_min(1e-30))
-    return difference if math.isfinite(difference) else math.inf
+    return relative_difference(torch.tensor(outputs), torch.tensor(recorded))

@@ -23,6 +23,7 @@ from laserlm.export.record import (
     CARD,
     FORMAT,
     RECORD,
+    computes_outputs,
     describe_base,
     describe_update,
     file_hashes,
@@ -223,16 +224,17 @@ def write(
         **entries,
     }
     parameters = _count(lm)
+    required = computes_outputs(lm.model)
     try:
         with atomic_folder(out, existing="replace" if options.overwrite else "refuse") as part, edit as matrices:
             opened: dict[str, Any] = {}
             if adapter is not None:
-                outputs = adapter.write(lm, part)
+                outputs = adapter.write(lm, part, required=required)
             elif source is not None:
                 cast = None if keeps_dtypes else dtype
-                outputs, opened = write_from_source(lm, source, part, matrices, cast, options.shard_size)
+                outputs, opened = write_from_source(lm, source, part, matrices, cast, options.shard_size, required=required)
             else:
-                outputs = write_model(lm, part, dtype, options.shard_size)
+                outputs = write_model(lm, part, dtype, options.shard_size, required=required)
                 if (folder := _folder_of_source(lm)) is not None:
                     copy_side_files(folder, part)
             for name, content in files.items():

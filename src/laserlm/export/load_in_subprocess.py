@@ -11,6 +11,7 @@ import importlib
 import json
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,46 +49,78 @@ def fingerprint(model: Any) -> list[list[float]] | None:
     return sample
 
 
-def compute_in_float32(model: Any) -> None:
+def compute_in_float32(model: Any, rounded: Mapping[str, torch.dtype] = {}) -> Callable[[], None]:
     """Make a model compute in float32 from now on, with the weights that it has.
 
     The weights of a block are in float32 only while the block runs, so that a large model needs little more memory.
+
+    Args:
+        model: the model.
+        rounded: dtypes that some of its tensors are rounded to first, by their names.
+
+    Returns:
+        A function that puts the weights back as they were.
     """
+    tensors = model.state_dict(keep_vars=True)
+    dtypes = {id(tensors[name]): dtype for name, dtype in rounded.items() if tensors[name].dtype != dtype}
     blocks = [block for module in model.modules() if isinstance(module, torch.nn.ModuleList) for block in module]
-    in_blocks = {id(tensor) for block in blocks for tensor in _half_tensors(block)}
-    for tensor in _half_tensors(model):
+    in_blocks = {id(tensor) for block in blocks for tensor in _narrow_tensors(block, dtypes)}
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handles: list[Any] = []
+    for tensor in _narrow_tensors(model, dtypes):
         if id(tensor) not in in_blocks:
-            tensor.data = tensor.data.float()
+            _widen(tensor, dtypes, before)
     for block in dict.fromkeys(blocks):
-        _widen_while_it_runs(block)
+        handles += _widen_while_it_runs(block, dtypes, before)
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        _put_back(before)
+
+    return undo
 
 
-def _half_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Return the parameters and buffers of 16 bits."""
-    return [t for t in (*module.parameters(), *module.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+def _narrow_tensors(module: torch.nn.Module, rounded: Mapping[int, torch.dtype]) -> list[torch.Tensor]:
+    """Return the parameters and buffers of 16 bits, and those that are rounded."""
+    tensors = (*module.parameters(), *module.buffers())
+    return [t for t in tensors if t.dtype in (torch.float16, torch.bfloat16) or id(t) in rounded]
 
 
-def _widen_while_it_runs(block: torch.nn.Module) -> None:
-    narrow: list[tuple[torch.Tensor, torch.Tensor]] = []
+def _widen(tensor: torch.Tensor, rounded: Mapping[int, torch.dtype], before: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    before.append((tensor, tensor.data))
+    values = tensor.data.to(rounded.get(id(tensor), tensor.dtype))
+    tensor.data = values.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _put_back(before: list[tuple[torch.Tensor, torch.Tensor]], until: int = 0) -> None:
+    while len(before) > until:
+        tensor, data = before.pop()
+        tensor.data = data
+
+
+def _widen_while_it_runs(
+    block: torch.nn.Module, rounded: Mapping[int, torch.dtype], before: list[tuple[torch.Tensor, torch.Tensor]]
+) -> list[Any]:
+    """Return the handles of hooks that widen a block before it runs, and put it back afterwards; blocks may be nested."""
+    starts: list[int] = []
 
     def widen(*_: Any) -> None:
-        for tensor in _half_tensors(block):
-            narrow.append((tensor, tensor.data))
-            tensor.data = tensor.data.float()
+        starts.append(len(before))
+        for tensor in _narrow_tensors(block, rounded):
+            _widen(tensor, rounded, before)
 
     def put_back(*_: Any) -> None:
-        while narrow:
-            tensor, data = narrow.pop()
-            tensor.data = data
+        _put_back(before, starts.pop())
 
-    block.register_forward_pre_hook(widen)
-    block.register_forward_hook(put_back)
+    return [block.register_forward_pre_hook(widen), block.register_forward_hook(put_back)]
 
 
 def _with_floats(model: Any, method: str) -> Any:
     """Return a model whose weights are floats, where transformers keeps them packed after loading."""
     if method == "bitsandbytes":
-        return model.dequantize()
+        is_packed = any(type(module).__module__.partition(".")[0] == method for module in model.modules())
+        return model.dequantize() if is_packed else model  # transformers fails where it finds nothing to do
     for module in model.modules() if method == "torchao" else ():
         weight: Any = module._parameters.get("weight")
         is_packed = is_traceable_wrapper_subclass(weight)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_load
+from torch import Tensor
 from yaml import YAMLError
 
 from laserlm.errors import ExportError
@@ -31,21 +33,55 @@ PATH_FIELDS = {"name", "adapter", "task", "guard"}
 """Fields of the record that may be paths: of the base model, the adapter, the calibration text, the task and the guards."""
 PATH_PREFIX = re.compile(r"(?:perplexity|jsonl|hub|lm-eval):")
 """What may precede a path in the name of a task or guard."""
+FLOAT32_TOLERANCE = 1e-3
+"""Largest relative difference of outputs that are computed in float32 from the same weights, on two machines."""
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+"""What a forward pass raises that wants another input than tokens."""
 
 
-def recorded_outputs(model: Any) -> list[list[float]] | None:
-    """Return the outputs that a record keeps; None, with a warning, where the model computes none from tokens alone."""
+def computes_outputs(model: Any) -> bool:
+    """Return whether a model computes outputs from tokens alone."""
     try:
-        return fingerprint(model)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:  # a model may want any other input
+        return fingerprint(model) is not None
+    except FAILURES as error:
         if is_out_of_memory(error):
             raise
+        return False
+
+
+def recorded_outputs(model: Any, *, required: bool = False) -> list[list[float]] | None:
+    """Return the outputs that a record keeps; None, with a warning, where the model computes none from tokens alone.
+
+    Args:
+        model: the model that is saved.
+        required: whether the unchanged model computes outputs, so that this one must too.
+
+    Raises:
+        ExportError: if outputs are required, and the model fails.
+    """
+    try:
+        return fingerprint(model)
+    except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
+        if required:
+            raise ExportError(
+                f"the unchanged {type(model).__name__} computes outputs from tokens, and the model to be saved ends with "
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; save the dense form, reduce other "
+                "matrices, and report this"
+            ) from error
         log.warning(
             "%s computes nothing from tokens alone (%s), so no outputs are recorded, and 'laser load-check' compares tensors "
             "and files alone",
             *(type(model).__name__, str(error).strip().partition("\n")[0]),
         )
         return None
+
+
+def relative_difference(value: Tensor, reference: Tensor) -> float:
+    """Return the largest difference as a share of the largest reference value; infinite if it is not finite."""
+    difference = float((value - reference).abs().max() / reference.abs().max().clamp_min(1e-30))
+    return difference if math.isfinite(difference) else math.inf
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from laserlm.errors import ExportError
 from laserlm.models.adapter import has_adapter
@@ -144,7 +145,7 @@ class Source:
             written: names in the source of the weights that are written as floats.
         """
         packed = {self.parameters[name] for name in self.packed.keys() - set(written)}
-        linear = [path for path, module in lm.model.named_modules() if isinstance(module, nn.Linear)]
+        linear = [path for path, module in lm.model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         return [path for path in linear if f"{path}.weight" not in packed]
 
     def named_as_stored(self, lm: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,9 +190,10 @@ class Source:
                 entries[name] = _Entry(size, _reader(self._stored_tensor, name, dtype, changed))
         for name, tensor in added.items():
             entries[name] = _in_memory(tensor, cast if cast is not None and tensor.is_floating_point() else tensor.dtype)
-        # torchao describes each of its weights there.
+        # torchao describes each of its weights there. All other headers say that alone which they need.
+        metadata = self.metadata if self.packed else {}
         floats = dict.fromkeys(different & self.packed.keys() & self.metadata.keys(), '{"_type": "Tensor"}')
-        _write_shards(entries, folder, shard_size, {"format": "pt"} | self.metadata | floats)
+        _write_shards(entries, folder, shard_size, {"format": "pt"} | metadata | floats)
         others = sorted(name for name in changed if self.parameters[name] not in paths and name not in self.converted)
         if others:
             text = "%d tensors are saved as they are in memory, where they are not as in %s: %s"

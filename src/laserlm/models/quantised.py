@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
 
 from laserlm.low_rank import METHOD
 
@@ -75,7 +77,7 @@ def with_floats(model: Any, config: Any) -> Any:
     """
     method = method_of(config)
     if method == "bitsandbytes":
-        model = model.dequantize()
+        model = _without_bitsandbytes(model)
     if method == "torchao":
         for module in model.modules():
             weight: Any = module._parameters.get("weight")
@@ -85,6 +87,21 @@ def with_floats(model: Any, config: Any) -> Any:
         model.hf_quantizer.remove_quantization_config(model)
     if method in SKIPPED:
         model._weight_conversions = None  # they would save the floats as codes and scales
+    return model
+
+
+def _without_bitsandbytes(model: Any) -> Any:
+    """Return a model with each layer of bitsandbytes as the layer that it was: linear, or a Conv1D, as in GPT-2."""
+    packed = {path: m for path, m in model.named_modules() if type(m).__module__.partition(".")[0] == "bitsandbytes"}
+    if not packed:  # all layers are stored as floats, and transformers fails where it finds nothing to do
+        return model
+    model = model.dequantize()  # all layers become linear
+    for path in [path for path, old in packed.items() if issubclass(getattr(old, "source_cls", nn.Linear), Conv1D)]:
+        linear = model.get_submodule(path)
+        with torch.device("meta"):
+            conv = Conv1D(linear.out_features, linear.in_features)
+        conv.weight, conv.bias = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False), linear.bias
+        model.set_submodule(path, conv.train(linear.training))
     return model
 
 
