@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from export.test_quantised import fp8_folder
+from export.test_source import weights
 from searching.test_memory_plan import LiveBytes
 
 from laserlm.export import compress, save
@@ -15,7 +17,7 @@ from laserlm.export.calibration_text import read_calibration_text
 from laserlm.export.export_plan import plan_compression, plan_save, whitening_bytes
 from laserlm.export.fitting import fit_ranks
 from laserlm.linalg.decomposition import whitened
-from laserlm.models import LanguageModel
+from laserlm.models import LanguageModel, load
 from laserlm.models.matrices import Matrix
 
 Make = Callable[..., LanguageModel]
@@ -40,6 +42,14 @@ def test_a_saved_model_takes_the_planned_bytes(family: str, form: Any, dtype: st
     saved = save(lm, reduction, tmp_path / "out", form=form, dtype=dtype)
     assert planned.folder_bytes <= saved.bytes <= planned.folder_bytes + HEADERS
     assert planned.temporary_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_quantised_model_takes_the_planned_bytes(dtype: str | None, tmp_path: Path) -> None:
+    lm = load(fp8_folder(tmp_path / "source")[0])
+    planned = plan_save(lm, "1.fc_out@0.3+0.q_proj@0.2", dtype=dtype)
+    out = save(lm, "1.fc_out@0.3+0.q_proj@0.2", tmp_path / "out", dtype=dtype).folder
+    assert planned.folder_bytes == sum(tensor.nbytes for tensor in weights(out).values())
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])

@@ -261,6 +261,28 @@ def test_a_checkpoint_without_packed_layers_is_loaded_as_it_is(monkeypatch: pyte
     assert with_floats(model, T.LlamaConfig(quantization_config={"quant_method": "bitsandbytes"})) is model
 
 
+def test_a_config_that_says_less_than_is_stored_is_found(tmp_path: Path) -> None:
+    source, _ = fp8_folder(tmp_path / "source")
+    folder = save(load(source), "0.fc_up@r4", tmp_path / "out").folder
+    written = read(folder / "laser.json")["source"]
+    settings = read(folder / "config.json")["quantization_config"]
+    assert differences(source, folder, written) == []
+    same = save(load(source), "", tmp_path / "same").folder
+    assert differences(source, same, read(same / "laser.json")["source"]) == []
+    up = "model.layers.0.mlp.up_proj"
+    for changed, line in [
+        (settings | {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp.up_proj"]}, f"{up}.weight is stored as floats"),
+        (settings | {"weight_block_size": [8, 8]}, "weight_block_size of quantization_config is another"),
+        (None, "quantization_config of the config is missing"),
+    ]:
+        change(folder / "config.json", quantization_config=changed)
+        (found,) = differences(source, folder, written)
+        assert found.startswith(line)
+    change(source / "config.json", quantization_config=settings | {"modules_to_not_convert": ["lm_head", "a"]})
+    change(folder / "config.json", quantization_config=settings)
+    assert differences(source, folder, written) == ["a is not in floats any more in quantization_config"]
+
+
 @pytest.mark.parametrize("reduction", ["all.all@0.5", "0.fc_up@r4"])
 def test_the_config_tells_of_a_quantisation_as_long_as_there_are_codes(reduction: str, tmp_path: Path) -> None:
     source, _ = fp8_folder(tmp_path / "source")

@@ -202,8 +202,8 @@ def _is_plain(layer: nn.Module) -> bool:
     """Return whether a layer gives out the weight times its input, plus the bias, and nothing else."""
     if type(layer) in (nn.Linear, Conv1D):
         return True
-    weight, bias = layer.get_parameter("weight"), None if layer.bias is None else layer.get_parameter("bias")
-    weight = weight.T if isinstance(layer, Conv1D) else weight
+    bias = None if layer.bias is None else layer.get_parameter("bias")
+    weight = layer.get_parameter("weight").T if isinstance(layer, Conv1D) else layer.get_parameter("weight")
     x = torch.linspace(-1, 1, 2 * 3 * weight.shape[1], dtype=torch.float64).sin().view(2, 3, -1).to(weight)
     try:
         actual = layer(x)
@@ -226,7 +226,8 @@ def _is_read_directly(model: nn.Module, path: str) -> bool:
         module, name = model.get_submodule(".".join(parts[:i])), re.escape(".".join(parts[i:]))
         if getattr(module, "slow_but_exact", None) is False:  # Bloom reads parts of its weights where this is on
             continue
-        if re.search(rf"self\.{name}\.weight\b(?!\.(?:{FACTS})\b|, torch\.Tensor\))", _code_of(type(module))):
+        kind: Any = type(module)
+        if re.search(rf"self\.{name}\.weight\b(?!\.(?:{FACTS})\b|, torch\.Tensor\))", _code_of(kind)):
             return True
     return False
 

@@ -16,6 +16,7 @@ from laserlm.export.checkpoint import Form
 from laserlm.export.fitting import Allocation, Method, check_fit, compressible
 from laserlm.export.gguf_file import BITS, OutType
 from laserlm.export.refinement import check_steps
+from laserlm.export.source import Source
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
 from laserlm.models.matrices import Matrix
@@ -103,6 +104,10 @@ def plan_save(
         phases = {"reducing": sizes.reducing(factors, matrices, held), "writing": sizes.writing(factors, sizes.weights, held)}
         return ExportPlan(phases, factors, 0, _bases(lm, matrices))
     phases["writing"] = sizes.writing(values * lm.dtype.itemsize, saved, held)
+    source = Source.of(lm)
+    if source is not None and source.packed:
+        is_cast = dtype is not None or lm.loaded is None or bool(lm.loaded["dtype"])
+        saved = source.bytes_with_floats({m.path for m in matrices}, lm.dtype, sizes.dtype if is_cast else None)
     temporary = 0
     if form == "gguf":
         saved, temporary = int(sizes.parameters * BITS[outtype] / 8), saved
@@ -165,6 +170,7 @@ class _Sizes:
         of_block = [sum(p.numel() for p in block.parameters()) for block in blocks]
         inside = {id(p) for block in blocks for p in block.parameters()}
         self.lm = lm
+        self.dtype = dtype
         self.itemsize = dtype.itemsize
         self.parameters = sum(p.numel() for p in own)
         self.weights = MemoryPlanner(lm, (), 0, 1).weights

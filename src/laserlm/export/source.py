@@ -137,6 +137,23 @@ class Source:
         """What the headers of its files say beside their tensors."""
         return stored_metadata(self.folder)
 
+    def bytes_with_floats(self, paths: Collection[str], dtype: torch.dtype, cast: torch.dtype | None) -> int:
+        """Return the bytes of all tensors once some packed weights are written as floats.
+
+        Args:
+            paths: the parameters that are written as floats.
+            dtype: the model's dtype.
+            cast: dtype in place of the model's; None keeps the dtypes of the source.
+        """
+        names = [name for name in self.packed if self.parameters[name] in paths]
+        gone, size = {part for name in names for part in self.packed[name]}, 0
+        for name, tensor in self.stored.items():
+            if name in gone:
+                continue
+            is_cast = cast is not None and tensor.float_dtype is not None and name not in self._of_packed
+            size += tensor.bytes // tensor.float_dtype.itemsize * cast.itemsize if is_cast else tensor.bytes  # type: ignore[union-attr]
+        return size + sum(self.base[name].numel() for name in names) * (cast or dtype).itemsize
+
     def modules_in_floats(self, lm: LanguageModel, written: Collection[str]) -> list[str]:
         """Return the linear modules that are not packed once some weights are written as floats.
 

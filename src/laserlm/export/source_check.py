@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laserlm.models.quantised import SKIPPED
 from laserlm.models.source import side_files
 from laserlm.models.weight_files import read_tensor, stored_tensors
 
@@ -34,6 +36,7 @@ def differences(source: Path, folder: Path, written: Mapping[str, Any], *, confi
     return [
         *_other_tensors(source, folder, written),
         *_other_settings(_json(source / "config.json"), _json(folder / config_file)),
+        *_other_quantisation(source, folder, written, _json(folder / config_file).get("quantization_config")),
         *_other_files(source, folder),
     ]
 
@@ -82,6 +85,34 @@ def _other_settings(source: Any, saved: Any, path: str = "") -> list[str]:
             continue
         lines += _other_settings(value, saved[name], where) if name in saved else [f"{where} of the config is missing"]
     return lines
+
+
+def _other_quantisation(source: Path, folder: Path, written: Mapping[str, Any], saved: dict[str, Any] | None) -> list[str]:
+    """Return a line for each layer that is stored as floats and read as packed, and for each setting that is another."""
+    before = _json(source / "config.json").get("quantization_config") or {}
+    method = before.get("quant_method")
+    if method not in SKIPPED:
+        return []
+    theirs, ours = stored_tensors(source), stored_tensors(folder)
+    if saved is None:
+        packed = sorted(name for name, tensor in ours.items() if tensor.float_dtype is None and len(tensor.shape) > 1)
+        return [f"quantization_config of the config is missing, and {packed[0]} is packed"] if packed else []
+    skipped = saved.get(SKIPPED[method]) or []
+    unpacked = [n for n in (*written["changed"], *written["added"]) if n not in theirs or theirs[n].float_dtype is None]
+    lines = [
+        f"{name} is stored as floats, and the config says that it is packed" for name in unpacked if not _names(skipped, name)
+    ]
+    others = before.keys() - {SKIPPED[method]}
+    lines += [f"{name} of quantization_config is another" for name in sorted(others) if saved.get(name) != before[name]]
+    lost = set(before.get(SKIPPED[method]) or []) - set(skipped)
+    return lines + [f"{name} is not in floats any more in quantization_config" for name in sorted(lost)]
+
+
+def _names(modules: Iterable[str], tensor: str) -> bool:
+    """Return whether one of some modules holds a stored tensor, whose name may begin otherwise than in the model."""
+    module = tensor.rpartition(".")[0]
+    end = re.split(r"\D\.(?=\d+\.)", f".{module}", maxsplit=1)[-1]  # from the number of the block on
+    return any(f".{name}".endswith(f".{end.removeprefix('.')}") for name in modules)
 
 
 def _other_files(source: Path, folder: Path) -> list[str]:
