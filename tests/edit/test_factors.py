@@ -184,3 +184,15 @@ def test_a_layer_is_two_factors_only_if_it_computes_what_a_linear_layer_does(kin
         assert isinstance(llama.model.model.layers[1].mlp.up_proj, LowRankLinear) == (kind is Plain)
     other = "the weight of a layer that computes something else than a linear layer"
     assert stored.reason_kept_dense == ("" if kind is Plain else other)
+
+
+def test_reading_the_type_of_a_weight_or_a_switched_off_branch_keeps_no_matrix_dense(make: Make) -> None:
+    t5, bloom = make("t5"), make("bloom")
+    with factored(t5, "encoder.1.fc_out@0.2") as (stored,):  # T5 compares the dtype of its weight
+        assert not stored.reason_kept_dense
+    for is_on in (False, True):
+        for module in bloom.model.modules():
+            if hasattr(module, "slow_but_exact"):
+                module.slow_but_exact = is_on
+        with factored(bloom, "1.fc_out@0.2") as (stored,):
+            assert bool(stored.reason_kept_dense) == is_on
