@@ -93,5 +93,5 @@ def test_too_little_memory_is_exceeded_with_a_word_and_changes_no_result(
     enough = found(least)
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
     little = found(least - 1)
-    assert "keeps to a bound from --memory 0.001 on" in caplog.text
+    assert "the least bound that it keeps is --memory 0.001" in caplog.text
     assert (little.best, little.test.edited_loss) == (enough.best, pytest.approx(enough.test.edited_loss, abs=1e-6))

@@ -877,7 +877,7 @@ def test_harm_that_no_time_is_left_for_leaves_the_choice_as_it_is(
     assert len(looked_at) == 3  # two of them and the unchanged model, which they are compared with
     assert {p.intervention for p in result.points} == {*looked_at} - {""}
     missing = MOST_HARMS - len(result.points)
-    assert f"the harm of {missing} of {MOST_HARMS} candidates of the last rung is not measured: the time" in caplog.text
+    assert f"the harm of {missing} of the {MOST_HARMS} best candidates is not measured: the time" in caplog.text
     clock[0] = 0.0
     whole = search(llama, task, **options)
     assert len(whole.points) == MOST_HARMS
@@ -905,7 +905,7 @@ def test_a_candidate_whose_harm_cannot_be_measured_is_no_point(
     assert str(result.best) == best
     assert second not in [p.intervention for p in result.points]
     assert len(result.points) == MOST_HARMS - 1
-    assert f"the harm of 1 of {MOST_HARMS} candidates" in caplog.text
+    assert f"the harm of 1 of the {MOST_HARMS} best candidates" in caplog.text
     assert "not a number" in caplog.text
 
 

@@ -241,7 +241,7 @@ def warn_of_little_memory(planner: MemoryPlanner, rows: Sequence[TokenSequence],
     if planner.memory < least:
         log.warning(
             "--memory %.3g is less than the %.3g GiB that the decompositions of a %s and a single question take in any case; "
-            "the search takes these, and keeps to a bound from --memory %.3g on",
+            "so the search takes more than that; the least bound that it keeps is --memory %.3g",
             *(planner.memory / GIB, least / GIB, "block" if has_gradient else "matrix", math.ceil(1000 * least / GIB) / 1000),
         )
 

@@ -287,7 +287,7 @@ class SearchSession:
         if len(measured) < len(few):
             reasons = {reason for g in self.guards for i in few if (reason := g.choosing.failed.get(str(i)))}
             log.warning(
-                "the harm of %d of %d candidates of the last rung is not measured: %s",
+                "the harm of %d of the %d best candidates is not measured: %s",
                 len(few) - len(measured),
                 len(few),
                 "; ".join(sorted(reasons)) or "the time was used up",

@@ -75,6 +75,7 @@ def _row(p: Point) -> dict[str, Any]:
 def _measure_harm(study: StudyOptions, guard: list[str] | None) -> None:
     """Measure the harm of the lowest cell of each matrix on the guards of the search, where it is not measured."""
     from laserlm.cli.progress import print_stderr
+    from laserlm.errors import AnalysisError
     from laserlm.reductions import short_form
     from laserlm.store import Store as Results
     from laserlm.studies.loss_map import LossMap
@@ -83,6 +84,10 @@ def _measure_harm(study: StudyOptions, guard: list[str] | None) -> None:
 
     with Results.open(study.store, create=False) as results:
         info = study.find_run(results)
+        if not info.settings.get("guards"):
+            raise AnalysisError(
+                f"run {info.id} has no guard to measure harm on; search again with --guard FILE or --guard TASK"
+            )
         wanted = [m.intervention for m in LossMap.read(results, info.id).lowest() if m.harm is None]
         if not wanted:
             print_stderr("the harm of the lowest cell of each matrix is measured already")
@@ -110,13 +115,13 @@ def _show_map(study: StudyOptions, output: Output) -> None:
         loss_map = LossMap.read(results, info.id)
     title = f"change of loss on {info.task}, validation, by run {info.id}"
     measured = loss_map.with_harm()
-    more = "" if all(m.harm for m in loss_map.lowest()) else "; --harm measures more"
+    is_complete = not info.settings.get("guards") or all(m.harm for m in loss_map.lowest())
+    more = "" if is_complete else "; --harm measures more"
     tables = {title: [_cell_row(m) for m in loss_map] if output.csv else _lowest(loss_map)}
     if measured and not output.csv:
         names = ", ".join(sorted({m.guard for m in measured}))
-        tables[f"harm on {names}: change of loss in nats per token, of the lowest cell that has it"] = _lowest_with_harm(
-            loss_map
-        )
+        title_of_harm = f"harm on {names}: change of loss in nats per token; of each matrix the lowest cell with a harm"
+        tables[title_of_harm] = _lowest_with_harm(loss_map)
     output.show(
         {"run": info.id, "model": info.model, "task": info.task, "measured": loss_map.cells},
         tables,
