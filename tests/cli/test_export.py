@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 from in_process import check_here
 
+from laserlm.cli.compress import compress as command
+from laserlm.export import compress
 from laserlm.models import LanguageModel
 from laserlm.reductions import Intervention
 
@@ -138,11 +141,24 @@ def test_a_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, t
     assert "--quantised --measure 0.8" in record["command"]
     assert output["parameters"] < 0.8 * output["base_parameters"]
     assert output["perplexity"] != output["base_perplexity"]
+    assert output["at"] == record["compression"]["perplexity"]["at"]
+    assert output["quantised"] == quantised
     code, printed, _ = run("reproduce", out)
     assert code == 0
+    code, printed, _ = run("compress", folder, *options[:-1], "--overwrite")
+    assert f"  with 80% of the parameters: {output['at']['0.8']:.2f}" in printed
+    rounded = quantised["q4_0"]
+    assert f"weights as q4_0, {rounded['bytes'] / 2**20:.1f} MiB: {rounded['perplexity']:.2f}" in printed
     code, _, err = run("compress", folder, "--out", out, "--overwrite", "--measure", 2)
     assert code == 1
     assert "a ratio of 2.0 is out of range" in err
+
+
+def test_options_of_compress_have_the_defaults_of_the_function() -> None:
+    of_function, of_command = (inspect.signature(f).parameters for f in (compress, command))
+    both = of_function.keys() & of_command.keys() - {"out", "ratio", "measure", "dtype"}
+    assert both >= {"method", "allocation", "tokens", "dense_above", "refine", "quantised", "form"}
+    assert {name: of_command[name].default for name in both} == {name: of_function[name].default for name in both}
 
 
 def test_the_last_blocks_are_swept_with_ratios_in_any_way_of_writing_them(run: Run, folder: Path, questions: Path) -> None:

@@ -191,7 +191,7 @@ def test_matrices_stay_dense_where_factors_would_take_nearly_as_much(llama: Lang
         assert max(shares) <= 0.7
         assert sum(m.parameters for m in stored) <= 0.8 * compression.parameters
         assert any(m.reason_kept_dense for m in stored)
-    every = replace(compression, dense_above=1.0).ranks(0.8)
+    every = fit_ranks(llama, rows).ranks(0.8)
     assert sum(rank is None for rank in every.values()) < sum(rank is None for rank in compression.ranks(0.8).values())
     with pytest.raises(ExportError, match=r"share of 1\.2"):
         fit_ranks(llama, rows, dense_above=1.2)
@@ -332,6 +332,35 @@ def test_training_is_a_choice(llama: LanguageModel, file: Path, tmp_path: Path) 
     assert reproduce(tmp_path / "trained", llama).agrees
     with pytest.raises(ExportError, match="refine is -1"):
         compress(llama, tmp_path / "out", refine=-1, **options)
+
+
+def test_what_cannot_be_done_is_refused_before_the_text_is_read(make: Make, file: Path, tmp_path: Path) -> None:
+    lm, half = make("llama"), make("llama")
+    half.model.half()
+    text: dict[str, Any] = {"calibration": file}
+    no_text: dict[str, Any] = {"method": "plain", "allocation": "uniform"}
+    cases: list[tuple[LanguageModel, dict[str, Any], str]] = [
+        (half, text | {"refine": 1}, "float16 overflow.*--refine 0"),
+        (lm, text | {"dense_above": 1.2}, r"share of 1\.2"),
+        (lm, text | {"dense_above": 0.9, "allocation": "uniform"}, "--dense-above 0.9 has no effect"),
+        (lm, no_text | {"quantised": True}, "--calibration FILE.*--quantised"),
+        (lm, no_text | {"measure": [0.7]}, "--calibration FILE.*--measure"),
+    ]
+    for model, options, error in cases:
+        stages: list[str] = []
+        with pytest.raises(ExportError, match=error):
+            compress(model, tmp_path / "out", ratio=0.5, on_step=lambda stage, *_, to=stages: to.append(stage), **options)
+        assert stages == []
+
+
+def test_every_perplexity_that_is_measured_is_in_the_result(llama: LanguageModel, file: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibration": file, "tokens": 300, "method": "plain", "allocation": "uniform"}
+    result = compress(llama, tmp_path / "out", ratio=0.5, measure=[0.7], quantised=True, **options)
+    recorded = result.saved.record["compression"]["perplexity"]
+    assert result.at == {0.5: result.perplexity, 0.7: recorded["at"]["0.7"]}
+    assert result.quantised == recorded["quantised"]
+    assert result.quantised.keys() == {"q8_0", "q4_0"}
+    assert result.as_dict()["at"] == recorded["at"]
 
 
 def test_one_process_at_a_time_compresses_a_model_on_a_text(llama: LanguageModel, file: Path, tmp_path: Path) -> None:

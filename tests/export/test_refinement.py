@@ -144,3 +144,40 @@ def test_gradients_that_would_overflow_are_refused_with_the_way_out(make: Make, 
     lm.model.half()
     with pytest.raises(ExportError, match=r"float16 overflow.*--dtype.*--refine 0"):
         refine(lm, [row], {}, tmp_path / "file", steps=1)
+
+
+def test_a_factor_that_no_gradient_reaches_stays_as_it_is(
+    llama: LanguageModel, rows: list[TokenSequence], compression: Compression, tmp_path: Path
+) -> None:
+    """As the layers of an expert to which no token of a row is routed."""
+    layers = compression.layers(llama, 0.5)
+    start = state(layers)
+    llama.model.model.layers[1].mlp.forward = lambda x: x
+    refine(llama, rows, layers, tmp_path / "file", steps=3)
+    changed = {name for name, t in state(layers).items() if not torch.equal(t, start[name])}
+    assert not [name for name in changed if name.startswith("model.layers.1.mlp.")]
+    assert "model.layers.0.mlp.up_proj.weight" in changed
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_products_are_in_bfloat16_unless_the_model_cannot_compute_them(
+    is_broken: bool,
+    llama: LanguageModel,
+    rows: list[TokenSequence],
+    compression: Compression,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    seen: list[bool] = []
+
+    def look(*_: object) -> None:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        if is_broken and seen[-1]:
+            raise RuntimeError("index_add_(): self and source must have the same dtype")
+
+    llama.model.register_forward_pre_hook(look)
+    refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=2)
+    assert sum(seen) == (1 if is_broken else 5)  # a first try, then two passes in each step
+    assert ("cannot compute its products in bfloat16 (index_add_()" in caplog.text) == is_broken

@@ -32,7 +32,7 @@ def compress(
     method: Annotated[str, typer.Option(help="Decomposition: plain, scaled, whitened, or two-sided.")] = "two-sided",
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, sensitivity, or curvature.")] = "curvature",
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 16_384,
-    dense_above: Annotated[float, typer.Option(help="Keep matrices dense whose factors exceed this share.")] = 0.9,
+    dense_above: Annotated[float, typer.Option(help="Keep matrices dense whose factors exceed this share.")] = 1.0,
     refine: Annotated[int, typer.Option(min=0, help="Steps that train the factors.")] = 0,
     quantised: Annotated[bool, typer.Option("--quantised", help="Measure 8 and 4 bits of the base model too.")] = False,
     form: Annotated[str, typer.Option(help="Form: dense, or factored (smaller).")] = "factored",
@@ -60,11 +60,14 @@ def compress(
         planned = plan_compression(
             lm,
             ratio=ratio,
+            measure=measure or (),
             calibration=calibration,
             method=method,  # type: ignore[arg-type]
             allocation=allocation,  # type: ignore[arg-type]
             tokens=tokens,
+            dense_above=dense_above,
             refine=refine,
+            quantised=quantised,
             form=form,  # type: ignore[arg-type]
             dtype=folder.save_dtype,
         )
@@ -112,5 +115,9 @@ def _resumable() -> Iterator[None]:
 def _print_perplexity(result: CompressionResult) -> None:
     if result.perplexity is not None:
         print(f"perplexity {result.base_perplexity:.2f} -> {result.perplexity:.2f} on {result.tokens:,} held-out tokens")
+    for ratio, perplexity in [*result.at.items()][1:]:
+        print(f"  with {ratio:.0%} of the parameters: {perplexity:.2f}")
+    for kind, measured in result.quantised.items():
+        print(f"  the base model's weights as {kind}, {measured['bytes'] / 2**20:.1f} MiB: {measured['perplexity']:.2f}")
     if (result.saved.record["compression"].get("text") or {}).get("own"):
         print("The model wrote the calibration text. A text of the kind that it will read keeps more: --calibration FILE")

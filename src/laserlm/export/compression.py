@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from laserlm.errors import ExportError
 from laserlm.export.calibration_text import CalibrationText, own_calibration_text, read_calibration_text
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.export.fitting import DENSE_ABOVE, Allocation, Compression, Method, OnStep, check_fit, fit_ranks
-from laserlm.export.gguf_rounding import KINDS, rounded_to
+from laserlm.export.gguf_rounding import QUANTISED_TYPES, rounded_to
 from laserlm.export.refinement import check_steps
 from laserlm.export.tensor_folder import storage_error
 from laserlm.linalg.decomposition import ALGORITHM
@@ -36,17 +36,22 @@ class CompressionResult:
         base_perplexity: perplexity of the unchanged model on the held-out text; None without a text.
         perplexity: perplexity of the compressed model on the same text.
         tokens: number of tokens of this text.
+        at: perplexity at every ratio that was measured.
+        quantised: perplexity and bytes of the unchanged model's weights by type of a GGUF file; empty if not measured.
     """
 
     saved: SavedModel
     base_perplexity: float | None
     perplexity: float | None
     tokens: int
+    at: Mapping[float, float] = field(default_factory=dict)
+    quantised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields except the record as plain JSON values."""
         measured = {"base_perplexity": self.base_perplexity, "perplexity": self.perplexity, "held_out_tokens": self.tokens}
-        return self.saved.as_dict() | measured
+        others = {"at": {f"{ratio:g}": value for ratio, value in self.at.items()}, "quantised": dict(self.quantised)}
+        return self.saved.as_dict() | measured | others
 
 
 def compress(
@@ -96,12 +101,9 @@ def compress(
         ExportError: if an argument is invalid, the ratio cannot be reached, or a folder cannot be written or is in use.
     """
     out = Path(out).expanduser().absolute()
-    if form == "adapter":
-        raise ExportError("compress changes nearly all weights, which no small adapter can; use the form factored or dense")
     options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
-    check_request(lm, out, options)
-    check_fit(method, allocation, [ratio, *measure])
-    check_steps(refine)
+    check_compression(lm, out, options)
+    check_choices(lm, [ratio, *measure], calibration, method, allocation, dense_above, refine, quantised=quantised)
     on_step("text", 0, 0)
     text = _text(lm, calibration, tokens, method, allocation, refine, on_step)
     rows = () if text is None else text.calibration
@@ -121,7 +123,48 @@ def compress(
         on_step("writing", 0, 0)
         saved = _write(lm, out, options, compression, settings, text)
     measured = settings.get("perplexity", {})
-    return CompressionResult(saved, measured.get("base"), measured.get("compressed"), measured.get("held_out_tokens", 0))
+    at = {float(ratio): value for ratio, value in measured.get("at", {}).items()}
+    base, compressed, held_out = measured.get("base"), measured.get("compressed"), measured.get("held_out_tokens", 0)
+    return CompressionResult(saved, base, compressed, held_out, at, measured.get("quantised", {}))
+
+
+def check_compression(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
+    """Raise an error unless a compressed model can be written with these options; see ``check_request``."""
+    if options.form == "adapter":
+        raise ExportError("compress changes nearly all weights, which no small adapter can; use the form factored or dense")
+    check_request(lm, out, options)
+
+
+def check_choices(
+    lm: LanguageModel,
+    ratios: Sequence[float],
+    calibration: str | Path | None,
+    method: Method,
+    allocation: Allocation,
+    dense_above: float,
+    refine: int,
+    *,
+    quantised: bool,
+) -> bool:
+    """Return whether there will be a text; arguments are those of ``compress``, with the ratio before those to measure.
+
+    Raises:
+        ExportError: if an argument is invalid, or perplexity is to be measured without a text.
+    """
+    check_fit(method, allocation, ratios, dense_above)
+    check_steps(lm, refine)
+    has_text = calibration is not None or needs_text(method, allocation, refine)
+    if not has_text and (len(ratios) > 1 or quantised):
+        raise ExportError(
+            "plain decompositions with uniform ranks need no text, and perplexity is measured on one; give --calibration FILE, "
+            f"or leave out {'--quantised' if quantised else '--measure'}"
+        )
+    return has_text
+
+
+def needs_text(method: Method, allocation: Allocation, refine: int = 0) -> bool:
+    """Return whether a compression needs a text to calibrate or to train on."""
+    return (method, allocation) != ("plain", "uniform") or bool(refine)
 
 
 def _write(
@@ -178,16 +221,15 @@ def _text(
     on_step: OnStep,
 ) -> CalibrationText | None:
     """Return the text to calibrate and to train on; None if none is needed and none is named."""
-    is_fitted = (method, allocation) != ("plain", "uniform")
     if file is not None:
         text = read_calibration_text(lm, file, tokens=tokens, refine=refine)
-    elif is_fitted or refine:
+    elif needs_text(method, allocation, refine):
         text = own_calibration_text(
             lm, tokens=tokens, refine=refine, on_tokens=lambda done, total: on_step("text", done, total)
         )
     else:
         return None
-    return text if is_fitted else replace(text, calibration=())
+    return text if needs_text(method, allocation) else replace(text, calibration=())
 
 
 def _refined(
@@ -232,7 +274,7 @@ def _perplexities(
 def _quantised(lm: LanguageModel, text: str) -> dict[str, dict[str, float]]:
     """Return the bytes and the perplexity of the unchanged model's weights in the types of a GGUF file."""
     measured = {}
-    for kind in KINDS:
+    for kind in QUANTISED_TYPES:
         with rounded_to(lm, kind) as size:
             measured[kind] = {"bytes": size, "perplexity": text_perplexity(lm, text).perplexity}
     return measured

@@ -12,10 +12,10 @@ import torch
 from laserlm.edit.apply import InterventionLike, default_cache, resolve
 from laserlm.edit.factors import StoredMatrix, reason_not_factorable
 from laserlm.export.calibration_text import PASSAGE_TOKENS, REFINEMENT_TOKENS, read_calibration_text
-from laserlm.export.checkpoint import Form
-from laserlm.export.fitting import Allocation, Method, check_fit, compressible
+from laserlm.export.checkpoint import Form, SaveOptions, check_request
+from laserlm.export.compression import check_choices, check_compression
+from laserlm.export.fitting import DENSE_ABOVE, Allocation, Method, budget_of, compressible
 from laserlm.export.gguf_file import BITS, OutType
-from laserlm.export.refinement import check_steps
 from laserlm.export.source import Source
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
@@ -87,8 +87,9 @@ def plan_save(
     """Return what ``save`` with the same arguments will take.
 
     Raises:
-        LaserError: if the intervention cannot be applied to the model, or the dtype is unknown.
+        LaserError: if the intervention cannot be applied to the model, or ``save`` refuses the model, form or dtype.
     """
+    check_request(lm, _any_folder(lm), SaveOptions("dense" if form == "gguf" else form, dtype))
     edits = [edit for edit in resolve(lm.matrices, intervention) if not edit.is_identity]
     matrices = list(dict.fromkeys(edit.matrix for edit in edits))
     sizes = _Sizes(lm, lm.dtype if dtype is None else dtype_named(dtype))
@@ -118,47 +119,59 @@ def plan_compression(
     lm: LanguageModel,
     *,
     ratio: float,
+    measure: Sequence[float] = (),
     calibration: str | Path | None = None,
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
     tokens: int = 16_384,
+    dense_above: float = DENSE_ABOVE,
     refine: int = 0,
+    quantised: bool = False,
     form: Form = "factored",
     dtype: str | torch.dtype | None = None,
 ) -> ExportPlan:
     """Return what ``compress`` with the same arguments will take.
 
     Raises:
-        ExportError: if an argument is invalid, no matrix can be compressed, or the text cannot be read.
+        ExportError: if ``compress`` refuses an argument or the model, or the text cannot be read.
     """
-    check_fit(method, allocation, [ratio])
-    check_steps(refine)
-    matrices, _ = compressible(lm)
+    check_compression(lm, _any_folder(lm), SaveOptions(form, dtype))
+    ratios = [ratio, *measure]
+    has_text = check_choices(lm, ratios, calibration, method, allocation, dense_above, refine, quantised=quantised)
+    matrices, left_out = compressible(lm)
     sizes = _Sizes(lm, lm.dtype if dtype is None else dtype_named(dtype))
     planner = MemoryPlanner(lm, matrices, 0, CALIBRATION_BATCH)
     size = sum(m.shape[0] * m.shape[1] for m in matrices)
-    new = int(ratio * size) if form == "factored" else size
+    factors = {at: int(budget_of(matrices, left_out, at)) for at in ratios}  # raises if a ratio is too small
+    new = factors[ratio] if form == "factored" else size
+    applied = max(factors.values()) if form == "factored" else size
     kept_on_disk = sum(map(decomposed_bytes, matrices))
     phases: dict[str, PhaseMemory] = {}
-    is_fitted = (method, allocation) != ("plain", "uniform") or bool(refine)
     rows, held_out = _text(lm, calibration, tokens)
-    if calibration is None and is_fitted:
+    if calibration is None and has_text:
         phases["text"] = PhaseMemory(sizes.weights, work=planner.writing(BATCH, PASSAGE_TOKENS))
     if method == "two-sided" or allocation == "curvature":
         phases["gradients"] = _gradients(planner, rows)
         kept_on_disk += sum(4 * m.shape[0] ** 2 for m in matrices)
     phases["decompositions"] = _decompositions(planner, rows, method)
     if refine:
-        factors = int(ratio * size)
-        phases["refinement"] = _refinement(planner, rows[0], factors)
-        kept_on_disk += 3 * 4 * factors
-    if is_fitted or calibration is not None:
+        phases["refinement"] = _refinement(planner, rows[0], max(factors.values()))
+        of_files = [3 * 4 * n for n in factors.values()]  # the factors and two averages in float32, a file for each ratio
+        kept_on_disk += sum(of_files) + max(of_files)  # a file stays until the next one is complete
+    if has_text:
         scored = max(planner.logits_bytes(batch) + planner.pass_bytes(batch) for batch in _batches(held_out))
-        phases["perplexity"] = PhaseMemory(sizes.weights, decompositions=new * lm.dtype.itemsize, work=scored)
+        phases["perplexity"] = PhaseMemory(sizes.weights, decompositions=applied * lm.dtype.itemsize, work=scored)
+    if quantised:
+        phases["quantised"] = PhaseMemory(sizes.weights, decompositions=sizes.parameters * lm.dtype.itemsize, work=scored)
     saved = sizes.saved - (size - new) * sizes.itemsize
     written = sizes.writing(new * lm.dtype.itemsize, saved, 0)
     phases["writing"] = replace(written, kept=HEAP if lm.device.type == "cpu" else 0)
     return ExportPlan(phases, saved, 0, kept_on_disk)
+
+
+def _any_folder(lm: LanguageModel) -> Path:
+    """Return a folder that may be written: the one that is meant is checked where it is named."""
+    return lm.cache / "planned"
 
 
 class _Sizes:

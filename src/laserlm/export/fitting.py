@@ -6,7 +6,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,8 +35,8 @@ from laserlm.searching.screen import sensitivities
 
 Method = Literal["plain", "scaled", "whitened", "two-sided"]
 Allocation = Literal["uniform", "sensitivity", "curvature"]
-DENSE_ABOVE = 0.9
-"""Default share of the dense parameters above which factors are not worth it: they are slower, and gain few parameters."""
+DENSE_ABOVE = 1.0
+"""Default share of the dense parameters above which a matrix stays dense: the one whose perplexity was measured."""
 OnStep = Callable[[str, int, int], object]
 """Is called with the stage, and how many of its steps are done, of how many: tokens, gradients or decompositions."""
 
@@ -80,13 +80,7 @@ class Compression:
             ExportError: if the ratio is not above 0 and at most 1, or the matrices that are left out exceed it.
         """
         check_fit(self.method, self.allocation, [ratio])
-        fixed = sum(m.shape[0] * m.shape[1] for m in self.left_out)
-        budget = ratio * (self.parameters + fixed) - fixed
-        if budget <= 0:
-            raise ExportError(
-                f"a ratio of {ratio} cannot be reached: matrices that stay dense take {fixed / (self.parameters + fixed):.0%} "
-                f"of the parameters ({next(iter(self.left_out.values()))}); give a larger ratio"
-            )
+        budget = budget_of(self.matrices, self.left_out, ratio)
         if self.allocation == "uniform":
             ranks = uniform([m.shape for m in self.matrices], budget / self.parameters)
         else:
@@ -182,11 +176,7 @@ def fit_ranks(
         ExportError: if the method or allocation is unknown, no matrix can be compressed, or the disk is full.
         WeightError: if a weight cannot be decomposed.
     """
-    check_fit(method, allocation)
-    if not 0 < dense_above <= 1:
-        raise ExportError(
-            f"a share of {dense_above} above which matrices stay dense is out of range; give more than 0, up to 1"
-        )
+    check_fit(method, allocation, dense_above=dense_above)
     matrices, left_out = compressible(lm)
     kept = folder or _temporary_folder(lm)
     decompositions = DecompositionFolder(kept / "decompositions")
@@ -211,14 +201,44 @@ def fit_ranks(
     return Compression(method, allocation, matrices, left_out, decompositions, losses, dense_above=dense_above)
 
 
-def check_fit(method: str, allocation: str, ratios: Sequence[float] = ()) -> None:
-    """Raise an ExportError if a method or allocation is unknown, or a ratio is out of range."""
+def check_fit(method: str, allocation: str, ratios: Sequence[float] = (), dense_above: float = 1.0) -> None:
+    """Raise an ExportError if a method or allocation is unknown, a number is out of range, or uniform ranks have a share."""
     for name, value, known in (("method", method, Method), ("allocation", allocation, Allocation)):
         if value not in get_args(known):
             raise ExportError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
     for ratio in ratios:
         if not 0 < ratio <= 1:
             raise ExportError(f"a ratio of {ratio} is out of range; the kept share of the parameters is above 0 and at most 1")
+    if not 0 < dense_above <= 1:
+        raise ExportError(
+            f"a share of {dense_above} above which matrices stay dense is out of range; give more than 0, up to 1"
+        )
+    if dense_above < 1 and allocation == "uniform":
+        raise ExportError(
+            f"uniform ranks keep no matrix dense, so that --dense-above {dense_above:g} has no effect; leave it out, or give "
+            "another --allocation"
+        )
+
+
+def budget_of(matrices: Iterable[Matrix], left_out: Mapping[Matrix, str], ratio: float) -> float:
+    """Return how many parameters of some matrices may stay, where all parameters of the others do.
+
+    Args:
+        matrices: the matrices to compress.
+        left_out: the other matrices and the reason for each.
+        ratio: kept share of the parameters of both.
+
+    Raises:
+        ExportError: if the other matrices take more than this share.
+    """
+    size, fixed = (sum(m.shape[0] * m.shape[1] for m in of) for of in (matrices, left_out))
+    budget = ratio * (size + fixed) - fixed
+    if budget <= 0:
+        raise ExportError(
+            f"a ratio of {ratio} cannot be reached: matrices that stay dense take {fixed / (size + fixed):.0%} of the "
+            f"parameters ({next(iter(left_out.values()))}); give a larger ratio"
+        )
+    return budget
 
 
 @dataclass

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from laserlm.edit.apply import label_as_edited, replaced_parameters
 from laserlm.models.language_model import LanguageModel
 
-BLOCK = 32
+WEIGHTS_PER_SCALE = 32
 """Number of neighbouring weights of a row that share a scale."""
-KINDS = ("q8_0", "q4_0")
+QUANTISED_TYPES = ("q8_0", "q4_0")
 """Types of GGUF files that the package gguf can write: 8 and 4 bits, with a scale of 16 bits for each block."""
 
 
@@ -37,12 +38,12 @@ def rounded_to(lm: LanguageModel, kind: str) -> Iterator[int]:
     for path, parameter in lm.model.named_parameters():  # a tied parameter is listed once
         module = modules[path.rpartition(".")[0]]
         row = parameter.shape[0] if isinstance(module, Conv1D) else parameter.shape[-1]
-        if parameter.ndim < 2 or row % BLOCK:
+        if parameter.ndim < 2 or row % WEIGHTS_PER_SCALE:
             size += 4 * parameter.numel()
             continue
         of_parameter[path] = "q8_0" if module in ends else kind
         block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[of_parameter[path].upper()]][1]
-        size += parameter.numel() // BLOCK * block_bytes
+        size += parameter.numel() // WEIGHTS_PER_SCALE * block_bytes
 
     def make(path: str) -> Tensor:
         return _rounded(lm.model.get_parameter(path), modules[path.rpartition(".")[0]], of_parameter[path])
@@ -52,8 +53,8 @@ def rounded_to(lm: LanguageModel, kind: str) -> Iterator[int]:
 
 
 def _rounded(parameter: nn.Parameter, module: nn.Module, kind: str) -> Tensor:
-    kind_ = GGMLQuantizationType[kind.upper()]
+    ggml_type = GGMLQuantizationType[kind.upper()]
     rows = parameter.data.T if isinstance(module, Conv1D) else parameter.data
     values = rows.float().cpu().contiguous().numpy()
-    rounded = torch.from_numpy(quants.dequantize(quants.quantize(values, kind_), kind_)).to(parameter.data)
+    rounded = torch.from_numpy(quants.dequantize(quants.quantize(values, ggml_type), ggml_type)).to(parameter.data)
     return rounded.T.contiguous() if isinstance(module, Conv1D) else rounded

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +24,10 @@ from laserlm.scoring.batch import Batch
 from laserlm.scoring.forward import batches
 from laserlm.scoring.records import TokenSequence
 
+log = logging.getLogger(__name__)
+
+ProductsIn = Callable[[], AbstractContextManager[object]]
+"""Makes the context of a forward pass, which sets the dtype of its products."""
 LEARNING_RATE = 6e-6
 """Largest step of a number in the factors. On the bundled model the divergence rose with 2e-4 and wavered with 2e-5."""
 WARM_UP_STEPS = 10
@@ -34,10 +40,15 @@ STEPS_BETWEEN_FILES = 25
 """Number of steps that are lost at most if the process is killed."""
 
 
-def check_steps(steps: int) -> None:
-    """Raise an ExportError if a number of steps is negative."""
+def check_steps(lm: LanguageModel, steps: int) -> None:
+    """Raise an ExportError if a number of steps is negative, or the model's dtype is one that is not trained."""
     if steps < 0:
         raise ExportError(f"refine is {steps}; the number of steps that train the factors is 0 or more")
+    if steps and lm.dtype == torch.float16:
+        raise ExportError(
+            "gradients in float16 overflow, so that factors are not trained in it; load the model in bfloat16 or float32 "
+            "(--dtype), or train none (--refine 0)"
+        )
 
 
 def refine(
@@ -53,7 +64,8 @@ def refine(
 
     A step lowers the Kullback-Leibler divergence of the next tokens' probabilities on one row, from the unchanged model to the
     one with these layers. It needs no labels. Nothing else of the model changes. Products are computed in bfloat16 where that
-    is fast, and Adam's steps in float32, also where the layers have another dtype.
+    is fast and the model can be run so, and Adam's steps in float32, also where the layers have another dtype. A factor that no
+    gradient reaches, such as that of an expert that a row does not use, takes the step of a gradient of 0.
 
     Args:
         lm: the unchanged model.
@@ -67,19 +79,16 @@ def refine(
         ExportError: if the model is in float16, or the disk is full.
         WeightError: if a gradient is not finite.
     """
-    if lm.dtype == torch.float16:
-        raise ExportError(
-            "gradients in float16 overflow, so that factors are not trained in it; load the model in bfloat16 or float32 "
-            "(--dtype), or train none (--refine 0)"
-        )
+    check_steps(lm, steps)
     factors = _factors(layers)
     masters = {name: factor.detach().float().clone() for name, factor in factors.items()}
     optimiser = torch.optim.Adam(masters.values(), betas=BETAS)
     start = _continued(file, masters, optimiser)
     by_row = {batch.rows[0]: batch for batch in batches(lm, rows, 1)}
+    products_in = _products_in(lm, by_row[0]) if start < steps else nullcontext
     with _only_trainable(lm.model, factors.values()):
         for step in range(start, steps):
-            _descend(lm, by_row[step % len(rows)], layers, factors, masters)
+            _descend(lm, by_row[step % len(rows)], layers, factors, masters, products_in)
             for group in optimiser.param_groups:
                 group["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP_STEPS, (steps - step) / max(1, steps - WARM_UP_STEPS), 1)
             optimiser.step()
@@ -113,31 +122,51 @@ def _descend(
     layers: Mapping[str, LowRankLinear],
     factors: Mapping[str, nn.Parameter],
     masters: Mapping[str, Tensor],
+    products_in: ProductsIn,
 ) -> None:
     """Set the gradients of the float32 factors on one row."""
     with torch.no_grad():
-        with _fast_products(lm.device):
+        with products_in():
             expected = lm.model(**batch.inputs).logits[0].float().softmax(-1)  # (T, V)
         _copy(masters, factors)
     with replaced_modules(lm.model, layers):
-        with _fast_products(lm.device):
+        with products_in():
             logits = lm.model(**batch.inputs).logits[0].float()  # (T, V)
         F.cross_entropy(logits, expected).backward()  # its gradient is that of the divergence
     for name, factor in factors.items():
-        gradient = factor.grad
-        if gradient is None or not bool(gradient.isfinite().all()):
+        gradient = torch.zeros_like(factor) if factor.grad is None else factor.grad
+        if not bool(gradient.isfinite().all()):
             raise WeightError(f"the gradient of the factor {name} is not finite; load the model in float32, or give --refine 0")
         masters[name].grad, factor.grad = gradient.float(), None
 
 
-def _fast_products(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context with products in bfloat16 where the device has instructions for them: they are faster."""
+def _products_in(lm: LanguageModel, batch: Batch) -> ProductsIn:
+    """Return what makes a context with products in bfloat16, where this is faster and the model can be run in it."""
+    fast = partial(torch.autocast, lm.device.type, torch.bfloat16)
+    if not _has_instructions(lm.device):
+        return nullcontext
+    try:
+        with torch.no_grad(), fast():
+            lm.model(**batch.inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        log.warning(
+            "%s cannot compute its products in bfloat16 (%s); its factors are trained with products in %s, which is slower",
+            lm.name,
+            str(error).partition("\n")[0],
+            str(lm.dtype).removeprefix("torch."),
+        )
+        return nullcontext
+    return fast
+
+
+def _has_instructions(device: torch.device) -> bool:
+    """Return whether a device has instructions for products in bfloat16, with which they are faster."""
     if device.type == "cuda":
-        has_instructions = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-        has_instructions = any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
-    return torch.autocast(device.type, torch.bfloat16) if has_instructions else nullcontext()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
 
 
 @torch.no_grad()
@@ -162,7 +191,7 @@ def _only_trainable(model: nn.Module, factors: Iterable[nn.Parameter]) -> Iterat
             p.requires_grad_(before)
 
 
-AVERAGES = ("exp_avg", "exp_avg_sq")
+ADAM_AVERAGES = ("exp_avg", "exp_avg_sq")
 """Adam's averages of a parameter, by PyTorch's names."""
 
 
@@ -170,7 +199,7 @@ def _keep(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim.Adam
     """Write factors and averages into one file, which is complete or absent."""
     tensors = dict(masters)
     for name, master in masters.items():
-        tensors |= {f"{name}.{average}": optimiser.state[master][average] for average in AVERAGES}
+        tensors |= {f"{name}.{average}": optimiser.state[master][average] for average in ADAM_AVERAGES}
     try:
         with atomic_file(file) as part:
             save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part, metadata={"step": str(step)})
@@ -187,7 +216,7 @@ def _continued(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim
             step = int(opened.metadata()["step"])
             for name, master in masters.items():
                 master.copy_(opened.get_tensor(name))
-                averages = {average: opened.get_tensor(f"{name}.{average}").to(master.device) for average in AVERAGES}
+                averages = {average: opened.get_tensor(f"{name}.{average}").to(master.device) for average in ADAM_AVERAGES}
                 optimiser.state[master] = {"step": torch.tensor(float(step)), **averages}
     except (OSError, SafetensorError) as error:
         raise storage_error(file.parent, error) from error
