@@ -65,7 +65,15 @@ def truthfulqa(folder: Path) -> list[Question]:
 TASKS: dict[str, Callable[[Path], list[Question]]] = {"counterfact": counterfact, "fever": fever, "truthfulqa_mc1": truthfulqa}
 
 
-def config(name: str, questions: list[Question], file: Path) -> dict[str, Any]:
+def shuffled(question: Question, seed: object) -> Question:
+    """Return a question with its choices in an order by seed, so that equal scores of all choices do not count as right."""
+    order = list(range(len(question["choices"])))
+    random.Random(str(seed)).shuffle(order)
+    choices = [question["choices"][i] for i in order]
+    return question | {"choices": choices, "label": order.index(question["label"])}
+
+
+def harness_config(name: str, questions: list[Question], file: Path) -> dict[str, Any]:
     """Write questions into a file, and return the harness's configuration of the task."""
     file.write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
     return {
@@ -82,7 +90,7 @@ def config(name: str, questions: list[Question], file: Path) -> dict[str, Any]:
     }
 
 
-def right(name: str, configs: list[dict[str, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+def correct_by_task(name: str, configs: list[dict[str, Any]]) -> dict[str, np.ndarray[Any, Any]]:
     """Return whether a model is right on each document, by task."""
     results = simple_evaluate(model=LaserLM(name, batch_size=8), tasks=configs, task_manager=TaskManager(), bootstrap_iters=0)
     samples = results["samples"]
@@ -102,11 +110,11 @@ def main() -> None:
         configs = []
         for limit, (name, read) in zip(map(int, arguments.limit.split(",")), TASKS.items(), strict=True):
             questions = read(data)
-            drawn = random.Random(0).sample(questions, min(limit, len(questions)))
-            configs.append(config(name, drawn, Path(temporary) / f"{name}.jsonl"))
+            drawn = [shuffled(q, i) for i, q in enumerate(random.Random(0).sample(questions, min(limit, len(questions))))]
+            configs.append(harness_config(name, drawn, Path(temporary) / f"{name}.jsonl"))
         base: dict[str, np.ndarray[Any, Any]] = {}
         for model in arguments.models:
-            scores = right(model, configs)
+            scores = correct_by_task(model, configs)
             base = base or scores
             row = [Path(model).name]
             for task, correct in scores.items():
