@@ -141,6 +141,9 @@ def test_a_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, t
     assert "--quantised --measure 0.8" in record["command"]
     assert output["parameters"] < 0.8 * output["base_parameters"]
     assert output["perplexity"] != output["base_perplexity"]
+    sizes = [record["compression"]["perplexity"]["bytes"][name] for name in ("base", "0.5", "0.8")]
+    sizes += [quantised[name]["bytes"] for name in ("q8_0", "q4_0")]
+    assert all(f'<td class="n">{size / 2**20:.1f}</td>' in report for size in sizes)
     assert output["at"] == record["compression"]["perplexity"]["at"]
     assert output["quantised"] == quantised
     code, printed, _ = run("reproduce", out)

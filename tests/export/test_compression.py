@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from export.test_source import weights
 from families import CAUSAL
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -355,12 +356,15 @@ def test_what_cannot_be_done_is_refused_before_the_text_is_read(make: Make, file
 
 def test_every_perplexity_that_is_measured_is_in_the_result(llama: LanguageModel, file: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"calibration": file, "tokens": 300, "method": "plain", "allocation": "uniform"}
-    result = compress(llama, tmp_path / "out", ratio=0.5, measure=[0.7], quantised=True, **options)
+    result = compress(llama, tmp_path / "out", ratio=0.5, measure=[0.7], quantised=True, dtype="bfloat16", **options)
     recorded = result.saved.record["compression"]["perplexity"]
     assert result.at == {0.5: result.perplexity, 0.7: recorded["at"]["0.7"]}
     assert result.quantised == recorded["quantised"]
     assert result.quantised.keys() == {"q8_0", "q4_0"}
     assert result.as_dict()["at"] == recorded["at"]
+    saved = weights(result.saved.folder)
+    assert recorded["bytes"]["0.5"] == sum(tensor.nbytes for name, tensor in saved.items() if not name.endswith(".order"))
+    assert recorded["bytes"]["base"] == sum(p.numel() * 2 for p in llama.model.parameters())
 
 
 def test_one_process_at_a_time_compresses_a_model_on_a_text(llama: LanguageModel, file: Path, tmp_path: Path) -> None:

@@ -31,6 +31,6 @@ def test_quantised_models_are_lines_at_their_perplexity() -> None:
     figure = perplexity_plot({"base": 10.0, "at": {"0.8": 12.0}, "quantised": quantised})
     assert [(trace.name, list(trace.x), list(trace.y)) for trace in figure.data[1:]] == [
         ("unchanged model", [0.8, 1], [10.0, 10.0]),
-        ("q8_0, 1.0 MB", [0.8, 1], [10.1, 10.1]),
-        ("q4_0, 600.0 kB", [0.8, 1], [11.0, 11.0]),
+        ("q8_0, 1.0 MiB", [0.8, 1], [10.1, 10.1]),
+        ("q4_0, 0.6 MiB", [0.8, 1], [11.0, 11.0]),
     ]

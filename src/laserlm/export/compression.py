@@ -22,6 +22,7 @@ from laserlm.export.refinement import check_steps
 from laserlm.export.tensor_folder import storage_error
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
+from laserlm.models.loading import dtype_named
 from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
@@ -107,19 +108,19 @@ def compress(
     on_step("text", 0, 0)
     text = _text(lm, calibration, tokens, method, allocation, refine, on_step)
     rows = () if text is None else text.calibration
-    with _kept(lm, rows, method, allocation) as kept:
+    with _own_folder(lm, rows, method, allocation) as kept:
         compression = fit_ranks(
             lm, rows, method=method, allocation=allocation, dense_above=dense_above, folder=kept, on_step=on_step
         )
         settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
         settings |= {"dense_above": dense_above, "refine": refine}
         if text is not None:
-            compression = _refined(lm, compression, [ratio, *measure], text, refine, kept, on_step)
+            compression = _with_trained_factors(lm, compression, [ratio, *measure], text, refine, kept, on_step)
             on_step("perplexity", 0, 0)
             settings["text"] = text.as_dict() | {"tokens": tokens}
-            settings["perplexity"] = _perplexities(lm, compression, [ratio, *measure], form, text.held_out)
+            settings["perplexity"] = _perplexities(lm, compression, [ratio, *measure], options, text.held_out)
             if quantised:
-                settings["perplexity"]["quantised"] = _quantised(lm, text.held_out)
+                settings["perplexity"]["quantised"] = _perplexities_of_quantised(lm, text.held_out)
         on_step("writing", 0, 0)
         saved = _write(lm, out, options, compression, settings, text)
     measured = settings.get("perplexity", {})
@@ -191,7 +192,7 @@ def _write(
 
 
 @contextmanager
-def _kept(lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allocation: Allocation) -> Iterator[Path]:
+def _own_folder(lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allocation: Allocation) -> Iterator[Path]:
     """Yield the folder of what is computed for these arguments, for this process alone, and remove it after success."""
     model = [lm.hash, str(lm.dtype), str(lm.device)]
     identity = [*model, [row.ids for row in rows], method, allocation, version("laserlm")]
@@ -232,7 +233,7 @@ def _text(
     return text if needs_text(method, allocation) else replace(text, calibration=())
 
 
-def _refined(
+def _with_trained_factors(
     lm: LanguageModel,
     compression: Compression,
     ratios: Sequence[float],
@@ -256,22 +257,30 @@ def _refined(
 
 
 def _perplexities(
-    lm: LanguageModel, compression: Compression, ratios: Sequence[float], form: Form, text: str
+    lm: LanguageModel, compression: Compression, ratios: Sequence[float], options: SaveOptions, text: str
 ) -> dict[str, Any]:
-    measured = {}
+    measured, sizes = {}, {"base": _weight_bytes(lm, options.dtype)}
     for ratio in ratios:
-        with compression.applied(lm, ratio, form):
+        with compression.applied(lm, ratio, options.form):
+            sizes[f"{ratio:g}"] = _weight_bytes(lm, options.dtype)
             measured[f"{ratio:g}"] = text_perplexity(lm, text).perplexity
     base = text_perplexity(lm, text)
     return {
         "base": base.perplexity,
         "compressed": measured[f"{ratios[0]:g}"],
         "at": measured,
+        "bytes": sizes,
         "held_out_tokens": base.tokens,
     }
 
 
-def _quantised(lm: LanguageModel, text: str) -> dict[str, dict[str, float]]:
+def _weight_bytes(lm: LanguageModel, dtype: str | torch.dtype | None) -> int:
+    """Return the bytes of all parameters as they would be saved; None keeps the model's dtypes."""
+    itemsize = lm.dtype.itemsize if dtype is None else dtype_named(dtype).itemsize
+    return sum(p.numel() * (itemsize if p.dtype == lm.dtype else p.itemsize) for p in lm.model.parameters())
+
+
+def _perplexities_of_quantised(lm: LanguageModel, text: str) -> dict[str, dict[str, float]]:
     """Return the bytes and the perplexity of the unchanged model's weights in the types of a GGUF file."""
     measured = {}
     for kind in QUANTISED_TYPES:

@@ -83,7 +83,7 @@ def refine(
     factors = _factors(layers)
     masters = {name: factor.detach().float().clone() for name, factor in factors.items()}
     optimiser = torch.optim.Adam(masters.values(), betas=BETAS)
-    start = _continued(file, masters, optimiser)
+    start = _read_progress(file, masters, optimiser)
     by_row = {batch.rows[0]: batch for batch in batches(lm, rows, 1)}
     products_in = _products_in(lm, by_row[0]) if start < steps else nullcontext
     with _only_trainable(lm.model, factors.values()):
@@ -207,7 +207,7 @@ def _keep(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim.Adam
         raise storage_error(file.parent, error) from error
 
 
-def _continued(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim.Adam) -> int:
+def _read_progress(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim.Adam) -> int:
     """Read factors and averages from a file, and return how many steps they have taken: 0 if there is no file."""
     if not file.is_file():
         return 0

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from rich.filesize import decimal
 
 from laserlm.export.record import read_record
 from laserlm.paths import atomic_file, check_new_file
@@ -114,7 +113,7 @@ def perplexity_plot(perplexity: dict[str, Any]) -> Any:
     )
     lines = [("unchanged model", perplexity["base"], "#768390", "dash")]
     for (kind, measured), (colour, dash) in zip(perplexity.get("quantised", {}).items(), QUANTISED_STYLES, strict=False):
-        lines.append((f"{kind}, {decimal(int(measured['bytes']))}", measured["perplexity"], colour, dash))
+        lines.append((f"{kind}, {measured['bytes'] / 2**20:.1f} MiB", measured["perplexity"], colour, dash))
     for name, value, colour, dash in lines:
         figure.add_scatter(x=[points[0][0], 1], y=[value] * 2, name=name, mode="lines", line={"dash": dash, "color": colour})
     figure.update_layout(height=360, margin=MARGIN)
