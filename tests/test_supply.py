@@ -82,7 +82,7 @@ WEIGHTS_READERS = {"models/loading.py": ["options"]}
 def test_every_reader_of_weights_asks_for_safetensors(file: Path) -> None:
     name = file.relative_to(SOURCE).as_posix()
     for call in (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
-        called, arguments = dotted(call.func), options(call)
+        called, arguments = dotted(call.func).removeprefix("transformers."), options(call)
         if not called.endswith(".from_pretrained") or called.startswith(("AutoConfig.", "AutoTokenizer.", "PeftModel.")):
             continue
         is_from_memory = bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value is None
