@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,24 +53,24 @@ def compress(
             "the adapter's folder as the model, which merges it"
         )
     folder.check(model_options.model)
+    settings: dict[str, Any] = {
+        "ratio": ratio,
+        "measure": measure or (),
+        "calibration": calibration,
+        "method": method,
+        "allocation": allocation,
+        "tokens": tokens,
+        "dense_above": dense_above,
+        "refine": refine,
+        "quantised": quantised,
+        "form": form,
+        "dtype": folder.save_dtype,
+    }
     if folder.dry_run:
         from laserlm.export.export_plan import plan_compression
 
         lm = model_options.load()
-        planned = plan_compression(
-            lm,
-            ratio=ratio,
-            measure=measure or (),
-            calibration=calibration,
-            method=method,  # type: ignore[arg-type]
-            allocation=allocation,  # type: ignore[arg-type]
-            tokens=tokens,
-            dense_above=dense_above,
-            refine=refine,
-            quantised=quantised,
-            form=form,  # type: ignore[arg-type]
-            dtype=folder.save_dtype,
-        )
+        planned = plan_compression(lm, **settings)
         folder.print_plan(planned, lm.cache, json)
         return
     report = folder.out.expanduser().absolute()
@@ -80,17 +80,7 @@ def compress(
         result = compress(
             model_options.load(),
             folder.out,
-            ratio=ratio,
-            measure=measure or (),
-            calibration=calibration,
-            method=method,  # type: ignore[arg-type]
-            allocation=allocation,  # type: ignore[arg-type]
-            tokens=tokens,
-            dense_above=dense_above,
-            refine=refine,
-            quantised=quantised,
-            form=form,  # type: ignore[arg-type]
-            dtype=folder.save_dtype,
+            **settings,
             overwrite=folder.overwrite,
             shard_size=folder.shard_size,
             hub_id=folder.push,
