@@ -20,6 +20,7 @@ from laserlm.export.fitting import Allocation, fit_ranks
 from laserlm.export.load_in_subprocess import fingerprint
 from laserlm.export.moments import moments_by_block
 from laserlm.linalg import decompose
+from laserlm.linalg.pivots import pivot_rows
 from laserlm.models import LanguageModel, load, read_matrix
 from laserlm.scoring.evaluate import evaluate, text_perplexity
 from laserlm.tasks import task
@@ -241,6 +242,30 @@ def test_factors_of_very_different_scales_are_saved_in_float16(
     with compression.applied(llama, 0.9, form):
         expected = text_perplexity(llama, file.read_text()[-4000:])
     assert again.perplexity == pytest.approx(expected.perplexity, rel=1e-2)
+
+
+def test_pivots_are_chosen_once_for_each_matrix_and_rank(
+    llama: LanguageModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ratio is trained, measured and written with the same pivots; the last of them is read by a second process."""
+    chosen: list[tuple[int, ...]] = []
+    monkeypatch.setattr("laserlm.export.fitting.pivot_rows", lambda left: chosen.append(left.shape) or pivot_rows(left))
+    options: dict[str, Any] = {"calibration": file, "tokens": 500, "refine": 2, "measure": [0.8]}
+
+    def kill(at: str, *_: int) -> None:
+        if at == "writing":
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "out", ratio=0.5, on_step=kill, **options)
+    n = len(chosen)
+    assert 0 < n <= 2 * 21
+    result = compress(llama, tmp_path / "out", ratio=0.5, **options)
+    assert len(chosen) == n
+    monkeypatch.undo()
+    expected = compress(llama, tmp_path / "expected", ratio=0.5, **options)
+    found = weights(result.saved.folder)
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(expected.saved.folder).items())
 
 
 def test_factors_that_are_too_large_are_not_made(llama: LanguageModel, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import pytest
 import torch
 from export.test_quantised import fp8_folder
 from export.test_source import weights
+from safetensors import safe_open
 from searching.test_memory_plan import LiveBytes
 
 from laserlm.errors import ExportError
 from laserlm.export import compress, save
 from laserlm.export.calibration_text import read_calibration_text
-from laserlm.export.export_plan import plan_compression, plan_save, whitening_bytes
+from laserlm.export.export_plan import pivoting_bytes, plan_compression, plan_save, whitening_bytes
 from laserlm.export.fitting import fit_ranks
-from laserlm.linalg.decomposition import whitened
+from laserlm.linalg.decomposition import decompose, whitened
+from laserlm.linalg.pivots import pivot_rows, rank_within
 from laserlm.models import LanguageModel, load
 from laserlm.models.matrices import Matrix
 
@@ -103,7 +106,9 @@ def test_every_ratio_and_rounding_is_planned(llama: LanguageModel, text: Path) -
     assert more.phases["quantised"].decompositions == copies
     size = sum(m.shape[0] * m.shape[1] for m in llama.matrices if m.part_of is None)
     without = plan_compression(llama, ratio=0.5, **options | {"refine": 0})
-    grown = more.cache_bytes - without.cache_bytes
+    ranks = [rank_within(m.shape, int(0.9 * m.shape[0] * m.shape[1])) for m in llama.matrices]
+    coefficients = sum(4 * (m.shape[0] - rank) * rank for m, rank in zip(llama.matrices, ranks, strict=True))
+    grown = more.cache_bytes - without.cache_bytes - coefficients
     assert grown == pytest.approx(12 * size * (0.5 + 0.9 + 0.9), rel=1e-3)  # a file for each ratio, and one being written
     assert more.phases["perplexity"].decompositions > one.phases["perplexity"].decompositions
 
@@ -123,6 +128,36 @@ def test_training_the_factors_takes_what_is_planned(llama: LanguageModel, text: 
     assert planned.cache_bytes - without.cache_bytes == pytest.approx(2 * on_disk, rel=0.1)  # an old file and a new one
     expected = planned.phases["refinement"]
     assert live.most == pytest.approx(expected.total, rel=0.35)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(800, 300, 200), (300, 800, 100), (300, 300, 250)])
+def test_a_choice_of_pivots_takes_what_is_planned(m: int, n: int, rank: int) -> None:
+    kept = decompose(torch.randn(m, n))
+    tracemalloc.start()
+    try:
+        _, coefficients = pivot_rows(kept.left[:, :rank])
+        of_numpy = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    planned = pivoting_bytes(Matrix("", 0, "fc_in", "", (m, n)), rank)
+    assert kept.bytes + of_numpy + coefficients.nbytes == pytest.approx(planned, rel=0.05)
+
+
+def test_a_compression_keeps_on_the_disk_what_is_planned(llama: LanguageModel, text: Path, tmp_path: Path) -> None:
+    """Uniform ranks are those of the plan."""
+    on_disk: list[int] = []
+
+    def look(stage: str, *_: int) -> None:
+        if stage == "writing":
+            files = [file for file in (llama.cache / "compressions").rglob("*.safetensors") if "order" not in file.name]
+            for file in files:
+                with safe_open(file, "pt") as opened:
+                    on_disk.append(sum(opened.get_tensor(name).nbytes for name in opened.keys()))  # noqa: SIM118
+
+    options: dict[str, Any] = {"measure": [0.8], "calibration": text, "tokens": 500, "allocation": "uniform"}
+    planned = plan_compression(llama, ratio=0.6, **options)
+    compress(llama, tmp_path / "out", ratio=0.6, on_step=look, **options)
+    assert sum(on_disk) == planned.cache_bytes
 
 
 @pytest.mark.parametrize(("m", "n"), [(512, 192), (192, 512), (192, 192)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -125,15 +125,20 @@ def replaced_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iter
 
 Factors = list[tuple[Tensor, Tensor]]
 """The two factors of each block of rows: up (rows, r) and down (r, n)."""
+FindPivots = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Chooses rows of a left factor (m, r): the numbers of all rows (m,), pivots first, and coefficients (m - r, r)."""
 
 
 @torch.no_grad()
-def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]]) -> LowRankLinear:
+def low_rank_layer(
+    old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]], find_pivots: FindPivots = pivot_rows
+) -> LowRankLinear:
     """Return a low-rank layer with the given matrices as factors and the other rows and the bias of a linear layer.
 
     Args:
         old: a linear layer or Conv1D.
         reduced: matrices of the layer that do not overlap, and their factors, one pair for each block of rows.
+        find_pivots: returns what ``pivot_rows`` returns for the left factor of a block of rows.
 
     Raises:
         WeightError: if the weight's dtype cannot hold the product of the factors.
@@ -151,7 +156,7 @@ def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]]) ->
         rows = rows_of(matrix, m)
         rest[rows] = False
         for block, (up, down) in zip(rows.split([len(up) for up, _ in factors]), factors, strict=True):
-            order, coefficient = pivot_rows(up)
+            order, coefficient = find_pivots(up)
             r = len(down)
             parts.append(Part(len(up), r, pivoted=True))
             stored.append(_pivots(matrix, up[order[:r].to(up.device)], down, weight.dtype))

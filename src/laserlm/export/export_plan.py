@@ -17,6 +17,7 @@ from laserlm.export.compression import check_choices, check_compression
 from laserlm.export.fitting import DENSE_ABOVE, Allocation, Method, budget_of, compressible
 from laserlm.export.gguf_file import BITS, OutType
 from laserlm.export.source import Source
+from laserlm.linalg.pivots import rank_within
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
 from laserlm.models.matrices import Matrix
@@ -145,7 +146,10 @@ def plan_compression(
     factors = {at: int(budget_of(matrices, left_out, at)) for at in ratios}  # raises if a ratio is too small
     new = factors[ratio] if form == "factored" else size
     applied = max(factors.values()) if form == "factored" else size
+    ranks = {at: [rank_within(m.shape, int(at * m.shape[0] * m.shape[1])) for m in matrices] for at in ratios}  # about
     kept_on_disk = sum(map(decomposed_bytes, matrices))
+    for of_ratio in ranks.values():  # the coefficients of the rows that are no pivots
+        kept_on_disk += sum((m.shape[0] - rank) * rank * lm.dtype.itemsize for m, rank in zip(matrices, of_ratio, strict=True))
     phases: dict[str, PhaseMemory] = {}
     rows, held_out = _text(lm, calibration, tokens)
     if calibration is None and has_text:
@@ -166,6 +170,10 @@ def plan_compression(
     saved = sizes.saved - (size - new) * sizes.itemsize
     written = sizes.writing(new * lm.dtype.itemsize, saved, 0)
     phases["writing"] = replace(written, kept=HEAP if lm.device.type == "cpu" else 0)
+    chosen_in = "refinement" if refine else "perplexity" if has_text else "writing"
+    choosing = max(pivoting_bytes(m, rank) for of_ratio in ranks.values() for m, rank in zip(matrices, of_ratio, strict=True))
+    pivots = PhaseMemory(sizes.weights, decompositions=max(factors.values()) * lm.dtype.itemsize, work=choosing)
+    phases[chosen_in] = max(phases[chosen_in], pivots, key=lambda phase: phase.total)
     return ExportPlan(phases, saved, 0, kept_on_disk)
 
 
@@ -265,6 +273,16 @@ def _decompositions(planner: MemoryPlanner, rows: Sequence[TokenSequence], metho
         batch = sorted(rows, key=lambda row: -len(row.ids))[:CALIBRATION_BATCH]
         work = max(work, planner.pass_bytes(batch) + planner.logits_bytes(batch))
     return PhaseMemory(planner.weights, activations + inputs, 0, work)
+
+
+def pivoting_bytes(matrix: Matrix, rank: int) -> int:
+    """Return the bytes that the choice of pivots takes at its peak, next to the layers that are made already.
+
+    They are the decomposition, and in float64 the left factor up to the rank, its triangular factor with the part that is
+    solved with, and the coefficients twice.
+    """
+    m = matrix.shape[0]
+    return decomposed_bytes(matrix) + 8 * rank * (m + rank + 2 * (m - rank))
 
 
 def whitening_bytes(matrix: Matrix, *, is_two_sided: bool) -> int:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -25,7 +26,7 @@ from laserlm.export.refinement import read_factors, refine
 from laserlm.export.tensor_folder import DecompositionFolder, TensorFolder, storage_error
 from laserlm.linalg.allocation import Spectrum, allocate, uniform
 from laserlm.linalg.decomposition import Decomposition, component_losses, decompose, whitened
-from laserlm.linalg.pivots import parameters
+from laserlm.linalg.pivots import parameters, pivot_rows
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, default_matrices, read_matrix
@@ -52,6 +53,7 @@ class Compression:
         left_out: the other matrices and the reason for each.
         decompositions: decomposition of each matrix, by the matrix's id, on the disk.
         losses: (k,) loss of dropping each component, by the matrix's id, on the disk; empty for uniform ranks.
+        pivots: rows and coefficients of each matrix at each rank that was asked for, on the disk.
         refined: files of trained factors, by ratio.
         dense_above: share of the dense parameters above which a matrix stays dense instead of being factored. Uniform ranks
             have no such share.
@@ -63,6 +65,7 @@ class Compression:
     left_out: dict[Matrix, str]
     decompositions: Mapping[str, Decomposition] = field(repr=False)
     losses: Mapping[str, Tensor] = field(repr=False)
+    pivots: TensorFolder = field(repr=False)
     refined: Mapping[float, Path] = field(default_factory=dict, repr=False)
     dense_above: float = DENSE_ABOVE
 
@@ -94,11 +97,21 @@ class Compression:
         ranks = self.ranks(ratio)
         for m in self.matrices:
             if (rank := ranks[m.id]) is not None:
-                path = _module_path(m)
-                layers[path] = low_rank_layer(lm.model.get_submodule(path), [(m, [self.decompositions[m.id].factors(rank)])])
+                layer = lm.model.get_submodule(_module_path(m))
+                factors = [(m, [self.decompositions[m.id].factors(rank)])]
+                layers[_module_path(m)] = low_rank_layer(layer, factors, partial(self._pivots, lm, m))
         if ratio in self.refined:
             read_factors(layers, self.refined[ratio])
         return layers
+
+    def _pivots(self, lm: LanguageModel, matrix: Matrix, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pivots of a left factor from the disk, or choose them: the same ones are trained, measured and written."""
+        order, coefficients = (f"{matrix.id}@{left.shape[1]} {part}" for part in ("order", "coefficients"))
+        if coefficients not in self.pivots:
+            found = pivot_rows(left)
+            self.pivots.add(order, found[0])
+            self.pivots.add(coefficients, found[1].to(lm.model.get_parameter(matrix.path).dtype))  # the last: both are complete
+        return self.pivots[order], self.pivots[coefficients]
 
     def refine(
         self,
@@ -198,7 +211,8 @@ def fit_ranks(
     matrices = tuple(m for m in matrices if m not in left_out)
     is_measured = allocation == "sensitivity"
     losses = sensitivities(lm, rows, matrices, lambda m: decompositions[m.id]) if is_measured else curvatures
-    return Compression(method, allocation, matrices, left_out, decompositions, losses, dense_above=dense_above)
+    pivots = TensorFolder(kept / "pivots")
+    return Compression(method, allocation, matrices, left_out, decompositions, losses, pivots, dense_above=dense_above)
 
 
 def check_fit(method: str, allocation: str, ratios: Sequence[float] = (), dense_above: float = 1.0) -> None:

@@ -47,7 +47,10 @@ def pivot_rows(left: Tensor) -> tuple[Tensor, Tensor]:
     if r == 0:
         return torch.arange(m), coefficients
     norms = wide.norm(dim=0)  # columns of very different norms would lead to larger coefficients
-    R, order = qr((wide / norms.where(norms > 0, 1)).T.numpy(), mode="r", pivoting=True, check_finite=False)  # R (r, m)
+    scaled = (wide / norms.where(norms > 0, 1)).T.numpy()  # (r, m), in the order of LAPACK, which writes over it
+    del wide
+    R, order = qr(scaled, mode="r", pivoting=True, overwrite_a=True, check_finite=False)  # R (r, m)
+    del scaled
     diagonal = abs(R.diagonal())
     rank = int((diagonal > m * torch.finfo(torch.float64).eps * diagonal[0]).sum())
     solved = solve_triangular(R[:rank, :rank], R[:rank, r:], check_finite=False)  # (rank, m - r)
