@@ -348,6 +348,18 @@ def test_factors_are_trained_on_a_passage_of_the_text_for_each_step(llama: Langu
     assert len({row.ids for row in text.refinement}) == 5
 
 
+@pytest.mark.parametrize("here", ["avx512_bf16", "none"])
+def test_another_processor_makes_trained_factors_again_as_they_were(
+    here: str, llama: LanguageModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {here: True}, raising=False)
+    trained = compress(llama, tmp_path / "trained", ratio=0.6, calibration=file, tokens=500, refine=3)
+    expected = "float32" if here == "none" else "bfloat16"
+    assert trained.saved.record["compression"]["products"] == expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": here == "none"}, raising=False)
+    assert reproduce(tmp_path / "trained", llama).identical
+
+
 def test_training_is_a_choice(llama: LanguageModel, file: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"ratio": 0.6, "calibration": file, "tokens": 500}
     trained = compress(llama, tmp_path / "trained", refine=3, **options)

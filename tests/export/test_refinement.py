@@ -13,7 +13,7 @@ from laserlm.edit.factors import replaced_modules
 from laserlm.errors import ExportError, WeightError
 from laserlm.export import refinement
 from laserlm.export.fitting import Compression, fit_ranks
-from laserlm.export.refinement import refine
+from laserlm.export.refinement import products_of, refine
 from laserlm.low_rank import LowRankLinear
 from laserlm.models import LanguageModel
 from laserlm.scoring.records import TokenSequence
@@ -181,3 +181,46 @@ def test_products_are_in_bfloat16_unless_the_model_cannot_compute_them(
     refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=2)
     assert sum(seen) == (1 if is_broken else 5)  # a first try, then two passes in each step
     assert ("cannot compute its products in bfloat16 (index_add_()" in caplog.text) == is_broken
+    assert products_of(tmp_path / "file") == ("float32" if is_broken else "bfloat16")
+
+
+@pytest.mark.parametrize("products", ["bfloat16", "float32"])
+def test_products_are_in_the_dtype_that_is_asked_for_on_every_processor(
+    products: str,
+    llama: LanguageModel,
+    rows: list[TokenSequence],
+    compression: Compression,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A record of trained factors names the dtype, so that another processor repeats the training in it."""
+    factors = {}
+    for of_processor in (set[str](), {"avx512_bf16"}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda of=of_processor: dict.fromkeys(of, True), raising=False)
+        layers = compression.layers(llama, 0.5)
+        file = tmp_path / f"{len(of_processor)}"
+        refine(llama, rows, layers, file, steps=2, products=products)
+        assert products_of(file) == products
+        factors[len(of_processor)] = state(layers)
+    assert all(torch.equal(factors[0][name], factors[1][name]) for name in factors[0])
+
+
+def test_training_that_was_interrupted_goes_on_in_the_dtype_in_which_it_began(
+    llama: LanguageModel,
+    rows: list[TokenSequence],
+    compression: Compression,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=2)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=4)
+    assert products_of(tmp_path / "file") == "bfloat16"
+
+
+def test_products_in_a_dtype_that_is_not_trained_in_are_refused(
+    llama: LanguageModel, rows: list[TokenSequence], compression: Compression, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="trained with products in float32 or bfloat16, not in float16"):
+        refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=2, products="float16")

@@ -251,6 +251,7 @@ def _rebuild_compressed(
             )
         options = options | {"calibration": file, "tokens": text["tokens"]}
     options |= {"dense_above": settings.get("dense_above", 1.0), "refine": settings.get("refine", 0)}  # as in version 0.1.0
+    options |= {"products": settings.get("products")}
     compress(lm, out, **{name: settings[name] for name in ("ratio", "method", "allocation")}, **options)
 
 

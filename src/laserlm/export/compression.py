@@ -18,7 +18,7 @@ from laserlm.export.calibration_text import CalibrationText, own_calibration_tex
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.export.fitting import DENSE_ABOVE, Allocation, Compression, Method, OnStep, check_fit, fit_ranks
 from laserlm.export.gguf_rounding import QUANTISED_TYPES, rounded_to
-from laserlm.export.refinement import check_steps
+from laserlm.export.refinement import check_products, check_steps, products_of
 from laserlm.export.tensor_folder import storage_error
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
@@ -67,6 +67,7 @@ def compress(
     tokens: int = 16_384,
     dense_above: float = DENSE_ABOVE,
     refine: int = 0,
+    products: str | None = None,
     quantised: bool = False,
     form: Form = "factored",
     dtype: str | torch.dtype | None = None,
@@ -90,6 +91,7 @@ def compress(
         tokens: maximum number of tokens for calibration.
         dense_above: a matrix whose factors would take more than this share of its parameters stays dense; see ``fit_ranks``.
         refine: number of steps that train the factors towards the unchanged model's predictions, one passage of the text each.
+        products: dtype of the products in this training, ``bfloat16`` or the model's own. None takes the faster one.
         quantised: whether to measure the perplexity of the unchanged model's weights in 8 and 4 bits (GGUF q8_0 and q4_0) too.
         form: ``factored``, or ``dense`` for the products of the factors, which does not make the model smaller.
         dtype: dtype of the saved weights; None keeps the model's dtypes.
@@ -105,6 +107,7 @@ def compress(
     options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
     check_compression(lm, out, options)
     check_choices(lm, [ratio, *measure], calibration, method, allocation, dense_above, refine, quantised=quantised)
+    check_products(lm, products)
     on_step("text", 0, 0)
     text = _text(lm, calibration, tokens, method, allocation, refine, on_step)
     rows = () if text is None else text.calibration
@@ -115,7 +118,8 @@ def compress(
         settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
         settings |= {"dense_above": dense_above, "refine": refine}
         if text is not None:
-            compression = _with_trained_factors(lm, compression, [ratio, *measure], text, refine, kept, on_step)
+            compression = _with_trained_factors(lm, compression, [ratio, *measure], text, refine, products, kept, on_step)
+            settings |= {"products": products_of(compression.refined[ratio])} if refine else {}
             on_step("perplexity", 0, 0)
             settings["text"] = text.as_dict() | {"tokens": tokens}
             settings["perplexity"] = _perplexities(lm, compression, [ratio, *measure], options, text.held_out)
@@ -239,6 +243,7 @@ def _with_trained_factors(
     ratios: Sequence[float],
     text: CalibrationText,
     steps: int,
+    products: str | None,
     folder: Path,
     on_step: OnStep,
 ) -> Compression:
@@ -251,6 +256,7 @@ def _with_trained_factors(
             text.refinement,
             folder,
             steps=steps,
+            products=products,
             on_step=lambda done, total: on_step(shown, done, total),  # noqa: B023
         )
     return compression

@@ -121,6 +121,7 @@ class Compression:
         folder: Path,
         *,
         steps: int,
+        products: str | None = None,
         on_step: Callable[[int, int], object] = lambda done, total: None,
     ) -> Compression:
         """Return the compression with factors that were trained at this ratio; see ``laserlm.export.refinement.refine``.
@@ -131,14 +132,16 @@ class Compression:
             rows: passages to train on.
             folder: where the trained factors are kept. What an earlier call with the same arguments left there is used.
             steps: number of steps, one passage each.
+            products: dtype of the products; see there.
             on_step: called with the number of steps that are done, and with that of all.
 
         Raises:
             ExportError: as ``ranks`` and ``refine``.
             WeightError: as ``refine``.
         """
-        file = folder / f"refined-{digest([ratio, self.dense_above, steps, [row.ids for row in rows]])[:16]}.safetensors"
-        refine(lm, rows, self.layers(lm, ratio), file, steps=steps, on_step=on_step)
+        identity = [ratio, self.dense_above, steps, products, [row.ids for row in rows]]
+        file = folder / f"refined-{digest(identity)[:16]}.safetensors"
+        refine(lm, rows, self.layers(lm, ratio), file, steps=steps, products=products, on_step=on_step)
         return replace(self, refined={**self.refined, ratio: file})
 
     @contextmanager

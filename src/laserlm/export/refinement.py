@@ -36,6 +36,7 @@ BETAS = (0.9, 0.98)
 """Decay of Adam's averages: the second spans 50 steps, because there are few."""
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 """PyTorch's names of the instructions of x86 and ARM processors for products in bfloat16."""
+BFLOAT16 = "bfloat16"
 STEPS_BETWEEN_FILES = 25
 """Number of steps that are lost at most if the process is killed."""
 
@@ -58,21 +59,25 @@ def refine(
     file: Path,
     *,
     steps: int,
+    products: str | None = None,
     on_step: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
     """Train low-rank layers in place, so that the model with them predicts what it predicts without them.
 
     A step lowers the Kullback-Leibler divergence of the next tokens' probabilities on one row, from the unchanged model to the
-    one with these layers. It needs no labels. Nothing else of the model changes. Products are computed in bfloat16 where that
-    is fast and the model can be run so, and Adam's steps in float32, also where the layers have another dtype. A factor that no
-    gradient reaches, such as that of an expert that a row does not use, takes the step of a gradient of 0.
+    one with these layers. It needs no labels. Nothing else of the model changes. Adam's steps are in float32, also where the
+    layers have another dtype. A factor that no gradient reaches, such as that of an expert that a row does not use, takes the
+    step of a gradient of 0.
 
     Args:
         lm: the unchanged model.
         rows: token sequences, which are taken in turn, and again from the first after the last.
         layers: the low-rank layers by path; they take the places of the model's layers.
-        file: where the factors are kept, with Adam's averages. What an interrupted call left there is continued.
+        file: where the factors are kept, with Adam's averages and the dtype of the products. What an interrupted call left
+            there is continued, in the dtype in which it began.
         steps: number of steps.
+        products: dtype of the products, ``bfloat16`` or the model's own. None takes bfloat16 where the processor has
+            instructions for it and the model can be run so, and else the model's own.
         on_step: called with the number of steps that are done, and with that of all.
 
     Raises:
@@ -80,12 +85,14 @@ def refine(
         WeightError: if a gradient is not finite.
     """
     check_steps(lm, steps)
+    check_products(lm, products)
     factors = _factors(layers)
     masters = {name: factor.detach().float().clone() for name, factor in factors.items()}
     optimiser = torch.optim.Adam(masters.values(), betas=BETAS)
-    start = _read_progress(file, masters, optimiser)
+    start, begun_in = _read_progress(file, masters, optimiser)
     by_row = {batch.rows[0]: batch for batch in batches(lm, rows, 1)}
-    products_in = _products_in(lm, by_row[0]) if start < steps else nullcontext
+    products = products or begun_in or _fastest_products(lm, by_row[0])
+    products_in = _products_in(lm, products)
     with _only_trainable(lm.model, factors.values()):
         for step in range(start, steps):
             _descend(lm, by_row[step % len(rows)], layers, factors, masters, products_in)
@@ -94,8 +101,21 @@ def refine(
             optimiser.step()
             on_step(step + 1, steps)
             if (step + 1) % STEPS_BETWEEN_FILES == 0 or step + 1 == steps:
-                _keep(file, masters, optimiser, step + 1)
+                _keep(file, masters, optimiser, step + 1, products)
     _copy(masters, factors)
+
+
+def products_of(file: Path) -> str:
+    """Return the dtype of the products with which the factors in a file of ``refine`` were trained.
+
+    Raises:
+        ExportError: if the file cannot be read.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return str(opened.metadata()["products"])
+    except (OSError, SafetensorError) as error:
+        raise storage_error(file.parent, error) from error
 
 
 def read_factors(layers: Mapping[str, LowRankLinear], file: Path) -> None:
@@ -140,13 +160,27 @@ def _descend(
         masters[name].grad, factor.grad = gradient.float(), None
 
 
-def _products_in(lm: LanguageModel, batch: Batch) -> ProductsIn:
-    """Return what makes a context with products in bfloat16, where this is faster and the model can be run in it."""
-    fast = partial(torch.autocast, lm.device.type, torch.bfloat16)
+def check_products(lm: LanguageModel, products: str | None) -> None:
+    """Raise an ExportError if factors cannot be trained with products in this dtype."""
+    if products not in (None, BFLOAT16, own := _own_products(lm)):
+        raise ExportError(f"the factors of {lm.name} are trained with products in {own} or {BFLOAT16}, not in {products}")
+
+
+def _own_products(lm: LanguageModel) -> str:
+    return str(lm.dtype).removeprefix("torch.")
+
+
+def _products_in(lm: LanguageModel, products: str) -> ProductsIn:
+    """Return what makes a context with products in this dtype; on a processor without instructions for it, they are slow."""
+    return nullcontext if products == _own_products(lm) else partial(torch.autocast, lm.device.type, torch.bfloat16)
+
+
+def _fastest_products(lm: LanguageModel, batch: Batch) -> str:
+    """Return bfloat16 where products in it are faster and the model can be run in it, else the model's dtype."""
     if not _has_instructions(lm.device):
-        return nullcontext
+        return _own_products(lm)
     try:
-        with torch.no_grad(), fast():
+        with torch.no_grad(), torch.autocast(lm.device.type, torch.bfloat16):
             lm.model(**batch.inputs)
     except torch.OutOfMemoryError:
         raise
@@ -155,10 +189,10 @@ def _products_in(lm: LanguageModel, batch: Batch) -> ProductsIn:
             "%s cannot compute its products in bfloat16 (%s); its factors are trained with products in %s, which is slower",
             lm.name,
             str(error).partition("\n")[0],
-            str(lm.dtype).removeprefix("torch."),
+            _own_products(lm),
         )
-        return nullcontext
-    return fast
+        return _own_products(lm)
+    return BFLOAT16
 
 
 def _has_instructions(device: torch.device) -> bool:
@@ -195,29 +229,36 @@ ADAM_AVERAGES = ("exp_avg", "exp_avg_sq")
 """Adam's averages of a parameter, by PyTorch's names."""
 
 
-def _keep(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim.Adam, step: int) -> None:
+def _keep(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim.Adam, step: int, products: str) -> None:
     """Write factors and averages into one file, which is complete or absent."""
     tensors = dict(masters)
     for name, master in masters.items():
         tensors |= {f"{name}.{average}": optimiser.state[master][average] for average in ADAM_AVERAGES}
     try:
         with atomic_file(file) as part:
-            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part, metadata={"step": str(step)})
+            save_file(
+                {name: tensor.cpu() for name, tensor in tensors.items()},
+                part,
+                metadata={"step": str(step), "products": products},
+            )
     except (OSError, WriteError, SafetensorError) as error:
         raise storage_error(file.parent, error) from error
 
 
-def _read_progress(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim.Adam) -> int:
-    """Read factors and averages from a file, and return how many steps they have taken: 0 if there is no file."""
+def _read_progress(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim.Adam) -> tuple[int, str | None]:
+    """Read factors and averages from a file. Return how many steps they have taken, and the dtype of the products.
+
+    Without a file these are 0 and None.
+    """
     if not file.is_file():
-        return 0
+        return 0, None
     try:
         with safe_open(file, "pt") as opened:
-            step = int(opened.metadata()["step"])
+            step, products = int(opened.metadata()["step"]), opened.metadata()["products"]
             for name, master in masters.items():
                 master.copy_(opened.get_tensor(name))
                 averages = {average: opened.get_tensor(f"{name}.{average}").to(master.device) for average in ADAM_AVERAGES}
                 optimiser.state[master] = {"step": torch.tensor(float(step)), **averages}
     except (OSError, SafetensorError) as error:
         raise storage_error(file.parent, error) from error
-    return step
+    return step, products
