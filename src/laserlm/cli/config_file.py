@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from laserlm import __version__
+from laserlm.cli.numbers import number_hint
 from laserlm.cli.progress import print_stderr
 from laserlm.errors import LaserError
 from laserlm.paths import atomic_file, check_new_file
@@ -100,9 +101,10 @@ def _checked(file: Path, key: str, value: Any, option: inspect.Parameter) -> Any
         allowed = NAMES[kind]
         if kind in (int, float) and (low, high) != (None, None):
             allowed += f" from {low:g}" + ("" if high is None else f" to {high:g}")
+        hint = number_hint(value) if kind is float else ""
         quotes = "; write it in quotes" if kind in (str, Path) and not isinstance(value, list | dict) else ""
         # Of aliases a short file makes a value whose text fills the memory.
-        raise LaserError(f"{file}: {key} is {reprlib.repr(value)}, but must be {allowed}{quotes}")
+        raise LaserError(f"{file}: {key} is {reprlib.repr(value)}, but must be {allowed}{hint}{quotes}")
     return result
 
 

@@ -1,0 +1,65 @@
+"""Numbers that options cannot read: what the error says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from cli.test_config_file import read
+
+from laserlm.cli.numbers import Commands, number_hint
+from laserlm.errors import LaserError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("search", "--max-harm", "5%"), "--max-harm': '5%' is not a number; a share is written as a fraction: 0.05"),
+        (("search", "--memory", "1,5"), "--memory': '1,5' is not a number; write 1.5"),
+        (("search", "--max-harm", "little"), "--max-harm': 'little' is not a number"),
+        (("search", "--limit", "10%"), "--limit': '10%' is not a whole number"),
+        (("search", "--keep", "34"), "--keep': 34 is more than 1, the most that is allowed"),
+        (("search", "--limit", "0"), "--limit': 0 is less than 1, the least that is allowed"),
+        (("compress", "--ratio", "80 %"), "--ratio': '80 %' is not a number; a share is written as a fraction: 0.8"),
+        (("lab", "noisy-recall", "--steps", "x"), "--steps': 'x' is not a whole number"),
+    ],
+)
+def test_the_error_names_the_text_and_how_it_is_written(arguments: tuple[str, ...], expected: str, run: Run) -> None:
+    model = () if arguments[0] == "lab" else ("bundled", "--out", "out") if arguments[0] == "compress" else ("bundled",)
+    code, _, err = run(*arguments[:-2], *model, *arguments[-2:])
+    said = " ".join(err.replace("│", " ").split())
+    assert code == 2
+    assert f"{expected} ╰" in said
+
+
+def test_other_errors_stay_as_they_are(run: Run) -> None:
+    code, _, err = run("search", "bundled", "--executor", "cloud")
+    assert (code, "no executor 'cloud'; there are local and ray" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("float", "; a share is written as a fraction: 0.05"), ("integer", "")])
+def test_messages_of_older_parsers_are_read_too(kind: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise typer.BadParameter(f"'5%' is not a valid {kind}.")
+
+    monkeypatch.setattr("typer.core.TyperGroup.invoke", fail)
+    with pytest.raises(typer.BadParameter) as raised:
+        Commands(name="laser").invoke(None)
+    assert raised.value.message == f"'5%' is not a {'whole ' * (kind == 'integer')}number{expected}"
+
+
+def test_a_configuration_says_the_same(tmp_path: Path) -> None:
+    with pytest.raises(LaserError, match=r"max_harm is '5%', but must be a number; a share is written as a fraction: 0\.05"):
+        read("max_harm: 5%", tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [("0.5%", "0.005"), ("-5 %", "-0.05"), (".5", ""), ("1e-3", ""), ("5%%", ""), ("1.000,5", ""), ("%", "")],
+)
+def test_only_a_text_that_means_a_number_is_written_as_one(text: str, written: str) -> None:
+    assert number_hint(text).rpartition(" ")[2] == written
