@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -77,7 +77,7 @@ class Edit:
         return self.rank == self.max_rank and self.reduction.size.scale is None
 
     @property
-    def strengths(self) -> dict[int, float]:
+    def strengths(self) -> Mapping[int, float]:
         """Factors of the components that change in each block of rows, by number; 0 if the component is dropped."""
         if (named := self.reduction.size.strengths) is not None:
             return named
@@ -116,8 +116,13 @@ def resolve(matrices: Sequence[Matrix], intervention: InterventionLike) -> tuple
         MatrixError: if the intervention names an unknown matrix, a rank above that of every selected matrix, or the same
             weights twice (directly, as a fused matrix and its part, or as tied weights).
     """
+    return _resolved(tuple(matrices), Intervention.read(intervention))
+
+
+@lru_cache(maxsize=8)
+def _resolved(matrices: tuple[Matrix, ...], intervention: Intervention) -> tuple[Edit, ...]:
     edits: list[Edit] = []
-    for reduction in Intervention.read(intervention).reductions:
+    for reduction in intervention.reductions:
         selected = select(matrices, reduction.layers, reduction.matrix, reduction.stack)
         new = [Edit.of(m, reduction) for m in selected]
         largest = max(edit.max_rank for edit in new)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
+from functools import cached_property
 
 from laserlm.errors import MatrixError, SpecError
 
@@ -177,8 +178,12 @@ class Strengths:
         Raises:
             SpecError: if none is left.
         """
-        rounded = {i: (Decimal(s) / step).quantize(Decimal(1), ROUND_HALF_EVEN) * step for i, s in strengths.items()}
-        return cls(tuple((Components.of([i]), strength) for i, strength in rounded.items() if strength != 1))
+        rounded = {s: (Decimal(s) / step).quantize(Decimal(1), ROUND_HALF_EVEN) * step for s in set(strengths.values())}
+        numbers: dict[Decimal, list[int]] = {}
+        for i, s in strengths.items():
+            if rounded[s] != 1:
+                numbers.setdefault(rounded[s], []).append(i)
+        return cls(tuple((Components.of(of_strength), strength) for strength, of_strength in numbers.items()))
 
     @classmethod
     def parse(cls, text: str) -> Strengths:
@@ -195,8 +200,8 @@ class Strengths:
             parts.append((Components.parse(components), factor))
         return cls(tuple(parts))
 
-    @property
-    def by_number(self) -> dict[int, float]:
+    @cached_property
+    def by_number(self) -> Mapping[int, float]:
         """The factor of each component, by rising number."""
         return {i: float(strength) for components, strength in self.parts for i in components.numbers}
 
@@ -274,7 +279,7 @@ class Size:
         return f"r{self.rank}" if self.rho is None else _plain(self.rho)
 
     @property
-    def strengths(self) -> dict[int, float] | None:
+    def strengths(self) -> Mapping[int, float] | None:
         """The factors of the components that ``drop`` or ``scale`` names, by number; None for a fraction or a rank."""
         if self.drop is not None:
             return dict.fromkeys(self.drop.numbers, 0.0)

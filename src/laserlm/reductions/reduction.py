@@ -174,6 +174,9 @@ class Intervention:
     def __str__(self) -> str:
         return self._text  # the key of every score, and of thousands of strengths a long one
 
+    def __hash__(self) -> int:
+        return hash(self._text)
+
     def __repr__(self) -> str:
         return f"Intervention({short_form(self)!r})"
 
