@@ -11,6 +11,7 @@ import pytest
 import torch
 from export.test_quantised import fp8_folder
 from export.test_source import weights
+from families import FAMILIES, random_model
 from safetensors import safe_open
 from searching.test_memory_plan import LiveBytes
 
@@ -18,7 +19,8 @@ from laserlm.errors import ExportError
 from laserlm.export import compress, save
 from laserlm.export.calibration_text import read_calibration_text
 from laserlm.export.export_plan import pivoting_bytes, plan_compression, plan_save, whitening_bytes
-from laserlm.export.fitting import fit_ranks
+from laserlm.export.fitting import compressible, fit_ranks
+from laserlm.export.gradient_moments import gradient_moments
 from laserlm.linalg.decomposition import decompose, whitened
 from laserlm.linalg.pivots import pivot_rows, rank_within
 from laserlm.models import LanguageModel, load
@@ -128,6 +130,18 @@ def test_training_the_factors_takes_what_is_planned(llama: LanguageModel, text: 
     assert planned.cache_bytes - without.cache_bytes == pytest.approx(2 * on_disk, rel=0.1)  # an old file and a new one
     expected = planned.phases["refinement"]
     assert live.most == pytest.approx(expected.total, rel=0.35)
+
+
+def test_moments_of_gradients_take_what_is_planned(make: Make, text: Path, tmp_path: Path) -> None:
+    """No copy of them is made: in a model of 11008 features they are half a gigabyte for each of two matrices."""
+    lm = make("llama")
+    lm.model = random_model("causal", "llama", FAMILIES["llama"][1] | {"intermediate_size": 2048}).eval()
+    rows = read_calibration_text(lm, text, tokens=127).calibration
+    with LiveBytes(*lm.model.parameters()) as live:
+        moments = gradient_moments(lm, rows, compressible(lm)[0], tmp_path)
+    assert moments["1.fc_in"].shape == (2048, 2048)
+    planned = plan_compression(lm, ratio=0.5, calibration=text, tokens=127).phases["gradients"]
+    assert live.most == pytest.approx(planned.total, rel=0.15)
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(800, 300, 200), (300, 800, 100), (300, 300, 250)])

@@ -38,6 +38,8 @@ from laserlm.tasks.perplexity import passages
 
 CALIBRATION_BATCH = 4
 """Rows of a pass of the calibration."""
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("fc_in", "fc_up"))
+"""Names of matrices that usually have one input, whose moments are one tensor."""
 
 
 @dataclass(frozen=True)
@@ -243,9 +245,8 @@ def _gradients(planner: MemoryPlanner, rows: Sequence[TokenSequence]) -> PhaseMe
     batch = sorted(rows, key=lambda row: -len(row.ids))[:CALIBRATION_BATCH]
     boundaries = (planner.n_blocks + 1) * planner.lm.width * planner.lm.dtype.itemsize * sum(len(row.ids) for row in rows)
     of_block = planner.most_in_a_block(lambda m: 4 * m.shape[0] ** 2)
-    most = max(4 * m.shape[0] ** 2 for m in planner.matrices)  # a product that is added, or the mean that is written
     first = planner.pass_bytes(batch) + planner.logits_bytes(batch, has_gradient=True)
-    last = 2 * planner.pass_bytes(batch) + of_block + most
+    last = 2 * planner.pass_bytes(batch) + of_block
     return PhaseMemory(planner.weights, boundaries, 0, max(first, last))
 
 
@@ -267,12 +268,17 @@ def _decompositions(planner: MemoryPlanner, rows: Sequence[TokenSequence], metho
         work = max(decomposing_bytes(m, planner.lm.dtype) + decomposed_bytes(m) for m in planner.matrices)
     else:
         work = max(whitening_bytes(m, is_two_sided=method == "two-sided") for m in planner.matrices)
-    inputs = planner.most_in_a_block(lambda m: 8 * m.shape[1] ** 2, key=lambda m: m.shape[1])
+    inputs = planner.most_in_a_block(lambda m: 8 * m.shape[1] ** 2, key=_input_of)
     activations = 2 * planner.lm.width * planner.lm.dtype.itemsize * sum(len(row.ids) for row in rows)
     if rows and method != "plain":  # the last block is run up to the logits
         batch = sorted(rows, key=lambda row: -len(row.ids))[:CALIBRATION_BATCH]
         work = max(work, planner.pass_bytes(batch) + planner.logits_bytes(batch))
     return PhaseMemory(planner.weights, activations + inputs, 0, work)
+
+
+def _input_of(matrix: Matrix) -> str:
+    """Return the first of the usual names of matrices with this one's input, or its own name."""
+    return next((names[0] for names in SAME_INPUT if matrix.name in names), matrix.name)
 
 
 def pivoting_bytes(matrix: Matrix, rank: int) -> int:

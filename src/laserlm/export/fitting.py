@@ -208,6 +208,7 @@ def fit_ranks(
         if allocation == "curvature" and of_components is not None:
             curvatures.add(m.id, of_components)
         decompositions.add(m.id, decomposition)
+        del decomposition, of_components  # before the next one is computed
         steps.advance("decompositions")
     reason = f"no {'token' if gradients is None else 'gradient of the loss'} of the text reaches it"
     left_out |= {m: reason for m in matrices if m.id not in decompositions}
@@ -306,17 +307,21 @@ def _decomposed(
         return
     for of_block, moments in moments_by_block(lm, rows, matrices):
         for m in of_block:
-            M, weight = moments.get(_module_path(m)), read_matrix(lm.model, m)
-            G = None if gradients is None else gradients.get(m.id)
-            if M is None or (gradients is not None and G is None):
-                continue  # the caller names it
-            if method == "plain":
-                decomposition = decompose(weight)
-            else:
-                moments_kept = M.diagonal().diag() if method == "scaled" else M
-                decomposition = whitened(weight, moments_kept, G if method == "two-sided" else None)
-            yield m, decomposition, None if G is None else component_losses(decomposition, M, G).cpu()
+            # The caller names a matrix that has no moments.
+            if _module_path(m) in moments and (gradients is None or m.id in gradients):
+                G = None if gradients is None else gradients[m.id]
+                yield m, *_decomposed_for(read_matrix(lm.model, m), moments[_module_path(m)], G, method)
         moments.clear()  # before the next block has its own
+
+
+def _decomposed_for(W: Tensor, M: Tensor, G: Tensor | None, method: Method) -> tuple[Decomposition, Tensor | None]:
+    """Return the decomposition of a weight for the moments of its inputs and gradients, and the losses of its components."""
+    if method == "plain":
+        decomposition = decompose(W)
+    else:
+        kept = M.diagonal().diag() if method == "scaled" else M
+        decomposition = whitened(W, kept, G if method == "two-sided" else None)
+    return decomposition, None if G is None else component_losses(decomposition, M, G).cpu()
 
 
 def _module_path(m: Matrix) -> str:

@@ -60,7 +60,8 @@ def gradient_moments(
             on_matrix()
             trace = total.diagonal().sum()
             if bool(trace):
-                of_chunks[-1].add(matrix.id, total / tokens)  # noqa: B023  replaces that of a pass that ran out of memory
+                # It replaces that of a pass that ran out of memory.
+                of_chunks[-1].add(matrix.id, total.div_(tokens))  # noqa: B023
             return trace[None]
 
         traces: list[Tensor] = []

@@ -147,8 +147,9 @@ class ComponentGradients:
 
     def _run(self, chunk: Sequence[int], reduce: Reduce, scale: float) -> dict[str, Tensor]:
         def unscaled(sums: Tensor) -> Tensor:
-            parts = sums.chunk(len(self._powers))
-            return torch.cat([part / scale**power for part, power in zip(parts, self._powers, strict=True)])
+            for part, power in zip(sums.chunk(len(self._powers)), self._powers, strict=True):
+                part /= scale**power  # in place, for moments of gradients are large, and nothing else reads the sums
+            return sums
 
         with frozen(self.lm.model):
             run = self._with_whole_graph if self.needs_whole_graph else self._block_by_block
