@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -850,6 +851,32 @@ def test_a_race_over_several_rungs_and_a_composition_keep_within_the_bound(
     assert held
     assert all(held[step.intervention] <= bound for step in composed.steps)
     assert str(composed.best) == (composed.steps[-1].intervention if composed.steps else "")
+
+
+def test_harm_of_what_another_candidate_clearly_beats_is_not_measured_further(
+    llama: LanguageModel, task: Task, monkeypatch: pytest.MonkeyPatch, before_scoring: BeforeScoring
+) -> None:
+    looked_at = Counter[str]()
+    monkeypatch.setattr("laserlm.searching.guard.PASSAGES", 24)
+    monkeypatch.setattr("laserlm.searching.session.MAX_HARMS", 100)
+    monkeypatch.setattr("laserlm.searching.session.FIRST_HARM_EXAMPLES", 8)
+    before_scoring(lambda text, split: looked_at.update({text: len(split)} if split.name == "guard 0 choosing" else {}))
+    with monkeypatch.context() as patched:
+        patched.setattr("laserlm.searching.session.HARM_DELTA", -1.0)
+        whole = search(llama, task, metric="loss")
+    assert {n for text, n in looked_at.items() if text} == {24}
+    looked_at.clear()
+    monkeypatch.setattr("laserlm.searching.session.HARM_DELTA", 0.1)
+    result = search(llama, task, metric="loss")
+    points = {p.intervention for p in result.points}
+    left_out = {p.intervention for p in whole.points} - points
+    assert left_out
+    assert [p.intervention for p in result.pareto] == [p.intervention for p in whole.pareto]
+    assert (result.best, result.harms[0].comparison.n) == (whole.best, whole.harms[0].comparison.n)
+    assert {text: n for text, n in looked_at.items() if text} == dict.fromkeys(left_out, 8) | dict.fromkeys(points, 24)
+    looked_at.clear()
+    bound = search(llama, task, metric="loss", max_harm=1e-6)  # asks for the harm of some before
+    assert {p.intervention for p in bound.points} == {text for text, n in looked_at.items() if text and n == 24}
 
 
 @pytest.mark.parametrize("strategy", ["race", "exhaustive"])

@@ -15,6 +15,7 @@ from laserlm.reductions import Intervention, short_form
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.scorers import GENERATING
+from laserlm.scoring.statistics import mean_test
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import Metric, SearchConfig
 from laserlm.searching.executors import OutOfTimeError
@@ -29,6 +30,10 @@ MAX_FINALISTS = 4
 """Number of candidates, the best by loss, under which the model generates text."""
 MAX_HARMS = 16
 """Most candidates, the best by validation, whose harm a race or an exhaustive search measures for its map and its list."""
+FIRST_HARM_EXAMPLES = 16
+"""Examples of a guard after which candidates are left out that another one beats in gain, loss and harm."""
+HARM_DELTA = 0.001
+"""Largest error probability of saying, for the list of gain against harm, that a candidate has more harm than another one."""
 MEAN_SHARE = 0.5
 """Part of the blocks that a pass runs, where it is not known what is scored."""
 GENERATED_PASSES = 8.0
@@ -265,8 +270,9 @@ class SearchSession:
     def compare_harms(self) -> None:
         """Measure the harm of the candidates that were scored on every validation example, of the best ``MAX_HARMS`` at most.
 
-        It is for the list of gain against harm and for the map. The choice stays as it is. Where the time is used up, the
-        harm of some is not measured, and a warning says of how many.
+        It is for the list of gain against harm and for the map. The choice stays as it is. What another candidate beats in
+        gain and loss, and clearly in harm on the first examples, cannot be in the list: its harm is not measured further.
+        Where the time is used up, the harm of some is not measured, and a warning says of how many.
         """
         ledger, n = self.on_validation, len(self.on_validation.split)
         scored = [Intervention.parse(t) for t in sorted(ledger.scores) if t and ledger.scores.n(t) >= n]
@@ -274,13 +280,10 @@ class SearchSession:
         self._are_harms_compared = True
         if not (few and self.guards):
             return
-        for guard in self.guards:
-            choosing, size = guard.choosing, len(guard.choosing.split)
-            choosing.deadline = ledger.deadline
-            self.begin("harm", [BASE, *few], size, choosing)
-            with suppress(OutOfTimeError):  # the warning below counts what is missing
-                choosing.extend([BASE, *few], size)
-            choosing.deadline = math.inf
+        if max(len(guard.choosing.split) for guard in self.guards) > FIRST_HARM_EXAMPLES:
+            self._score_guards(few, FIRST_HARM_EXAMPLES)
+            few = [i for i in few if i == self.best or str(i) in self.harms or not self._is_beaten(i, few)]
+        self._score_guards(few)
         measured = [i for i in few if all(g.choosing.n(i) >= len(g.choosing.split) for g in self.guards)]
         for intervention in measured:
             self.harm_of(intervention)
@@ -292,6 +295,29 @@ class SearchSession:
                 len(few),
                 "; ".join(sorted(reasons)) or "the time was used up",
             )
+
+    def _score_guards(self, interventions: Sequence[Intervention], most: int | None = None) -> None:
+        """Score on what the search looks at of each guard, on all or on the first examples; as far as there is time."""
+        for guard in self.guards:
+            choosing = guard.choosing
+            stop = len(choosing.split) if most is None else min(most, len(choosing.split))
+            choosing.deadline = self.on_validation.deadline
+            self.begin("harm", [BASE, *interventions], stop, choosing)
+            with suppress(OutOfTimeError):  # a warning counts what is missing
+                choosing.extend([BASE, *interventions], stop)
+            choosing.deadline = math.inf
+
+    def _is_beaten(self, one: Intervention, others: Sequence[Intervention]) -> bool:
+        """Return whether another one has no less gain, no more loss, and clearly less harm on the first examples of guards."""
+        n = len(self.on_validation.split)
+        ours = self.on_validation.first(one, n)
+
+        def beats(other: Intervention) -> bool:
+            theirs = self.on_validation.first(other, n)
+            no_worse = theirs.accuracy >= ours.accuracy and theirs.loss <= ours.loss
+            return no_worse and all(_has_less_harm(guard.choosing, other, one) for guard in self.guards)
+
+        return any(beats(other) for other in others if other != one)
 
     def measure_harms(self) -> tuple[Harm, ...]:
         """Return what the best costs on the measuring parts of the guards."""
@@ -372,6 +398,16 @@ class SearchSession:
     @property
     def _cost(self) -> float:
         return self._other_cost + sum(_passes(ledger) * ledger.cost for ledger in self._ledgers)
+
+
+def _has_less_harm(choosing: ScoreLedger, one: Intervention, other: Intervention) -> bool:
+    """Return whether one has significantly less loss than another on the first examples of a guard that both have."""
+    n = min(choosing.n(one), choosing.n(other), FIRST_HARM_EXAMPLES)
+    if not n:
+        return False
+    less, more = choosing.first(one, n), choosing.first(other, n)
+    differences = [b.loss - a.loss for a, b in zip(less.scores, more.scores, strict=True)]
+    return mean_test(differences, less.facts) <= HARM_DELTA
 
 
 def _passes(ledger: ScoreLedger) -> float:
