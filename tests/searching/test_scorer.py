@@ -47,6 +47,28 @@ def test_the_unchanged_model_runs_from_the_activations_of_what_was_scored_before
     assert [s.logprob for s in again.scores] == pytest.approx([s.logprob for s in complete.scores], abs=1e-6)
 
 
+def test_splits_of_one_scorer_are_tried_for_boundaries_once(llama: LanguageModel, task: Task) -> None:
+    splits = {
+        f"{part.name} {kind}": EncodedSplit(part, encode(llama, part.examples, kind), kind)
+        for part in (task.validation, task.test)
+        for kind in ("answer", "first_token")
+    }
+    scorer = PrefixScorer(llama, splits)
+    rows: list[int] = []
+    llama.model.model.layers[0].mlp.register_forward_hook(lambda _module, args, _output: rows.append(len(args[0])))
+    assert all(scorer.block_order(name) == ORDER for name in splits if name.startswith(task.validation.name))
+    assert rows
+    rows.clear()
+    assert all(scorer.block_order(name) == ORDER for name in splits)
+    assert not rows
+    for name, encoded in splits.items():
+        scores = scorer.score(name, Intervention.parse("2.fc_in@0.5"), 0, len(encoded.split))
+        assert isinstance(scores, Evaluation)
+        rows.clear()
+        scorer.score(name, Intervention.parse("2.fc_in@0.1"), 0, len(encoded.split))
+        assert not rows  # from the boundary
+
+
 def test_a_screen_takes_no_more_time_than_it_has(llama: LanguageModel, task: Task) -> None:
     encoded = EncodedSplit(task.validation, encode(llama, task.validation.examples, "answer"), "answer")
     scorer = PrefixScorer(llama, {"validation": encoded})

@@ -202,13 +202,14 @@ class PrefixCheck:
                 for block, module in self.blocks.items():
                     hook = module.register_forward_pre_hook(lambda _module, _args, block=block: called.append(block))
                     hooks.callback(hook.remove)
-                run_batch(lm, self._cache._batches[-1])
-            self._complete_scores = self._scores()
+                self._complete_scores = self._scores()
         except torch.OutOfMemoryError:
             log.warning("two rows do not fit into the memory of %s; every pass is a complete one", lm.device)
             return
-        if sorted(called) == sorted(self.blocks):
-            self.block_order = called
+        passes = len(self._cache._batches)
+        order = called[: len(called) // passes]
+        if sorted(order) == sorted(self.blocks) and called == order * passes:
+            self.block_order = order
 
     @torch.no_grad()
     def is_exact(self, target: int) -> bool:

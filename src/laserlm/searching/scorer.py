@@ -235,9 +235,12 @@ class PrefixScorer:
             return contributions_of_examples(gradients, of_rows, n, gradient_scales(self.lm))
 
     def _check(self, split: str) -> PrefixCheck:
-        if split not in self._checks:
-            self._checks[split] = PrefixCheck(self.lm, self.splits[split].sequences)
-        return self._checks[split]
+        """Return the check of boundaries that all splits of one scorer share, for the model gets the same inputs from them."""
+        scorer = self.splits[split].scorer
+        if scorer not in self._checks:
+            same = [sequence for other in self.splits.values() if other.scorer == scorer for sequence in other.sequences]
+            self._checks[scorer] = PrefixCheck(self.lm, same)
+        return self._checks[scorer]
 
     def _score(self, part: Part, intervention: Intervention) -> Evaluation:
         split, start, stop = part
