@@ -317,6 +317,17 @@ def test_what_was_interrupted_goes_on_where_it_was(stage: str, llama: LanguageMo
         assert torch.equal(result.decompositions[name].left, decomposition.left)
 
 
+def test_unfinished_gradients_of_a_killed_process_do_not_stay_on_the_disk(
+    llama: LanguageModel, file: Path, tmp_path: Path
+) -> None:
+    """Python removes its temporary folders, but not where the process is killed."""
+    unfinished = tmp_path / "gradients-0123" / "1-0"
+    unfinished.mkdir(parents=True)
+    (unfinished / "0.q_proj.safetensors").write_bytes(b"part")
+    fit_ranks(llama, read_calibration_text(llama, file, tokens=500).calibration, folder=tmp_path)
+    assert [folder.name for folder in tmp_path.glob("gradients*")] == ["gradients"]
+
+
 @pytest.mark.parametrize("stage", ["refinement at 0.5", "refinement at 0.7", "perplexity", "writing"])
 def test_trained_factors_are_kept_until_the_model_is_saved(
     stage: str, llama: LanguageModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

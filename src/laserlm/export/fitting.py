@@ -287,6 +287,8 @@ def _gradients(
     """Return the moments of gradients, which are in the folder once all of them are computed."""
     complete = folder / "gradients"
     if not complete.is_dir():
+        for unfinished in folder.glob("gradients-*"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="gradients-", dir=folder) as part:
             moments = gradient_moments(lm, rows, matrices, Path(part), on_matrix=lambda: steps.advance("gradients"))
             moments.folder.rename(complete)
