@@ -104,6 +104,8 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmoe": ("olmoe", GROUPED | {"num_experts": 3, "num_experts_per_tok": 2, "pad_token_id": 0}),
+    # A head whose ``forward`` does not name ``use_cache``, and hands it on.
+    "granitemoe": ("granitemoe", GROUPED | EXPERTS | {"pad_token_id": 0}),
 }
 """Causal families without a row in the table, whose matrices are named by their modules' paths."""
 

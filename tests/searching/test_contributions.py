@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from families import UNUSUAL
 from searching.support import EVERY
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from laserlm.edit import applied
 from laserlm.errors import WeightError
@@ -17,6 +19,7 @@ from laserlm.linalg.decomposition import Decomposition
 from laserlm.models import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix, view
 from laserlm.reductions import Intervention
+from laserlm.scoring.forward import batches
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.tokenize import encode
 from laserlm.searching import expand
@@ -106,6 +109,22 @@ def check_both(lm: LanguageModel, examples: tuple[Example, ...] = EXAMPLES, scor
 @pytest.mark.parametrize("family", [*EVERY, *(pytest.param(family, marks=pytest.mark.slow) for family in UNUSUAL)])
 def test_contributions_are_the_gradient_by_the_strength_of_each_component(family: str, make: Make) -> None:
     check_both(make(family))
+
+
+class Caching(LlamaForCausalLM):
+    """A model that keeps keys and values whatever it is asked for."""
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        return super().forward(*args, **inputs | {"use_cache": True})
+
+
+def test_keys_and_values_that_a_model_keeps_do_not_hide_the_gradient_by_them(make: Make) -> None:
+    lm = make("granitemoe")  # in the full tier its contributions are compared as those of every family
+    (batch,) = batches(lm, encode(lm, EXAMPLES[:1], "answer"), 1)
+    assert lm.model(**batch.inputs).past_key_values is None
+    lm = make("llama")
+    lm.model.__class__ = Caching
+    check_both(lm)
 
 
 def test_a_weight_that_blocks_share_contributes_in_all_of_them(make: Make) -> None:

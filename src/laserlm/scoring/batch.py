@@ -16,6 +16,7 @@ from torch import Tensor
 from laserlm.errors import ScoringError
 from laserlm.models.kinds import TEXT_KINDS
 from laserlm.models.language_model import LanguageModel
+from laserlm.models.matrices import language_config
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.shared_prompts import Group, JoinedRow, joined_inputs
 from laserlm.scoring.texts import padding_token
@@ -138,12 +139,11 @@ def _inputs(
     positions = [r.positions for r in chosen]
     if lm.kind == "causal":
         # Padded on the left, all answers end at the right edge, and only the last positions need logits.
-        parameters = inspect.signature(lm.model.forward).parameters
-        n_logits = max(map(len, positions)) if "logits_to_keep" in parameters else ids.shape[1]
+        n_logits = max(map(len, positions)) if _has_parameter(lm, "logits_to_keep") else ids.shape[1]
         positions = [tuple(range(n_logits - len(p), n_logits)) for p in positions]
-        inputs |= _causal_inputs(parameters, mask, n_logits, has_positions=bool(lm.pads_exactly if padded is None else padded))
+        inputs |= _causal_inputs(lm, mask, n_logits, has_positions=bool(lm.pads_exactly if padded is None else padded))
     elif lm.kind in TEXT_KINDS:
-        inputs |= _text_inputs(inspect.signature(lm.model.forward).parameters, chosen, ids.shape[1])
+        inputs |= _text_inputs(lm, chosen, ids.shape[1])
     elif lm.kind == "encoder-decoder":
         inputs |= {"decoder_input_ids": _pad([r.decoder for r in chosen], pad, left=False)[0], "use_cache": False}
     return inputs, [(b, p) for b, of_row in enumerate(positions) for p in of_row]
@@ -155,34 +155,48 @@ def _joined_inputs(lm: LanguageModel, joined: Sequence[JoinedRow], pad: int) -> 
     Raises:
         ScoringError: if the model takes no positions.
     """
-    parameters = inspect.signature(lm.model.forward).parameters
-    if "position_ids" not in parameters:
+    if not _has_parameter(lm, "position_ids"):
         raise ScoringError(f"{lm.name} takes no positions of tokens, so that each sequence needs a row of its own")
     ids, _ = _pad([row.ids for row in joined], pad, left=True)
     T = ids.shape[1]
-    n_logits = max(len(row.ids) - min(map(min, row.places)) for row in joined) if "logits_to_keep" in parameters else T
+    n_logits = max(len(row.ids) - min(map(min, row.places)) for row in joined) if _has_parameter(lm, "logits_to_keep") else T
     positions, mask = joined_inputs(joined, T, lm.dtype)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    inputs |= {n: v for n, v in {"logits_to_keep": n_logits, "use_cache": False}.items() if n in parameters}
+    inputs |= _taken(lm, {"logits_to_keep": n_logits, "use_cache": False})
     # All rows end at the right edge, where the logits end too.
     places = [(b, n_logits - len(row.ids) + p) for b, row in enumerate(joined) for of_one in row.places for p in of_one]
     return inputs, places
 
 
-def _text_inputs(parameters: Mapping[str, Any], rows: Sequence[TokenSequence], length: int) -> dict[str, Any]:
+def _text_inputs(lm: LanguageModel, rows: Sequence[TokenSequence], length: int) -> dict[str, Any]:
     """Return the inputs of a model of texts next to ids and mask, as far as its ``forward`` takes them."""
     inputs: dict[str, Any] = {"use_cache": False}
     if any(row.type_ids for row in rows):
         inputs["token_type_ids"] = torch.tensor([[*row.type_ids, *[0] * (length - len(row.type_ids))] for row in rows])
-    return {name: value for name, value in inputs.items() if name in parameters}
+    return _taken(lm, inputs)
 
 
-def _causal_inputs(parameters: Mapping[str, Any], mask: Tensor, n_logits: int, *, has_positions: bool) -> dict[str, Any]:
+def _causal_inputs(lm: LanguageModel, mask: Tensor, n_logits: int, *, has_positions: bool) -> dict[str, Any]:
     """Return the inputs of a causal model next to ids and mask, as far as its ``forward`` takes them."""
     inputs: dict[str, Any] = {"logits_to_keep": n_logits, "use_cache": False}
     if has_positions:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {name: value for name, value in inputs.items() if name in parameters}
+    return _taken(lm, inputs)
+
+
+def _has_parameter(lm: LanguageModel, name: str) -> bool:
+    return name in inspect.signature(lm.model.forward).parameters
+
+
+def _taken(lm: LanguageModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs that a model's ``forward`` names, and ``use_cache`` also where it hands on what it does not name.
+
+    A model that keeps keys and values needs more memory, and a block that is run twice finds those of its first run.
+    """
+    parameters = inspect.signature(lm.model.forward).parameters
+    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    keeps = hands_on and getattr(language_config(lm.model.config), "use_cache", None) is not None
+    return {name: value for name, value in inputs.items() if name in parameters or (name == "use_cache" and keeps)}
 
 
 def _pad(sequences: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers.cache_utils import Cache
 
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import find_stacks
@@ -145,7 +147,12 @@ def _is_cut(calls: Sequence[_RecordedCall], loss: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def _is_repeatable(call: _RecordedCall) -> bool:
-    """Return whether a block gives out the same again; one that adds to a cache, for example, does not."""
+    """Return whether a block gives out the same again, and keeps no keys and values.
+
+    With those of an earlier run, which have no graph, it may give out the same and hand on no gradient of them.
+    """
+    if any(isinstance(x, Cache) for x in tree_leaves((call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Cache))):
+        return False
     try:
         again = [*floats(call.block(*mapped(copied, call.args), **mapped(copied, call.kwargs)))]
     # A block that is not made to be run again may fail in any of these ways.
