@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from laserlm.edit import DecompositionCache
 from laserlm.models import LanguageModel
 from laserlm.models.matrices import Matrix
+from laserlm.scoring.forward import run_rows
+from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.tokenize import encode
 from laserlm.searching import SearchResult, search
 from laserlm.searching.memory_plan import LOGITS_OF_A_DRAW, MemoryPlanner, decomposed_bytes, decomposing_bytes
@@ -76,6 +78,24 @@ def test_the_writing_of_texts_takes_two_copies_of_all_keys_and_values() -> None:
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
     planned = MemoryPlanner(lm, lm.matrices, memory=0, batch_size=1).writing(n, tokens)
     assert planned == 2 * cached + LOGITS_OF_A_DRAW * output.logits[:, -1].nbytes
+
+
+def test_logits_are_read_in_parts_that_are_planned_and_score_alike(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU reads them at once, as here with a bound that they do not reach."""
+    ids = torch.randint(5, 500, (8, 61), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [TokenSequence(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(60))) for i, x in enumerate(ids)]
+    planner = MemoryPlanner(llama, llama.matrices, memory=0, batch_size=8)
+    run_rows(llama, rows, 8)  # which tries once how the model can be run
+    planned, scores = [], []
+    for limit in (2**12, 2**40):
+        monkeypatch.setattr("laserlm.scoring.forward.LOGITS_BYTES", limit)
+        scores.append([x for of_row in run_rows(llama, rows, 8) for x in of_row.logprobs])
+        planned.append(planner.logits_bytes(rows))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    logits = 4 * 8 * 60 * llama.model.config.vocab_size
+    assert planned[1] - planned[0] == 9 / 4 * (logits - 2**12)  # a count over truth values makes whole numbers of eight bytes
 
 
 @pytest.mark.parametrize("strategy", ["race", "exhaustive"])

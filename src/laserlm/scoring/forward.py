@@ -39,6 +39,8 @@ PADDED_KINDS = ("causal", *TEXT_KINDS)
 """Kinds of models whose scores padding may change, so that it is tested."""
 LOGITS_BYTES = 2**23
 """Bytes of the part of the logits, in float32, that is read at a time."""
+LOGITS_BYTES_ON_GPU = 2**28
+"""The same on a GPU, where an operation takes longer to begin than a small part takes. It was not timed on one."""
 LEAST_SAVING = 0.1
 """Share of the work that joined rows have to save. Where they save less, each sequence has a row of its own."""
 
@@ -302,8 +304,8 @@ def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> Bat
     if logits.dtype in HALF:
         _warn_of_rounded_logits(lm.name, logits.dtype)
     logits = (logits[0] if scored_only else logits[row, position]).float()  # (N, V)
-    # In parts that a CPU's cache holds, for these are several passes over all logits.
-    rows = len(logits) if torch.is_grad_enabled() else max(1, LOGITS_BYTES // (4 * logits.shape[-1]))
+    # In parts, for these are several passes over all logits.
+    rows = len(logits) if torch.is_grad_enabled() else max(1, logits_part_bytes(lm.device) // (4 * logits.shape[-1]))
     parts = [_read(lm, part, of, batch.ranked) for part, of in zip(logits.split(rows), batch.targets.split(rows), strict=True)]
     total, logprobs, best, argmax, tied, *ranks = map(torch.cat, zip(*parts, strict=True))  # (N,) each
     at_first = logits[batch.first]  # (B, V)
@@ -318,6 +320,11 @@ def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> Bat
         last_ranks=ranks[1] if ranks else None,
         top=at_first.topk(k).indices if k else None,
     )
+
+
+def logits_part_bytes(device: torch.device) -> int:
+    """Return the bytes of the logits that are read at a time without a gradient."""
+    return LOGITS_BYTES if device.type == "cpu" else LOGITS_BYTES_ON_GPU
 
 
 def _read(lm: LanguageModel, logits: Tensor, targets: Tensor, ranked: bool) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ import torch
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, language_config
 from laserlm.scoring.batch import MAX_SCORED_POSITIONS
+from laserlm.scoring.forward import logits_part_bytes
 from laserlm.scoring.output_layer import CHUNK_BYTES, HALF
 from laserlm.scoring.records import TokenSequence
 
@@ -24,6 +25,8 @@ HEAP = 2**26
 LOGITS_WITH_GRADIENT = 5
 """Copies of a batch's logits (N, V) in a pass with its gradient, measured: the logits, their gradient so far, and three
 intermediate results."""
+LOGITS_READ = 9
+"""Bytes for each four of a part of the logits that is read, measured on a CPU: of the count of the largest ones."""
 LOGITS_OF_A_DRAW = 4
 """Copies of the last token's logits in float32: the logits, those of the sampler, their probabilities, and their sums."""
 
@@ -222,7 +225,8 @@ class MemoryPlanner:
         positions = most * max(1, min(len(batch), MAX_SCORED_POSITIONS // most))
         rows = LOGITS_WITH_GRADIENT * positions if has_gradient else positions + min(len(batch), positions)
         part = CHUNK_BYTES if self.lm.dtype in HALF else 0
-        return rows * self._vocabulary * 4 + part
+        read = 0 if has_gradient else min(logits_part_bytes(self.lm.device), positions * self._vocabulary * 4)
+        return rows * self._vocabulary * 4 + part + read * LOGITS_READ // 4
 
     def _sums(self, batch: Sequence[TokenSequence]) -> int:
         """Return the bytes of a matrix's inputs, gradients of outputs, and their products with both factors, in float32."""
