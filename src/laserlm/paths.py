@@ -74,6 +74,7 @@ def cached_files(cache: Path) -> dict[str, list[Path]]:
         "data": [f"{HEX * 16}-*"],
         "texts": [f"{HEX * 64}.json", BASIS],
         "compressions": [HEX * 16],
+        "scores": [f"{HEX * 64}.json"],
     }
     return {
         kind: sorted(path for name in names for path in (*(cache / kind).glob(name), *_leftovers(cache / kind, name)))

@@ -35,10 +35,11 @@ from laserlm.scoring.identity import digest
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import LEAST_FACTS, Metric, SearchConfig
 from laserlm.searching.guard import PASSAGES
-from laserlm.searching.ledger import ScoreLedger
+from laserlm.searching.ledger import BASE, ScoreLedger
+from laserlm.searching.memory_plan import GIB
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.scorer import Failure
-from laserlm.searching.session import BASE, GuardScores, SearchSession
+from laserlm.searching.session import GuardScores, SearchSession
 from laserlm.searching.work import SCREEN_PASSES, contribution_tasks
 
 log = logging.getLogger(__name__)
@@ -308,11 +309,11 @@ def questions_with_room(config: SearchConfig, components: int, parts: Sequence[r
     most = max(LEAST_QUESTIONS, room // len(parts))
     asked = [i for part in parts for i in part[:most]]
     if warn and room < config.gradient_examples and any(len(part) > most for part in parts):
+        enough = DERIVATIVE_BYTES * components * min(config.gradient_examples, len(parts) * max(map(len, parts)))
         log.warning(
-            "components are chosen on %d of %d questions, for whose derivatives %.1f GiB have room; give more with --memory",
-            len(asked),
-            sum(map(len, parts)),
-            config.memory / 2**30,
+            "components are chosen on %d of %d questions, for whose derivatives --memory %.3g has room; the least bound that "
+            "has room for all that are used is --memory %.3g",
+            *(len(asked), sum(map(len, parts)), config.memory / GIB, math.ceil(1000 * enough / GIB) / 1000),
         )
     return asked
 

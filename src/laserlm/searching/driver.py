@@ -113,7 +113,7 @@ def search(
             run.note("options", dict(options))
         config = replace(config, batch_size=int(run.notes.get("batch_size", config.batch_size)))
         with _executor(lm, splits, config, executor) as workers:
-            ledgers = _ledgers(lm, run, splits, workers, config, start)
+            ledgers = _ledgers(lm, run, splits, workers, config, start, reuses=not restart)
             session = SearchSession(
                 run=run,
                 on_validation=ledgers[VALIDATION],
@@ -185,12 +185,16 @@ def _ledgers(
     workers: Executor,
     config: SearchConfig,
     start: float,
+    *,
+    reuses: bool,
 ) -> dict[str, ScoreLedger]:
     """Return the scores on each split. Only the splits for choosing have a deadline."""
     deadline = math.inf if config.budget is None else start + 60 * config.budget
     timed = {VALIDATION, *(CHOOSING.format(i) for i in range(len(splits)))}
     return {
-        name: ScoreLedger(lm, run, name, split, workers, config.memory / 2, deadline if name in timed else math.inf)
+        name: ScoreLedger(
+            *(lm, run, name, split, workers, config.memory / 2, deadline if name in timed else math.inf), reuses=reuses
+        )
         for name, split in splits.items()
     }
 

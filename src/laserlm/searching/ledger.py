@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from laserlm.errors import ScoringError
 from laserlm.models.language_model import LanguageModel
 from laserlm.reductions import Intervention
 from laserlm.scoring.records import Evaluation, TokenSequence
+from laserlm.searching import base_scores
 from laserlm.searching.executors import Executor
 from laserlm.searching.hardware import describe
 from laserlm.searching.score_table import ScoreTable
@@ -22,6 +25,7 @@ from laserlm.tasks import Split
 
 log = logging.getLogger(__name__)
 NEXT_STEP = "fix the cause or give the workers more memory, then run the same command again: the search continues"
+BASE = Intervention()
 CHUNKS_PER_WORKER = 4
 """Work items that every process gets at least, where examples have to be divided for that."""
 
@@ -39,6 +43,7 @@ class ScoreLedger:
         memory: bytes for cached activations; examples are scored in chunks whose activations fit.
         deadline: value of ``time.monotonic`` after which no more is begun.
         on_scored: called with an intervention after each part of it that was scored.
+        reuses: whether the scores of the unchanged model may come from an earlier search.
 
     Attributes:
         scores: by canonical text of the intervention, over as many examples as it was scored on.
@@ -55,6 +60,7 @@ class ScoreLedger:
     memory: float = float("inf")
     deadline: float = float("inf")
     on_scored: Callable[[Intervention], None] = lambda _: None
+    reuses: bool = False
     scores: ScoreTable = field(init=False)
     failed: dict[str, str] = field(init=False)
     cost: float = field(default=0.0, init=False)
@@ -66,6 +72,7 @@ class ScoreLedger:
         self._batch_size = self._first_batch_size = self.executor.batch_size
         self._earlier = self.run.notes.get("computed_on", [])[-1:]  # of the process before this one
         self._is_new = True  # nothing was saved by this process
+        self._is_base_kept = False
         self._stops: set[int] = set()
         self._unsaved: dict[tuple[str, int], tuple[ScoreTask, Any]] = {}
 
@@ -107,6 +114,9 @@ class ScoreLedger:
             ScoringError: if the unchanged model cannot be scored, or a single sequence does not fit into memory.
         """
         self._stops.add(stop)
+        interventions = list(interventions)
+        if BASE in interventions:
+            self._read_base()
 
         def speculate() -> list[ScoreTask]:
             return [] if next_stop is None or promising is None else self._tasks(promising(), next_stop)
@@ -127,6 +137,8 @@ class ScoreLedger:
                 self._save(*self._unsaved.pop(key))
         if "" in self.failed:
             raise ScoringError(f"the unchanged model cannot be scored on {self.split.name}: {self.failed['']}")
+        if BASE in interventions and self.n(BASE) == len(self.split):
+            self._keep_base()
 
     def free(self) -> None:
         """Free all cached activations."""
@@ -151,6 +163,26 @@ class ScoreLedger:
             for a, b in cut(self.lm, self.encoded, start, stop, memory=self.memory, most=most, stops=self._stops):
                 tasks += [ScoreTask(self.name, a, b, i, shares[i]) for i in same]
         return tasks
+
+    @cached_property
+    def _file_of_base(self) -> Path | None:
+        hardware = self.executor.hardware | {"batch_size": self._first_batch_size}
+        return base_scores.file_of(self.lm, self.encoded, hardware)
+
+    def _read_base(self) -> None:
+        """Take all scores of the unchanged model from an earlier search on the same examples, if there are any."""
+        if not self.reuses or self.n(BASE) or self._file_of_base is None:
+            return
+        kept = base_scores.read(self._file_of_base, self.lm, self.encoded)
+        if kept is not None:
+            self.run.record(kept, self.split.examples)
+            self.scores.append(kept)
+            self._is_base_kept = True
+
+    def _keep_base(self) -> None:
+        if not self._is_base_kept and self._file_of_base is not None:
+            base_scores.write(self._file_of_base, self.scores[str(BASE)])
+            self._is_base_kept = True
 
     def _save(self, task: ScoreTask, result: Evaluation | Failure) -> None:
         text = str(task.intervention)

@@ -29,7 +29,7 @@ from laserlm.searching.components import (
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.driver import FINALISTS, TEST, VALIDATION, check, encode_splits
 from laserlm.searching.guard import BATCH, OWN_TEXT, PASSAGE_TOKENS, PASSAGES, guards_of, has_guard, is_text
-from laserlm.searching.ledger import cut, max_sequences
+from laserlm.searching.ledger import BASE, cut, max_sequences
 from laserlm.searching.memory_plan import HEAP, MemoryPlanner, PhaseMemory
 from laserlm.searching.race import rung_sizes
 from laserlm.searching.scorer import EncodedSplit, first_changed_block
@@ -48,7 +48,6 @@ from laserlm.searching.work import (
 )
 from laserlm.tasks import Task
 
-BASE = Intervention()
 EIGENSOLVER_CUBES = 9
 """Floating-point operations of all eigenvectors of a symmetric matrix, in cubes of its size (Golub and Van Loan,
 Matrix Computations, 4th edition, section 8.3.3)."""

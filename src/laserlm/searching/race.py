@@ -16,11 +16,9 @@ from laserlm.scoring.records import Evaluation
 from laserlm.scoring.statistics import mean_test, sign_flip_test
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import Metric, SearchConfig
-from laserlm.searching.ledger import ScoreLedger
+from laserlm.searching.ledger import BASE, ScoreLedger
 from laserlm.searching.result import RungReport, sort_key
 from laserlm.searching.screen import Prediction
-
-BASE = Intervention()
 
 
 def shuffled_order(ids: Sequence[str], seed: int) -> list[int]:

@@ -20,12 +20,11 @@ from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import Metric, SearchConfig
 from laserlm.searching.executors import OutOfTimeError
 from laserlm.searching.guard import Guard, Harm
-from laserlm.searching.ledger import ScoreLedger
+from laserlm.searching.ledger import BASE, ScoreLedger
 from laserlm.searching.result import ComposeStep, Point, RungReport, ScreenReport, SearchProgress, sort_key
 from laserlm.store import Run
 
 log = logging.getLogger(__name__)
-BASE = Intervention()
 MAX_FINALISTS = 4
 """Number of candidates, the best by loss, under which the model generates text."""
 MAX_HARMS = 16

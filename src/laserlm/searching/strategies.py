@@ -16,11 +16,12 @@ from laserlm.searching.components import PARTS, choose_components, cost_of_step
 from laserlm.searching.compose import compose, in_order
 from laserlm.searching.config import SearchConfig, Strategy
 from laserlm.searching.executors import OutOfTimeError
+from laserlm.searching.ledger import BASE
 from laserlm.searching.race import choose, race, rung_sizes
 from laserlm.searching.result import ScreenReport
 from laserlm.searching.scorer import Failure
 from laserlm.searching.screen import OUT_OF_TIME, Prediction, Screening
-from laserlm.searching.session import BASE, MEAN_SHARE, SearchSession
+from laserlm.searching.session import MEAN_SHARE, SearchSession
 from laserlm.searching.strengths import weaken_components
 from laserlm.searching.work import SCREEN_PASSES, screen_tasks
 

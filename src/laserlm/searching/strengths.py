@@ -41,8 +41,9 @@ from laserlm.searching.components import (
     shrunk_mean,
 )
 from laserlm.searching.config import Metric
+from laserlm.searching.ledger import BASE
 from laserlm.searching.race import is_significantly_worse
-from laserlm.searching.session import BASE, SearchSession
+from laserlm.searching.session import SearchSession
 
 STEP = 0.05
 """To what strengths are rounded. Components that change less stay as they are."""

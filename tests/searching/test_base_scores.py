@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from searching.conftest import BeforeScoring
+from searching.support import scores
+
+from laserlm.models import LanguageModel
+from laserlm.searching import search
+from laserlm.tasks import Task
+
+SHORT = {"strategy": "exhaustive", "grid": "1.fc_in@0.5", "metric": "loss"}
+Searched = Callable[..., list[str]]
+
+
+@pytest.fixture
+def base_scored(lm: LanguageModel, task: Task, tmp_path: Path, before_scoring: BeforeScoring) -> Searched:
+    """Search, and return the splits that the unchanged model was scored on."""
+    splits: list[str] = []
+    before_scoring(lambda intervention, split: splits.append(split.name) if not intervention else None)
+
+    def run(name: str, of: Task = task, **options: object) -> list[str]:
+        splits.clear()
+        search(lm, of, store=tmp_path / f"{name}.db", **SHORT | options)
+        return sorted(set(splits))
+
+    return run
+
+
+def test_a_later_search_takes_the_scores_of_the_unchanged_model(base_scored: Searched, lm: LanguageModel) -> None:
+    assert base_scored("first") == ["guard 0 choosing", "guard 0 measuring", "test", "validation"]
+    assert base_scored("second", max_harm=0.5) == []
+    assert base_scored("third", seed=1) == ["guard 0 choosing", "guard 0 measuring", "validation"]  # in another order
+
+
+def test_restart_computes_them_again(base_scored: Searched) -> None:
+    first = base_scored("first")
+    assert base_scored("first", restart=True) == first
+
+
+def test_other_questions_other_batches_and_other_weights_take_none(
+    base_scored: Searched, lm: LanguageModel, task: Task
+) -> None:
+    first = base_scored("first")
+    example, *others = task.test.examples
+    changed = replace(task, test=replace(task.test, examples=(replace(example, answer=" Paris again"), *others)))
+    assert base_scored("second", of=changed) == ["test"]
+    assert base_scored("third", batch_size=3) == first
+    lm.model.get_parameter(lm.matrices[0].path).data += 1e-3
+    assert set(base_scored("fourth")) == set(first)
+
+
+def test_the_result_is_the_same(lm: LanguageModel, task: Task, tmp_path: Path) -> None:
+    outcomes = [search(lm, task, store=tmp_path / f"{name}.db", **SHORT) for name in ("first", "second")]
+    first, second = (
+        scores(tmp_path / f"{name}.db", outcome) for name, outcome in zip(("first", "second"), outcomes, strict=True)
+    )
+    assert first.keys() == second.keys()
+    for key, evaluation in first.items():
+        assert evaluation.scores == second[key].scores
+        assert [s.tied for s in evaluation.scores] == [s.tied for s in second[key].scores]
+    for field in ("best", "validation", "test", "harms", "points"):
+        assert getattr(outcomes[0], field) == getattr(outcomes[1], field)
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '{"scores": [{}], "seconds": 1, "classes": []}', '{"scores": 3}'])
+def test_a_damaged_file_is_not_read(base_scored: Searched, lm: LanguageModel, damage: str) -> None:
+    first = base_scored("first")
+    files = list((lm.cache / "scores").iterdir())
+    assert len(files) == len(first)
+    for file in files:
+        file.write_text(damage, encoding="utf-8")
+    assert base_scored("second") == first
+    assert base_scored("third") == []  # they were written again
+
+
+def test_generated_texts_are_not_kept(lm: LanguageModel, task: Task, tmp_path: Path) -> None:
+    of_texts = replace(task, **{n: replace(getattr(task, n), scorer="contains") for n in ("validation", "test")})
+    search(lm, of_texts, store=tmp_path / "s.db", **SHORT)
+    assert len(list((lm.cache / "scores").iterdir())) == 3  # validation by loss, and the two parts of the guard
