@@ -19,7 +19,12 @@ SEARCH_PANEL = "Search options"
 CLUSTER_PANEL = "Cluster options"
 
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Search anew; earlier scores are dropped, those of the unchanged model too.", rich_help_panel=SEARCH_PANEL)
+    bool,
+    typer.Option(
+        "--restart",
+        help="Search anew; earlier scores are dropped, those of the unchanged model too.",
+        rich_help_panel=SEARCH_PANEL,
+    ),
 ]
 
 
