@@ -253,11 +253,17 @@ def test_a_step_is_chosen_on_as_many_questions_as_memory_has_room_for(
     llama: LanguageModel, events: list[Gradient | Trial], caplog: pytest.LogCaptureFixture
 ) -> None:
     K = sum(m.max_rank for m in separate_matrices(expand(SETTINGS["grid"], llama.matrices)))
-    search(llama, questions(), **SETTINGS | {"steps": 1, "memory": 22 * 16 * K})
+    settings = SETTINGS | {"steps": 1, "memory": 22 * 16 * K}
+    search(llama, questions(), **settings)
     (gradient,) = [e for e in events if isinstance(e, Gradient) and not e.squared]
     (trial,) = [e for e in events if isinstance(e, Trial)]
     assert (len(gradient.ids), len(trial.ids)) == (22, 15)
     assert "components are chosen on 22 of 30 questions" in caplog.text
+    least = math.ceil(1000 * 16 * K * 45 / 2**30) / 1000  # of three equal parts
+    assert f"the least bound that has room for all that are used is --memory {least:.3g}" in caplog.text
+    caplog.clear()
+    search(llama, questions(), **settings | {"memory": least * 2**30})
+    assert "are chosen on" not in caplog.text
 
 
 def test_the_harm_of_components_is_of_the_choosing_part_of_the_guard(

@@ -171,6 +171,20 @@ def test_an_interrupted_search_has_the_same_result(max_harm: float, llama: Langu
     assert (results[-1].best, results[-1].points, results[-1].test) == (complete.best, complete.points, complete.test)
 
 
+def test_strengths_are_the_same_under_every_bound_of_memory_that_has_room_for_the_derivatives(
+    llama: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The least one holds the derivatives of 30 questions by 288 components, in four bytes each, four times."""
+    least = 16 * 30 * 288
+    found = {memory: strengths_search(llama, memory=memory, gradient_examples=30) for memory in (2**30, 2**20, least)}
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    for memory, result in found.items():
+        assert result.boundary_bytes + result.decomposition_bytes <= memory
+        assert (result.best, result.points) == (found[2**30].best, found[2**30].points)
+        assert result.test.edited_loss == pytest.approx(found[2**30].test.edited_loss, abs=1e-6)
+    assert found[least].decomposition_bytes < found[2**30].decomposition_bytes
+
+
 def test_strengths_that_break_the_model_are_followed_by_weaker_ones() -> None:
     """The first ones cannot be scored on the guard."""
     tried: list[float] = []
