@@ -352,6 +352,35 @@ def test_trained_factors_are_kept_until_the_model_is_saved(
     assert saved == fresh
 
 
+def test_perplexities_are_measured_once(
+    llama: LanguageModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed command goes on with those of its own ratios, form and dtype; those of the unchanged model stay the same."""
+    options: dict[str, Any] = {"ratio": 0.5, "measure": [0.7], "calibration": file, "tokens": 500, "quantised": True}
+    expected = compress(llama, tmp_path / "expected", **options).as_dict()
+    measured: list[str] = []
+
+    def measure(lm: LanguageModel, text: str) -> Any:
+        measured.append("+".join(lm.active) or "unchanged")
+        return text_perplexity(lm, text)
+
+    monkeypatch.setattr("laserlm.export.compression.text_perplexity", measure)
+
+    def kill(at: str, *_: int) -> None:
+        if at == "writing":
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "out", on_step=kill, **options)
+    first = ["two-sided/curvature@0.5", "two-sided/curvature@0.7", "unchanged", "q8_0", "q4_0"]
+    assert measured == first
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "out", on_step=kill, **options | {"ratio": 0.8, "form": "dense"})
+    assert measured == [*first, "two-sided/curvature@0.8", "two-sided/curvature@0.7"]
+    assert compress(llama, tmp_path / "out", **options).as_dict() | {"folder": ""} == expected | {"folder": ""}
+    assert len(measured) == len(first) + 2
+
+
 def test_factors_are_trained_on_a_passage_of_the_text_for_each_step(llama: LanguageModel, file: Path) -> None:
     text = read_calibration_text(llama, file, tokens=300, refine=5)
     assert [len(row.targets) for row in text.refinement] == [127] * 5

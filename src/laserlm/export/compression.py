@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from laserlm.errors import ExportError
+from laserlm.errors import ExportError, WriteError
 from laserlm.export.calibration_text import CalibrationText, own_calibration_text, read_calibration_text
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.export.fitting import DENSE_ABOVE, Allocation, Compression, Method, OnStep, check_fit, fit_ranks
@@ -23,6 +25,7 @@ from laserlm.export.tensor_folder import storage_error
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
+from laserlm.paths import atomic_file
 from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
@@ -122,9 +125,9 @@ def compress(
             settings |= {"products": products_of(compression.refined[ratio])} if refine else {}
             on_step("perplexity", 0, 0)
             settings["text"] = text.as_dict() | {"tokens": tokens}
-            settings["perplexity"] = _perplexities(lm, compression, [ratio, *measure], options, text.held_out)
+            settings["perplexity"] = _perplexities(lm, compression, [ratio, *measure], options, text.held_out, kept)
             if quantised:
-                settings["perplexity"]["quantised"] = _perplexities_of_quantised(lm, text.held_out)
+                settings["perplexity"]["quantised"] = _perplexities_of_quantised(lm, text.held_out, kept)
         on_step("writing", 0, 0)
         saved = _write(lm, out, options, compression, settings, text)
     measured = settings.get("perplexity", {})
@@ -263,21 +266,49 @@ def _with_trained_factors(
 
 
 def _perplexities(
-    lm: LanguageModel, compression: Compression, ratios: Sequence[float], options: SaveOptions, text: str
+    lm: LanguageModel, compression: Compression, ratios: Sequence[float], options: SaveOptions, text: str, folder: Path
 ) -> dict[str, Any]:
-    measured, sizes = {}, {"base": _weight_bytes(lm, options.dtype)}
-    for ratio in ratios:
+    def measured() -> dict[str, float]:
+        evaluation = text_perplexity(lm, text)
+        size = _weight_bytes(lm, options.dtype)
+        return {"perplexity": evaluation.perplexity, "bytes": size, "tokens": evaluation.tokens}
+
+    def at(ratio: float) -> dict[str, float]:
         with compression.applied(lm, ratio, options.form):
-            sizes[f"{ratio:g}"] = _weight_bytes(lm, options.dtype)
-            measured[f"{ratio:g}"] = text_perplexity(lm, text).perplexity
-    base = text_perplexity(lm, text)
+            return measured()
+
+    identity = [text, str(options.dtype)]
+    of_ratios = {}
+    for ratio in ratios:
+        trained = ratio in compression.refined and compression.refined[ratio].name
+        of_ratio = [*identity, f"{ratio:g}", options.form, compression.dense_above, trained]
+        of_ratios[f"{ratio:g}"] = _kept(folder, of_ratio, partial(at, ratio))
+    base = _kept(folder, identity, measured)
     return {
-        "base": base.perplexity,
-        "compressed": measured[f"{ratios[0]:g}"],
-        "at": measured,
-        "bytes": sizes,
-        "held_out_tokens": base.tokens,
+        "base": base["perplexity"],
+        "compressed": of_ratios[f"{ratios[0]:g}"]["perplexity"],
+        "at": {ratio: of_ratio["perplexity"] for ratio, of_ratio in of_ratios.items()},
+        "bytes": {"base": base["bytes"]} | {ratio: of_ratio["bytes"] for ratio, of_ratio in of_ratios.items()},
+        "held_out_tokens": base["tokens"],
     }
+
+
+def _kept(folder: Path, identity: Sequence[object], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return what an earlier call measured and kept in the folder for this identity, or measure and keep it."""
+    file = folder / f"perplexity-{digest(identity)[:16]}.json"
+    try:
+        found: dict[str, float] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    if found is not None:
+        return found
+    measured = measure()
+    try:
+        with atomic_file(file) as part:
+            part.write_text(json.dumps(measured), encoding="utf-8")
+    except (OSError, WriteError) as error:
+        raise storage_error(folder, error) from error
+    return measured
 
 
 def _weight_bytes(lm: LanguageModel, dtype: str | torch.dtype | None) -> int:
@@ -286,10 +317,11 @@ def _weight_bytes(lm: LanguageModel, dtype: str | torch.dtype | None) -> int:
     return sum(p.numel() * (itemsize if p.dtype == lm.dtype else p.itemsize) for p in lm.model.parameters())
 
 
-def _perplexities_of_quantised(lm: LanguageModel, text: str) -> dict[str, dict[str, float]]:
+def _perplexities_of_quantised(lm: LanguageModel, text: str, folder: Path) -> dict[str, dict[str, float]]:
     """Return the bytes and the perplexity of the unchanged model's weights in the types of a GGUF file."""
-    measured = {}
-    for kind in QUANTISED_TYPES:
+
+    def measured(kind: str) -> dict[str, float]:
         with rounded_to(lm, kind) as size:
-            measured[kind] = {"bytes": size, "perplexity": text_perplexity(lm, text).perplexity}
-    return measured
+            return {"bytes": size, "perplexity": text_perplexity(lm, text).perplexity}
+
+    return {kind: _kept(folder, [text, kind], partial(measured, kind)) for kind in QUANTISED_TYPES}
