@@ -440,8 +440,22 @@ def test_every_perplexity_that_is_measured_is_in_the_result(llama: LanguageModel
     assert result.quantised.keys() == {"q8_0", "q4_0"}
     assert result.as_dict()["at"] == recorded["at"]
     saved = weights(result.saved.folder)
-    assert recorded["bytes"]["0.5"] == sum(tensor.nbytes for name, tensor in saved.items() if not name.endswith(".order"))
+    assert recorded["bytes"]["0.5"] == sum(tensor.nbytes for tensor in saved.values())
     assert recorded["bytes"]["base"] == sum(p.numel() * 2 for p in llama.model.parameters())
+
+
+def test_a_text_with_fewer_tokens_than_a_matrix_has_inputs_is_warned_of(
+    make: Make, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = make("llama")
+    widest = max(m.shape[1] for m in lm.matrices)
+    assert widest > 32
+    config: dict[str, Any] = {"ratio": 0.6, "calibration": file, "overwrite": True}
+    compress(lm, tmp_path / "out", tokens=500, **config)
+    assert "likely to break" not in caplog.text
+    lm.model.config.max_position_embeddings = 17  # passages of 16 tokens
+    compress(lm, tmp_path / "out", tokens=32, **config)
+    assert f"the text has 32 tokens for calibration, and matrices have up to {widest} inputs" in caplog.text
 
 
 def test_one_process_at_a_time_compresses_a_model_on_a_text(llama: LanguageModel, file: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,17 +19,20 @@ from filelock import FileLock, Timeout
 from laserlm.errors import ExportError, WriteError
 from laserlm.export.calibration_text import CalibrationText, own_calibration_text, read_calibration_text
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
-from laserlm.export.fitting import DENSE_ABOVE, Allocation, Compression, Method, OnStep, check_fit, fit_ranks
+from laserlm.export.fitting import DENSE_ABOVE, Allocation, Compression, Method, OnStep, check_fit, compressible, fit_ranks
 from laserlm.export.gguf_rounding import QUANTISED_TYPES, rounded_to
 from laserlm.export.refinement import check_products, check_steps, products_of
 from laserlm.export.tensor_folder import storage_error
 from laserlm.linalg.decomposition import ALGORITHM
+from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
 from laserlm.paths import atomic_file
 from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def compress(
     on_step("text", 0, 0)
     text = _text(lm, calibration, tokens, method, allocation, refine, on_step)
     rows = () if text is None else text.calibration
+    _warn_of_few_tokens(lm, rows)
     with _own_folder(lm, rows, method, allocation) as kept:
         compression = fit_ranks(
             lm, rows, method=method, allocation=allocation, dense_above=dense_above, folder=kept, on_step=on_step
@@ -134,6 +139,17 @@ def compress(
     at = {float(ratio): value for ratio, value in measured.get("at", {}).items()}
     base, compressed, held_out = measured.get("base"), measured.get("compressed"), measured.get("held_out_tokens", 0)
     return CompressionResult(saved, base, compressed, held_out, at, measured.get("quantised", {}))
+
+
+def _warn_of_few_tokens(lm: LanguageModel, rows: Sequence[TokenSequence]) -> None:
+    tokens, widest = sum(len(row.targets) for row in rows), max(m.shape[1] for m in compressible(lm)[0])
+    if rows and tokens < widest:
+        log.warning(
+            "the text has %d tokens for calibration, and matrices have up to %d inputs: many directions of the inputs are not "
+            "seen, and the model is likely to break; give a longer text or more --tokens",
+            tokens,
+            widest,
+        )
 
 
 def check_compression(lm: LanguageModel, out: Path, options: SaveOptions) -> None:
@@ -312,9 +328,10 @@ def _kept(folder: Path, identity: Sequence[object], measure: Callable[[], dict[s
 
 
 def _weight_bytes(lm: LanguageModel, dtype: str | torch.dtype | None) -> int:
-    """Return the bytes of all parameters as they would be saved; None keeps the model's dtypes."""
+    """Return the bytes of all weights as they would be saved, with the places of rows; None keeps the model's dtypes."""
     itemsize = lm.dtype.itemsize if dtype is None else dtype_named(dtype).itemsize
-    return sum(p.numel() * (itemsize if p.dtype == lm.dtype else p.itemsize) for p in lm.model.parameters())
+    orders = [m.order.nbytes for m in lm.model.modules() if isinstance(m, LowRankLinear) and m.order is not None]
+    return sum(orders) + sum(p.numel() * (itemsize if p.dtype == lm.dtype else p.itemsize) for p in lm.model.parameters())
 
 
 def _perplexities_of_quantised(lm: LanguageModel, text: str, folder: Path) -> dict[str, dict[str, float]]:
