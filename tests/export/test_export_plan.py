@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,37 @@ def test_what_is_refused_is_not_planned(llama: LanguageModel, make: Make, text: 
         plan_compression(llama, ratio=0.5, calibration=text, dense_above=1.2)
     with pytest.raises(ExportError, match=r"--calibration FILE.*--quantised"):
         plan_compression(llama, ratio=0.5, method="plain", allocation="uniform", quantised=True)
+
+
+def test_a_bound_of_memory_is_planned_and_kept_or_its_least_value_named(
+    llama: LanguageModel,
+    text: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bounds: list[float] = []
+
+    def bounded(*args: Any, memory: float, **options: Any) -> Any:
+        bounds.append(memory)
+        return gradient_moments(*args, memory=memory, **options)
+
+    monkeypatch.setattr("laserlm.export.fitting.gradient_moments", bounded)
+    options: dict[str, Any] = {"calibration": text, "tokens": 1000}
+    rows = read_calibration_text(llama, text, tokens=1000).calibration
+    of_token, tokens = 4 * 32, 7 * 127  # of what goes into a block
+    least = max(4 * 127, 2 * tokens) * of_token
+    assert sum(len(row.ids) for row in rows) == tokens
+    planned = {memory: plan_compression(llama, ratio=0.6, memory=memory, **options) for memory in (None, least, 1)}
+    kept = [planned[memory].phases["gradients"].activations for memory in planned]
+    assert kept == [4 * tokens * of_token, 3 * 4 * 127 * of_token, 4 * 127 * of_token]
+    expected = compress(llama, tmp_path / "expected", ratio=0.6, **options)
+    found = compress(llama, tmp_path / "found", ratio=0.6, memory=least, **options)
+    assert "--memory" not in caplog.text
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
+    compress(llama, tmp_path / "little", ratio=0.6, memory=least - 1, **options)
+    assert "the least bound that it keeps is --memory 0.001" in caplog.text
+    assert bounds == [math.inf, least, least - 1]
 
 
 def test_every_ratio_and_rounding_is_planned(llama: LanguageModel, text: Path) -> None:

@@ -134,6 +134,25 @@ def test_moments_of_gradients_are_those_of_the_summed_loss_by_the_outputs_of_eac
         torch.testing.assert_close(result[m.id].double(), expected, atol=1e-5 * float(expected.max()), rtol=1e-3)
 
 
+@pytest.mark.parametrize(("tokens", "chunks"), [(80, 2), (40, 4), (1, 6)])
+def test_moments_of_gradients_are_the_same_under_every_bound_of_memory(
+    tokens: int, chunks: int, llama: LanguageModel, tmp_path: Path
+) -> None:
+    """The last bound has room for no row, and one is taken all the same."""
+    rows = sequences(40, 30, 20, 20, 20, 20)
+    matrices = [m for m in llama.matrices if m.part_of is None]
+    of_token = 4 * 4 * 32  # four boundaries between three blocks, of 32 numbers in float32
+    expected = gradient_moments(llama, rows, matrices, tmp_path / "at once")
+    taken: list[int] = []
+    result = gradient_moments(
+        llama, rows, matrices, tmp_path / "bounded", memory=of_token * tokens, on_matrix=lambda: taken.append(1)
+    )
+    assert len(taken) == chunks * len(matrices)
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value, atol=1e-5 * float(value.max()), rtol=1e-3)
+
+
 def test_gradients_count_once_where_memory_runs_out(llama: LanguageModel, tmp_path: Path) -> None:
     rows = sequences(30, 30, 9, 9, 30)
     expected = gradient_moments(llama, rows, llama.matrices, tmp_path / "at once")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ def compress(
     refine: int = 0,
     products: str | None = None,
     quantised: bool = False,
+    memory: float | None = None,
     form: Form = "factored",
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
@@ -100,6 +102,7 @@ def compress(
         refine: number of steps that train the factors towards the unchanged model's predictions, one passage of the text each.
         products: dtype of the products in this training, ``bfloat16`` or the model's own. None takes the faster one.
         quantised: whether to measure the perplexity of the unchanged model's weights in 8 and 4 bits (GGUF q8_0 and q4_0) too.
+        memory: bytes of what goes into the blocks, kept for gradients and moments; see ``fit_ranks``. None sets no bound.
         form: ``factored``, or ``dense`` for the products of the factors, which does not make the model smaller.
         dtype: dtype of the saved weights; None keeps the model's dtypes.
         overwrite: whether to replace a folder that laserlm wrote before.
@@ -120,9 +123,9 @@ def compress(
     rows = () if text is None else text.calibration
     _warn_of_few_tokens(lm, rows)
     with _own_folder(lm, rows, method, allocation) as kept:
-        compression = fit_ranks(
-            lm, rows, method=method, allocation=allocation, dense_above=dense_above, folder=kept, on_step=on_step
-        )
+        fit: dict[str, Any] = {"method": method, "allocation": allocation, "dense_above": dense_above}
+        fit["memory"] = math.inf if memory is None else memory
+        compression = fit_ranks(lm, rows, **fit, folder=kept, on_step=on_step)
         settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
         settings |= {"dense_above": dense_above, "refine": refine}
         if text is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,6 +131,7 @@ def plan_compression(
     dense_above: float = DENSE_ABOVE,
     refine: int = 0,
     quantised: bool = False,
+    memory: float | None = None,
     form: Form = "factored",
     dtype: str | torch.dtype | None = None,
 ) -> ExportPlan:
@@ -157,7 +159,7 @@ def plan_compression(
     if calibration is None and has_text:
         phases["text"] = PhaseMemory(sizes.weights, work=planner.writing(BATCH, PASSAGE_TOKENS))
     if method == "two-sided" or allocation == "curvature":
-        phases["gradients"] = _gradients(planner, rows)
+        phases["gradients"] = _gradients(planner, rows, math.inf if memory is None else memory)
         kept_on_disk += sum(4 * m.shape[0] ** 2 for m in matrices)
     phases["decompositions"] = _decompositions(planner, rows, method)
     if refine:
@@ -240,10 +242,13 @@ def _batches(rows: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:
     return [ordered[: max(1, MAX_SCORED_POSITIONS // max(len(row.positions) for row in rows))]]
 
 
-def _gradients(planner: MemoryPlanner, rows: Sequence[TokenSequence]) -> PhaseMemory:
-    """Return the memory of the moments of gradients: the boundaries of all rows, and the moments of a block's outputs."""
-    batch = sorted(rows, key=lambda row: -len(row.ids))[:CALIBRATION_BATCH]
-    boundaries = (planner.n_blocks + 1) * planner.lm.width * planner.lm.dtype.itemsize * sum(len(row.ids) for row in rows)
+def _gradients(planner: MemoryPlanner, rows: Sequence[TokenSequence], memory: float) -> PhaseMemory:
+    """Return the memory of moments of gradients: the boundaries of a chunk of rows, and the moments of a block's outputs."""
+    ordered = sorted(rows, key=lambda row: -len(row.ids))
+    of_token = (planner.n_blocks + 1) * planner.lm.width * planner.lm.dtype.itemsize
+    in_chunk = max(1, int(min(len(rows), memory / of_token / len(ordered[0].ids))))
+    batch = ordered[: min(CALIBRATION_BATCH, in_chunk)]
+    boundaries = of_token * sum(len(row.ids) for row in ordered[:in_chunk])
     of_block = planner.most_in_a_block(lambda m: 4 * m.shape[0] ** 2)
     first = planner.pass_bytes(batch) + planner.logits_bytes(batch, has_gradient=True)
     last = 2 * planner.pass_bytes(batch) + of_block

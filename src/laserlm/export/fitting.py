@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import secrets
 import shutil
 import tempfile
@@ -32,7 +34,10 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, default_matrices, read_matrix
 from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
+from laserlm.searching.memory_plan import GIB
 from laserlm.searching.screen import sensitivities
+
+log = logging.getLogger(__name__)
 
 Method = Literal["plain", "scaled", "whitened", "two-sided"]
 Allocation = Literal["uniform", "sensitivity", "curvature"]
@@ -167,6 +172,7 @@ def fit_ranks(
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
     dense_above: float = DENSE_ABOVE,
+    memory: float = math.inf,
     folder: Path | None = None,
     on_step: OnStep = lambda *_: None,
 ) -> Compression:
@@ -184,6 +190,8 @@ def fit_ranks(
         method: ``plain``, ``scaled``, ``whitened`` or ``two-sided``.
         allocation: ``uniform``, ``sensitivity`` or ``curvature``.
         dense_above: share of its parameters above which a matrix stays dense, unless ranks are uniform.
+        memory: bytes of what goes into the blocks. That of a passage into all blocks and of all passages into two is kept in
+            any case.
         folder: where moments and decompositions are kept. What an earlier call with the same arguments left there is used.
             None keeps them in the cache as long as the result exists.
         on_step: is called after each matrix.
@@ -200,7 +208,9 @@ def fit_ranks(
         weakref.finalize(decompositions, shutil.rmtree, kept, ignore_errors=True)
     needs_gradients = method == "two-sided" or allocation == "curvature"
     steps = _Steps(on_step, len(matrices) * (2 if needs_gradients else 1))
-    gradients = _gradients(lm, rows, matrices, kept, steps) if needs_gradients else None
+    if rows:
+        _warn_of_little_memory(lm, rows, memory, needs_gradients=needs_gradients)
+    gradients = _gradients(lm, rows, matrices, kept, steps, memory) if needs_gradients else None
     missing = [m for m in matrices if m.id not in decompositions]
     steps.done = steps.total - len(missing)
     curvatures = TensorFolder(kept / "losses")
@@ -281,16 +291,44 @@ def _temporary_folder(lm: LanguageModel) -> Path:
     return folder
 
 
+def least_memory(lm: LanguageModel, rows: Sequence[TokenSequence], *, needs_gradients: bool) -> int:
+    """Return the least bound of memory that a compression keeps: what goes into two blocks, or of a passage into all blocks."""
+    of_token = lm.width * lm.dtype.itemsize
+    n_blocks = len({(m.stack, m.layer) for m in lm.all_matrices})
+    longest, every = max(len(row.ids) for row in rows), sum(len(row.ids) for row in rows)
+    return of_token * max((n_blocks + 1) * longest if needs_gradients else 0, 2 * every)
+
+
+def _warn_of_little_memory(lm: LanguageModel, rows: Sequence[TokenSequence], memory: float, *, needs_gradients: bool) -> None:
+    least = least_memory(lm, rows, needs_gradients=needs_gradients)
+    if memory < least:
+        log.warning(
+            "--memory %.3g is less than the %.3g GiB of what goes into two blocks, or of a passage into all blocks; so the "
+            "compression takes more than that; the least bound that it keeps is --memory %.3g",
+            *(memory / GIB, least / GIB, math.ceil(1000 * least / GIB) / 1000),
+        )
+
+
 def _gradients(
-    lm: LanguageModel, rows: Sequence[TokenSequence], matrices: Sequence[Matrix], folder: Path, steps: _Steps
+    lm: LanguageModel,
+    rows: Sequence[TokenSequence],
+    matrices: Sequence[Matrix],
+    folder: Path,
+    steps: _Steps,
+    memory: float,
 ) -> TensorFolder:
     """Return the moments of gradients, which are in the folder once all of them are computed."""
     complete = folder / "gradients"
+
+    def advance() -> None:
+        if steps.done < len(matrices):  # each is taken for every chunk of the rows
+            steps.advance("gradients")
+
     if not complete.is_dir():
         for unfinished in folder.glob("gradients-*"):  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="gradients-", dir=folder) as part:
-            moments = gradient_moments(lm, rows, matrices, Path(part), on_matrix=lambda: steps.advance("gradients"))
+            moments = gradient_moments(lm, rows, matrices, Path(part), memory=memory, on_matrix=advance)
             moments.folder.rename(complete)
     return TensorFolder(complete)
 

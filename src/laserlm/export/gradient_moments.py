@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,7 @@ def gradient_moments(
     folder: Path,
     *,
     batch_size: int = 4,
+    memory: float = math.inf,
     on_matrix: Callable[[], object] = lambda: None,
 ) -> TensorFolder:
     """Return the mean over tokens of g g^T, (m, m), by the matrix's id, in a folder.
@@ -42,7 +45,8 @@ def gradient_moments(
         matrices: weights of linear layers, no parts of fused ones.
         folder: is empty; the result is one of its folders.
         batch_size: rows in one pass. It is halved where memory runs out.
-        on_matrix: called after each matrix.
+        memory: bytes of what goes into the blocks. Rows are taken in chunks that keep it; one row is always taken.
+        on_matrix: called after each matrix of a chunk.
 
     Raises:
         WeightError: if a gradient is not finite.
@@ -51,35 +55,42 @@ def gradient_moments(
     """
     tokens = sum(len(row.targets) for row in rows)
     gradients = _OutputGradients(
-        lm, rows, [(-1.0, []) for _ in rows], matrices, lambda _: _never_decomposed(), batch_size=batch_size, squared=True
+        lm,
+        rows,
+        [(-1.0, []) for _ in rows],
+        matrices,
+        lambda _: _never_decomposed(),
+        batch_size=batch_size,
+        memory=memory,
+        squared=True,
     )
     for scale in gradient_scales(lm):
-        of_chunks = [TensorFolder(folder / f"{scale:g}-0")]
+        whole = of_chunk = TensorFolder(folder / f"{scale:g}-0")
 
         def keep(matrix: Matrix, total: Tensor) -> Tensor:
             on_matrix()
             trace = total.diagonal().sum()
             if bool(trace):
                 # It replaces that of a pass that ran out of memory.
-                of_chunks[-1].add(matrix.id, total.div_(tokens))  # noqa: B023
+                of_chunk.add(matrix.id, total.div_(tokens))  # noqa: B023
             return trace[None]
 
         traces: list[Tensor] = []
-        for _, of_chunk in gradients.chunks(range(len(rows)), keep, scale=scale):
-            traces += of_chunk.values()
-            of_chunks.append(TensorFolder(folder / f"{scale:g}-{len(of_chunks)}"))
+        for number, (_, reduced) in enumerate(gradients.chunks(range(len(rows)), keep, scale=scale), start=1):
+            traces += reduced.values()
+            if of_chunk is not whole:
+                _add(whole, of_chunk)
+            of_chunk = TensorFolder(folder / f"{scale:g}-{number}")
         if all(bool(trace.isfinite()) for trace in traces):
-            return _added(of_chunks[:-1])
+            return whole
     raise WeightError(f"the gradients of the calibration text are not finite: {overflow(lm.model, lm.dtype)}")
 
 
-def _added(folders: Sequence[TensorFolder]) -> TensorFolder:
-    """Return the sums of the tensors of the same names in some folders, in the first of them."""
-    first = folders[0]
-    for folder in folders[1:]:
-        for name, tensor in folder.items():
-            first.add(name, first[name] + tensor if name in first else tensor)
-    return first
+def _add(whole: TensorFolder, part: TensorFolder) -> None:
+    """Add the tensors of a folder to those of the same names in another one, and remove the folder."""
+    for name, tensor in part.items():
+        whole.add(name, whole[name] + tensor if name in whole else tensor)
+    shutil.rmtree(part.folder)
 
 
 class _OutputGradients(ComponentGradients):
