@@ -1,13 +1,17 @@
 """How the cost of a search grows: twice the examples, twice the blocks, twice the candidates.
 
 Tiny Llama models with random weights (256 wide) on questions of worldfacts. Each way is timed in turns, median of three.
-Run: python benchmarks/search_growth.py
+With ``--depth``, races in models of 30, 60 and 120 blocks, 64 wide: processor seconds, and tokens that went through a block.
+Run: python benchmarks/search_growth.py [--depth]
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,11 +22,11 @@ from laserlm.searching import Strategy
 from laserlm.tasks import Task
 
 
-def model(blocks: int) -> LanguageModel:
+def model(blocks: int, width: int = 256) -> LanguageModel:
     torch.manual_seed(0)
     tokenizer = laser.load("bundled").tokenizer
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=256, intermediate_size=768, num_hidden_layers=blocks, num_attention_heads=4,
+        vocab_size=49152, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks, num_attention_heads=4,
         tie_word_embeddings=True,
     )  # fmt: skip
     return LanguageModel(LlamaForCausalLM(config), tokenizer, f"{blocks} blocks", "causal")
@@ -39,7 +43,34 @@ def seconds(lm: LanguageModel, examples: int, grid: str, strategy: Strategy) -> 
     return time.perf_counter() - start
 
 
+def time_depths() -> None:
+    """Print what races in deeper and deeper models take."""
+    seconds(model(2, 64), 64, "all.mlp@0.5,0.1", "race")
+    for blocks in (30, 60, 120):
+        lm, tokens = model(blocks, 64), list[int]()
+        hook = partial(_note_tokens, tokens)
+        for block in lm.model.model.layers:
+            block.mlp.register_forward_hook(hook)
+        start = time.process_time()
+        found = laser.search(lm, task(64), grid="all.mlp@0.5,0.1", strategy="race", metric="loss", guards=())
+        used, total = time.process_time() - start, sum(tokens)
+        print(
+            f"{blocks:4} blocks: {found.candidates} candidates, {found.scored} scored; {used:.1f} s; {total:,} tokens "
+            f"through a block, {total / blocks:,.0f} through all of them",
+            flush=True,
+        )
+
+
+def _note_tokens(tokens: list[int], _module: Any, args: Any, _output: Any) -> None:
+    tokens.append(args[0].shape[:-1].numel())
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", action="store_true", help="races in models of 30, 60 and 120 blocks instead")
+    if parser.parse_args().depth:
+        time_depths()
+        return
     few, many = "all.mlp@0.5,0.1", "all.mlp@0.75,0.5,0.25,0.1"
     small, large = model(6), model(12)
     ways = {

@@ -93,13 +93,15 @@ def main() -> None:
     parser.add_argument("--configurations", type=int, default=5, help="configurations of the published procedure to time")
     parser.add_argument("--questions", type=int, default=60, help="questions that each of them is timed on")
     parser.add_argument("--warm", type=int, default=2, help="warm searches")
+    parser.add_argument("--limit", type=int, help="most questions of each split, for a short trial")
     parser.add_argument(
         "--exhaustive", action="store_true", help="time an exhaustive search of the published grid too (an hour)"
     )
     arguments = parser.parse_args()
     lm, task = laser.load("bundled"), laser.task(arguments.task, data=arguments.data)
-    n, grid = len(task.validation), len(expand(GRID, lm.matrices))
+    n, grid = len(task.validation.limit(arguments.limit)), len(expand(GRID, lm.matrices))
     options = ["--task", arguments.task, "--metric", arguments.metric]
+    options += [] if arguments.limit is None else ["--limit", str(arguments.limit)]
     options += [] if arguments.data is None else ["--data", arguments.data]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
