@@ -134,6 +134,15 @@ def test_moments_of_gradients_are_those_of_the_summed_loss_by_the_outputs_of_eac
         torch.testing.assert_close(result[m.id].double(), expected, atol=1e-5 * float(expected.max()), rtol=1e-3)
 
 
+def test_moments_are_those_of_a_model_at_full_precision(llama: LanguageModel) -> None:
+    """Whatever the caller's context is, as the gradients of the same text are."""
+    (of_block, expected), *_ = moments_by_block(llama, ROWS, llama.matrices)
+    with torch.autocast("cpu", torch.bfloat16):
+        (_, result), *_ = moments_by_block(llama, ROWS, llama.matrices)
+    assert of_block
+    assert all(torch.equal(result[path], value) for path, value in expected.items())
+
+
 @pytest.mark.parametrize(("tokens", "chunks"), [(80, 2), (40, 4), (1, 6)])
 def test_moments_of_gradients_are_the_same_under_every_bound_of_memory(
     tokens: int, chunks: int, llama: LanguageModel, tmp_path: Path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +65,7 @@ class _Walk:
         self.block_order = list(self.check.block_order)
         self.caches: list[PrefixCache] = []
 
+    @full_precision()
     @torch.no_grad()
     def moments(self, block: Block, paths: Sequence[str]) -> dict[str, Tensor]:
         """Return the second moments of the inputs of some layers of a block."""
@@ -125,8 +126,7 @@ def _summed(lm: LanguageModel, paths: Sequence[str]) -> Iterator[dict[str, Tenso
             if path not in sums:
                 sums[path] = torch.zeros(x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
                 counts[path] = 0
-            with nullcontext() if x.device.type == "cpu" else full_precision():  # the kernels on CPUs are exact already
-                sums[path] += flat.T @ flat
+            sums[path] += flat.T @ flat
             counts[path] += len(flat)
 
         return hook
