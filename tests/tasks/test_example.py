@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
@@ -176,18 +177,26 @@ def test_equal_questions_are_in_one_shuffled_split(seed: int) -> None:
         ({}, True),
         ({"prompt": " Question 1:\n", "answer": " answer 1 "}, True),
         ({"choices": ("answer 1", "no"), "group": "g", "popularity": 2.0, "aliases": ("a",), "fact": "f"}, True),
+        ({"prompt": "Question\u00a0  1:", "answer": "answer\t1"}, True),
         ({"prompt": "question 1:"}, False),
+        ({"prompt": "Question1:"}, False),
         ({"answer": "answer 2"}, False),
     ],
     ids=str,
 )
-def test_questions_are_equal_by_prompt_and_answer_without_outer_white_space(change: dict[str, Any], is_equal: bool) -> None:
+def test_questions_are_equal_by_prompt_and_answer_whatever_their_white_space_is(change: dict[str, Any], is_equal: bool) -> None:
     first, *others = rows(6)[1:]
     task = Task.of("t", [first, *others, replace(first, **({"id": "again"} | change))])
     again = task.every.examples[-1]
     assert (again.fact == task.every.examples[0].fact) == is_equal
     assert len(facts_of(task.every)) == (5 if is_equal else 6)
     assert task.every.hash != Task.of("t", [first, *others]).every.hash
+
+
+def test_letters_with_accents_are_equal_in_both_forms_of_unicode() -> None:
+    one, two = (Example(id=form, prompt=normalize(form, "Où est né Molière ?"), answer="Paris") for form in ("NFC", "NFD"))
+    assert one.prompt != two.prompt
+    assert len(facts_of(Task.of("t", [one, two, *rows(4)]).every)) == 5
 
 
 def test_facts_that_are_linked_by_equal_questions_are_one_fact_in_any_order_of_the_file() -> None:

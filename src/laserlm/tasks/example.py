@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -90,9 +91,18 @@ class Example:
 
     @property
     def question(self) -> tuple[str, str]:
-        """What makes two examples equal: texts and answer without outer white space. Choices, ids and groups may differ."""
-        pair = f"\n\n{self.text_pair.strip()}" if self.text_pair else ""
-        return self.prompt.strip() + pair, self.answer.strip()
+        """What makes two examples equal: the letters of texts and answer, and where they are parted by white space.
+
+        Choices, ids and groups may differ, and so may the kind and number of white space, and how letters with accents are
+        encoded, as they do between copies of a question in a spreadsheet.
+        """
+        pair = f"\n\n{_plain(self.text_pair)}" if self.text_pair else ""
+        return _plain(self.prompt) + pair, _plain(self.answer)
+
+
+def _plain(text: str) -> str:
+    """Return a text in the composed form of Unicode (NFC), with single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 @dataclass(frozen=True)
