@@ -18,7 +18,8 @@ from laserlm.models import LanguageModel
 from laserlm.models.matrices import find_stacks
 from laserlm.scoring.evaluate import evaluate, evaluate_rows
 from laserlm.scoring.forward import batches
-from laserlm.scoring.prefix_cache import PrefixCache
+from laserlm.scoring.prefix_cache import PrefixCache, PrefixCheck
+from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.tokenize import encode
 from laserlm.tasks import Example, Split
 
@@ -121,6 +122,28 @@ def test_earlier_boundaries_serve_the_way_down_until_they_are_freed(llama: Langu
     frontier.move_to("", 1)
     assert runs
     assert frontier.run() == below
+
+
+def test_boundaries_are_tried_on_the_ends_of_long_rows(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laserlm.scoring.prefix_cache.CHECKED_TOKENS", 4)
+    ids = tuple(range(5, 45))
+    rows = [TokenSequence(0, ids[:n], ids[1 : n + 1], tuple(range(n))) for n in (3, 20, 30, 39)]
+    cache = PrefixCache(llama, rows, 4)
+    lengths: list[int] = []
+    llama.model.model.layers[2].mlp.register_forward_hook(lambda _module, args, _output: lengths.append(args[0].shape[1]))
+    check = PrefixCheck(llama, rows)
+    assert check.is_exact(1)
+    assert max(lengths) == 4
+    whole = cache.run()
+    cache.move_to("", 2)
+    assert cache.boundary == 2
+    assert [x for one in cache.run() for x in one.logprobs] == pytest.approx(
+        [x for one in whole for x in one.logprobs], abs=1e-5
+    )
+    lengths.clear()
+    early = [TokenSequence(0, ids, (7,), (0,))]  # nothing is scored at its end
+    assert PrefixCheck(llama, early).block_order
+    assert max(lengths) == len(ids)
 
 
 def test_an_error_inside_a_pass_puts_the_blocks_back(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

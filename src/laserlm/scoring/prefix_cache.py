@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.records import TokenScores, TokenSequence
 
 log = logging.getLogger(__name__)
+CHECKED_TOKENS = 128
+"""Most tokens of a causal model's rows on which boundaries are tried: what blocks hand on does not depend on the length."""
 TOLERANCE = 1e-4
 """Largest difference, in nats, between a pass through stubs and a complete one. On most models both are equal to the bit."""
 
@@ -192,6 +195,8 @@ class PrefixCheck:
         by_length = sorted(rows, key=lambda row: len(row.ids))
         # Two batches, so that the second cannot use anything that the first left somewhere in the model.
         sample = [by_length[i] for i in sorted({0, len(rows) // 3, 2 * len(rows) // 3, len(rows) - 1})]
+        if lm.kind == "causal":
+            sample = [_end_of(row) for row in sample]
         self.block_order: list[Block] = []
         self._exact = {0}
         self._lm = lm
@@ -242,6 +247,16 @@ class PrefixCheck:
 
     def _scores(self) -> list[float]:
         return [x for outcome in self._cache.run() for x in (*outcome.logprobs, *outcome.choice_logprobs)]
+
+
+def _end_of(row: TokenSequence) -> TokenSequence:
+    """Return a row of a causal model without all but its last tokens; all of it where nothing would be left to score."""
+    left_out = len(row.ids) - CHECKED_TOKENS
+    kept = [(t, p - left_out) for t, p in zip(row.targets, row.positions, strict=True) if p >= left_out]
+    if left_out <= 0 or not kept:
+        return row
+    targets, positions = zip(*kept, strict=True)
+    return replace(row, ids=row.ids[left_out:], targets=targets, positions=positions)
 
 
 def _stub(output: Any, *, copied: bool) -> Callable[..., Any]:
