@@ -134,13 +134,14 @@ def test_moments_of_gradients_are_those_of_the_summed_loss_by_the_outputs_of_eac
         torch.testing.assert_close(result[m.id].double(), expected, atol=1e-5 * float(expected.max()), rtol=1e-3)
 
 
-def test_moments_are_those_of_a_model_at_full_precision(llama: LanguageModel) -> None:
-    """Whatever the caller's context is, as the gradients of the same text are."""
-    (of_block, expected), *_ = moments_by_block(llama, ROWS, llama.matrices)
+def test_moments_are_those_of_a_model_at_full_precision(llama: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the caller's context is, as the gradients of the same text are. The blocks run alone there too."""
+    expected = moments(llama)
     with torch.autocast("cpu", torch.bfloat16):
-        (_, result), *_ = moments_by_block(llama, ROWS, llama.matrices)
-    assert of_block
+        result = moments(llama)
+    assert result.keys() == expected.keys()
     assert all(torch.equal(result[path], value) for path, value in expected.items())
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
 
 
 @pytest.mark.parametrize(("tokens", "chunks"), [(80, 2), (40, 4), (1, 6)])

@@ -54,6 +54,7 @@ def moments_by_block(
 class _Walk:
     """Runs the blocks of a model one after another, on all rows each."""
 
+    @full_precision()  # the complete scores, with which those from a boundary are compared
     def __init__(self, lm: LanguageModel, rows: Sequence[TokenSequence], batch_size: int) -> None:
         self.lm = lm
         self.batch_size = batch_size
