@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,7 +115,8 @@ def test_a_model_that_works_on_its_logits_by_place_gets_all_places(make: Make, m
         return out
 
     monkeypatch.setattr(lm.model, "forward", by_place)
-    monkeypatch.setattr(batch.inspect, "signature", lambda _: type("S", (), {"parameters": {"use_cache": 1}}))
+    parameter = inspect.Parameter("use_cache", inspect.Parameter.KEYWORD_ONLY)
+    monkeypatch.setattr(batch.inspect, "signature", lambda _: type("S", (), {"parameters": {parameter.name: parameter}}))
     batches(lm, encode(lm, EXAMPLES, "answer"), 5)
     assert lm.reads_positions is False
 

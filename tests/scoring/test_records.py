@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from laserlm.errors import ScoringError
-from laserlm.scoring.records import Evaluation, ExampleScore
+from laserlm.scoring.records import Evaluation, ExampleScore, TokenSequence
 
 
 def score(id_: str, correct: bool, answer: str, *, logprob: float = -1.0, tokens: int = 1) -> ExampleScore:
@@ -112,3 +112,13 @@ def test_an_evaluation_prints_its_split_intervention_and_figures(lopsided: Evalu
     assert str(lopsided) == "claims/test base: accuracy 70.0% [39.7%, 89.2%], loss 1.000 nats/token, n 10"
     edited = evaluation(*lopsided.scores, intervention="3.fc_in@0.1")
     assert str(edited).startswith("claims/test 3.fc_in@0.1: accuracy 70.0%")
+
+
+def test_the_end_of_a_sequence_keeps_what_is_predicted_there() -> None:
+    sequence = TokenSequence(0, (5, 6, 7, 8, 9), targets=(7, 9, 4), positions=(1, 3, 4))
+    end = sequence.end(3)
+    assert (end.ids, end.targets, end.positions) == ((7, 8, 9), (9, 4), (1, 2))
+    assert sequence.end(5) is sequence.end(9) is sequence
+    early = TokenSequence(0, (5, 6, 7, 8, 9), targets=(7,), positions=(1,))
+    assert early.end(3) is early  # nothing is predicted there
+    assert early.end(4).positions == (0,)

@@ -44,6 +44,9 @@ LOGITS_BYTES_ON_GPU = 2**28
 LEAST_SAVING = 0.1
 """Share of the work that joined rows have to save. Where they save less, each sequence has a row of its own."""
 
+CHECKED_TOKENS = 128
+"""Most tokens of a causal model's rows on which it is tried what does not depend on their length."""
+
 Progress = Callable[[int, int], None]
 """Called with the number of items done and their total."""
 
@@ -215,6 +218,7 @@ def _reads_positions(lm: LanguageModel, row: TokenSequence) -> bool | None:
     """Return whether the output layer gives the same logits if it gets the scored positions only; None if unknown."""
     if lm.kind in TEXT_KINDS:
         return False
+    row = row.end(CHECKED_TOKENS) if lm.kind == "causal" else row
     batch = make_batch(lm, [row, row], [(0,), (1,)])
     all_positions = [x for outcome in run_batch(lm, batch) for x in outcome.logprobs]
     try:

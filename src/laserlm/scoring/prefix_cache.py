@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,13 +21,11 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import find_stacks
 from laserlm.out_of_memory import uniform_out_of_memory
 from laserlm.scoring.batch import Batch
-from laserlm.scoring.forward import batches, run_batch
+from laserlm.scoring.forward import CHECKED_TOKENS, batches, run_batch
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.records import TokenScores, TokenSequence
 
 log = logging.getLogger(__name__)
-CHECKED_TOKENS = 128
-"""Most tokens of a causal model's rows on which boundaries are tried: what blocks hand on does not depend on the length."""
 TOLERANCE = 1e-4
 """Largest difference, in nats, between a pass through stubs and a complete one. On most models both are equal to the bit."""
 
@@ -196,7 +193,7 @@ class PrefixCheck:
         # Two batches, so that the second cannot use anything that the first left somewhere in the model.
         sample = [by_length[i] for i in sorted({0, len(rows) // 3, 2 * len(rows) // 3, len(rows) - 1})]
         if lm.kind == "causal":
-            sample = [_end_of(row) for row in sample]
+            sample = [row.end(CHECKED_TOKENS) for row in sample]
         self.block_order: list[Block] = []
         self._exact = {0}
         self._lm = lm
@@ -247,16 +244,6 @@ class PrefixCheck:
 
     def _scores(self) -> list[float]:
         return [x for outcome in self._cache.run() for x in (*outcome.logprobs, *outcome.choice_logprobs)]
-
-
-def _end_of(row: TokenSequence) -> TokenSequence:
-    """Return a row of a causal model without all but its last tokens; all of it where nothing would be left to score."""
-    left_out = len(row.ids) - CHECKED_TOKENS
-    kept = [(t, p - left_out) for t, p in zip(row.targets, row.positions, strict=True) if p >= left_out]
-    if left_out <= 0 or not kept:
-        return row
-    targets, positions = zip(*kept, strict=True)
-    return replace(row, ids=row.ids[left_out:], targets=targets, positions=positions)
 
 
 def _stub(output: Any, *, copied: bool) -> Callable[..., Any]:

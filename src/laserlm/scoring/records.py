@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,18 @@ class TokenSequence:
     ranked: bool = False
     top: int = 0
     type_ids: tuple[int, ...] = ()
+
+    def end(self, most: int) -> TokenSequence:
+        """Return the last ``most`` tokens of a causal model's sequence, and of its targets those that are predicted there.
+
+        The whole sequence is returned where it is not longer, or where nothing would be left to score.
+        """
+        left_out = len(self.ids) - most
+        kept = [(t, p - left_out) for t, p in zip(self.targets, self.positions, strict=True) if p >= left_out]
+        if left_out <= 0 or not kept:
+            return self
+        targets, positions = zip(*kept, strict=True)
+        return replace(self, ids=self.ids[left_out:], targets=targets, positions=positions)
 
 
 @dataclass(frozen=True)
