@@ -9,14 +9,32 @@ from families import CAUSAL, SEQ2SEQ, bpe
 from tokenizers import processors
 
 import laserlm.scoring.generation as module
+from laserlm.edit import applied
 from laserlm.errors import ScoringError
 from laserlm.models import LanguageModel
 from laserlm.scoring.evaluate import evaluate
 from laserlm.scoring.generation import continuation, generate, generate_for
+from laserlm.searching.guard import own_text
 from laserlm.tasks import Decoding, Example, Split
 
 Make = Callable[..., LanguageModel]
 PROMPTS = ["The capital of France is", "Rome is a city in Italy and the capital of Norway is", "Oslo"]
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_logits_that_are_not_finite_end_in_an_error_with_the_way_out(temperature: float | None, llama: LanguageModel) -> None:
+    """A model in half precision may overflow. Sampling would end in an error of PyTorch, and greedy decoding in any text."""
+    with torch.no_grad():
+        llama.model.model.norm.weight.fill_(3e4)
+        llama.model.lm_head.weight.fill_(3e4)
+    llama.model.half()
+    expected = r"are not finite, so it writes no text: .* overflows float16.*--dtype float32"
+    with pytest.raises(ScoringError, match=f"logits of llama {expected}"):
+        generate(llama, ["The city"], max_new_tokens=3, temperature=temperature)
+    with pytest.raises(ScoringError, match=rf"logits of llama under 1\.fc_up@0\.5 {expected}"), applied(llama, "1.fc_up@0.5"):
+        generate(llama, ["The city"], max_new_tokens=3, temperature=temperature)
+    with pytest.raises(ScoringError, match=expected):
+        own_text(llama, 2, 0, 5)
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, *SEQ2SEQ])

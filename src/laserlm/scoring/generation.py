@@ -19,7 +19,7 @@ from laserlm.scoring.chat import ChatTemplate, without_thoughts
 from laserlm.scoring.forward import Progress
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
-from laserlm.scoring.model_errors import as_scoring_error
+from laserlm.scoring.model_errors import as_scoring_error, finite_logits
 from laserlm.scoring.tokenize import check_known, masked_text, max_length, prefix_tokens, with_prefix
 from laserlm.tasks.example import Decoding, Example
 
@@ -50,7 +50,8 @@ def generate(
         on_text: is called with each piece of the text of a single prompt as it is generated.
 
     Raises:
-        ScoringError: if the model is a masked one, which does not generate, or a text grows longer than the model allows.
+        ScoringError: if the model is a masked one, which does not generate, a text grows longer than the model allows, or
+            logits are not finite.
         TokenizationError: if the model has no embedding for a token.
         ModelError: if the model has no head or no tokenizer.
     """
@@ -91,6 +92,7 @@ def generate(
             min_new_tokens=1,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
+            logits_processor=finite_logits(lm),
             stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, stops, start)] if stops else []),
             streamer=None if on_text is None else _Streamer(tokenizer, on_text),
         )

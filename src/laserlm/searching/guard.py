@@ -29,7 +29,7 @@ from laserlm.scoring.forward import run_rows
 from laserlm.scoring.identity import digest
 from laserlm.scoring.kernels import fast_cpu_kernels
 from laserlm.scoring.memory import halve_until_it_fits
-from laserlm.scoring.model_errors import as_scoring_error
+from laserlm.scoring.model_errors import as_scoring_error, finite_logits
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.scorers import scorer_for
 from laserlm.scoring.statistics import Interval
@@ -389,6 +389,7 @@ def _sampled(lm: LanguageModel, n: int, tokens: int, seed: int, counter: _TokenC
             # No token ends a text: what the model writes after one is a sample too.
             eos_token_id=NO_TOKEN,
             pad_token_id=start_token(lm.tokenizer)[0],
+            logits_processor=finite_logits(lm),
             stopping_criteria=StoppingCriteriaList([counter]),
         )
     return [list(map(int, row)) for row in ids.tolist()]
