@@ -111,6 +111,20 @@ def test_contributions_are_the_gradient_by_the_strength_of_each_component(family
     check_both(make(family))
 
 
+@pytest.mark.parametrize("squared", [False, True])
+def test_contributions_in_float16_are_those_in_float32(squared: bool, make: Make) -> None:
+    """The loss is scaled in float16, so that its gradients do not vanish. The scale, and its square, are taken out again."""
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        lm = make("llama")
+        lm.model.to(dtype)
+        encoded = EncodedSplit(Split("example", "some", EXAMPLES, "answer"), encode(lm, EXAMPLES, "answer"), "answer")
+        state = PrefixScorer(lm, {"some": encoded}, batch_size=2)
+        results.append(state.contributions("some", range(3), Intervention(), matrices_of(lm), squared=squared))
+    for name, expected in results[0].items():
+        assert (results[1][name] - expected).norm() < 0.05 * expected.norm()
+
+
 class Caching(LlamaForCausalLM):
     """A model that keeps keys and values whatever it is asked for."""
 
