@@ -260,7 +260,7 @@ def test_a_step_is_chosen_on_as_many_questions_as_memory_has_room_for(
     assert (len(gradient.ids), len(trial.ids)) == (22, 15)
     assert "components are chosen on 22 of 30 questions" in caplog.text
     least = math.ceil(1000 * 16 * K * 45 / 2**30) / 1000  # of three equal parts
-    assert f"the least bound that has room for all that are used is --memory {least:.3g}" in caplog.text
+    assert f"the least bound that has room for all that are used is --memory {least:g}" in caplog.text
     caplog.clear()
     search(llama, questions(), **settings | {"memory": least * 2**30})
     assert "are chosen on" not in caplog.text

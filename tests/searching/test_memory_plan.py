@@ -13,13 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from laserlm.edit import DecompositionCache
+from laserlm.export.fitting import fit_ranks
 from laserlm.models import LanguageModel
 from laserlm.models.matrices import Matrix
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.tokenize import encode
 from laserlm.searching import SearchResult, search
-from laserlm.searching.memory_plan import LOGITS_OF_A_DRAW, MemoryPlanner, decomposed_bytes, decomposing_bytes
+from laserlm.searching.components import questions_with_room
+from laserlm.searching.config import SearchConfig
+from laserlm.searching.memory_plan import (
+    GIB,
+    LOGITS_OF_A_DRAW,
+    MemoryPlanner,
+    decomposed_bytes,
+    decomposing_bytes,
+    memory_option,
+    warn_of_little_memory,
+)
 from laserlm.tasks import Task
 
 WIDTH, INNER = 192, 512
@@ -115,3 +126,30 @@ def test_too_little_memory_is_exceeded_with_a_word_and_changes_no_result(
     little = found(least - 1)
     assert "the least bound that it keeps is --memory 0.001" in caplog.text
     assert (little.best, little.test.edited_loss) == (enough.best, pytest.approx(enough.test.edited_loss, abs=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("gib", "option"),
+    [(12.345, "12.345"), (1023.4, "1023.4"), (2.0, "2"), (1e-9, "0.001"), (7.0001, "7.001"), (0.125, "0.125")],
+)
+def test_the_option_for_some_bytes_is_rounded_up(gib: float, option: str) -> None:
+    size = int(gib * GIB)
+    assert memory_option(size) == option
+    assert (float(option) - 0.001) * GIB < size <= float(option) * GIB
+
+
+@pytest.mark.parametrize(("gib", "option"), [(12.345, "12.345"), (1023.4, "1023.4")])
+def test_warnings_of_too_little_memory_name_a_bound_that_is_large_enough(
+    gib: float, option: str, llama: LanguageModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = int(gib * GIB)
+    monkeypatch.setattr(MemoryPlanner, "least", lambda *_, **__: least)
+    monkeypatch.setattr("laserlm.export.fitting.least_memory", lambda *_, **__: least)
+    rows = [TokenSequence(0, (5, 6, 7), (6, 7, 8), (0, 1, 2))]
+    planner = MemoryPlanner(llama, llama.matrices, memory=12 * GIB, batch_size=1)
+    warn_of_little_memory(planner, rows, has_gradient=True)
+    fit_ranks(llama, rows, memory=12 * GIB)
+    questions_with_room(SearchConfig(memory=12 * GIB, gradient_examples=60), least // (16 * 60), [range(20)] * 3)
+    said = [r.getMessage() for r in caplog.records if "--memory" in r.getMessage()]
+    assert [text.rpartition("--memory ")[2] for text in said] == [option] * 3
+    assert [f"--memory 12 is less than the {option} GiB" in text for text in said] == [True, True, False]

@@ -34,7 +34,7 @@ from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, default_matrices, read_matrix
 from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
-from laserlm.searching.memory_plan import GIB
+from laserlm.searching.memory_plan import GIB, memory_option
 from laserlm.searching.screen import sensitivities
 
 log = logging.getLogger(__name__)
@@ -303,9 +303,9 @@ def _warn_of_little_memory(lm: LanguageModel, rows: Sequence[TokenSequence], mem
     least = least_memory(lm, rows, needs_gradients=needs_gradients)
     if memory < least:
         log.warning(
-            "--memory %.3g is less than the %.3g GiB of what goes into two blocks, or of a passage into all blocks; so the "
-            "compression takes more than that; the least bound that it keeps is --memory %.3g",
-            *(memory / GIB, least / GIB, math.ceil(1000 * least / GIB) / 1000),
+            "--memory %.6g is less than the %s GiB of what goes into two blocks, or of a passage into all blocks; so the "
+            "compression takes more than that; the least bound that it keeps is --memory %s",
+            *(memory / GIB, memory_option(least), memory_option(least)),
         )
 
 

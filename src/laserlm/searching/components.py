@@ -36,7 +36,7 @@ from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import LEAST_FACTS, Metric, SearchConfig
 from laserlm.searching.guard import PASSAGES
 from laserlm.searching.ledger import BASE, ScoreLedger
-from laserlm.searching.memory_plan import GIB
+from laserlm.searching.memory_plan import GIB, memory_option
 from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.scorer import Failure
 from laserlm.searching.session import GuardScores, SearchSession
@@ -311,9 +311,9 @@ def questions_with_room(config: SearchConfig, components: int, parts: Sequence[r
     if warn and room < config.gradient_examples and any(len(part) > most for part in parts):
         enough = DERIVATIVE_BYTES * components * min(config.gradient_examples, len(parts) * max(map(len, parts)))
         log.warning(
-            "components are chosen on %d of %d questions, for whose derivatives --memory %.3g has room; the least bound that "
-            "has room for all that are used is --memory %.3g",
-            *(len(asked), sum(map(len, parts)), config.memory / GIB, math.ceil(1000 * enough / GIB) / 1000),
+            "components are chosen on %d of %d questions, for whose derivatives --memory %.6g has room; the least bound that "
+            "has room for all that are used is --memory %s",
+            *(len(asked), sum(map(len, parts)), config.memory / GIB, memory_option(enough)),
         )
     return asked
 

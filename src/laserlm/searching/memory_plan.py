@@ -244,10 +244,15 @@ def warn_of_little_memory(planner: MemoryPlanner, rows: Sequence[TokenSequence],
     least = planner.least(rows, has_gradient=has_gradient)
     if planner.memory < least:
         log.warning(
-            "--memory %.3g is less than the %.3g GiB that the decompositions of a %s and a single question take in any case; "
-            "so the search takes more than that; the least bound that it keeps is --memory %.3g",
-            *(planner.memory / GIB, least / GIB, "block" if has_gradient else "matrix", math.ceil(1000 * least / GIB) / 1000),
+            "--memory %.6g is less than the %s GiB that the decompositions of a %s and a single question take in any case; "
+            "so the search takes more than that; the least bound that it keeps is --memory %s",
+            *(planner.memory / GIB, memory_option(least), "block" if has_gradient else "matrix", memory_option(least)),
         )
+
+
+def memory_option(size: float) -> str:
+    """Return the least value of ``--memory`` that has room for some bytes: GiB, rounded up to thousandths."""
+    return f"{math.ceil(1000 * size / GIB) / 1000:.15g}"
 
 
 def _tokens(row: TokenSequence) -> int:
