@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
+import torch
 from searching.conftest import BeforeScoring
 from searching.support import scores
 
 from laserlm.models import LanguageModel
+from laserlm.scoring.tokenize import encode
 from laserlm.searching import search
-from laserlm.tasks import Task
+from laserlm.searching.base_scores import find_file
+from laserlm.searching.scorer import EncodedSplit
+from laserlm.tasks import Split, Task
 
 SHORT = {"strategy": "exhaustive", "grid": "1.fc_in@0.5", "metric": "loss"}
 Searched = Callable[..., list[str]]
@@ -20,11 +26,21 @@ Searched = Callable[..., list[str]]
 def base_scored(lm: LanguageModel, task: Task, tmp_path: Path, before_scoring: BeforeScoring) -> Searched:
     """Search, and return the splits that the unchanged model was scored on."""
     splits: list[str] = []
-    before_scoring(lambda intervention, split: splits.append(split.name) if not intervention else None)
+    is_interrupted = False
 
-    def run(name: str, of: Task = task, **options: object) -> list[str]:
+    def count(intervention: str, split: Split) -> None:
+        if is_interrupted and intervention:
+            raise KeyboardInterrupt
+        splits.extend([] if intervention else [split.name])
+
+    before_scoring(count)
+
+    def run(name: str, of: Task = task, *, interrupted: bool = False, **options: object) -> list[str]:
+        nonlocal is_interrupted
         splits.clear()
-        search(lm, of, store=tmp_path / f"{name}.db", **SHORT | options)
+        is_interrupted = interrupted
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            search(lm, of, store=tmp_path / f"{name}.db", **SHORT | options)
         return sorted(set(splits))
 
     return run
@@ -81,3 +97,32 @@ def test_generated_texts_are_not_kept(lm: LanguageModel, task: Task, tmp_path: P
     of_texts = replace(task, **{n: replace(getattr(task, n), scorer="contains") for n in ("validation", "test")})
     search(lm, of_texts, store=tmp_path / "s.db", **SHORT)
     assert len(list((lm.cache / "scores").iterdir())) == 3  # validation by loss, and the two parts of the guard
+
+
+def test_what_an_earlier_process_scored_elsewhere_is_not_kept(base_scored: Searched, lm: LanguageModel) -> None:
+    assert base_scored("first", interrupted=True) == ["test", "validation"]
+    rmtree(lm.cache / "scores")
+    lm.model.set_attn_implementation("eager")
+    assert base_scored("first") == ["guard 0 choosing", "guard 0 measuring"]
+    assert base_scored("second") == ["test", "validation"]
+
+
+def test_what_others_grade_and_what_is_rounded_is_not_kept(lm: LanguageModel, task: Task) -> None:
+    encoded = EncodedSplit(task.test, encode(lm, task.test.examples, "first_token"), "first_token")
+    assert find_file(lm, encoded, {}) is not None
+    assert find_file(lm, replace(encoded, split=replace(task.test, judge=lambda *_: [])), {}) is None
+    lm.model.to(torch.bfloat16)
+    assert find_file(lm, encoded, {}) is None
+
+
+def test_products_of_less_precision_are_others(lm: LanguageModel, task: Task) -> None:
+    encoded = EncodedSplit(task.test, encode(lm, task.test.examples, "first_token"), "first_token")
+    files = {find_file(lm, encoded, {}), find_file(lm, encoded, {"device": "other"})}
+    torch.set_float32_matmul_precision("high")
+    try:
+        files.add(find_file(lm, encoded, {}))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with torch.autocast("cpu"):
+        files.add(find_file(lm, encoded, {}))
+    assert len(files) == 4

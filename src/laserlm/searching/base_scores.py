@@ -9,9 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from laserlm.models.language_model import LanguageModel
 from laserlm.paths import atomic_file
+from laserlm.provenance import versions
 from laserlm.scoring.identity import digest, identity
+from laserlm.scoring.output_layer import HALF
 from laserlm.scoring.records import Evaluation, ExampleScore
 from laserlm.scoring.scorers import GENERATING
 from laserlm.searching.scorer import EncodedSplit
@@ -20,18 +24,22 @@ METHOD = 1
 """Goes up when a change of the code changes scores, so that no score of the old way is taken from the cache."""
 
 
-def file_of(lm: LanguageModel, encoded: EncodedSplit, hardware: Mapping[str, Any]) -> Path | None:
-    """Return the file for the scores of the unchanged model on a split; None where the model generates text.
+def find_file(lm: LanguageModel, encoded: EncodedSplit, hardware: Mapping[str, Any]) -> Path | None:
+    """Return the file for the scores of the unchanged model on a split; None where none are kept.
+
+    None are kept of text that the model generates, and of tasks that another library grades. None are kept in half precision,
+    where scores of other batches differ so much that the unchanged and the edited model must be scored in the same ones.
 
     Args:
         lm: the unchanged model.
         encoded: the split.
         hardware: what computes the scores, with its batch size, for scores of other hardware differ in the last digits.
     """
-    if encoded.scorer in GENERATING:
+    if encoded.scorer in GENERATING or encoded.split.judge is not None or lm.dtype in HALF:
         return None
     of_scores = identity(lm, encoded.scorer, (replace(encoded.split, name="examples"),), encoded.sequences, 0)
-    return lm.cache / "scores" / f"{digest([METHOD, of_scores, dict(hardware)])}.json"
+    precision = [torch.get_float32_matmul_precision(), torch.is_autocast_enabled(lm.device.type)]
+    return lm.cache / "scores" / f"{digest([METHOD, versions(), precision, of_scores, dict(hardware)])}.json"
 
 
 def read(file: Path, lm: LanguageModel, encoded: EncodedSplit) -> Evaluation | None:

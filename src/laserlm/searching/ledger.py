@@ -72,7 +72,7 @@ class ScoreLedger:
         self._batch_size = self._first_batch_size = self.executor.batch_size
         self._earlier = self.run.notes.get("computed_on", [])[-1:]  # of the process before this one
         self._is_new = True  # nothing was saved by this process
-        self._is_base_kept = False
+        self._is_base_kept = bool(self.n(BASE))  # scores of an earlier process may be of other hardware
         self._stops: set[int] = set()
         self._unsaved: dict[tuple[str, int], tuple[ScoreTask, Any]] = {}
 
@@ -166,8 +166,9 @@ class ScoreLedger:
 
     @cached_property
     def _file_of_base(self) -> Path | None:
+        self.executor.block_order(self.name)  # waits for a worker, which says what its hardware is
         hardware = self.executor.hardware | {"batch_size": self._first_batch_size}
-        return base_scores.file_of(self.lm, self.encoded, hardware)
+        return base_scores.find_file(self.lm, self.encoded, hardware)
 
     def _read_base(self) -> None:
         """Take all scores of the unchanged model from an earlier search on the same examples, if there are any."""

@@ -15,12 +15,12 @@ from laserlm.reductions import Intervention, short_form
 from laserlm.scoring.evaluate import Comparison, compare
 from laserlm.scoring.records import Evaluation
 from laserlm.scoring.scorers import GENERATING
-from laserlm.scoring.statistics import mean_test
 from laserlm.searching.candidates import Candidate
 from laserlm.searching.config import Metric, SearchConfig
 from laserlm.searching.executors import OutOfTimeError
 from laserlm.searching.guard import Guard, Harm
 from laserlm.searching.ledger import BASE, ScoreLedger
+from laserlm.searching.race import is_significantly_worse
 from laserlm.searching.result import ComposeStep, Point, RungReport, ScreenReport, SearchProgress, sort_key
 from laserlm.store import Run
 
@@ -270,7 +270,7 @@ class SearchSession:
         """Measure the harm of the candidates that were scored on every validation example, of the best ``MAX_HARMS`` at most.
 
         It is for the list of gain against harm and for the map. The choice stays as it is. What another candidate beats in
-        gain and loss, and clearly in harm on the first examples, cannot be in the list: its harm is not measured further.
+        gain and loss, and clearly in harm on the first examples, is hardly in the list: its harm is not measured further.
         Where the time is used up, the harm of some is not measured, and a warning says of how many.
         """
         ledger, n = self.on_validation, len(self.on_validation.split)
@@ -402,11 +402,7 @@ class SearchSession:
 def _has_less_harm(choosing: ScoreLedger, one: Intervention, other: Intervention) -> bool:
     """Return whether one has significantly less loss than another on the first examples of a guard that both have."""
     n = min(choosing.n(one), choosing.n(other), FIRST_HARM_EXAMPLES)
-    if not n:
-        return False
-    less, more = choosing.first(one, n), choosing.first(other, n)
-    differences = [b.loss - a.loss for a, b in zip(less.scores, more.scores, strict=True)]
-    return mean_test(differences, less.facts) <= HARM_DELTA
+    return n > 0 and is_significantly_worse(choosing.first(one, n), choosing.first(other, n), "loss", HARM_DELTA)
 
 
 def _passes(ledger: ScoreLedger) -> float:
