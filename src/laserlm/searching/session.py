@@ -301,9 +301,11 @@ class SearchSession:
             choosing = guard.choosing
             stop = len(choosing.split) if most is None else min(most, len(choosing.split))
             choosing.deadline = self.on_validation.deadline
-            self.begin("harm", [BASE, *interventions], stop, choosing)
+            scored = [BASE, *interventions]
+            whole, part = (_cost_left(choosing, scored, n, choosing) for n in (len(choosing.split), stop))
+            self.begin("harm", scored, stop, choosing, later=whole - part)
             with suppress(OutOfTimeError):  # a warning counts what is missing
-                choosing.extend([BASE, *interventions], stop)
+                choosing.extend(scored, stop)
             choosing.deadline = math.inf
 
     def _is_beaten(self, one: Intervention, others: Sequence[Intervention]) -> bool:
