@@ -26,6 +26,7 @@ from laserlm.linalg.decomposition import decompose, whitened
 from laserlm.linalg.pivots import pivot_rows, rank_within
 from laserlm.models import LanguageModel, load
 from laserlm.models.matrices import Matrix
+from laserlm.searching.screen import sensitivities
 
 Make = Callable[..., LanguageModel]
 
@@ -131,6 +132,31 @@ def test_a_bound_of_memory_is_planned_and_kept_or_its_least_value_named(
     assert bounds == [math.inf, least, least - 1]
 
 
+@pytest.mark.parametrize("method", ["plain", "scaled"])
+def test_a_bound_of_memory_holds_for_sensitivities(
+    method: Any, llama: LanguageModel, text: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They keep what goes into four blocks for a passage; moments of inputs keep what goes into two blocks for all of them."""
+    read: list[str] = []
+
+    def counted(lm: LanguageModel, rows: Any, matrices: Any, decomposed: Any, **options: Any) -> Any:
+        return sensitivities(lm, rows, matrices, lambda m: read.append(m.id) or decomposed(m), **options)
+
+    monkeypatch.setattr("laserlm.export.fitting.sensitivities", counted)
+    rows = read_calibration_text(llama, text, tokens=1000).calibration
+    least = 4 * 32 * (4 * 127 if method == "plain" else 2 * 7 * 127)
+    expected = fit_ranks(llama, rows, method=method, allocation="sensitivity")
+    at_once = read.copy()
+    found = fit_ranks(llama, rows, method=method, allocation="sensitivity", memory=least)
+    assert "--memory" not in caplog.text
+    chunks = 7 if method == "plain" else 2  # of one passage, or of four at most
+    assert len(read) == (1 + chunks) * len(at_once) == (1 + chunks) * len(expected.matrices)
+    for name, losses in expected.losses.items():
+        torch.testing.assert_close(found.losses[name], losses, atol=1e-5 * float(losses.max()), rtol=1e-3)
+    fit_ranks(llama, rows, method=method, allocation="sensitivity", memory=least - 1)
+    assert "the least bound that it keeps is --memory 0.001" in caplog.text
+
+
 def test_every_ratio_and_rounding_is_planned(llama: LanguageModel, text: Path) -> None:
     options: dict[str, Any] = {"calibration": text, "tokens": 300, "refine": 1}
     one = plan_compression(llama, ratio=0.5, **options)
@@ -174,6 +200,22 @@ def test_moments_of_gradients_take_what_is_planned(make: Make, text: Path, tmp_p
     assert moments["1.fc_in"].shape == (2048, 2048)
     planned = plan_compression(lm, ratio=0.5, calibration=text, tokens=127).phases["gradients"]
     assert live.most == pytest.approx(planned.total, rel=0.15)
+
+
+def test_sensitivities_take_what_is_planned(make: Make, text: Path) -> None:
+    lm = make("llama")
+    lm.model = random_model("causal", "llama", FAMILIES["llama"][1] | {"intermediate_size": 2048}).eval()
+    rows = read_calibration_text(lm, text, tokens=127 * 9).calibration
+    compression = fit_ranks(lm, (), method="plain", allocation="uniform")
+    with LiveBytes(*lm.model.parameters()) as live:
+        sensitivities(lm, rows, compression.matrices, lambda m: compression.decompositions[m.id])
+    options: dict[str, Any] = {"calibration": text, "tokens": 127 * 9, "method": "plain", "allocation": "sensitivity"}
+    planned = plan_compression(lm, ratio=0.5, **options).phases
+    assert list(planned) == ["decompositions", "sensitivities", "perplexity", "writing"]
+    assert live.most == pytest.approx(planned["sensitivities"].total, rel=0.15)
+    bounded = plan_compression(lm, ratio=0.5, memory=2 * 4 * 4 * 32 * 127, **options).phases["sensitivities"]
+    rank = sum(m.max_rank for m in compression.matrices)
+    assert planned["sensitivities"].activations - bounded.activations == 7 * 4 * (4 * 32 * 127 + rank)  # of nine passages, two
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(800, 300, 200), (300, 800, 100), (300, 300, 250)])

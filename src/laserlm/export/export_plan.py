@@ -158,10 +158,13 @@ def plan_compression(
     rows, held_out = _text(lm, calibration, tokens)
     if calibration is None and has_text:
         phases["text"] = PhaseMemory(sizes.weights, work=planner.writing(BATCH, PASSAGE_TOKENS))
+    bound = math.inf if memory is None else memory
     if method == "two-sided" or allocation == "curvature":
-        phases["gradients"] = _gradients(planner, rows, math.inf if memory is None else memory)
+        phases["gradients"] = _gradients(planner, rows, bound)
         kept_on_disk += sum(4 * m.shape[0] ** 2 for m in matrices)
     phases["decompositions"] = _decompositions(planner, rows, method)
+    if allocation == "sensitivity":
+        phases["sensitivities"] = _gradients(planner, rows, bound, along_components=True)
     if refine:
         phases["refinement"] = _refinement(planner, rows[0], max(factors.values()))
         of_files = [3 * 4 * n for n in factors.values()]  # the factors and two averages in float32, a file for each ratio
@@ -242,17 +245,24 @@ def _batches(rows: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:
     return [ordered[: max(1, MAX_SCORED_POSITIONS // max(len(row.positions) for row in rows))]]
 
 
-def _gradients(planner: MemoryPlanner, rows: Sequence[TokenSequence], memory: float) -> PhaseMemory:
-    """Return the memory of moments of gradients: the boundaries of a chunk of rows, and the moments of a block's outputs."""
+def _gradients(
+    planner: MemoryPlanner, rows: Sequence[TokenSequence], memory: float, *, along_components: bool = False
+) -> PhaseMemory:
+    """Return the memory of gradients: the boundaries of a chunk of rows, and the moments of a block's outputs.
+
+    Gradients along components take the decompositions of a block in place of the moments, and a number for each component
+    and row of the chunk.
+    """
     ordered = sorted(rows, key=lambda row: -len(row.ids))
     of_token = (planner.n_blocks + 1) * planner.lm.width * planner.lm.dtype.itemsize
     in_chunk = max(1, int(min(len(rows), memory / of_token / len(ordered[0].ids))))
     batch = ordered[: min(CALIBRATION_BATCH, in_chunk)]
     boundaries = of_token * sum(len(row.ids) for row in ordered[:in_chunk])
-    of_block = planner.most_in_a_block(lambda m: 4 * m.shape[0] ** 2)
+    of_block = planner.most_in_a_block(decomposed_bytes if along_components else lambda m: 4 * m.shape[0] ** 2)
+    results = 4 * in_chunk * sum(m.max_rank for m in planner.matrices) if along_components else 0
     first = planner.pass_bytes(batch) + planner.logits_bytes(batch, has_gradient=True)
-    last = 2 * planner.pass_bytes(batch) + of_block
-    return PhaseMemory(planner.weights, boundaries, 0, max(first, last))
+    last = 2 * planner.pass_bytes(batch) + of_block + (planner.sums_bytes(batch) if along_components else 0)
+    return PhaseMemory(planner.weights, boundaries + results, 0, max(first, last))
 
 
 def _refinement(planner: MemoryPlanner, row: TokenSequence, factors: int) -> PhaseMemory:

@@ -191,7 +191,7 @@ def fit_ranks(
         allocation: ``uniform``, ``sensitivity`` or ``curvature``.
         dense_above: share of its parameters above which a matrix stays dense, unless ranks are uniform.
         memory: bytes of what goes into the blocks. That of a passage into all blocks and of all passages into two is kept in
-            any case.
+            any case. A model whose blocks do not run one after another keeps the whole graph of a passage in any case.
         folder: where moments and decompositions are kept. What an earlier call with the same arguments left there is used.
             None keeps them in the cache as long as the result exists.
         on_step: is called after each matrix.
@@ -209,7 +209,7 @@ def fit_ranks(
     needs_gradients = method == "two-sided" or allocation == "curvature"
     steps = _Steps(on_step, len(matrices) * (2 if needs_gradients else 1))
     if rows:
-        _warn_of_little_memory(lm, rows, memory, needs_gradients=needs_gradients)
+        _warn_of_little_memory(lm, rows, memory, method, allocation)
     gradients = _gradients(lm, rows, matrices, kept, steps, memory) if needs_gradients else None
     missing = [m for m in matrices if m.id not in decompositions]
     steps.done = steps.total - len(missing)
@@ -223,8 +223,9 @@ def fit_ranks(
     reason = f"no {'token' if gradients is None else 'gradient of the loss'} of the text reaches it"
     left_out |= {m: reason for m in matrices if m.id not in decompositions}
     matrices = tuple(m for m in matrices if m not in left_out)
-    is_measured = allocation == "sensitivity"
-    losses = sensitivities(lm, rows, matrices, lambda m: decompositions[m.id]) if is_measured else curvatures
+    losses: Mapping[str, Tensor] = curvatures
+    if allocation == "sensitivity":
+        losses = sensitivities(lm, rows, matrices, lambda m: decompositions[m.id], memory=memory)
     pivots = TensorFolder(kept / "pivots")
     return Compression(method, allocation, matrices, left_out, decompositions, losses, pivots, dense_above=dense_above)
 
@@ -291,16 +292,27 @@ def _temporary_folder(lm: LanguageModel) -> Path:
     return folder
 
 
-def least_memory(lm: LanguageModel, rows: Sequence[TokenSequence], *, needs_gradients: bool) -> int:
-    """Return the least bound of memory that a compression keeps: what goes into two blocks, or of a passage into all blocks."""
+def needs_input_moments(method: Method, allocation: Allocation) -> bool:
+    """Return whether a compression takes the second moments of the inputs of layers."""
+    return method != "plain" or allocation == "curvature"
+
+
+def least_memory(lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allocation: Allocation) -> int:
+    """Return the least bound of memory that a compression keeps, in bytes, of a model whose blocks run one after another.
+
+    Gradients keep what goes into all blocks for a passage, moments of inputs what goes into two blocks for all passages.
+    """
     of_token = lm.width * lm.dtype.itemsize
     n_blocks = len({(m.stack, m.layer) for m in lm.all_matrices})
     longest, every = max(len(row.ids) for row in rows), sum(len(row.ids) for row in rows)
-    return of_token * max((n_blocks + 1) * longest if needs_gradients else 0, 2 * every)
+    of_gradients = (n_blocks + 1) * longest if method == "two-sided" or allocation != "uniform" else 0
+    return of_token * max(of_gradients, 2 * every if needs_input_moments(method, allocation) else 0)
 
 
-def _warn_of_little_memory(lm: LanguageModel, rows: Sequence[TokenSequence], memory: float, *, needs_gradients: bool) -> None:
-    least = least_memory(lm, rows, needs_gradients=needs_gradients)
+def _warn_of_little_memory(
+    lm: LanguageModel, rows: Sequence[TokenSequence], memory: float, method: Method, allocation: Allocation
+) -> None:
+    least = least_memory(lm, rows, method, allocation)
     if memory < least:
         log.warning(
             "--memory %.6g is less than the %s GiB of what goes into two blocks, or of a passage into all blocks; so the "

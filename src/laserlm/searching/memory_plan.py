@@ -136,7 +136,10 @@ class MemoryPlanner:
             ),
             # The last block to be done, with its activations and their gradients.
             PhaseMemory(
-                self.weights, boundaries + before + of_chunk, max(held, block), 2 * self.pass_bytes(batch) + self._sums(batch)
+                self.weights,
+                boundaries + before + of_chunk,
+                max(held, block),
+                2 * self.pass_bytes(batch) + self.sums_bytes(batch),
             ),
             # The derivatives of a chunk are added to the sums over all chunks.
             PhaseMemory(self.weights, returned + of_chunk, max(held, block)),
@@ -228,7 +231,7 @@ class MemoryPlanner:
         read = 0 if has_gradient else min(logits_part_bytes(self.lm.device), positions * self._vocabulary * 4)
         return rows * self._vocabulary * 4 + part + read * LOGITS_READ // 4
 
-    def _sums(self, batch: Sequence[TokenSequence]) -> int:
+    def sums_bytes(self, batch: Sequence[TokenSequence]) -> int:
         """Return the bytes of a matrix's inputs, gradients of outputs, and their products with both factors, in float32."""
         return 4 * len(batch) * max(map(_tokens, batch)) * max(sum(m.shape) + 2 * m.max_rank for m in self.matrices)
 

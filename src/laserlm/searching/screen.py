@@ -235,7 +235,13 @@ def _change(candidate: Candidate, contributions: Tensor) -> Tensor:
 
 @full_precision()
 def sensitivities(
-    lm: LanguageModel, rows: Sequence[TokenSequence], matrices: Sequence[Matrix], decomposed: Decomposed, *, batch_size: int = 4
+    lm: LanguageModel,
+    rows: Sequence[TokenSequence],
+    matrices: Sequence[Matrix],
+    decomposed: Decomposed,
+    *,
+    batch_size: int = 4,
+    memory: float = math.inf,
 ) -> dict[str, Tensor]:
     """Return what dropping each component of each matrix costs, (k,), by the matrix's id: half the Fisher information.
 
@@ -249,12 +255,16 @@ def sensitivities(
         matrices: weights of linear layers.
         decomposed: returns the decomposition of a matrix.
         batch_size: rows in one pass.
+        memory: bytes for what goes into the blocks. Rows are taken in chunks that keep it; one row is always taken.
 
     Raises:
         WeightError: if a gradient overflows.
+        ScoringError: if a single row does not fit into memory.
     """
     coefficients: list[Coefficients] = [(-1 / len(row.targets), []) for row in rows]
-    gradients = ComponentGradients(lm, rows, coefficients, matrices, decomposed, batch_size=batch_size, squared=True)
+    gradients = ComponentGradients(
+        lm, rows, coefficients, matrices, decomposed, batch_size=batch_size, memory=memory, squared=True
+    )
     totals = contributions_of_examples(gradients, [0] * len(rows), 1, gradient_scales(lm))
     return {name: total[0] / len(rows) / 2 for name, total in totals.items()}
 
