@@ -7,7 +7,7 @@ are to be compared with each other and not with those of ``laser compress``.
 
 Run: python benchmarks/compression_moments.py sum --text FILE --lengths 16384,65536 --keep FOLDER [--sampled]
      python benchmarks/compression_moments.py compare --text FILE --lengths 16384,65536 --keep FOLDER [--ratios .8,.6]
-         [--methods plain,two-sided] [--ranks uniform,curvature] [--held-out CHARACTERS]
+         [--methods plain,two-sided] [--ranks uniform,curvature] [--held-out CHARACTERS] [--sampled]
 """
 
 from __future__ import annotations
@@ -86,10 +86,9 @@ def sum_moments(lm: LanguageModel, text: Path, lengths: list[int], folder: Path,
     """
     generator = torch.Generator().manual_seed(0)
     rows = read_calibration_text(lm, text, tokens=max(lengths)).calibration
-    done = max((length for length in lengths if sums_file(folder, length).exists()), default=0)
-    sums = Sums(
-        lm, [m.path.rpartition(".")[0] for m in compressible(lm)[0]], load_file(sums_file(folder, done)) if done else {}
-    )
+    files = {length: sums_file(folder, length, sampled=sampled) for length in lengths}
+    done = max((length for length, file in files.items() if file.exists()), default=0)
+    sums = Sums(lm, [m.path.rpartition(".")[0] for m in compressible(lm)[0]], load_file(files[done]) if done else {})
     lm.model.requires_grad_(False)
     for i, row in enumerate(rows[done // PASSAGE_TOKENS :], done // PASSAGE_TOKENS + 1):
         start = time.process_time()
@@ -101,13 +100,13 @@ def sum_moments(lm: LanguageModel, text: Path, lengths: list[int], folder: Path,
             targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         F.cross_entropy(logits, targets, reduction="sum").backward()
         print(f"passage {i} of {len(rows)}: {time.process_time() - start:.1f} s of processor time", flush=True)
-        if i * PASSAGE_TOKENS in lengths:
-            save_file(sums.of, sums_file(folder, i * PASSAGE_TOKENS), metadata={"tokens": str(i * PASSAGE_TOKENS)})
+        if (length := i * PASSAGE_TOKENS) in files:
+            save_file(sums.of, files[length], metadata={"tokens": str(length)})
 
 
-def sums_file(folder: Path, length: int) -> Path:
-    """Return the file of the sums over a number of tokens."""
-    return folder / f"at-{length // PASSAGE_TOKENS}.safetensors"
+def sums_file(folder: Path, length: int, *, sampled: bool) -> Path:
+    """Return the file of the sums over a number of tokens; gradients of drawn tokens have files of their own."""
+    return folder / f"{'sampled-' * sampled}at-{length // PASSAGE_TOKENS}.safetensors"
 
 
 def fitted(lm: LanguageModel, file: Path, method: Method, folder: Path) -> Compression:
@@ -185,7 +184,8 @@ def compare(lm: LanguageModel, text: str, arguments: argparse.Namespace) -> None
     first: dict[tuple[str, str], list[np.ndarray[Any, Any]]] = {}
     for method, length in product(arguments.methods.split(","), arguments.lengths):
         with tempfile.TemporaryDirectory() as temporary:
-            compression = fitted(lm, sums_file(arguments.keep, length), method, Path(temporary))
+            file = sums_file(arguments.keep, length, sampled=arguments.sampled)
+            compression = fitted(lm, file, method, Path(temporary))
             for ranks in arguments.ranks.split(","):
                 losses = []
                 for ratio in ratios:
