@@ -22,7 +22,7 @@ Restart = Annotated[
     bool,
     typer.Option(
         "--restart",
-        help="Search anew; earlier scores are dropped, those of the unchanged model too.",
+        help="Search anew; earlier scores are dropped, the unchanged model's too.",
         rich_help_panel=SEARCH_PANEL,
     ),
 ]
