@@ -134,6 +134,28 @@ def test_moments_of_gradients_are_those_of_the_summed_loss_by_the_outputs_of_eac
         torch.testing.assert_close(result[m.id].double(), expected, atol=1e-5 * float(expected.max()), rtol=1e-3)
 
 
+def test_a_gradient_that_only_rows_of_a_later_chunk_have_counts_once(llama: LanguageModel, tmp_path: Path) -> None:
+    """Memory runs out below a block that only short rows pass, and the long row alone is done again."""
+    rows = sequences(30, 9)
+    blocks = llama.model.model.layers
+    blocks[2].mlp.register_forward_hook(lambda _module, _args, output: output * (output.shape[1] < 20))
+    expected = gradient_moments(llama, rows, llama.matrices, tmp_path / "at once", batch_size=1)
+    failed: list[Path] = []
+
+    def fail(*_: object) -> None:
+        written = list((tmp_path / "in chunks").rglob("2.fc_out.safetensors"))
+        if written and not failed:
+            failed.extend(written)
+            raise torch.OutOfMemoryError("no room")
+
+    blocks[1].register_forward_pre_hook(fail)
+    result = gradient_moments(llama, rows, llama.matrices, tmp_path / "in chunks", batch_size=1)
+    assert failed
+    assert result.keys() == expected.keys() == {m.id for m in llama.matrices}
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value, atol=1e-5 * float(value.max()), rtol=1e-3)
+
+
 def test_moments_are_those_of_a_model_at_full_precision(llama: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever the caller's context is, as the gradients of the same text are. The blocks run alone there too."""
     expected = moments(llama)

@@ -70,9 +70,11 @@ def gradient_moments(
         def keep(matrix: Matrix, total: Tensor) -> Tensor:
             on_matrix()
             trace = total.diagonal().sum()
+            # A pass that ran out of memory on more rows may have left moments of this matrix.
             if bool(trace):
-                # It replaces that of a pass that ran out of memory.
                 of_chunk.add(matrix.id, total.div_(tokens))  # noqa: B023
+            else:
+                of_chunk.discard(matrix.id)  # noqa: B023
             return trace[None]
 
         traces: list[Tensor] = []

@@ -48,6 +48,17 @@ class TensorFolder(Mapping[str, Tensor]):
         except (OSError, WriteError, SafetensorError) as error:
             raise storage_error(self.folder, error) from error
 
+    def discard(self, name: str) -> None:
+        """Remove a tensor, if there is one of this name.
+
+        Raises:
+            ExportError: if its file cannot be removed.
+        """
+        try:
+            self._file(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(self.folder, error) from error
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self:
             raise KeyError(name)
