@@ -157,6 +157,17 @@ def test_a_bound_of_memory_holds_for_sensitivities(
     assert "the least bound that it keeps is --memory 0.001" in caplog.text
 
 
+def test_progress_counts_the_gradients_of_all_chunks(llama: LanguageModel, text: Path) -> None:
+    rows = read_calibration_text(llama, text, tokens=1000).calibration
+    steps: list[tuple[str, int, int]] = []
+    fit_ranks(llama, rows, memory=4 * 32 * 2 * 7 * 127, on_step=lambda *step: steps.append(step))
+    done = [done for stage, done, _ in steps if stage == "gradients"]
+    of_chunk = len(done) // 2  # chunks of four and of three passages
+    assert (len(rows), of_chunk) == (7, 21)
+    assert done == [21 * 4 * i // 147 for i in range(1, 22)] + [21 * (84 + 3 * i) // 147 for i in range(1, 22)]
+    assert [step for step in steps if step[0] != "gradients"] == [("decompositions", 21 + i, 42) for i in range(1, 22)]
+
+
 def test_every_ratio_and_rounding_is_planned(llama: LanguageModel, text: Path) -> None:
     options: dict[str, Any] = {"calibration": text, "tokens": 300, "refine": 1}
     one = plan_compression(llama, ratio=0.5, **options)

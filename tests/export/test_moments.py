@@ -175,11 +175,15 @@ def test_moments_of_gradients_are_the_same_under_every_bound_of_memory(
     matrices = [m for m in llama.matrices if m.part_of is None]
     of_token = 4 * 4 * 32  # four boundaries between three blocks, of 32 numbers in float32
     expected = gradient_moments(llama, rows, matrices, tmp_path / "at once")
-    taken: list[int] = []
+    taken: list[tuple[int, int]] = []
     result = gradient_moments(
-        llama, rows, matrices, tmp_path / "bounded", memory=of_token * tokens, on_matrix=lambda: taken.append(1)
+        llama, rows, matrices, tmp_path / "bounded", memory=of_token * tokens, on_matrix=lambda *share: taken.append(share)
     )
     assert len(taken) == chunks * len(matrices)
+    assert taken == sorted(taken)
+    total = len(rows) * len(matrices)
+    assert (taken[-1], {of for _, of in taken}) == ((total, total), {total})
+    assert taken[len(matrices) - 1][0] < total
     assert result.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(result[name], value, atol=1e-5 * float(value.max()), rtol=1e-3)

@@ -279,7 +279,10 @@ class _Steps:
     done: int = 0
 
     def advance(self, stage: str) -> None:
-        self.done = min(self.done + 1, self.total)  # gradients are taken more than once where memory runs out
+        self.advance_to(stage, self.done + 1)
+
+    def advance_to(self, stage: str, done: int) -> None:
+        self.done = max(self.done, min(done, self.total))  # gradients are taken more than once where memory runs out
         self.on_step(stage, self.done, self.total)
 
 
@@ -332,9 +335,8 @@ def _gradients(
     """Return the moments of gradients, which are in the folder once all of them are computed."""
     complete = folder / "gradients"
 
-    def advance() -> None:
-        if steps.done < len(matrices):  # each is taken for every chunk of the rows
-            steps.advance("gradients")
+    def advance(done: int, total: int) -> None:
+        steps.advance_to("gradients", len(matrices) * done // total)  # each is taken for every chunk of the rows
 
     if not complete.is_dir():
         for unfinished in folder.glob("gradients-*"):  # of a process that was killed

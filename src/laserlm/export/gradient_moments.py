@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -18,9 +18,12 @@ from laserlm.models.finite import overflow
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix
 from laserlm.scoring.records import TokenSequence
-from laserlm.searching.gradients import ComponentGradients
+from laserlm.searching.gradients import Coefficients, ComponentGradients
+from laserlm.searching.gradients.components import Reduce
 from laserlm.searching.gradients.sums import ComponentSums
 from laserlm.searching.screen import gradient_scales
+
+OnMatrix = Callable[[int, int], object]
 
 
 @full_precision()
@@ -32,7 +35,7 @@ def gradient_moments(
     *,
     batch_size: int = 4,
     memory: float = math.inf,
-    on_matrix: Callable[[], object] = lambda: None,
+    on_matrix: OnMatrix = lambda done, total: None,
 ) -> TensorFolder:
     """Return the mean over tokens of g g^T, (m, m), by the matrix's id, in a folder.
 
@@ -46,7 +49,7 @@ def gradient_moments(
         folder: is empty; the result is one of its folders.
         batch_size: rows in one pass. It is halved where memory runs out.
         memory: bytes of what goes into the blocks. Rows are taken in chunks that keep it; one row is always taken.
-        on_matrix: called after each matrix of a chunk.
+        on_matrix: called after each matrix of a chunk with how much is done, and of how much: rows times matrices.
 
     Raises:
         WeightError: if a gradient is not finite.
@@ -54,21 +57,12 @@ def gradient_moments(
         ScoringError: if a single row does not fit into memory.
     """
     tokens = sum(len(row.targets) for row in rows)
-    gradients = _OutputGradients(
-        lm,
-        rows,
-        [(-1.0, []) for _ in rows],
-        matrices,
-        lambda _: _never_decomposed(),
-        batch_size=batch_size,
-        memory=memory,
-        squared=True,
-    )
+    gradients = _OutputGradients(lm, rows, matrices, batch_size=batch_size, memory=memory, on_matrix=on_matrix)
     for scale in gradient_scales(lm):
+        gradients.rows_done = 0
         whole = of_chunk = TensorFolder(folder / f"{scale:g}-0")
 
         def keep(matrix: Matrix, total: Tensor) -> Tensor:
-            on_matrix()
             trace = total.diagonal().sum()
             # A pass that ran out of memory on more rows may have left moments of this matrix.
             if bool(trace):
@@ -96,7 +90,42 @@ def _add(whole: TensorFolder, part: TensorFolder) -> None:
 
 
 class _OutputGradients(ComponentGradients):
-    """Sums g g^T where the base class sums the contributions of components."""
+    """Sums g g^T where the base class sums the contributions of components.
+
+    Attributes:
+        rows_done: rows of the chunks before.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rows: Sequence[TokenSequence],
+        matrices: Sequence[Matrix],
+        *,
+        batch_size: int,
+        memory: float,
+        on_matrix: OnMatrix,
+    ) -> None:
+        coefficients: list[Coefficients] = [(-1.0, []) for _ in rows]
+        options: dict[str, Any] = {"batch_size": batch_size, "memory": memory, "squared": True}
+        super().__init__(lm, rows, coefficients, matrices, lambda _: _never_decomposed(), **options)
+        self.rows_done = 0
+        self._on_matrix = on_matrix
+
+    def _run(self, chunk: Sequence[int], reduce: Reduce, scale: float) -> dict[str, Tensor]:
+        n_reduced = 0
+
+        def counted(matrix: Matrix, sums: Tensor) -> Tensor:
+            nonlocal n_reduced
+            reduced = reduce(matrix, sums)
+            n_reduced += 1
+            n = len(self._matrices)
+            self._on_matrix(self.rows_done * n + len(chunk) * n_reduced, len(self.rows) * n)
+            return reduced
+
+        of_chunk = super()._run(chunk, counted, scale)
+        self.rows_done += len(chunk)
+        return of_chunk
 
     def _new_sums(self, matrix: Matrix, n_rows: int) -> ComponentSums:
         m = matrix.shape[0]
