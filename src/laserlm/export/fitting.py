@@ -300,7 +300,7 @@ def needs_input_moments(method: Method, allocation: Allocation) -> bool:
     return method != "plain" or allocation == "curvature"
 
 
-def least_memory(lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allocation: Allocation) -> int:
+def _least_memory(lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allocation: Allocation) -> int:
     """Return the least bound of memory that a compression keeps, in bytes, of a model whose blocks run one after another.
 
     Gradients keep what goes into all blocks for a passage, moments of inputs what goes into two blocks for all passages.
@@ -315,7 +315,7 @@ def least_memory(lm: LanguageModel, rows: Sequence[TokenSequence], method: Metho
 def _warn_of_little_memory(
     lm: LanguageModel, rows: Sequence[TokenSequence], memory: float, method: Method, allocation: Allocation
 ) -> None:
-    least = least_memory(lm, rows, method, allocation)
+    least = _least_memory(lm, rows, method, allocation)
     if memory < least:
         log.warning(
             "--memory %.6g is less than the %s GiB of what goes into two blocks, or of a passage into all blocks; so the "
