@@ -381,6 +381,27 @@ def test_perplexities_are_measured_once(
     assert len(measured) == len(first) + 2
 
 
+def test_a_damaged_perplexity_is_measured_again(
+    llama: LanguageModel, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"ratio": 0.5, "calibration": file, "tokens": 500}
+    expected = compress(llama, tmp_path / "expected", **options).as_dict()
+    damaged: list[Path] = []
+
+    def kill(at: str, *_: int) -> None:
+        if at == "writing":
+            damaged.extend(llama.cache.rglob("perplexity-*.json"))
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "out", on_step=kill, **options)
+    damaged[0].write_text('{"perplex')
+    damaged[1].write_bytes(b"\xff\xfe")
+    assert len(damaged) == 2
+    assert compress(llama, tmp_path / "out", **options).as_dict() | {"folder": ""} == expected | {"folder": ""}
+    assert all(f"{path} is damaged" in caplog.text for path in damaged)
+
+
 def test_factors_are_trained_on_a_passage_of_the_text_for_each_step(llama: LanguageModel, file: Path) -> None:
     text = read_calibration_text(llama, file, tokens=300, refine=5)
     assert [len(row.targets) for row in text.refinement] == [127] * 5
@@ -455,7 +476,12 @@ def test_a_text_with_fewer_tokens_than_a_matrix_has_inputs_is_warned_of(
     assert "likely to break" not in caplog.text
     lm.model.config.max_position_embeddings = 17  # passages of 16 tokens
     compress(lm, tmp_path / "out", tokens=32, **config)
-    assert f"the text has 32 tokens for calibration, and matrices have up to {widest} inputs" in caplog.text
+    warning = f"the text has 32 tokens for calibration, and matrices have up to {widest} inputs"
+    assert warning in caplog.text
+    for allocation, is_warned in (("sensitivity", False), ("curvature", True)):  # which looks at the moments of inputs
+        caplog.clear()
+        compress(lm, tmp_path / "out", tokens=32, method="plain", allocation=allocation, **config)
+        assert (warning in caplog.text) == is_warned
 
 
 def test_one_process_at_a_time_compresses_a_model_on_a_text(llama: LanguageModel, file: Path, tmp_path: Path) -> None:

@@ -17,10 +17,20 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from laserlm.errors import ExportError, WriteError
+from laserlm.errors import ExportError
 from laserlm.export.calibration_text import CalibrationText, own_calibration_text, read_calibration_text
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
-from laserlm.export.fitting import DENSE_ABOVE, Allocation, Compression, Method, OnStep, check_fit, compressible, fit_ranks
+from laserlm.export.fitting import (
+    DENSE_ABOVE,
+    Allocation,
+    Compression,
+    Method,
+    OnStep,
+    check_fit,
+    compressible,
+    fit_ranks,
+    needs_input_moments,
+)
 from laserlm.export.gguf_rounding import QUANTISED_TYPES, rounded_to
 from laserlm.export.refinement import check_products, check_steps, products_of
 from laserlm.export.tensor_folder import storage_error
@@ -121,7 +131,8 @@ def compress(
     on_step("text", 0, 0)
     text = _text(lm, calibration, tokens, method, allocation, refine, on_step)
     rows = () if text is None else text.calibration
-    _warn_of_few_tokens(lm, rows)
+    if needs_input_moments(method, allocation):
+        _warn_of_few_tokens(lm, rows)
     with _own_folder(lm, rows, method, allocation) as kept:
         fit: dict[str, Any] = {"method": method, "allocation": allocation, "dense_above": dense_above}
         fit["memory"] = math.inf if memory is None else memory
@@ -301,8 +312,8 @@ def _perplexities(
     for ratio in ratios:
         trained = ratio in compression.refined and compression.refined[ratio].name
         of_ratio = [*identity, f"{ratio:g}", options.form, compression.dense_above, trained]
-        of_ratios[f"{ratio:g}"] = _kept(folder, of_ratio, partial(at, ratio))
-    base = _kept(folder, identity, measured)
+        of_ratios[f"{ratio:g}"] = _measure_once(folder, of_ratio, partial(at, ratio))
+    base = _measure_once(folder, identity, measured)
     return {
         "base": base["perplexity"],
         "compressed": of_ratios[f"{ratios[0]:g}"]["perplexity"],
@@ -312,20 +323,22 @@ def _perplexities(
     }
 
 
-def _kept(folder: Path, identity: Sequence[object], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+def _measure_once(folder: Path, identity: Sequence[object], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Return what an earlier call measured and kept in the folder for this identity, or measure and keep it."""
     file = folder / f"perplexity-{digest(identity)[:16]}.json"
     try:
-        found: dict[str, float] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if file.is_file():
+            found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+            return found
     except OSError as error:
         raise storage_error(folder, error) from error
-    if found is not None:
-        return found
+    except ValueError as error:
+        log.warning("%s is damaged (%s); its perplexity is measured again", file, error)
     measured = measure()
     try:
         with atomic_file(file) as part:
             part.write_text(json.dumps(measured), encoding="utf-8")
-    except (OSError, WriteError) as error:
+    except OSError as error:
         raise storage_error(folder, error) from error
     return measured
 
@@ -344,4 +357,4 @@ def _perplexities_of_quantised(lm: LanguageModel, text: str, folder: Path) -> di
         with rounded_to(lm, kind) as size:
             return {"bytes": size, "perplexity": text_perplexity(lm, text).perplexity}
 
-    return {kind: _kept(folder, [text, kind], partial(measured, kind)) for kind in QUANTISED_TYPES}
+    return {kind: _measure_once(folder, [text, kind], partial(measured, kind)) for kind in QUANTISED_TYPES}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laserlm.edit.factors import replaced_modules
-from laserlm.errors import ExportError, WeightError, WriteError
+from laserlm.errors import ExportError, WeightError
 from laserlm.export.tensor_folder import storage_error
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
@@ -241,7 +241,7 @@ def _keep(file: Path, masters: Mapping[str, Tensor], optimiser: torch.optim.Adam
                 part,
                 metadata={"step": str(step), "products": products},
             )
-    except (OSError, WriteError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise storage_error(file.parent, error) from error
 
 

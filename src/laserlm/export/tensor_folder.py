@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from laserlm.errors import ExportError, WriteError
+from laserlm.errors import ExportError
 from laserlm.linalg.decomposition import Decomposition
 from laserlm.paths import atomic_file
 
@@ -45,7 +45,7 @@ class TensorFolder(Mapping[str, Tensor]):
         try:
             with atomic_file(self._file(name)) as part:
                 save_file({KEY: tensor.cpu().contiguous()}, part, metadata={"device": str(tensor.device)})
-        except (OSError, WriteError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise storage_error(self.folder, error) from error
 
     def discard(self, name: str) -> None:
