@@ -34,7 +34,7 @@ from laserlm.cli import (
     sweep_layers,
     tasks,
 )
-from laserlm.cli.numbers import Commands
+from laserlm.cli.numbers import NumberErrorGroup
 from laserlm.cli.progress import print_stderr
 from laserlm.cli.terminal import escaped_output
 from laserlm.errors import LaserError
@@ -44,7 +44,7 @@ __all__ = ["app", "main"]
 
 START, SEARCH, LOOK, SAVE, RESEARCH = "Start", "Search", "Look", "Save", "Research"
 """Groups of the commands in the help."""
-app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(cls=NumberErrorGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command(rich_help_panel=START)(models.setup)
 app.command(rich_help_panel=START)(doctor.doctor)
 app.command(rich_help_panel=START)(demo.demo)

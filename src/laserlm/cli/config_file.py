@@ -101,7 +101,7 @@ def _checked(file: Path, key: str, value: Any, option: inspect.Parameter) -> Any
         allowed = NAMES[kind]
         if kind in (int, float) and (low, high) != (None, None):
             allowed += f" from {low:g}" + ("" if high is None else f" to {high:g}")
-        hint = number_hint(value) if kind is float else ""
+        hint = number_hint(value, key, is_whole=kind is int) if kind in (int, float) else ""
         quotes = "; write it in quotes" if kind in (str, Path) and not isinstance(value, list | dict) else ""
         # Of aliases a short file makes a value whose text fills the memory.
         raise LaserError(f"{file}: {key} is {reprlib.repr(value)}, but must be {allowed}{hint}{quotes}")
