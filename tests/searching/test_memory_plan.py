@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -37,7 +38,9 @@ WIDTH, INNER = 192, 512
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, while they are alive, and of LAPACK's eigensolver.
+    """Counts the bytes of all tensors that operations make, while they are alive.
+
+    Those that LAPACK's eigensolver and a count of truth values make inside are counted too.
 
     Attributes:
         most: largest number of bytes that were alive at once, those of tensors that were there before included.
@@ -53,6 +56,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._linalg_eigh.default:  # syevd: vectors in a copy of the matrix, and twice as much to work in
             self.most = max(self.most, self.now + 3 * args[0].nbytes)
+        if func is torch.ops.aten.sum.dim_IntList and args[0].dtype == torch.bool:  # each becomes a whole number of eight bytes
+            self.most = max(self.most, self.now + 8 * args[0].numel())
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -91,22 +96,23 @@ def test_the_writing_of_texts_takes_two_copies_of_all_keys_and_values() -> None:
     assert planned == 2 * cached + LOGITS_OF_A_DRAW * output.logits[:, -1].nbytes
 
 
-def test_logits_are_read_in_parts_that_are_planned_and_score_alike(
-    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_are_read_in_parts_that_are_planned_and_score_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU reads them at once, as here with a bound that they do not reach."""
-    ids = torch.randint(5, 500, (8, 61), generator=torch.Generator().manual_seed(0)).tolist()
+    lm = families.build("llama")
+    lm.model = families.random_model("causal", "llama", families.FAMILIES["llama"][1] | {"vocab_size": 8192}).eval()
+    ids = torch.randint(5, 8000, (8, 61), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [TokenSequence(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(60))) for i, x in enumerate(ids)]
-    planner = MemoryPlanner(llama, llama.matrices, memory=0, batch_size=8)
-    run_rows(llama, rows, 8)  # which tries once how the model can be run
-    planned, scores = [], []
-    for limit in (2**12, 2**40):
+    weights = list(lm.model.parameters())
+    planner = MemoryPlanner(lm, lm.matrices, memory=0, batch_size=8)
+    run_rows(lm, rows, 8)  # which tries once how the model can be run
+    scores = []
+    for limit in (2**18, 2**40):
         monkeypatch.setattr("laserlm.scoring.forward.LOGITS_BYTES", limit)
-        scores.append([x for of_row in run_rows(llama, rows, 8) for x in of_row.logprobs])
-        planned.append(planner.logits_bytes(rows))
+        with LiveBytes(*weights) as live:
+            scores.append([x for of_row in run_rows(lm, rows, 8) for x in of_row.logprobs])
+        taken = live.most - sum(weight.nbytes for weight in weights)
+        assert taken == pytest.approx(planner.logits_bytes(rows), rel=0.1)
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
-    logits = 4 * 8 * 60 * llama.model.config.vocab_size
-    assert planned[1] - planned[0] == 9 / 4 * (logits - 2**12)  # a count over truth values makes whole numbers of eight bytes
 
 
 @pytest.mark.parametrize("strategy", ["race", "exhaustive"])
@@ -142,13 +148,17 @@ def test_the_option_for_some_bytes_is_rounded_up(gib: float, option: str) -> Non
 def test_warnings_of_too_little_memory_name_a_bound_that_is_large_enough(
     gib: float, option: str, llama: LanguageModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise InterruptedError
+
     least = int(gib * GIB)
+    passage: Any = SimpleNamespace(ids=range(least // (4 * 4 * 32)))  # four boundaries between blocks of 32 numbers
+    monkeypatch.setattr("laserlm.export.fitting.gradient_moments", end)
+    with pytest.raises(InterruptedError):
+        fit_ranks(llama, [passage], memory=12 * GIB)
     monkeypatch.setattr(MemoryPlanner, "least", lambda *_, **__: least)
-    monkeypatch.setattr("laserlm.export.fitting.least_memory", lambda *_, **__: least)
-    rows = [TokenSequence(0, (5, 6, 7), (6, 7, 8), (0, 1, 2))]
     planner = MemoryPlanner(llama, llama.matrices, memory=12 * GIB, batch_size=1)
-    warn_of_little_memory(planner, rows, has_gradient=True)
-    fit_ranks(llama, rows, memory=12 * GIB)
+    warn_of_little_memory(planner, (), has_gradient=True)
     questions_with_room(SearchConfig(memory=12 * GIB, gradient_examples=60), least // (16 * 60), [range(20)] * 3)
     said = [r.getMessage() for r in caplog.records if "--memory" in r.getMessage()]
     assert [text.rpartition("--memory ")[2] for text in said] == [option] * 3
