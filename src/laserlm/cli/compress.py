@@ -35,9 +35,7 @@ def compress(
     dense_above: Annotated[float, typer.Option(help="Keep matrices dense whose factors exceed this share.")] = 1.0,
     refine: Annotated[int, typer.Option(min=0, help="Steps that train the factors.")] = 0,
     quantised: Annotated[bool, typer.Option("--quantised", help="Measure 8 and 4 bits of the base model too.")] = False,
-    memory: Annotated[
-        float | None, typer.Option(min=0, help="GiB for what goes into the blocks.", show_default="all that it takes")
-    ] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB for block inputs.", show_default="all that it takes")] = None,
     form: Annotated[str, typer.Option(help="Form: dense, or factored (smaller).")] = "factored",
     json: Json = False,
 ) -> None:

@@ -162,7 +162,7 @@ def _joined_inputs(lm: LanguageModel, joined: Sequence[JoinedRow], pad: int) -> 
     n_logits = max(len(row.ids) - min(map(min, row.places)) for row in joined) if _has_parameter(lm, "logits_to_keep") else T
     positions, mask = joined_inputs(joined, T, lm.dtype)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    inputs |= _taken(lm, {"logits_to_keep": n_logits, "use_cache": False})
+    inputs |= _filter_inputs(lm, {"logits_to_keep": n_logits, "use_cache": False})
     # All rows end at the right edge, where the logits end too.
     places = [(b, n_logits - len(row.ids) + p) for b, row in enumerate(joined) for of_one in row.places for p in of_one]
     return inputs, places
@@ -173,7 +173,7 @@ def _text_inputs(lm: LanguageModel, rows: Sequence[TokenSequence], length: int) 
     inputs: dict[str, Any] = {"use_cache": False}
     if any(row.type_ids for row in rows):
         inputs["token_type_ids"] = torch.tensor([[*row.type_ids, *[0] * (length - len(row.type_ids))] for row in rows])
-    return _taken(lm, inputs)
+    return _filter_inputs(lm, inputs)
 
 
 def _causal_inputs(lm: LanguageModel, mask: Tensor, n_logits: int, *, has_positions: bool) -> dict[str, Any]:
@@ -181,14 +181,14 @@ def _causal_inputs(lm: LanguageModel, mask: Tensor, n_logits: int, *, has_positi
     inputs: dict[str, Any] = {"logits_to_keep": n_logits, "use_cache": False}
     if has_positions:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return _taken(lm, inputs)
+    return _filter_inputs(lm, inputs)
 
 
 def _has_parameter(lm: LanguageModel, name: str) -> bool:
     return name in inspect.signature(lm.model.forward).parameters
 
 
-def _taken(lm: LanguageModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _filter_inputs(lm: LanguageModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs that a model's ``forward`` names, and ``use_cache`` also where it hands on what it does not name.
 
     A model that keeps keys and values needs more memory, and a block that is run twice finds those of its first run.
