@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from laserlm.searching import SearchResult
     from laserlm.tasks import Task
 
-N_VALIDATION = 300
-N_TEST = 1000
+N_VALIDATION = 150
+N_TEST = 500
 MAX_HARM = 0.02
 
 
