@@ -409,6 +409,19 @@ def test_factors_are_trained_on_a_passage_of_the_text_for_each_step(llama: Langu
     assert len({row.ids for row in text.refinement}) == 5
 
 
+def test_passages_of_training_are_longer_than_those_of_the_calibration_where_the_text_has_room(
+    llama: LanguageModel, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("laserlm.export.calibration_text.PASSAGE_TOKENS", 16)
+    long = read_calibration_text(llama, file, tokens=300, refine=2)
+    assert {len(row.targets) for row in long.calibration} == {16}
+    assert {len(row.targets) for row in long.refinement} == {127}
+    file.write_text(file.read_text()[:500])
+    short = read_calibration_text(llama, file, tokens=300, refine=2)
+    assert len(short.calibration) > 1
+    assert short.refinement == short.calibration
+
+
 @pytest.mark.parametrize("here", ["avx512_bf16", "none"])
 def test_another_processor_makes_trained_factors_again_as_they_were(
     here: str, llama: LanguageModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

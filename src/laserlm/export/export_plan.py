@@ -166,7 +166,7 @@ def plan_compression(
     if allocation == "sensitivity":
         phases["sensitivities"] = _gradients(planner, rows, bound, along_components=True)
     if refine:
-        phases["refinement"] = _refinement(planner, rows[0], max(factors.values()))
+        phases["refinement"] = _refinement(planner, max(factors.values()))
         of_files = [3 * 4 * n for n in factors.values()]  # the factors and two averages in float32, a file for each ratio
         kept_on_disk += sum(of_files) + max(of_files)  # a file stays until the next one is complete
     if has_text:
@@ -265,13 +265,14 @@ def _gradients(
     return PhaseMemory(planner.weights, boundaries + results, 0, max(first, last))
 
 
-def _refinement(planner: MemoryPlanner, row: TokenSequence, factors: int) -> PhaseMemory:
+def _refinement(planner: MemoryPlanner, factors: int) -> PhaseMemory:
     """Return the memory of a step that trains factors: the graph of a passage, and the optimiser's numbers in float32.
 
     These are the factors, their gradients and two averages, next to the layers themselves and a copy in bfloat16.
     """
-    length = min(REFINEMENT_TOKENS, len(row.ids))
-    passage = replace(row, ids=row.ids[:length], targets=row.targets[:length], positions=tuple(range(length)))
+    length = min(REFINEMENT_TOKENS, max_length(planner.lm) - 1)
+    ids = (0,) * length
+    passage = TokenSequence(0, ids, ids, tuple(range(length)))
     graph = planner.n_blocks * planner.pass_bytes([passage])
     work = (4 * 4 + 2) * factors + planner.logits_bytes([passage], has_gradient=True)
     return PhaseMemory(planner.weights, graph, factors * planner.lm.dtype.itemsize, work)
