@@ -42,7 +42,9 @@ def number_hint(value: object, option: str, *, is_whole: bool = False) -> str:
         option: the option's name as a parameter. Only a share may be given in per cent.
         is_whole: whether the option takes whole numbers.
     """
-    text = str(value).strip()
+    if not isinstance(value, str):
+        return ""  # nested lists of a file may be endless as text
+    text = value.strip()
     digits = text.removesuffix("%").rstrip()
     if is_whole:
         return f"; write {text.replace(',', '')}" if THOUSANDS.fullmatch(text) else ""
