@@ -33,7 +33,7 @@ def test_doctor_finds_nothing_missing_where_the_tests_run(run: Run, tmp_path: Pa
     assert not any(extra["missing"] for name, extra in values["extras"].items() if name not in TRACKERS)
     assert values["devices"][0]["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
     assert not values["bundled"]["ready"]
-    assert values["cache"]["bytes"] == {"decompositions": 0, "models": 0, "data": 0, "texts": 0, "compressions": 0}
+    assert values["cache"]["bytes"] == {"decompositions": 0, "models": 0, "data": 0, "texts": 0, "compressions": 0, "scores": 0}
     assert values["store"]["bytes"] is None
 
 
