@@ -275,6 +275,7 @@ def test_leftovers_in_the_cache_are_listed_with_what_they_were_to_become(tmp_pat
         "data": f"{'c' * 16}-questions.json",
         "texts": f"{'d' * 64}.json",
         "compressions": "f" * 16,
+        "scores": f"{'e' * 64}.json",
     }
     expected = {}
     for kind, name in names.items():
