@@ -116,11 +116,11 @@ def resolve(matrices: Sequence[Matrix], intervention: InterventionLike) -> tuple
         MatrixError: if the intervention names an unknown matrix, a rank above that of every selected matrix, or the same
             weights twice (directly, as a fused matrix and its part, or as tied weights).
     """
-    return _resolved(tuple(matrices), Intervention.read(intervention))
+    return _find_edits(tuple(matrices), Intervention.read(intervention))
 
 
 @lru_cache(maxsize=8)
-def _resolved(matrices: tuple[Matrix, ...], intervention: Intervention) -> tuple[Edit, ...]:
+def _find_edits(matrices: tuple[Matrix, ...], intervention: Intervention) -> tuple[Edit, ...]:
     edits: list[Edit] = []
     for reduction in intervention.reductions:
         selected = select(matrices, reduction.layers, reduction.matrix, reduction.stack)
