@@ -197,8 +197,9 @@ def undisturbed(name: str) -> tuple[SearchResult, list[Any]]:
 
 
 def exported(lm: LanguageModel, **options: Any) -> tuple[SearchResult, list[Any]]:
+    """Return a search's result and all scores in the order of their computation, none of which come from the cache."""
     with TemporaryDirectory() as folder:
-        result = search(lm, short_task(), store=Path(folder) / "runs.db", **options)
+        result = search(lm, short_task(), store=Path(folder) / "runs.db", restart=True, **options)
         with Store.open(Path(folder) / "runs.db") as store:
             trials = store.export(result.run)["trials"]
     return result, [(t["intervention"], t["split"], t["scores"]) for t in trials]

@@ -87,15 +87,20 @@ def split() -> Split:
 def test_scores_are_computed_once_and_kept(llama: LanguageModel, split: Split, tmp_path: Path) -> None:
     with applied(llama, "1.fc_in@0.1"):
         expected = evaluate(llama, split)
+    # A pass from a cached boundary may round otherwise than a full one.
+    logprobs = pytest.approx([s.logprob for s in expected.scores], abs=1e-5)
     passes: list[str] = []
     llama.model.register_forward_pre_hook(lambda *_: passes.append(llama.intervention))
     calls: list[list[str]] = []
     for _ in range(2):
         with Store.open(tmp_path / "runs.db") as store, cached_scorer(llama, split, store) as score:
-            assert score("1.fc_in@0.10").scores == expected.scores
+            edited = [
+                score("1.fc_in@0.10"),
+                score("named", applied(llama, "1.fc_in@0.1")),
+                score("another", applied(llama, "1.fc_in@0.1"), matrices_of="1.fc_in@0.5"),
+            ]
+            assert [[s.logprob for s in each.scores] for each in edited] == [logprobs] * 3
             assert score("").intervention == ""
-            assert score("named", applied(llama, "1.fc_in@0.1")).scores == expected.scores
-            assert score("another", applied(llama, "1.fc_in@0.1"), matrices_of="1.fc_in@0.5").scores == expected.scores
             assert score.cached("a text", lambda: passes.append("computed") or ["kept"]) == ["kept"]
         calls.append(list(passes))
     assert set(calls[0]) == {"1.fc_in@0.1", "", "computed"}
