@@ -20,6 +20,7 @@ import numpy as np
 import laserlm as laser
 from laserlm.export.calibration_text import own_calibration_text, read_calibration_text
 from laserlm.export.fitting import DENSE_ABOVE, Allocation, Method, fit_ranks
+from laserlm.export.products import fastest_products
 from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.records import Evaluation
 
@@ -69,8 +70,10 @@ def main() -> None:
         text = own_calibration_text(lm, **cut)
     elif arguments.calibration:
         text = read_calibration_text(lm, arguments.calibration, **cut)
+    products = fastest_products(lm, text.calibration[0])
     base = text_perplexity(lm, held_out)
-    print(f"{sum(len(row.targets) for row in text.calibration)} tokens to calibrate on, {base.tokens} held out")
+    n_tokens = sum(len(row.targets) for row in text.calibration)
+    print(f"{n_tokens} tokens to calibrate on, {base.tokens} held out; products in {products}")
     print("|".join(["decomposition, ranks, steps", *(f"{r:g}" for r in ratios), "calibration, s", "training at each ratio, s"]))
     print("|".join(["unchanged model", *[f"{base.perplexity:.2f}"] * len(ratios), "", ""]), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -80,7 +83,13 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             start = time.perf_counter()
             fitted = fit_ranks(
-                lm, text.calibration, method=method, allocation=allocation, dense_above=arguments.dense_above, folder=folder
+                lm,
+                text.calibration,
+                method=method,
+                allocation=allocation,
+                dense_above=arguments.dense_above,
+                products=products,
+                folder=folder,
             )
             seconds = time.perf_counter() - start
             for steps in all_steps:
@@ -88,7 +97,7 @@ def main() -> None:
                 for ratio in ratios:
                     start = time.perf_counter()
                     rows = text.refinement[:steps]
-                    small = fitted.refine(lm, ratio, rows, folder, steps=steps) if steps else fitted
+                    small = fitted.refine(lm, ratio, rows, folder, steps=steps, products=products) if steps else fitted
                     training.append(f"{time.perf_counter() - start:.0f}")
                     with small.applied(lm, ratio):
                         row.append(compared(base, text_perplexity(lm, held_out)))

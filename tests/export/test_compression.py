@@ -304,7 +304,7 @@ def test_what_was_interrupted_goes_on_where_it_was(stage: str, llama: LanguageMo
             raise Killed
 
     with pytest.raises(Killed):
-        compress(llama, tmp_path / "out", ratio=0.5, calibration=file, tokens=500, on_step=kill)
+        compress(llama, tmp_path / "out", ratio=0.5, calibration=file, tokens=500, products="float32", on_step=kill)
     (folder,) = (llama.cache / "compressions").iterdir()
     rows = read_calibration_text(llama, file, tokens=500).calibration
     stages: list[str] = []
@@ -315,6 +315,20 @@ def test_what_was_interrupted_goes_on_where_it_was(stage: str, llama: LanguageMo
     assert result.ranks(0.7) == expected.ranks(0.7)
     for name, decomposition in expected.decompositions.items():
         assert torch.equal(result.decompositions[name].left, decomposition.left)
+
+
+def test_what_was_interrupted_with_other_products_begins_again(llama: LanguageModel, file: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    def kill(at: str, *_: int) -> None:
+        stages.append(at)
+        if at == "decompositions":
+            raise Killed
+
+    for products in ("float32", "bfloat16", "float32"):
+        with pytest.raises(Killed):
+            compress(llama, tmp_path / "out", ratio=0.5, calibration=file, tokens=500, products=products, on_step=kill)
+    assert stages.count("gradients") == 2 * 21  # of both dtypes once
 
 
 def test_unfinished_gradients_of_a_killed_process_do_not_stay_on_the_disk(
@@ -422,16 +436,29 @@ def test_passages_of_training_are_longer_than_those_of_the_calibration_where_the
     assert short.refinement == short.calibration
 
 
-@pytest.mark.parametrize("here", ["avx512_bf16", "none"])
-def test_another_processor_makes_trained_factors_again_as_they_were(
-    here: str, llama: LanguageModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("here", "refine"), [("avx512_bf16", 3), ("none", 3), ("avx512_bf16", 0)])
+def test_another_processor_makes_a_compressed_model_again_as_it_was(
+    here: str, refine: int, llama: LanguageModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {here: True}, raising=False)
-    trained = compress(llama, tmp_path / "trained", ratio=0.6, calibration=file, tokens=500, refine=3)
+    made = compress(llama, tmp_path / "made", ratio=0.6, calibration=file, tokens=500, refine=refine)
     expected = "float32" if here == "none" else "bfloat16"
-    assert trained.saved.record["compression"]["products"] == expected
+    assert made.saved.record["compression"]["products"] == expected
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": here == "none"}, raising=False)
-    assert reproduce(tmp_path / "trained", llama).identical
+    assert reproduce(tmp_path / "made", llama).identical
+
+
+def test_a_record_without_the_dtype_of_products_has_that_of_the_model(
+    llama: LanguageModel, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 0.1.0 had no other."""
+    compress(llama, tmp_path / "made", ratio=0.6, calibration=file, tokens=500, products="float32")
+    record = tmp_path / "made" / "laser.json"
+    content = json.loads(record.read_text())
+    del content["compression"]["products"]
+    record.write_text(json.dumps(content))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert reproduce(tmp_path / "made", llama).identical
 
 
 def test_training_is_a_choice(llama: LanguageModel, file: Path, tmp_path: Path) -> None:

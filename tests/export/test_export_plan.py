@@ -194,7 +194,7 @@ def test_training_the_factors_takes_what_is_planned(llama: LanguageModel, text: 
     rows = read_calibration_text(llama, text, refine=3).refinement
     weights = list(llama.model.parameters())
     with LiveBytes(*weights) as live:
-        trained = compression.refine(llama, 0.6, rows, tmp_path / "kept", steps=3)
+        trained = compression.refine(llama, 0.6, rows, tmp_path / "kept", steps=3, products="float32")
     on_disk = trained.refined[0.6].stat().st_size
     assert planned.cache_bytes - without.cache_bytes == pytest.approx(2 * on_disk, rel=0.1)  # an old file and a new one
     expected = planned.phases["refinement"]

@@ -13,7 +13,7 @@ from laserlm.edit.factors import replaced_modules
 from laserlm.errors import ExportError, WeightError
 from laserlm.export import refinement
 from laserlm.export.fitting import Compression, fit_ranks
-from laserlm.export.refinement import products_of, refine
+from laserlm.export.refinement import refine
 from laserlm.low_rank import LowRankLinear
 from laserlm.models import LanguageModel
 from laserlm.scoring.records import TokenSequence
@@ -60,7 +60,7 @@ def test_training_lowers_the_divergence_from_the_unchanged_model_and_changes_not
     layers = compression.layers(llama, 0.5)
     before, weights = divergence(llama, layers, rows), llama.hash
     trainable = [p.requires_grad for p in llama.model.parameters()]
-    refine(llama, rows, layers, tmp_path / "file", steps=60)
+    refine(llama, rows, layers, tmp_path / "file", steps=60, products="float32")
     assert divergence(llama, layers, rows) < 0.9 * before
     llama.model.train().eval()
     assert llama.hash == weights
@@ -74,7 +74,7 @@ def test_the_first_step_goes_against_the_sign_of_the_gradient(
     """Adam's first step is the learning rate times the sign of the gradient, which a difference quotient tells here."""
     layers = compression.layers(llama, 0.5)
     start = state(layers)
-    refine(llama, rows[:1], layers, tmp_path / "file", steps=1)
+    refine(llama, rows[:1], layers, tmp_path / "file", steps=1, products="float32")
     path = next(iter(layers))
     layer = layers[path]
     moved = layer.weight.detach() - start[f"{path}.weight"]
@@ -107,11 +107,13 @@ def test_training_that_was_interrupted_ends_in_the_same_factors(
         if done == killed_after:
             raise Killed
 
-    whole = compression.refine(llama, 0.5, rows, tmp_path / "whole", steps=9)
+    whole = compression.refine(llama, 0.5, rows, tmp_path / "whole", steps=9, products="float32")
     with pytest.raises(Killed):
-        compression.refine(llama, 0.5, rows, tmp_path / "part", steps=9, on_step=kill)
+        compression.refine(llama, 0.5, rows, tmp_path / "part", steps=9, products="float32", on_step=kill)
     steps: list[int] = []
-    part = compression.refine(llama, 0.5, rows, tmp_path / "part", steps=9, on_step=lambda done, _: steps.append(done))
+    part = compression.refine(
+        llama, 0.5, rows, tmp_path / "part", steps=9, products="float32", on_step=lambda done, _: steps.append(done)
+    )
     assert steps == list(range(killed_after // 3 * 3 + 1, 10))
     expected, found = state(whole.layers(llama, 0.5)), state(part.layers(llama, 0.5))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -126,7 +128,7 @@ def test_small_steps_are_not_lost_in_bfloat16(make: Make, tmp_path: Path) -> Non
     compression = fit_ranks(lm, (), method="plain", allocation="uniform")
     layers = compression.layers(lm, 0.5)
     before = state(layers)
-    refine(lm, [row], layers, tmp_path / "file", steps=40)
+    refine(lm, [row], layers, tmp_path / "file", steps=40, products="bfloat16")
     assert layers[next(iter(layers))].weight.dtype == torch.bfloat16
     weights = [name for name in before if not name.endswith("order")]
     changed = sum(int((before[n] != t).sum()) for n, t in state(layers).items() if n in weights)
@@ -140,10 +142,10 @@ def test_gradients_that_would_overflow_are_refused_with_the_way_out(make: Make, 
     with torch.no_grad():
         lm.model.lm_head.weight[9] = torch.inf
     with pytest.raises(WeightError, match=r"factor .* is not finite.*--refine 0"):
-        refine(lm, [row], compression.layers(lm, 0.5), tmp_path / "file", steps=1)
+        refine(lm, [row], compression.layers(lm, 0.5), tmp_path / "file", steps=1, products="float32")
     lm.model.half()
     with pytest.raises(ExportError, match=r"float16 overflow.*--dtype.*--refine 0"):
-        refine(lm, [row], {}, tmp_path / "file", steps=1)
+        refine(lm, [row], {}, tmp_path / "file", steps=1, products="float32")
 
 
 def test_a_factor_that_no_gradient_reaches_stays_as_it_is(
@@ -153,74 +155,17 @@ def test_a_factor_that_no_gradient_reaches_stays_as_it_is(
     layers = compression.layers(llama, 0.5)
     start = state(layers)
     llama.model.model.layers[1].mlp.forward = lambda x: x
-    refine(llama, rows, layers, tmp_path / "file", steps=3)
+    refine(llama, rows, layers, tmp_path / "file", steps=3, products="float32")
     changed = {name for name, t in state(layers).items() if not torch.equal(t, start[name])}
     assert not [name for name in changed if name.startswith("model.layers.1.mlp.")]
     assert "model.layers.0.mlp.up_proj.weight" in changed
 
 
-@pytest.mark.parametrize("is_broken", [False, True])
-def test_products_are_in_bfloat16_unless_the_model_cannot_compute_them(
-    is_broken: bool,
-    llama: LanguageModel,
-    rows: list[TokenSequence],
-    compression: Compression,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    seen: list[bool] = []
-
-    def look(*_: object) -> None:
-        seen.append(torch.is_autocast_enabled("cpu"))
-        if is_broken and seen[-1]:
-            raise RuntimeError("index_add_(): self and source must have the same dtype")
-
-    llama.model.register_forward_pre_hook(look)
-    refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=2)
-    assert sum(seen) == (1 if is_broken else 5)  # a first try, then two passes in each step
-    assert ("cannot compute its products in bfloat16 (index_add_()" in caplog.text) == is_broken
-    assert products_of(tmp_path / "file") == ("float32" if is_broken else "bfloat16")
-
-
 @pytest.mark.parametrize("products", ["bfloat16", "float32"])
-def test_products_are_in_the_dtype_that_is_asked_for_on_every_processor(
-    products: str,
-    llama: LanguageModel,
-    rows: list[TokenSequence],
-    compression: Compression,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_products_are_in_the_dtype_that_is_asked_for(
+    products: str, llama: LanguageModel, rows: list[TokenSequence], compression: Compression, tmp_path: Path
 ) -> None:
-    """A record of trained factors names the dtype, so that another processor repeats the training in it."""
-    factors = {}
-    for of_processor in (set[str](), {"avx512_bf16"}):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda of=of_processor: dict.fromkeys(of, True), raising=False)
-        layers = compression.layers(llama, 0.5)
-        file = tmp_path / f"{len(of_processor)}"
-        refine(llama, rows, layers, file, steps=2, products=products)
-        assert products_of(file) == products
-        factors[len(of_processor)] = state(layers)
-    assert all(torch.equal(factors[0][name], factors[1][name]) for name in factors[0])
-
-
-def test_training_that_was_interrupted_goes_on_in_the_dtype_in_which_it_began(
-    llama: LanguageModel,
-    rows: list[TokenSequence],
-    compression: Compression,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=2)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=4)
-    assert products_of(tmp_path / "file") == "bfloat16"
-
-
-def test_products_in_a_dtype_that_is_not_trained_in_are_refused(
-    llama: LanguageModel, rows: list[TokenSequence], compression: Compression, tmp_path: Path
-) -> None:
-    with pytest.raises(ExportError, match="trained with products in float32 or bfloat16, not in float16"):
-        refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=2, products="float16")
+    seen: list[bool] = []
+    llama.model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    refine(llama, rows, compression.layers(llama, 0.5), tmp_path / "file", steps=2, products=products)
+    assert sum(seen) == (4 if products == "bfloat16" else 0)  # two passes in each step

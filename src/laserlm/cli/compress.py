@@ -34,6 +34,10 @@ def compress(
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 16_384,
     dense_above: Annotated[float, typer.Option(help="Keep matrices dense whose factors exceed this share.")] = 1.0,
     refine: Annotated[int, typer.Option(min=0, help="Steps that train the factors.")] = 0,
+    products: Annotated[
+        str | None,
+        typer.Option(help="Dtype of products for gradients: bfloat16, or the model's.", show_default="the faster one"),
+    ] = None,
     quantised: Annotated[bool, typer.Option("--quantised", help="Measure 8 and 4 bits of the base model too.")] = False,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB for block inputs.", show_default="all that it takes")] = None,
     form: Annotated[str, typer.Option(help="Form: dense, or factored (smaller).")] = "factored",
@@ -63,6 +67,7 @@ def compress(
         "tokens": tokens,
         "dense_above": dense_above,
         "refine": refine,
+        "products": products,
         "quantised": quantised,
         "memory": None if memory is None else memory * 2**30,
         "form": form,

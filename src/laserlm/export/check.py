@@ -23,6 +23,7 @@ from laserlm.export import load_in_subprocess
 from laserlm.export.calibration_text import OWN_TEXT_FILE
 from laserlm.export.compression import compress
 from laserlm.export.load_in_subprocess import REPORTS
+from laserlm.export.products import own_products
 from laserlm.export.record import FLOAT32_TOLERANCE, file_hashes, read_record, relative_difference
 from laserlm.export.saving import save
 from laserlm.export.source_check import differences
@@ -251,7 +252,7 @@ def _rebuild_compressed(
             )
         options = options | {"calibration": file, "tokens": text["tokens"]}
     options |= {"dense_above": settings.get("dense_above", 1.0), "refine": settings.get("refine", 0)}  # as in version 0.1.0
-    options |= {"products": settings.get("products")}
+    options |= {"products": settings.get("products", own_products(lm))}  # version 0.1.0 had the model's own alone
     compress(lm, out, **{name: settings[name] for name in ("ratio", "method", "allocation")}, **options)
 
 

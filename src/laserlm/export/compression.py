@@ -29,10 +29,12 @@ from laserlm.export.fitting import (
     check_fit,
     compressible,
     fit_ranks,
+    needs_gradients,
     needs_input_moments,
 )
 from laserlm.export.gguf_rounding import QUANTISED_TYPES, rounded_to
-from laserlm.export.refinement import check_products, check_steps, products_of
+from laserlm.export.products import check_products, fastest_products, own_products
+from laserlm.export.refinement import check_steps
 from laserlm.export.tensor_folder import storage_error
 from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.low_rank import LowRankLinear
@@ -110,7 +112,8 @@ def compress(
         tokens: maximum number of tokens for calibration.
         dense_above: a matrix whose factors would take more than this share of its parameters stays dense; see ``fit_ranks``.
         refine: number of steps that train the factors towards the unchanged model's predictions, one passage of the text each.
-        products: dtype of the products in this training, ``bfloat16`` or the model's own. None takes the faster one.
+        products: dtype of the products for gradients and in this training, ``bfloat16`` or the model's own. None takes bfloat16
+            for a model in float32, where the processor has instructions for it and the model can be run so.
         quantised: whether to measure the perplexity of the unchanged model's weights in 8 and 4 bits (GGUF q8_0 and q4_0) too.
         memory: bytes of what goes into the blocks, kept for gradients and moments; see ``fit_ranks``. None sets no bound.
         form: ``factored``, or ``dense`` for the products of the factors, which does not make the model smaller.
@@ -126,25 +129,26 @@ def compress(
     out = Path(out).expanduser().absolute()
     options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
     check_compression(lm, out, options)
-    check_choices(lm, [ratio, *measure], calibration, method, allocation, dense_above, refine, quantised=quantised)
-    check_products(lm, products)
+    ratios = [ratio, *measure]
+    check_choices(lm, ratios, calibration, method, allocation, dense_above, refine, products=products, quantised=quantised)
     on_step("text", 0, 0)
     text = _text(lm, calibration, tokens, method, allocation, refine, on_step)
     rows = () if text is None else text.calibration
     if needs_input_moments(method, allocation):
         _warn_of_few_tokens(lm, rows)
-    with _own_folder(lm, rows, method, allocation) as kept:
-        fit: dict[str, Any] = {"method": method, "allocation": allocation, "dense_above": dense_above}
+    products = products or _products_for(lm, text, method, allocation, refine)
+    with _own_folder(lm, rows, method, allocation, products) as kept:
+        fit: dict[str, Any] = {"method": method, "allocation": allocation, "dense_above": dense_above, "products": products}
         fit["memory"] = math.inf if memory is None else memory
         compression = fit_ranks(lm, rows, **fit, folder=kept, on_step=on_step)
         settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
         settings |= {"dense_above": dense_above, "refine": refine}
         if text is not None:
-            compression = _with_trained_factors(lm, compression, [ratio, *measure], text, refine, products, kept, on_step)
-            settings |= {"products": products_of(compression.refined[ratio])} if refine else {}
+            settings["products"] = products
+            compression = _with_trained_factors(lm, compression, ratios, text, refine, products, kept, on_step)
             on_step("perplexity", 0, 0)
             settings["text"] = text.as_dict() | {"tokens": tokens}
-            settings["perplexity"] = _perplexities(lm, compression, [ratio, *measure], options, text.held_out, kept)
+            settings["perplexity"] = _perplexities(lm, compression, ratios, options, text.held_out, kept)
             if quantised:
                 settings["perplexity"]["quantised"] = _perplexities_of_quantised(lm, text.held_out, kept)
         on_step("writing", 0, 0)
@@ -182,6 +186,7 @@ def check_choices(
     dense_above: float,
     refine: int,
     *,
+    products: str | None,
     quantised: bool,
 ) -> bool:
     """Return whether there will be a text; arguments are those of ``compress``, with the ratio before those to measure.
@@ -191,6 +196,7 @@ def check_choices(
     """
     check_fit(method, allocation, ratios, dense_above)
     check_steps(lm, refine)
+    check_products(lm, products)
     has_text = calibration is not None or needs_text(method, allocation, refine)
     if not has_text and (len(ratios) > 1 or quantised):
         raise ExportError(
@@ -216,6 +222,7 @@ def _write(
     arguments = ["--ratio", f"{settings['ratio']:g}", "--method", settings["method"], "--allocation", settings["allocation"]]
     arguments += ["--dense-above", f"{settings['dense_above']:g}", "--refine", str(settings["refine"])]
     if text is not None:
+        arguments += ["--products", settings["products"]]
         arguments += ["--calibration", text.name, "--tokens", str(settings["text"]["tokens"])]
         arguments += ["--quantised"] if "quantised" in settings["perplexity"] else []
         arguments += [word for ratio in [*settings["perplexity"]["at"]][1:] for word in ("--measure", ratio)]
@@ -229,10 +236,12 @@ def _write(
 
 
 @contextmanager
-def _own_folder(lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allocation: Allocation) -> Iterator[Path]:
+def _own_folder(
+    lm: LanguageModel, rows: Sequence[TokenSequence], method: Method, allocation: Allocation, products: str
+) -> Iterator[Path]:
     """Yield the folder of what is computed for these arguments, for this process alone, and remove it after success."""
     model = [lm.hash, str(lm.dtype), str(lm.device)]
-    identity = [*model, [row.ids for row in rows], method, allocation, version("laserlm")]
+    identity = [*model, [row.ids for row in rows], method, allocation, products, version("laserlm")]
     folder = lm.cache / "compressions" / digest(identity)[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -270,13 +279,20 @@ def _text(
     return text if needs_text(method, allocation) else replace(text, calibration=())
 
 
+def _products_for(lm: LanguageModel, text: CalibrationText | None, method: Method, allocation: Allocation, refine: int) -> str:
+    """Return the dtype of the products for gradients and in training, if there are any, else the model's own."""
+    if text is None or not (refine or needs_gradients(method, allocation)):
+        return own_products(lm)
+    return fastest_products(lm, (text.calibration or text.refinement)[0])
+
+
 def _with_trained_factors(
     lm: LanguageModel,
     compression: Compression,
     ratios: Sequence[float],
     text: CalibrationText,
     steps: int,
-    products: str | None,
+    products: str,
     folder: Path,
     on_step: OnStep,
 ) -> Compression:

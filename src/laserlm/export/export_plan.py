@@ -130,6 +130,7 @@ def plan_compression(
     tokens: int = 16_384,
     dense_above: float = DENSE_ABOVE,
     refine: int = 0,
+    products: str | None = None,
     quantised: bool = False,
     memory: float | None = None,
     form: Form = "factored",
@@ -142,7 +143,8 @@ def plan_compression(
     """
     check_compression(lm, _any_folder(lm), SaveOptions(form, dtype))
     ratios = [ratio, *measure]
-    has_text = check_choices(lm, ratios, calibration, method, allocation, dense_above, refine, quantised=quantised)
+    choices: dict[str, Any] = {"products": products, "quantised": quantised}
+    has_text = check_choices(lm, ratios, calibration, method, allocation, dense_above, refine, **choices)
     matrices, left_out = compressible(lm)
     sizes = _Sizes(lm, lm.dtype if dtype is None else dtype_named(dtype))
     planner = MemoryPlanner(lm, matrices, 0, CALIBRATION_BATCH)

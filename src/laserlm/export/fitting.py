@@ -126,7 +126,7 @@ class Compression:
         folder: Path,
         *,
         steps: int,
-        products: str | None = None,
+        products: str,
         on_step: Callable[[int, int], object] = lambda done, total: None,
     ) -> Compression:
         """Return the compression with factors that were trained at this ratio; see ``laserlm.export.refinement.refine``.
@@ -137,7 +137,7 @@ class Compression:
             rows: passages to train on.
             folder: where the trained factors are kept. What an earlier call with the same arguments left there is used.
             steps: number of steps, one passage each.
-            products: dtype of the products; see there.
+            products: dtype of the products, ``bfloat16`` or the model's own.
             on_step: called with the number of steps that are done, and with that of all.
 
         Raises:
@@ -173,6 +173,7 @@ def fit_ranks(
     allocation: Allocation = "curvature",
     dense_above: float = DENSE_ABOVE,
     memory: float = math.inf,
+    products: str | None = None,
     folder: Path | None = None,
     on_step: OnStep = lambda *_: None,
 ) -> Compression:
@@ -192,6 +193,7 @@ def fit_ranks(
         dense_above: share of its parameters above which a matrix stays dense, unless ranks are uniform.
         memory: bytes of what goes into the blocks. That of a passage into all blocks and of all passages into two is kept in
             any case. A model whose blocks do not run one after another keeps the whole graph of a passage in any case.
+        products: dtype of the products of the passes for gradients, ``bfloat16`` or the model's own; None takes its own.
         folder: where moments and decompositions are kept. What an earlier call with the same arguments left there is used.
             None keeps them in the cache as long as the result exists.
         on_step: is called after each matrix.
@@ -206,11 +208,11 @@ def fit_ranks(
     decompositions = DecompositionFolder(kept / "decompositions")
     if folder is None:
         weakref.finalize(decompositions, shutil.rmtree, kept, ignore_errors=True)
-    needs_gradients = method == "two-sided" or allocation == "curvature"
-    steps = _Steps(on_step, len(matrices) * (2 if needs_gradients else 1))
+    with_gradients = needs_gradients(method, allocation)
+    steps = _Steps(on_step, len(matrices) * (2 if with_gradients else 1))
     if rows:
         _warn_of_little_memory(lm, rows, memory, method, allocation)
-    gradients = _gradients(lm, rows, matrices, kept, steps, memory) if needs_gradients else None
+    gradients = _gradients(lm, rows, matrices, kept, steps, memory, products) if with_gradients else None
     missing = [m for m in matrices if m.id not in decompositions]
     steps.done = steps.total - len(missing)
     curvatures = TensorFolder(kept / "losses")
@@ -295,6 +297,11 @@ def _temporary_folder(lm: LanguageModel) -> Path:
     return folder
 
 
+def needs_gradients(method: Method, allocation: Allocation) -> bool:
+    """Return whether a compression takes the second moments of gradients."""
+    return method == "two-sided" or allocation == "curvature"
+
+
 def needs_input_moments(method: Method, allocation: Allocation) -> bool:
     """Return whether a compression takes the second moments of the inputs of layers."""
     return method != "plain" or allocation == "curvature"
@@ -331,6 +338,7 @@ def _gradients(
     folder: Path,
     steps: _Steps,
     memory: float,
+    products: str | None,
 ) -> TensorFolder:
     """Return the moments of gradients, which are in the folder once all of them are computed."""
     complete = folder / "gradients"
@@ -342,7 +350,7 @@ def _gradients(
         for unfinished in folder.glob("gradients-*"):  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="gradients-", dir=folder) as part:
-            moments = gradient_moments(lm, rows, matrices, Path(part), memory=memory, on_matrix=advance)
+            moments = gradient_moments(lm, rows, matrices, Path(part), memory=memory, products=products, on_matrix=advance)
             moments.folder.rename(complete)
     return TensorFolder(complete)
 

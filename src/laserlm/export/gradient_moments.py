@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from laserlm.errors import WeightError
+from laserlm.export.products import own_products, products_in
 from laserlm.export.tensor_folder import TensorFolder
 from laserlm.linalg.precision import full_precision
 from laserlm.models.finite import overflow
@@ -35,6 +36,7 @@ def gradient_moments(
     *,
     batch_size: int = 4,
     memory: float = math.inf,
+    products: str | None = None,
     on_matrix: OnMatrix = lambda done, total: None,
 ) -> TensorFolder:
     """Return the mean over tokens of g g^T, (m, m), by the matrix's id, in a folder.
@@ -49,6 +51,7 @@ def gradient_moments(
         folder: is empty; the result is one of its folders.
         batch_size: rows in one pass. It is halved where memory runs out.
         memory: bytes of what goes into the blocks. Rows are taken in chunks that keep it; one row is always taken.
+        products: dtype of the products of the passes, ``bfloat16`` or the model's own; None takes the model's own.
         on_matrix: called after each matrix of a chunk with how much is done, and of how much: rows times matrices.
 
     Raises:
@@ -57,7 +60,10 @@ def gradient_moments(
         ScoringError: if a single row does not fit into memory.
     """
     tokens = sum(len(row.targets) for row in rows)
-    gradients = _OutputGradients(lm, rows, matrices, batch_size=batch_size, memory=memory, on_matrix=on_matrix)
+    products = products or own_products(lm)
+    gradients = _OutputGradients(
+        lm, rows, matrices, batch_size=batch_size, memory=memory, products=products, on_matrix=on_matrix
+    )
     for scale in gradient_scales(lm):
         gradients.rows_done = 0
         whole = of_chunk = TensorFolder(folder / f"{scale:g}-0")
@@ -104,12 +110,14 @@ class _OutputGradients(ComponentGradients):
         *,
         batch_size: int,
         memory: float,
+        products: str,
         on_matrix: OnMatrix,
     ) -> None:
         coefficients: list[Coefficients] = [(-1.0, []) for _ in rows]
         options: dict[str, Any] = {"batch_size": batch_size, "memory": memory, "squared": True}
         super().__init__(lm, rows, coefficients, matrices, lambda _: _never_decomposed(), **options)
         self.rows_done = 0
+        self._products = products
         self._on_matrix = on_matrix
 
     def _run(self, chunk: Sequence[int], reduce: Reduce, scale: float) -> dict[str, Tensor]:
@@ -123,7 +131,8 @@ class _OutputGradients(ComponentGradients):
             self._on_matrix(self.rows_done * n + len(chunk) * n_reduced, len(self.rows) * n)
             return reduced
 
-        of_chunk = super()._run(chunk, counted, scale)
+        with products_in(self.lm, self._products):
+            of_chunk = super()._run(chunk, counted, scale)
         self.rows_done += len(chunk)
         return of_chunk
 
