@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +16,16 @@ from torch.utils._pytree import tree_leaves
 
 from laserlm.edit import DecompositionCache
 from laserlm.export.fitting import fit_ranks
+from laserlm.linalg import decompose
 from laserlm.models import LanguageModel
-from laserlm.models.matrices import Matrix
+from laserlm.models.matrices import Matrix, read_matrix
 from laserlm.scoring.forward import run_rows
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.tokenize import encode
 from laserlm.searching import SearchResult, search
 from laserlm.searching.components import questions_with_room
 from laserlm.searching.config import SearchConfig
+from laserlm.searching.gradients import Coefficients, ComponentGradients
 from laserlm.searching.memory_plan import (
     GIB,
     LOGITS_OF_A_DRAW,
@@ -163,3 +166,70 @@ def test_warnings_of_too_little_memory_name_a_bound_that_is_large_enough(
     said = [r.getMessage() for r in caplog.records if "--memory" in r.getMessage()]
     assert [text.rpartition("--memory ")[2] for text in said] == [option] * 3
     assert [f"--memory 12 is less than the {option} GiB" in text for text in said] == [True, True, False]
+
+
+def rows_of(tokens: int, n: int) -> list[TokenSequence]:
+    ids = torch.randint(5, 400, (n, tokens + 1), generator=torch.Generator().manual_seed(0)).tolist()
+    return [TokenSequence(i, tuple(x[:-1]), tuple(x[1:]), tuple(range(tokens))) for i, x in enumerate(ids)]
+
+
+def gradients_of(lm: LanguageModel, rows: list[TokenSequence], memory: float) -> ComponentGradients:
+    """Return gradients along the components of the first attention matrix of each block."""
+    parts = {m: decompose(read_matrix(lm.model, m)) for m in lm.matrices if m.name.endswith("q_proj")}
+    coefficients: list[Coefficients] = [(-1 / len(row.targets), []) for row in rows]
+    return ComponentGradients(lm, rows, coefficients, list(parts), parts.__getitem__, memory=memory)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3n"])
+def test_the_graph_that_tells_of_a_model_does_not_stay_in_memory(family: str) -> None:
+    """It is that of a whole pass, and a search or compression makes one for each gradient."""
+    lm = families.build(family)
+    rows = rows_of(40, 1)
+    with LiveBytes(*lm.model.parameters()) as live:
+        before = live.now
+        for _ in range(2):
+            gradients_of(lm, rows, memory=GIB)
+    assert live.most - before > 300_000
+    assert live.now - before < 1000
+
+
+def test_the_graph_of_a_long_text_is_made_where_it_is_needed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of all blocks and the logits would take most of the memory of a gradient block by block."""
+
+    def most(family: str, inspected: int) -> int:
+        lm = families.build(family)
+        rows = rows_of(120, 1)
+        list(run_rows(lm, rows, 1))
+        monkeypatch.setattr("laserlm.searching.gradients.inspection.INSPECTED_TOKENS", inspected)
+        with LiveBytes(*lm.model.parameters()) as live:
+            before = live.now
+            gradients_of(lm, rows, memory=GIB)
+        return live.most - before
+
+    assert most("llama", 8) < most("llama", 120) / 5
+    assert most("gemma3n", 8) == most("gemma3n", 120)
+
+
+def test_the_graph_of_a_whole_pass_that_exceeds_the_bound_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Blocks of Gemma 3n hand on keys and values beside their outputs."""
+    lm = families.build("gemma3n")
+    rows = rows_of(40, 3)
+
+    def gradients(memory: float) -> ComponentGradients:
+        caplog.clear()
+        return gradients_of(lm, rows, memory)
+
+    taken = gradients(1024)
+    (said,) = caplog.messages
+    with LiveBytes(*lm.model.parameters()) as live:
+        before = live.now
+        list(taken.chunks(range(3), lambda _, sums: sums))
+    found = re.fullmatch(r".* about (\S+) GiB for 40 tokens.* (\S+) GiB that --memory leaves for it.* (\S+) times as .*", said)
+    assert found is not None
+    size, bound, times = map(float, found.groups())
+    assert size * GIB < live.most - before < 1.5 * size * GIB  # the gradients of a block come to the graph
+    assert bound * GIB == pytest.approx(1024, rel=0.01)
+    gradients(1024 * times)
+    assert caplog.messages == []
+    gradients(1024 * (times - 0.2))
+    assert len(caplog.messages) == 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from laserlm.searching.gradients.blocks import BatchPass, backward, cut_between_
 from laserlm.searching.gradients.inspection import Inspection, token_count
 from laserlm.searching.gradients.sites import find_sites, sites_within, without_uncalled
 from laserlm.searching.gradients.sums import ComponentSums, MixedRowsError, watched
+from laserlm.searching.memory_plan import GIB
+
+log = logging.getLogger(__name__)
 
 Decomposed = Callable[[Matrix], Decomposition]
 Coefficients = tuple[float, list[float]]
@@ -88,6 +92,8 @@ class ComponentGradients:
         inside = {id(site.module) for sites in self._in_block.values() for site in sites}
         self.needs_whole_graph = not inspection.can_be_cut or any(id(site.module) not in inside for site in self._sites)
         self._token_bytes = inspection.graph_bytes if self.needs_whole_graph else inspection.boundary_bytes
+        if self.needs_whole_graph and (longest := max(map(token_count, rows))) * self._token_bytes > memory:
+            _warn_of_graph(lm.name, longest, longest * self._token_bytes, memory)
         is_batched = inspection.is_separable and all(site.kind != "other" for site in self._sites)
         self.batch_size = batch_size if is_batched else 1
 
@@ -234,3 +240,14 @@ class ComponentGradients:
     def _check_time(self) -> None:
         if self.is_late:
             raise _OutOfTimeError
+
+
+@cache
+def _warn_of_graph(name: str, tokens: int, size: float, memory: float) -> None:
+    """Warn once where the graph of a single row takes more than the bound."""
+    log.warning(
+        "blocks of %s hand on more than what they give out, so that a gradient keeps the graph of a whole pass: about %.3g GiB "
+        "for %d tokens. That is more than the %.3g GiB that --memory leaves for it, and the gradient takes it in any case; "
+        "%s times as much --memory has room for it",
+        *(name, size / GIB, tokens, memory / GIB, f"{math.ceil(10 * size / memory) / 10:.15g}" if memory > 0 else "infinitely"),
+    )

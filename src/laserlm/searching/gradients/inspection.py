@@ -33,6 +33,8 @@ from laserlm.searching.gradients.blocks import (
 from laserlm.searching.gradients.sites import Site
 
 log = logging.getLogger(__name__)
+INSPECTED_TOKENS = 128
+"""Most tokens of a causal model's row whose graph of all blocks is made, which takes more than a gradient block by block."""
 CLOSE = 0.05
 """Largest difference of what a layer or block gets or gives out in two passes, as a share of the largest value."""
 
@@ -63,11 +65,16 @@ class Inspection:
 
     @classmethod
     def of(cls, lm: LanguageModel, rows: Sequence[TokenSequence], sites: Sequence[Site]) -> Inspection:
-        """Run a short row with the graph of all blocks, and twice the row in a batch."""
+        """Run the end of a short row with the graph of all blocks, and twice the same in a batch.
+
+        The full row follows where its graph cannot be cut, for what attention holds of a token grows with their number.
+        """
         row = min(rows, key=lambda r: (len(r.ids) < 2, -len(r.decoder), len(r.ids)))
+        end = row.end(INSPECTED_TOKENS) if lm.kind == "causal" else row
         try:
             with uniform_out_of_memory(), frozen(lm.model):
-                return cls._of_row(lm, row, sites)
+                found = cls._of_row(lm, end, sites)
+                return found if found.can_be_cut or end is row else cls._of_row(lm, row, sites)
         except torch.OutOfMemoryError:
             boundaries = sum(len(blocks) for _, _, blocks in find_stacks(lm.model)) + 1
         log.warning("two rows with their graph do not fit into the memory of %s; the screen takes one row at a time", lm.device)
@@ -83,7 +90,7 @@ class Inspection:
             storage = x.untyped_storage()
             if storage.data_ptr() not in weights:
                 saved[storage.data_ptr()] = storage.nbytes()
-            return x
+            return x.detach()  # PyTorch: with x itself the graph would hold itself, and stay in memory
 
         with _inputs_of(sites) as inputs:
             with _recorded(lm) as calls, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
