@@ -1,9 +1,10 @@
 """Every command line and every block of Python in the README and the documentation is run, page by page, as a reader would.
 
 A page has a working folder of its own with the files that its text takes for granted, and its blocks are run in order, once
-on a small model that stands in for the bundled one and once, in the slow tier, on the bundled model itself. What takes long is
-run on fewer questions (``SHORT``); what cannot be run here is read by the command line's own parser, and stands in
-``ONLY_READ`` with the reason, and what is left to one of the two models stands in ``ONLY_BUNDLED`` or ``ONLY_STAND_IN``.
+on a small model that stands in for the bundled one and once, in the slow tier, on the bundled model itself, unless other pages
+have the same commands (``REPEATING``). What takes long is run on fewer questions (``SHORT``); what cannot be run here is read by
+the command line's own parser, and stands in ``ONLY_READ`` with the reason, and what is left to one of the two models stands in
+``ONLY_BUNDLED`` or ``ONLY_STAND_IN``.
 Blocks in other languages (``text``, ``json``) show what is printed or written.
 """
 
@@ -107,6 +108,8 @@ ONLY_STAND_IN = {
     "laser compress bundled": "decomposes all matrices of the model, which takes a minute",
 }
 """Commands that are only read on the bundled model, and why."""
+REPEATING = ("docs/faq.md", "docs/nothing-helps.md", "docs/reproducing.md")
+"""Pages that are run on the stand-in only, for their commands differ from those of other pages in numbers alone."""
 SMALLER = {"(11, 288, 570)": "(1, 16, 31)"}
 """What a block says of matrices as wide as the bundled model's, and what it says of the stand-in's."""
 NARROWER = {"--type fc_in --type fc_out": "--type v_proj --type k_proj"}
@@ -230,7 +233,7 @@ class Named:
     real: bool
 
 
-@pytest.fixture(scope="session", params=["stand-in", pytest.param("bundled", marks=[pytest.mark.slow, pytest.mark.bundled])])
+@pytest.fixture(scope="session")
 def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Named]:
     """The stand-in or the bundled model, loaded and hashed once; after all pages its weights are what they were."""
     real = request.param == "bundled"
@@ -380,7 +383,16 @@ def runnable() -> list[str]:
 
 
 @pytest.mark.filterwarnings("default")  # those of other libraries' commands; laserlm's own are errors in its own tests
-@pytest.mark.parametrize("page", runnable())
+@pytest.mark.parametrize(
+    ("named", "page"),
+    [("stand-in", page) for page in runnable()]
+    + [
+        pytest.param("bundled", page, marks=[pytest.mark.slow, pytest.mark.bundled])
+        for page in runnable()
+        if page not in REPEATING
+    ],
+    indirect=["named"],
+)
 def test_every_command_and_every_block_of_a_page_runs(
     page: str, place: Path, named: Named, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
