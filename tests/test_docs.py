@@ -2,9 +2,9 @@
 
 A page has a working folder of its own with the files that its text takes for granted, and its blocks are run in order, once
 on a small model that stands in for the bundled one and once, in the slow tier, on the bundled model itself, unless other pages
-have the same commands (``REPEATING``). What takes long is run on fewer questions (``SHORT``). What cannot be run here is read
-by the command line's own parser, and stands in ``ONLY_READ`` with the reason, and what is left to one of the two models stands in
-``ONLY_BUNDLED`` or ``ONLY_STAND_IN``.
+have the same commands (``REPEATING``). What takes long is run on fewer questions (``SHORT``). What cannot be run here is
+read by the command line's own parser, and stands in ``ONLY_READ`` with the reason, and what is left to one of the two models
+stands in ``ONLY_BUNDLED`` or ``ONLY_STAND_IN``.
 Blocks in other languages (``text``, ``json``) show what is printed or written.
 """
 
