@@ -53,6 +53,9 @@ def test_a_model_in_half_precision_keeps_its_products(dtype: str, make: Make) ->
 def test_products_in_another_dtype_are_refused(llama: LanguageModel) -> None:
     with pytest.raises(ExportError, match="products in float32 or bfloat16, not in float16"):
         check_products(llama, "float16")
+    llama.model.bfloat16()
+    with pytest.raises(ExportError, match="products in bfloat16, not in float32"):
+        check_products(llama, "float32")
 
 
 def test_moments_of_gradients_are_nearly_the_same_with_products_in_bfloat16(llama: LanguageModel, tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ def own_products(lm: LanguageModel) -> str:
 
 def check_products(lm: LanguageModel, products: str | None) -> None:
     """Raise an ExportError if products of a compression cannot be computed in this dtype."""
-    if products not in (None, BFLOAT16, own := own_products(lm)):
-        raise ExportError(f"a compression of {lm.name} computes products in {own} or {BFLOAT16}, not in {products}")
+    allowed = dict.fromkeys([own_products(lm), BFLOAT16])
+    if products is not None and products not in allowed:
+        raise ExportError(f"a compression of {lm.name} computes products in {' or '.join(allowed)}, not in {products}")
 
 
 def products_in(lm: LanguageModel, products: str) -> AbstractContextManager[object]:
