@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from families import GROUPED, SCORED, SIZES, TOKENIZERS, D
+from searching.test_memory_plan import LiveBytes
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -216,6 +217,41 @@ def test_the_gradient_flows_through_the_output_layer(make: Make, monkeypatch: py
     weight.requires_grad_()
     (by_weight,) = torch.autograd.grad(output_layer._float32_linear(x, weight, None), weight, slope)
     torch.testing.assert_close(by_weight, (slope.T @ x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("by_caller", [True, False])
+def test_rounded_logits_are_told_of_where_the_model_rounds_them(
+    by_caller: bool, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = make("llama")
+    lm.name = f"a model whose logits are rounded, {by_caller}"
+    lm.reads_positions = False
+    row = TokenSequence(0, (5, 6, 7), (8,), (2,))
+    forward = lm.model.forward
+
+    def rounded(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits.bfloat16()
+        return output
+
+    (batch,) = batches(lm, [row], 1)
+    lm.model.forward = forward if by_caller else rounded
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=by_caller):
+        forward_logits(lm, batch, scored_only=False)
+    assert ("rounds its logits to torch.bfloat16" in caplog.text) == (not by_caller)
+
+
+def test_the_logits_are_in_memory_once_and_exact_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = 4 * D * 1000
+    monkeypatch.setattr(output_layer, "CHUNK_BYTES", part)
+    x, weight = torch.randn(500, D, dtype=torch.bfloat16), torch.randn(3000, D, dtype=torch.bfloat16)
+    with LiveBytes(x, weight) as live:
+        before = live.now
+        logits = output_layer._float32_linear(x, weight, None)
+    assert live.most - before == pytest.approx(logits.nbytes + part + 2 * x.nbytes, rel=0.05)
+    torch.testing.assert_close(logits, x.float() @ weight.float().T)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(output_layer._float32_linear(x, weight, None), logits)
 
 
 @pytest.mark.gpu

@@ -119,8 +119,9 @@ class _Float32Product(torch.autograd.Function):
         if x.is_cuda and torch.version.hip is None and x.dtype == weight.dtype:
             return torch.mm(x, weight.T, out_dtype=torch.float32)
         product = x.new_empty(len(x), len(weight), dtype=torch.float32)
+        wide = x.float()
         for part in _parts(weight):
-            product[:, part] = x.float() @ weight[part].float().T
+            torch.mm(wide, weight[part].float().T, out=product[:, part])  # in place, for a part has as many rows as x
         return product
 
     @staticmethod
