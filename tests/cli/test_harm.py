@@ -93,7 +93,11 @@ def test_a_search_prints_its_harm_on_every_guard_as_a_plain_pass_measures_it(
     assert re.search(r"Harm: perplexity .* on text that the model wrote \(4 passages\), divergence [\d.]+ nats per token", out)
     assert re.search(r"Harm: perplexity .* on questions:questions, accuracy .* \(32 questions\)", out)
     (listed,) = json.loads(run("runs", "list", "--store", tmp_path / "runs.db", "--json")[1])
-    assert listed["harm"] == max(h["ratio"] for h in values["harms"])
+    largest = max(values["harms"], key=lambda h: h["ratio"])
+    assert listed["harm"] == largest["ratio"]
+    low, high = largest["interval"]
+    table = run("runs", "list", "--store", tmp_path / "runs.db")[1]  # which may break a line within a cell
+    assert all(text in table for text in (f"x{largest['ratio']:.3f}", f"[{low:.3f},", f"{high:.3f}]"))
     assert ratios(run("runs", "show", "last", "--store", tmp_path / "runs.db")[1]) == ratios(out)
 
 

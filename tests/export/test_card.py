@@ -54,10 +54,10 @@ def search_result(llama: LanguageModel) -> SearchResult:
         (
             Interval(-0.01, 0.2),
             "Measured on capitals",
-            "on held-out questions, -1.0% to +20.0%, includes zero.",
+            "on held-out questions, -1.0 to +20.0 points, includes zero.",
         ),
         (Interval(0.0, 0.2), "Measured on capitals", "includes zero."),
-        (Interval(-0.2, -0.1), "Measured on capitals", "-20.0% to -10.0%, lies below zero."),
+        (Interval(-0.2, -0.1), "Measured on capitals", "-20.0 to -10.0 points, lies below zero."),
     ],
 )
 def test_a_card_claims_a_gain_only_where_its_interval_is_above_zero(
@@ -89,7 +89,7 @@ def test_the_hub_reads_the_metrics_of_the_test_split_with_the_harm(
     data = ModelCard.load(saved.folder / "README.md").data
     accuracy, perplexity = data.eval_results
     assert (accuracy.metric_type, accuracy.metric_value, accuracy.dataset_split) == ("accuracy", 0.5, "test")
-    assert accuracy.metric_name == f"accuracy (choice; base model 25.0%, gain +25.0% [+10.0%, +40.0%], {test.n} questions)"
+    assert accuracy.metric_name == f"accuracy (choice; base model 25.0%, gain +25.0 points [+10.0, +40.0], {test.n} questions)"
     hub = DEFINITIONS["fever"].hub
     assert hub is not None
     assert (accuracy.dataset_type, accuracy.dataset_revision) == (hub.path, hub.revision)

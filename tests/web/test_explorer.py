@@ -150,7 +150,7 @@ def test_a_candidate_is_paired_with_the_same_examples_of_the_unchanged_model(
     assert [f.id for f in dropped.of("broken")] == ["e0"]
     summary = explorer.summary(dropped)
     assert summary["examples"] == "2 of validation, which the search chose by"
-    assert summary["gain"].startswith("-50.0 points, 95 % interval -")
+    assert summary["gain"].startswith("-50.0 points [-")
     assert summary["change of loss"].startswith("+0.2500 nats per token")
     single = explorer.changes(results, record(BASE, evaluation("1.v_proj@0.5", [3])).id, "1.v_proj@0.5")
     assert explorer.summary(single)["change of loss"] == "+2.0000 nats per token (a single example)"

@@ -39,7 +39,9 @@ def compress(
         typer.Option(help="Dtype of matrix products for gradients: bfloat16, or the model's.", show_default="the faster one"),
     ] = None,
     quantised: Annotated[bool, typer.Option("--quantised", help="Measure 8 and 4 bits of the base model too.")] = False,
-    memory: Annotated[float | None, typer.Option(min=0, help="Most GiB of block inputs kept for gradients.", show_default="all that it takes")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="Most GiB of block inputs kept for gradients.", show_default="all that it takes")
+    ] = None,
     form: Annotated[str, typer.Option(help="Form: dense, or factored (smaller).")] = "factored",
     json: Json = False,
 ) -> None:

@@ -63,6 +63,8 @@ def noisy_recall(
 
 
 def _print(results: list[RecallResult]) -> None:
+    from laserlm.scoring.statistics import in_points
+
     n = results[0].clean.n
     rows: list[dict[str, Any]] = [
         {
@@ -70,7 +72,7 @@ def _print(results: list[RecallResult]) -> None:
             "best": str(r.exhaustive.best) or "unchanged",
             "clean": f"{r.clean.base:.1%}",
             "after": f"{r.clean.edited:.1%}",
-            "95 % interval of the gain": f"{r.clean.interval.low:+.1%} to {r.clean.interval.high:+.1%}",
+            "gain": in_points(r.clean.gain, r.clean.interval),
             "race": str(r.race.best) or "unchanged",
             "screen's first": f"{r.first} {r.first_clean.edited:.1%}",
             "best of attention": f"{r.attention} {r.attention_clean.edited:.1%}",
@@ -102,6 +104,7 @@ def rank_constraint(
     """
     from laserlm.lab.constrained import compare_on_recall, compare_on_worldfacts
     from laserlm.lab.recall.language import RecallConfig
+    from laserlm.scoring.statistics import in_points
 
     if on not in ("recall", "worldfacts"):
         raise typer.BadParameter(f"no training on {on!r}; write recall or worldfacts")
@@ -127,7 +130,7 @@ def rank_constraint(
         for name, c in result.comparisons.items():
             rows[-1] |= {
                 f"{name}": f"{c.edited:.1%}",
-                f"{name} against plain": f"{c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]",
+                f"{name} against plain": in_points(c.gain, c.interval),
                 f"{name} loss": f"{c.edited_loss:.3f}",
             }
         rows[-1]["beyond the rank"] = ", ".join(f"{share:.2%}" for share in result.residual_energy.values())

@@ -49,8 +49,10 @@ def print_result(result: SearchResult, *, is_perplexity: bool = False) -> None:
     if not is_perplexity:
         table.add_row("base accuracy", *(f"{c.base:.1%}" for c in splits))
         table.add_row("edited accuracy", *(f"{c.edited:.1%}" for c in splits))
-        table.add_row("gain", *(f"{c.gain:+.1%}" for c in splits))
-        table.add_row("95 % interval of the gain", *(f"{c.interval.low:+.1%} to {c.interval.high:+.1%}" for c in splits))
+        table.add_row("gain, points", *(f"{100 * c.gain:+.1f}" for c in splits))
+        table.add_row(
+            "95 % interval of the gain", *(f"{100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f}" for c in splits)
+        )
         table.add_row("exact p", *(f"{c.mcnemar_p:.2g}" for c in splits))
         table.add_row("corrected / broken", *(f"{c.corrected} / {c.broken}" for c in splits))
     is_similarity = result.test.base_spearman is not None
@@ -77,6 +79,8 @@ def print_pareto(result: SearchResult, *, is_perplexity: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from laserlm.scoring.statistics import in_points
+
     points = result.pareto
     if not points:
         return
@@ -87,7 +91,7 @@ def print_pareto(result: SearchResult, *, is_perplexity: bool = False) -> None:
     for number, point in enumerate(points, 1):
         c = point.comparison
         chosen = " (chosen)" if point.intervention == str(result.best) else ""
-        cells = [] if is_perplexity else [f"{c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]"]
+        cells = [] if is_perplexity else [in_points(c.gain, c.interval)]
         cells.append(f"{c.edited_loss - c.base_loss:+.3f} [{c.loss_interval.low:+.3f}, {c.loss_interval.high:+.3f}]")
         cells += [f"x{h.ratio:.3f} [{h.interval.low:.3f}, {h.interval.high:.3f}]" for h in point.harms]
         table.add_row(str(number), short_form(point.intervention) + chosen, *cells)
@@ -123,6 +127,8 @@ def _print_tables(result: SearchResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from laserlm.scoring.statistics import in_points
+
     if result.rungs:
         columns = ("questions", "entered", "eliminated", "pruned", "failed", "added", "leader")
         table = Table(*columns, title="Race", title_justify="left")
@@ -132,14 +138,13 @@ def _print_tables(result: SearchResult) -> None:
         Console().print(table)
     if result.strategy == "compose":
         table = Table(title="Accepted steps", title_justify="left")
-        for name in ("added", "gain", "95 % interval", "change of loss", "95 % interval"):
+        for name in ("added", "gain", "change of loss", "95 % interval"):
             table.add_column(name, overflow="fold")
         for step in result.steps:
             c = step.comparison
             table.add_row(
                 step.added,
-                f"{c.gain:+.1%}",
-                f"{c.interval.low:+.1%} to {c.interval.high:+.1%}",
+                in_points(c.gain, c.interval),
                 f"{c.edited_loss - c.base_loss:+.3f}",
                 f"{c.loss_interval.low:+.3f} to {c.loss_interval.high:+.3f}",
             )

@@ -48,14 +48,18 @@ def list_(listing: TableOptions, store: Store = STORE_DEFAULT) -> None:
 
 
 def _gain_and_harm(run: RunInfo, *, raw: bool) -> dict[str, Any]:
-    """Return gain and largest harm of a search's choice: numbers, or texts for a table."""
+    """Return gain and largest harm of a search's choice: numbers, or texts with intervals for a table."""
     outcome = run.outcome or {}
-    gain = outcome.get("test", {}).get("gain")
-    harm = max((harm["ratio"] for harm in outcome.get("harms", ())), default=None)
+    test = outcome.get("test", {})
+    harm = max(outcome.get("harms", ()), key=lambda harm: harm["ratio"], default=None)
     if raw:
-        return {"test_gain": gain, "harm": harm}
-    has_accuracy = gain is not None and run.settings.get("scorer") != "perplexity"
-    return {"gain, points": f"{100 * gain:+.1f}" if has_accuracy else "", "harm": "" if harm is None else f"x{harm:.3f}"}
+        return {"test_gain": test.get("gain"), "harm": None if harm is None else harm["ratio"]}
+    has_accuracy = "gain" in test and run.settings.get("scorer") != "perplexity"
+    low, high = (100 * end for end in test.get("interval", (0, 0)))
+    return {
+        "gain, points": f"{100 * test['gain']:+.1f} [{low:+.1f}, {high:+.1f}]" if has_accuracy else "",
+        "harm": "" if harm is None else "x{:.3f} [{:.3f}, {:.3f}]".format(harm["ratio"], *harm["interval"]),
+    }
 
 
 @app.command()
@@ -149,6 +153,7 @@ def _print_run(info: RunInfo) -> None:
 
 def _print_gain_and_harm(outcome: dict[str, Any], settings: dict[str, Any]) -> None:
     from laserlm.cli.print_search import print_pareto
+    from laserlm.scoring.statistics import in_points
     from laserlm.searching import SearchResult
 
     try:
@@ -157,8 +162,7 @@ def _print_gain_and_harm(outcome: dict[str, Any], settings: dict[str, Any]) -> N
         return
     c, is_perplexity = result.test, settings.get("scorer") == "perplexity"
     if not is_perplexity:
-        gain = "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * x for x in (c.gain, *c.interval)))
-        print(f"  accuracy on test{_by(settings)}: {c.base:.1%} to {c.edited:.1%}, {gain}")
+        print(f"  accuracy on test{_by(settings)}: {c.base:.1%} to {c.edited:.1%}, {in_points(c.gain, c.interval)}")
     low, high = c.loss_interval
     print(f"  change of loss on test: {c.edited_loss - c.base_loss:+.3f} [{low:+.3f}, {high:+.3f}]")
     for sentence in result.harm_sentences():

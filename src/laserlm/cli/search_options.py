@@ -82,7 +82,9 @@ class SearchOptions:
     ] = None
     delta: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Error probability of accepted choices and of eliminations.", rich_help_panel=SEARCH_PANEL),
+        typer.Option(
+            min=0, max=1, help="Error probability of accepted choices and of eliminations.", rich_help_panel=SEARCH_PANEL
+        ),
     ] = 0.05
     budget: Annotated[
         float | None,

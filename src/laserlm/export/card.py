@@ -8,6 +8,7 @@ from typing import Any
 
 from laserlm.export.card_metadata import metadata
 from laserlm.reductions import short_form
+from laserlm.scoring.statistics import in_points
 from laserlm.searching.config import OF_COMPONENTS
 from laserlm.searching.guard import Harm
 
@@ -176,8 +177,7 @@ def _evidence(result: dict[str, Any] | None, point: dict[str, Any] | None, harms
         splits = [("validation (chosen on)", point["comparison"])]
     rows = []
     for label, c in splits:
-        low, high = c["interval"]
-        accuracy = f"{c['base']:.1%} | {c['best']:.1%} | {c['gain']:+.1%} [{low:+.1%}, {high:+.1%}] | {c['mcnemar_p']:.2g}"
+        accuracy = f"{c['base']:.1%} | {c['best']:.1%} | {in_points(c['gain'], c['interval'])} | {c['mcnemar_p']:.2g}"
         if c.get("base_spearman") is not None:
             accuracy = f"Spearman {c['base_spearman']:.3f} | Spearman {c['best_spearman']:.3f} | | "
         loss = f"{c['base_loss']:.3f} to {c['best_loss']:.3f}"
@@ -227,7 +227,7 @@ def unclear_gain(result: dict[str, Any]) -> str:
     low, high = test["interval"]
     if low > 0:
         return ""
-    interval = f"{low:+.1%} to {high:+.1%}, {'lies below' if high < 0 else 'includes'} zero"
+    interval = f"{100 * low:+.1f} to {100 * high:+.1f} points, {'lies below' if high < 0 else 'includes'} zero"
     return f"The interval of the gain on held-out questions, {interval}."
 
 

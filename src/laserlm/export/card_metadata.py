@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from laserlm.scoring.statistics import in_points
 from laserlm.searching.guard import OWN_TEXT, Harm
 from laserlm.tasks.definitions import DEFINITIONS
 
@@ -70,13 +71,12 @@ def _results(record: dict[str, Any]) -> list[EvalResult]:
             EvalResult(metric_type="spearmanr", metric_value=round(test["best_spearman"], 4), metric_name=about, **common)
         ]
     else:
-        low, high = test["interval"]
+        gain = in_points(test["gain"], test["interval"])
         results = [
             EvalResult(
                 metric_type="accuracy",
                 metric_value=round(test["best"], 4),
-                metric_name=f"accuracy ({scorer}; base model {test['base']:.1%}, gain {test['gain']:+.1%} "
-                f"[{low:+.1%}, {high:+.1%}], {test['n']} questions)",
+                metric_name=f"accuracy ({scorer}; base model {test['base']:.1%}, gain {gain}, {test['n']} questions)",
                 **common,
             )
         ]

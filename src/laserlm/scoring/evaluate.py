@@ -18,7 +18,7 @@ from laserlm.scoring.forward import Progress, out_of_memory_error, run_rows
 from laserlm.scoring.generation import generate_for
 from laserlm.scoring.records import Evaluation, ExampleScore, TokenScores, TokenSequence
 from laserlm.scoring.scorers import SCORERS, ScoredExample, check_split, grade_texts, scorer_for
-from laserlm.scoring.statistics import Interval, clustering_of, paired_difference, paired_mean, sign_flip_test
+from laserlm.scoring.statistics import Interval, clustering_of, in_points, paired_difference, paired_mean, sign_flip_test
 from laserlm.scoring.tokenize import encode
 from laserlm.tasks.example import Scorer, Split
 from laserlm.tasks.perplexity import passages
@@ -219,10 +219,9 @@ class Comparison:
         return f"Comparison({self})"
 
     def __str__(self) -> str:
-        low, high = self.interval
         return (
             f"{self.split}: {self.base:.1%} -> {self.edited:.1%} under {short_form(self.intervention) or 'base'}, "
-            f"gain {self.gain:+.1%} [{low:+.1%}, {high:+.1%}], exact p {self.mcnemar_p:.2g}, "
+            f"gain {in_points(self.gain, self.interval)}, exact p {self.mcnemar_p:.2g}, "
             f"{self.corrected} corrected, {self.broken} broken, n {self.size}; "
             f"loss {self.base_loss:.3f} -> {self.edited_loss:.3f}{self.spearman_text}"
         )

@@ -21,6 +21,12 @@ class Interval(NamedTuple):
     high: float
 
 
+def in_points(gain: float, interval: Sequence[float]) -> str:
+    """Return a difference of two shares in percentage points, such as ``+4.6 points [+3.0, +6.5]``."""
+    low, high = interval
+    return f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 class Clustering(NamedTuple):
     """How much less questions say that share facts than as many independent ones.
 

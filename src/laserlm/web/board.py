@@ -67,6 +67,6 @@ def _own(run: RunInfo) -> BoardRow:
     if run.settings.get("scorer") != "perplexity":
         low, high = (100 * x for x in test["interval"])
         figures = (f"{test['base']:.1%}", f"{test['best']:.1%}", f"{100 * test['gain']:+.1f} [{low:+.1f}, {high:+.1f}]")
-    harm = ", ".join(f"×{harm['ratio']:.3f}" for harm in outcome.get("harms", ()))
+    harm = ", ".join("×{:.3f} [{:.3f}, {:.3f}]".format(harm["ratio"], *harm["interval"]) for harm in outcome.get("harms", ()))
     source, n = f"run {run.id}", f"{test['n']:,}"
     return BoardRow(source, run.full_model, run.task, *figures, harm, n, best or "none", is_own=True)

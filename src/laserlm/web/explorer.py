@@ -10,6 +10,7 @@ from datetime import datetime
 from laserlm.errors import AnalysisError, ReportError
 from laserlm.reductions import short_form
 from laserlm.scoring.scorers import GENERATING
+from laserlm.scoring.statistics import in_points
 from laserlm.searching.driver import FINALISTS, VALIDATION
 from laserlm.store import RunInfo, Store
 from laserlm.studies.flipping import Flip, Flips, flips
@@ -150,7 +151,7 @@ def summary(result: Flips, scorer: str = "answer") -> Mapping[str, str]:
         "examples": f"{c.n} of {split}{f', {c.facts} facts' if c.size != str(c.n) else ''}"
         + (", which the search chose by" if split == VALIDATION else ""),
         "accuracy": f"{c.base:.1%} before, {c.edited:.1%} after",
-        "gain": f"{100 * c.gain:+.1f} points, 95 % interval {100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f}",
+        "gain": in_points(c.gain, c.interval),
         "change of loss": f"{c.edited_loss - c.base_loss:+.4f} nats per token{interval}",
         "corrected and broken": f"{c.corrected} and {c.broken}, exact p {c.mcnemar_p:.2g}",
     }

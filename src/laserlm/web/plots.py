@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from laserlm.reductions import short_form
-from laserlm.scoring.statistics import Interval
+from laserlm.scoring.statistics import Interval, in_points
 from laserlm.searching.result import Point, SearchResult
 from laserlm.studies.loss_map import LossAtRank, LossMap, stacked_name
 
@@ -96,7 +96,7 @@ def _point_hover(point: Point, pareto: Sequence[Point]) -> str:
     number = f"{pareto.index(point) + 1}: " if point in pareto else ""
     lines = [
         f"<b>{number}{escape(short_form(point.intervention))}</b>",
-        f"gain {c.gain:+.1%} [{c.interval.low:+.1%}, {c.interval.high:+.1%}]",
+        f"gain {in_points(c.gain, c.interval)}",
         f"change of loss {c.edited_loss - c.base_loss:+.3f} [{c.loss_interval.low:+.3f}, {c.loss_interval.high:+.3f}]",
         *(escape(str(harm)) for harm in point.harms),
     ]
@@ -188,6 +188,6 @@ def _hover(m: LossAtRank) -> str:
     return (
         f"<b>{escape(m.matrix)}@{escape(m.size)}</b>"
         f"<br>change of loss {loss.value:+.3f} [{loss.interval.low:+.3f}, {loss.interval.high:+.3f}]"
-        f"<br>gain {gain.value:+.1%} [{gain.interval.low:+.1%}, {gain.interval.high:+.1%}]<br>n {loss.n}"
+        f"<br>gain {in_points(gain.value, gain.interval)}<br>n {loss.n}"
         f"<br>harm {on_guard}"
     )
