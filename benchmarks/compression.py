@@ -22,6 +22,7 @@ from laserlm.export.calibration_text import own_calibration_text, read_calibrati
 from laserlm.export.fitting import DENSE_ABOVE, Allocation, Method, fit_ranks
 from laserlm.export.products import fastest_products
 from laserlm.scoring.evaluate import text_perplexity
+from laserlm.scoring.identity import digest
 from laserlm.scoring.records import Evaluation
 
 WAYS: list[tuple[Method, Allocation]] = [
@@ -79,7 +80,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for way in arguments.ways.split(","):
             method, allocation = WAYS[int(way)]
-            folder = (arguments.keep or Path(temporary)) / f"{method}-{allocation}"
+            kept_for = digest([text.as_dict(), arguments.tokens, products])[:16]
+            folder = (arguments.keep or Path(temporary)) / f"{method}-{allocation}-{kept_for}"
             folder.mkdir(parents=True, exist_ok=True)
             start = time.perf_counter()
             fitted = fit_ranks(

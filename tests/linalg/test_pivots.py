@@ -46,3 +46,12 @@ def test_the_largest_rank_within_a_budget_is_the_one_that_counting_finds(shape: 
     for budget in range(m * n + 3):
         assert rank_within(shape, budget) == max(r for r in range(min(shape) + 1) if parameters(shape, r) <= budget)
     assert parameters(shape, min(shape)) == m * n
+
+
+def test_a_model_with_every_matrix_at_a_share_of_its_rank_has_the_published_number_of_parameters() -> None:
+    """SmolLM2-135M: 30 blocks; embeddings and norms have the rest of 134.5 million."""
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    rest = 134_515_008 - 30 * sum(m * n for m, n in shapes)
+    for share, millions in ((0.5, 94.4), (0.75, 117.7)):
+        factors = 30 * sum(parameters(shape, int(share * min(shape))) for shape in shapes)
+        assert (rest + factors) / 1e6 == pytest.approx(millions, abs=0.05)
