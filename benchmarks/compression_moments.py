@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 import laserlm as laser
 from laserlm.export.calibration_text import PASSAGE_TOKENS, read_calibration_text
-from laserlm.export.fitting import Compression, Method, compressible
+from laserlm.export.fitting import Compression, compressible
 from laserlm.export.tensor_folder import DecompositionFolder, TensorFolder
 from laserlm.linalg.decomposition import Decomposition, component_losses, decompose, whitened
 from laserlm.models.language_model import LanguageModel
@@ -109,7 +109,7 @@ def sums_file(folder: Path, length: int, *, sampled: bool) -> Path:
     return folder / f"{'sampled-' * sampled}at-{length // PASSAGE_TOKENS}.safetensors"
 
 
-def fitted(lm: LanguageModel, file: Path, method: Method, folder: Path) -> Compression:
+def fitted(lm: LanguageModel, file: Path, method: str, folder: Path) -> Compression:
     """Return what ``fit_ranks`` returns, with ranks by curvature, from moments in a file."""
     matrices, left_out = compressible(lm)
     decompositions, losses = DecompositionFolder(folder / "decompositions"), TensorFolder(folder / "losses")
@@ -122,13 +122,15 @@ def fitted(lm: LanguageModel, file: Path, method: Method, folder: Path) -> Compr
             decomposition = decomposed(read_matrix(lm.model, m), M, G, method)
             decompositions.add(m.id, decomposition)
             losses.add(m.id, component_losses(decomposition, M, G))
-    return Compression(method, "curvature", matrices, left_out, decompositions, losses, TensorFolder(folder / "pivots"))
+    return Compression("two-sided", "curvature", matrices, left_out, decompositions, losses, TensorFolder(folder / "pivots"))
 
 
-def decomposed(weight: Tensor, M: Tensor, G: Tensor, method: Method) -> Decomposition:
-    """Return a decomposition as that of ``fit_ranks`` by the same method."""
+def decomposed(weight: Tensor, M: Tensor, G: Tensor, method: str) -> Decomposition:
+    """Return a decomposition as that of ``fit_ranks`` by the same method; ``outputs`` weighs the outputs alone."""
     if method == "plain":
         return decompose(weight)
+    if method == "outputs":
+        return whitened(weight, torch.eye(weight.shape[1]), G)
     return whitened(weight, M.diagonal().diag() if method == "scaled" else M, G if method == "two-sided" else None)
 
 
@@ -205,7 +207,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, required=True, help="folder of the sums")
     parser.add_argument("--sampled", action="store_true", help="gradients of tokens that are drawn from the model")
     parser.add_argument("--ratios", default=".8,.6")
-    parser.add_argument("--methods", default="plain,scaled,whitened,two-sided")
+    parser.add_argument("--methods", default="plain,scaled,whitened,outputs,two-sided")
     parser.add_argument("--ranks", default="uniform,curvature")
     parser.add_argument("--held-out", type=int, default=24_576, help="characters of the last fifth of the text")
     arguments = parser.parse_args()
