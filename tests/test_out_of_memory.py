@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import LaserError, ModelError
 from laserlm.linalg.decomposition import Decomposition
 from laserlm.models import LanguageModel, load
-from laserlm.out_of_memory import OutOfMemoryError, retry_with_room, uniform_out_of_memory
+from laserlm.out_of_memory import OutOfMemoryError, retry_with_room, return_freed_memory, uniform_out_of_memory
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -149,3 +150,20 @@ def test_a_reduction_that_does_not_fit_ends_the_command_in_one_sentence(
         "Error: the reduction of model.layers.1.mlp.gate_proj.weight (48, 32) does not fit into the memory of cpu: CUDA out of "
         "memory. Use --device cpu, or make room with a smaller --dtype or --device-map auto."
     )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, which keeps freed memory, and Linux's /proc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+
+    torch.ones(7 * 2**20)  # 28 MiB: once they are freed, glibc takes smaller pieces from its own stock
+    pieces = [torch.ones(2**18) for _ in range(101)]  # of 1 MiB
+    before = resident()
+    last = pieces.pop()
+    pieces.clear()
+    assert before - resident() < 50 * 2**20
+    return_freed_memory()
+    assert before - resident() > 90 * 2**20
+    assert len(last) == 2**18

@@ -124,7 +124,9 @@ class LowRankLinear(nn.Linear):
             if p.rank is not None:
                 outs.append(F.linear(y, getattr(self, f"up{i}").to(y.dtype)))
         if self.order is not None:
-            return torch.cat(outs, -1).index_select(-1, self.order)
+            rows = torch.cat(outs, -1)
+            outs.clear()  # before they are copied into the order of the weight
+            return rows.index_select(-1, self.order)
         if len(outs) == 1:
             return outs[0]
         return torch.cat([y.unflatten(-1, (self.groups, -1)) for y in outs], -1).flatten(-2)

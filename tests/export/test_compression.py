@@ -249,7 +249,7 @@ def test_pivots_are_chosen_once_for_each_matrix_and_rank(
 ) -> None:
     """A ratio is trained, measured and written with the same pivots; the last of them is read by a second process."""
     chosen: list[tuple[int, ...]] = []
-    monkeypatch.setattr("laserlm.export.fitting.pivot_rows", lambda left: chosen.append(left.shape) or pivot_rows(left))
+    monkeypatch.setattr("laserlm.linalg.pivots.pivot_rows", lambda left: chosen.append(left.shape) or pivot_rows(left))
     options: dict[str, Any] = {"calibration": file, "tokens": 500, "refine": 2, "measure": [0.8]}
 
     def kill(at: str, *_: int) -> None:

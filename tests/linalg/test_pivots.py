@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laserlm.linalg.pivots import parameters, pivot_rows, rank_within
+from laserlm.linalg.pivots import PART_BYTES, Pivoted, parameters, pivot_rows, rank_within
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -55,3 +55,18 @@ def test_a_model_with_every_matrix_at_a_share_of_its_rank_has_the_published_numb
     for share, millions in ((0.5, 94.4), (0.75, 117.7)):
         factors = 30 * sum(parameters(shape, int(share * min(shape))) for shape in shapes)
         assert (rest + factors) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", [PART_BYTES, 16 * 12 * 7, 1])
+def test_a_product_in_parts_of_columns_is_rounded_once(part: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laserlm.linalg.pivots.PART_BYTES", part)
+    left, right = random(40, 12).float(), random(12, 30, seed=1).float()
+    found = Pivoted.of(left, right, dtype)
+    order, coefficients = pivot_rows(left)
+    assert torch.equal(found.order, order)
+    assert torch.equal(found.coefficients, coefficients.to(dtype))
+    exact = left.double()[order[:12]] @ right.double()
+    assert found.rows.dtype == dtype
+    torch.testing.assert_close(found.rows.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.001, atol=0)
+    assert Pivoted.of(torch.zeros(5, 0), torch.zeros(0, 9), dtype).rows.shape == (0, 9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from laserlm.edit.apply import Edit, InterventionLike, default_cache, label_as_edited, replaced_weights, resolve, truncation
 from laserlm.edit.decomposition_cache import DecompositionCache
 from laserlm.errors import WeightError
-from laserlm.linalg.decomposition import Decomposition, as_float64, as_float_matrix, decompose
-from laserlm.linalg.pivots import parameters, pivot_rows
+from laserlm.linalg.decomposition import Decomposition, as_float_matrix, decompose
+from laserlm.linalg.pivots import Pivoted, parameters
 from laserlm.low_rank import LowRankLinear, Part
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, read_matrix, rows_of
@@ -100,8 +100,11 @@ def factored(
             by_module.setdefault(edit.matrix.path.rpartition(".")[0], []).append(edit)
     dense = [e for e in edits if reasons[e.matrix.id]]
     with replaced_weights(lm, dense, lambda edit: truncation(lm, edit, cache, seed)), label_as_edited(lm, intervention):
-        layers = {  # the factors of one layer after the other, in float32 or wider, are in memory
-            path: low_rank_layer(lm.model.get_submodule(path), [(e.matrix, _factors(lm, e, cache, seed)) for e in group])
+        layers = {  # the factors of one matrix after the other, in float32 or wider, are in memory
+            path: low_rank_layer(
+                lm.model.get_submodule(path),
+                [(e.matrix, pivoted_factors(lm, e.matrix, _factors(lm, e, cache, seed))) for e in group],
+            )
             for path, group in by_module.items()
         }
         with replaced_modules(lm.model, layers):
@@ -125,23 +128,31 @@ def replaced_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iter
 
 Factors = list[tuple[Tensor, Tensor]]
 """The two factors of each block of rows: up (rows, r) and down (r, n)."""
-FindPivots = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Chooses rows of a left factor (m, r): the numbers of all rows (m,), pivots first, and coefficients (m - r, r)."""
 
 
 @torch.no_grad()
-def low_rank_layer(
-    old: nn.Module, reduced: Sequence[tuple[Matrix, Factors]], find_pivots: FindPivots = pivot_rows
-) -> LowRankLinear:
+def pivoted_factors(lm: LanguageModel, matrix: Matrix, factors: Factors) -> list[Pivoted]:
+    """Return each block of rows of a matrix as pivots and coefficients in the dtype of its weight.
+
+    Raises:
+        WeightError: if this dtype cannot hold the product of the factors.
+    """
+    dtype = lm.model.get_parameter(matrix.path).dtype
+    blocks = [Pivoted.of(up, down, dtype) for up, down in factors]
+    if not all(bool(block.rows.isfinite().all()) for block in blocks):
+        raise WeightError(
+            f"the factors of {matrix.id} hold values that are too large for {dtype}; load the model in bfloat16 or float32"
+        )
+    return blocks
+
+
+@torch.no_grad()
+def low_rank_layer(old: nn.Module, reduced: Sequence[tuple[Matrix, Sequence[Pivoted]]]) -> LowRankLinear:
     """Return a low-rank layer with the given matrices as factors and the other rows and the bias of a linear layer.
 
     Args:
         old: a linear layer or Conv1D.
-        reduced: matrices of the layer that do not overlap, and their factors, one pair for each block of rows.
-        find_pivots: returns what ``pivot_rows`` returns for the left factor of a block of rows.
-
-    Raises:
-        WeightError: if the weight's dtype cannot hold the product of the factors.
+        reduced: matrices of the layer that do not overlap, and their blocks of rows.
     """
     weight = old.get_parameter("weight")
     bias = None if old.bias is None else old.get_parameter("bias")
@@ -152,16 +163,14 @@ def low_rank_layer(
     coefficients: list[Tensor] = []
     places: list[Tensor] = []  # rows of the weight, in the order of the parts
     rest = torch.ones(m, dtype=torch.bool)
-    for matrix, factors in reduced:
+    for matrix, blocks in reduced:
         rows = rows_of(matrix, m)
         rest[rows] = False
-        for block, (up, down) in zip(rows.split([len(up) for up, _ in factors]), factors, strict=True):
-            order, coefficient = find_pivots(up)
-            r = len(down)
-            parts.append(Part(len(up), r, pivoted=True))
-            stored.append(_pivots(matrix, up[order[:r].to(up.device)], down, weight.dtype))
-            coefficients.append(coefficient)
-            places.append(block[order])
+        for of_block, block in zip(rows.split([len(block.order) for block in blocks]), blocks, strict=True):
+            parts.append(Part(len(block.order), len(block.rows), pivoted=True))
+            stored.append(block.rows)
+            coefficients.append(block.coefficients)
+            places.append(of_block[block.order])
     if bool(rest.any()):
         parts.append(Part(int(rest.sum())))
         stored.append(dense[rest.to(dense.device)])
@@ -173,16 +182,6 @@ def low_rank_layer(
     new.order = torch.cat(places).argsort().to(weight.device, torch.int32)
     new.bias = bias
     return new.train(old.training)
-
-
-def _pivots(matrix: Matrix, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return rows (r, n) of the product of two factors, rounded once."""
-    rows = (as_float64(up) @ as_float64(down)).to(dtype)
-    if not bool(rows.isfinite().all()):
-        raise WeightError(
-            f"the factors of {matrix.id} hold values that are too large for {dtype}; load the model in bfloat16 or float32"
-        )
-    return rows
 
 
 def reason_not_factorable(lm: LanguageModel, matrix: Matrix) -> str:

@@ -40,6 +40,7 @@ from laserlm.linalg.decomposition import ALGORITHM
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
+from laserlm.out_of_memory import return_freed_memory
 from laserlm.paths import atomic_file
 from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.identity import digest
@@ -141,16 +142,19 @@ def compress(
         fit: dict[str, Any] = {"method": method, "allocation": allocation, "dense_above": dense_above, "products": products}
         fit["memory"] = math.inf if memory is None else memory
         compression = fit_ranks(lm, rows, **fit, folder=kept, on_step=on_step)
+        return_freed_memory()
         settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
         settings |= {"dense_above": dense_above, "refine": refine}
         if text is not None:
             settings["products"] = products
             compression = _with_trained_factors(lm, compression, ratios, text, refine, products, kept, on_step)
+            return_freed_memory()
             on_step("perplexity", 0, 0)
             settings["text"] = text.as_dict() | {"tokens": tokens}
             settings["perplexity"] = _perplexities(lm, compression, ratios, options, text.held_out, kept)
             if quantised:
                 settings["perplexity"]["quantised"] = _perplexities_of_quantised(lm, text.held_out, kept)
+        return_freed_memory()
         on_step("writing", 0, 0)
         saved = _write(lm, out, options, compression, settings, text)
     measured = settings.get("perplexity", {})

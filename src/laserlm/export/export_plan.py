@@ -18,7 +18,7 @@ from laserlm.export.compression import check_choices, check_compression
 from laserlm.export.fitting import DENSE_ABOVE, Allocation, Method, budget_of, compressible
 from laserlm.export.gguf_file import BITS, OutType
 from laserlm.export.source import Source
-from laserlm.linalg.pivots import rank_within
+from laserlm.linalg.pivots import PART_BYTES, parameters, rank_within
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.loading import dtype_named
 from laserlm.models.matrices import Matrix
@@ -39,6 +39,8 @@ from laserlm.tasks.perplexity import passages
 
 CALIBRATION_BATCH = 4
 """Rows of a pass of the calibration."""
+MULTIPLIED_OUT = 12
+"""Bytes for each number of a matrix whose factors are multiplied out: rows by part, side by side and in order, in float32."""
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("fc_in", "fc_up"))
 """Names of matrices that usually have one input, whose moments are one tensor."""
 
@@ -154,9 +156,10 @@ def plan_compression(
     applied = max(factors.values()) if form == "factored" else size
     ranks = {at: [rank_within(m.shape, int(at * m.shape[0] * m.shape[1])) for m in matrices] for at in ratios}  # about
     kept_on_disk = sum(map(decomposed_bytes, matrices))
-    for of_ratio in ranks.values():  # the coefficients of the rows that are no pivots
-        kept_on_disk += sum((m.shape[0] - rank) * rank * lm.dtype.itemsize for m, rank in zip(matrices, of_ratio, strict=True))
+    for of_ratio in ranks.values():  # pivots and coefficients
+        kept_on_disk += sum(parameters(m.shape, rank) * lm.dtype.itemsize for m, rank in zip(matrices, of_ratio, strict=True))
     phases: dict[str, PhaseMemory] = {}
+    heap = HEAP if lm.device.type == "cpu" else 0
     rows, held_out = _text(lm, calibration, tokens)
     if calibration is None and has_text:
         phases["text"] = PhaseMemory(sizes.weights, work=planner.writing(BATCH, PASSAGE_TOKENS))
@@ -173,15 +176,15 @@ def plan_compression(
         kept_on_disk += sum(of_files) + max(of_files)  # a file stays until the next one is complete
     if has_text:
         scored = max(planner.logits_bytes(batch) + planner.pass_bytes(batch) for batch in _batches(held_out))
-        phases["perplexity"] = PhaseMemory(sizes.weights, decompositions=applied * lm.dtype.itemsize, work=scored)
+        made = 0 if form == "factored" else max(MULTIPLIED_OUT * m.shape[0] * m.shape[1] for m in matrices)
+        phases["perplexity"] = PhaseMemory(sizes.weights, 0, applied * lm.dtype.itemsize, max(scored, made), heap)
     if quantised:
         phases["quantised"] = PhaseMemory(sizes.weights, decompositions=sizes.parameters * lm.dtype.itemsize, work=scored)
     saved = sizes.saved - (size - new) * sizes.itemsize
     written = sizes.writing(new * lm.dtype.itemsize, saved, 0)
-    phases["writing"] = replace(written, kept=HEAP if lm.device.type == "cpu" else 0)
+    phases["writing"] = replace(written, kept=heap)
     chosen_in = "refinement" if refine else "perplexity" if has_text else "writing"
-    choosing = max(pivoting_bytes(m, rank) for of_ratio in ranks.values() for m, rank in zip(matrices, of_ratio, strict=True))
-    pivots = PhaseMemory(sizes.weights, decompositions=max(factors.values()) * lm.dtype.itemsize, work=choosing)
+    pivots = _pivots(planner, ranks, max(factors.values()))
     phases[chosen_in] = max(phases[chosen_in], pivots, key=lambda phase: phase.total)
     return ExportPlan(phases, saved, 0, kept_on_disk)
 
@@ -280,6 +283,15 @@ def _refinement(planner: MemoryPlanner, factors: int) -> PhaseMemory:
     return PhaseMemory(planner.weights, graph, factors * planner.lm.dtype.itemsize, work)
 
 
+def _pivots(planner: MemoryPlanner, ranks: Mapping[float, Sequence[int]], factors: int) -> PhaseMemory:
+    """Return the memory of the last matrix that is made of pivots, next to all others; ``ranks`` are those of each ratio."""
+    itemsize = planner.lm.dtype.itemsize
+    work = max(
+        pivoting_bytes(m, rank, itemsize) for some in ranks.values() for m, rank in zip(planner.matrices, some, strict=True)
+    )
+    return PhaseMemory(planner.weights, decompositions=factors * itemsize, work=work)
+
+
 def _decompositions(planner: MemoryPlanner, rows: Sequence[TokenSequence], method: Method) -> PhaseMemory:
     """Return the memory of the decompositions of a block, with the moments of its layers' inputs."""
     if method == "plain":
@@ -299,14 +311,22 @@ def _input_of(matrix: Matrix) -> str:
     return next((names[0] for names in SAME_INPUT if matrix.name in names), matrix.name)
 
 
-def pivoting_bytes(matrix: Matrix, rank: int) -> int:
-    """Return the bytes that the choice of pivots takes at its peak, next to the layers that are made already.
+def pivoting_bytes(matrix: Matrix, rank: int, itemsize: int) -> int:
+    """Return the bytes that pivots and coefficients take at their peak, next to the layers that are made already.
 
-    They are the decomposition, and in float64 the left factor up to the rank, its triangular factor with the part that is
-    solved with, and the coefficients twice.
+    They are the decomposition and two steps. The first chooses the pivots: the left factor up to the rank, its triangular
+    factor with the part that is solved with, and the coefficients twice, all in float64. The second makes them, by part of
+    their columns: the pivots of the left factor and a part in float64, and pivots and coefficients in the weight's dtype.
+
+    Args:
+        matrix: the matrix (m, n).
+        rank: its rank.
+        itemsize: bytes of a number of the weight.
     """
-    m = matrix.shape[0]
-    return decomposed_bytes(matrix) + 8 * rank * (m + rank + 2 * (m - rank))
+    m, n = matrix.shape
+    choosing = 8 * rank * (m + rank + 2 * (m - rank))
+    making = 12 * rank**2 + min(16 * rank * n, PART_BYTES) + itemsize * parameters((m, n), rank)
+    return decomposed_bytes(matrix) + max(choosing, making)
 
 
 def whitening_bytes(matrix: Matrix, *, is_two_sided: bool) -> int:

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from laserlm.edit.apply import label_as_edited, replaced_parameters
-from laserlm.edit.factors import StoredMatrix, low_rank_layer, reason_not_factorable, replaced_modules
+from laserlm.edit.factors import StoredMatrix, low_rank_layer, pivoted_factors, reason_not_factorable, replaced_modules
 from laserlm.errors import ExportError
 from laserlm.export.checkpoint import Form
 from laserlm.export.gradient_moments import gradient_moments
@@ -28,10 +27,11 @@ from laserlm.export.refinement import read_factors, refine
 from laserlm.export.tensor_folder import DecompositionFolder, TensorFolder, storage_error
 from laserlm.linalg.allocation import Spectrum, allocate, uniform
 from laserlm.linalg.decomposition import Decomposition, component_losses, decompose, whitened
-from laserlm.linalg.pivots import parameters, pivot_rows
+from laserlm.linalg.pivots import Pivoted, parameters
 from laserlm.low_rank import LowRankLinear
 from laserlm.models.language_model import LanguageModel
 from laserlm.models.matrices import Matrix, default_matrices, read_matrix
+from laserlm.out_of_memory import return_freed_memory
 from laserlm.scoring.identity import digest
 from laserlm.scoring.records import TokenSequence
 from laserlm.searching.memory_plan import GIB, memory_option
@@ -58,7 +58,7 @@ class Compression:
         left_out: the other matrices and the reason for each.
         decompositions: decomposition of each matrix, by the matrix's id, on the disk.
         losses: (k,) loss of dropping each component, by the matrix's id, on the disk; empty for uniform ranks.
-        pivots: rows and coefficients of each matrix at each rank that was asked for, on the disk.
+        pivots: each matrix at each rank that was asked for, as pivots and coefficients, on the disk.
         refined: files of trained factors, by ratio.
         dense_above: share of the dense parameters above which a matrix stays dense instead of being factored. Uniform ranks
             have no such share.
@@ -103,20 +103,21 @@ class Compression:
         for m in self.matrices:
             if (rank := ranks[m.id]) is not None:
                 layer = lm.model.get_submodule(_module_path(m))
-                factors = [(m, [self.decompositions[m.id].factors(rank)])]
-                layers[_module_path(m)] = low_rank_layer(layer, factors, partial(self._pivots, lm, m))
+                layers[_module_path(m)] = low_rank_layer(layer, [(m, [self._pivoted(lm, m, rank)])])
         if ratio in self.refined:
             read_factors(layers, self.refined[ratio])
         return layers
 
-    def _pivots(self, lm: LanguageModel, matrix: Matrix, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pivots of a left factor from the disk, or choose them: the same ones are trained, measured and written."""
-        order, coefficients = (f"{matrix.id}@{left.shape[1]} {part}" for part in ("order", "coefficients"))
+    def _pivoted(self, lm: LanguageModel, matrix: Matrix, rank: int) -> Pivoted:
+        """Return a matrix at a rank from the disk, or make it: the same one is trained, measured and written."""
+        dtype = str(lm.model.get_parameter(matrix.path).dtype).removeprefix("torch.")
+        order, rows, coefficients = (f"{matrix.id}@{rank} {dtype} {part}" for part in ("order", "rows", "coefficients"))
         if coefficients not in self.pivots:
-            found = pivot_rows(left)
-            self.pivots.add(order, found[0])
-            self.pivots.add(coefficients, found[1].to(lm.model.get_parameter(matrix.path).dtype))  # the last: both are complete
-        return self.pivots[order], self.pivots[coefficients]
+            (made,) = pivoted_factors(lm, matrix, [self.decompositions[matrix.id].factors(rank)])
+            self.pivots.add(order, made.order)
+            self.pivots.add(rows, made.rows)
+            self.pivots.add(coefficients, made.coefficients)  # the last: all are complete
+        return Pivoted(self.pivots[order], self.pivots[rows], self.pivots[coefficients])
 
     def refine(
         self,
@@ -213,6 +214,7 @@ def fit_ranks(
     if rows:
         _warn_of_little_memory(lm, rows, memory, method, allocation)
     gradients = _gradients(lm, rows, matrices, kept, steps, memory, products) if with_gradients else None
+    return_freed_memory()
     missing = [m for m in matrices if m.id not in decompositions]
     steps.done = steps.total - len(missing)
     curvatures = TensorFolder(kept / "losses")
@@ -414,12 +416,12 @@ def _stored_matrix(m: Matrix, rank: int | None, form: Form) -> StoredMatrix:
     return StoredMatrix(m.id, m.path, m.shape, rank, parameters(m.shape, rank))
 
 
-def _replaced_by_products(lm: LanguageModel, layers: Mapping[str, LowRankLinear]) -> AbstractContextManager[None]:
-    """Return a context in which weights are replaced by the products of their factors."""
+def _replaced_by_products(lm: LanguageModel, layers: dict[str, LowRankLinear]) -> AbstractContextManager[None]:
+    """Return a context in which weights are replaced by the products of their factors, which are taken from ``layers``."""
 
     def product(path: str) -> Tensor:
         module = path.rpartition(".")[0]
-        dense = layers[module].dense().to(lm.model.get_parameter(path))
+        dense = layers.pop(module).dense().to(lm.model.get_parameter(path))
         return dense.T.contiguous() if isinstance(lm.model.get_submodule(module), Conv1D) else dense
 
     return replaced_parameters(lm, [f"{module}.weight" for module in layers], product)

@@ -100,8 +100,9 @@ def read_factors(layers: Mapping[str, LowRankLinear], file: Path) -> None:
     """
     factors = _factors(layers)
     try:
-        with safe_open(file, "pt") as opened:
-            _copy({name: opened.get_tensor(name) for name in factors}, factors)
+        for name, factor in factors.items():
+            with safe_open(file, "pt") as opened:  # anew for each: what was read stays in memory as long as the file is open
+                _copy({name: opened.get_tensor(name)}, {name: factor})
     except (OSError, SafetensorError) as error:
         raise storage_error(file.parent, error) from error
 

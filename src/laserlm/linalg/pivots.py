@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import isqrt
 
 import torch
@@ -9,6 +10,42 @@ from scipy.linalg import qr, solve_triangular
 from torch import Tensor
 
 from laserlm.linalg.decomposition import as_float64
+
+PART_BYTES = 2**26
+"""Memory of the part of a product that is in float64 at a time, with the part of the factor that it is made of."""
+
+
+@dataclass(frozen=True)
+class Pivoted:
+    """A matrix (m, n) of rank r as r of its rows, the pivots, and the coefficients of the other rows.
+
+    Args:
+        order: (m,) the numbers of all rows, the pivots first.
+        rows: (r, n) the pivots.
+        coefficients: C (m - r, r); the other rows are C times the pivots.
+    """
+
+    order: Tensor
+    rows: Tensor
+    coefficients: Tensor
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, dtype: torch.dtype) -> Pivoted:
+        """Return the product of two factors, (m, r) and (r, n), in a dtype: each number is rounded once.
+
+        The product is made in parts of columns, for in float64 it takes up to four times as much memory as the result.
+        """
+        order, wide = pivot_rows(left)
+        coefficients = wide.to(dtype)
+        del wide
+        r, n = right.shape
+        pivots = as_float64(left[order[:r].to(left.device)])  # (r, r)
+        rows = right.new_empty(r, n, dtype=dtype)
+        columns = max(1, PART_BYTES // (2 * 8 * max(1, r)))
+        for start in range(0, n, columns):
+            part = slice(start, start + columns)
+            rows[:, part] = pivots @ as_float64(right[:, part])
+        return cls(order, rows, coefficients)
 
 
 def parameters(shape: tuple[int, int], rank: int) -> int:
