@@ -137,7 +137,7 @@ def test_a_model_is_compressed_to_a_budget(run: Run, folder: Path, text: Path, t
     quantised = record["compression"]["perplexity"]["quantised"]
     assert quantised["q4_0"]["bytes"] < quantised["q8_0"]["bytes"] < 4 * output["base_parameters"]
     assert all(f"{measured['perplexity']:.2f}" in report for measured in quantised.values())
-    assert "--refine 3 --calibration" in record["command"]
+    assert f"--refine 3 --products {record['compression']['products']} --calibration" in record["command"]
     assert "--quantised --measure 0.8" in record["command"]
     assert output["parameters"] < 0.8 * output["base_parameters"]
     assert output["perplexity"] != output["base_perplexity"]
