@@ -41,6 +41,7 @@ STAGES = [("text", 3), ("gradients", 4), ("decompositions", 6), ("refinement", 3
 
 def started(folder: Path, out: Path, cache: Path, stage: str = "none", at: int = 0) -> int:
     arguments = ["compress", folder, "--ratio", "0.6", "--tokens", "250", "--refine", "40", "--out", out, "--cache", cache]
+    arguments += ["--products", "float32"]  # training with products in bfloat16 rounds otherwise from process to process
     command = [sys.executable, "-c", CODE, stage, str(at), *map(str, arguments)]
     return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False).returncode
 
