@@ -28,7 +28,10 @@ def check_products(lm: LanguageModel, products: str | None) -> None:
     """Raise an ExportError if products of a compression cannot be computed in this dtype."""
     allowed = dict.fromkeys([own_products(lm), BFLOAT16])
     if products is not None and products not in allowed:
-        raise ExportError(f"a compression of {lm.name} computes products in {' or '.join(allowed)}, not in {products}")
+        raise ExportError(
+            f"a compression of {lm.name} computes products in {' or '.join(allowed)}, not in {products}; give --products "
+            f"{next(iter(allowed))}, or leave it out"
+        )
 
 
 def products_in(lm: LanguageModel, products: str) -> AbstractContextManager[object]:
