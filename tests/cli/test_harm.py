@@ -94,7 +94,8 @@ def test_a_search_prints_its_harm_on_every_guard_as_a_plain_pass_measures_it(
     assert re.search(r"Harm: perplexity .* on questions:questions, accuracy .* \(32 questions\)", out)
     (listed,) = json.loads(run("runs", "list", "--store", tmp_path / "runs.db", "--json")[1])
     largest = max(values["harms"], key=lambda h: h["ratio"])
-    assert listed["harm"] == largest["ratio"]
+    assert (listed["harm"], listed["harm_interval"]) == (largest["ratio"], largest["interval"])
+    assert (listed["test_gain"], listed["test_interval"]) == (values["test"]["gain"], values["test"]["interval"])
     low, high = largest["interval"]
     table = run("runs", "list", "--store", tmp_path / "runs.db")[1]  # which may break a line within a cell
     assert all(text in table for text in (f"x{largest['ratio']:.3f}", f"[{low:.3f},", f"{high:.3f}]"))

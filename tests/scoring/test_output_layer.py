@@ -219,12 +219,15 @@ def test_the_gradient_flows_through_the_output_layer(make: Make, monkeypatch: py
     torch.testing.assert_close(by_weight, (slope.T @ x.float()).bfloat16())
 
 
-@pytest.mark.parametrize("by_caller", [True, False])
-def test_rounded_logits_are_told_of_where_the_model_rounds_them(
-    by_caller: bool, make: Make, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("is_half", "by_caller"), [(False, True), (False, False), (True, True)])
+def test_a_warning_names_a_model_that_rounds_its_logits(
+    is_half: bool, by_caller: bool, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A model in float32 does not round them where the caller's autocast does."""
     lm = make("llama")
-    lm.name = f"a model whose logits are rounded, {by_caller}"
+    if is_half:
+        lm.model.bfloat16()
+    lm.name = f"a model whose logits are rounded, {is_half}, {by_caller}"
     lm.reads_positions = False
     row = TokenSequence(0, (5, 6, 7), (8,), (2,))
     forward = lm.model.forward
@@ -235,10 +238,10 @@ def test_rounded_logits_are_told_of_where_the_model_rounds_them(
         return output
 
     (batch,) = batches(lm, [row], 1)
-    lm.model.forward = forward if by_caller else rounded
+    lm.model.forward = forward if by_caller and not is_half else rounded
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=by_caller):
         forward_logits(lm, batch, scored_only=False)
-    assert ("rounds its logits to torch.bfloat16" in caplog.text) == (not by_caller)
+    assert ("rounds its logits to torch.bfloat16" in caplog.text) == (is_half or not by_caller)
 
 
 def test_the_logits_are_in_memory_once_and_exact_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:

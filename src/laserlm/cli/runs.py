@@ -51,14 +51,21 @@ def _gain_and_harm(run: RunInfo, *, raw: bool) -> dict[str, Any]:
     """Return gain and largest harm of a search's choice: numbers, or texts with intervals for a table."""
     outcome = run.outcome or {}
     test = outcome.get("test", {})
-    harm = max(outcome.get("harms", ()), key=lambda harm: harm["ratio"], default=None)
+    harm: dict[str, Any] = max(outcome.get("harms", ()), key=lambda harm: harm["ratio"], default={})
     if raw:
-        return {"test_gain": test.get("gain"), "harm": None if harm is None else harm["ratio"]}
-    has_accuracy = "gain" in test and run.settings.get("scorer") != "perplexity"
-    low, high = (100 * end for end in test.get("interval", (0, 0)))
+        return {
+            "test_gain": test.get("gain"),
+            "test_interval": test.get("interval"),
+            "harm": harm.get("ratio"),
+            "harm_interval": harm.get("interval"),
+        }
+    gain = ""
+    if "gain" in test and run.settings.get("scorer") != "perplexity":
+        ends = [f"{100 * end:+.1f}" for end in test.get("interval", ())]  # of a run of an older version there may be none
+        gain = f"{100 * test['gain']:+.1f}" + (f" [{', '.join(ends)}]" if ends else "")
     return {
-        "gain, points": f"{100 * test['gain']:+.1f} [{low:+.1f}, {high:+.1f}]" if has_accuracy else "",
-        "harm": "" if harm is None else "x{:.3f} [{:.3f}, {:.3f}]".format(harm["ratio"], *harm["interval"]),
+        "gain, points": gain,
+        "harm": "x{:.3f} [{:.3f}, {:.3f}]".format(harm["ratio"], *harm["interval"]) if harm else "",
     }
 
 

@@ -305,7 +305,8 @@ def forward_logits(lm: LanguageModel, batch: Batch, *, scored_only: bool) -> Bat
             logits: Tensor = text_outputs(lm, batch.inputs, batch.pad)[:, None]
         else:
             logits = lm.model(**batch.inputs).logits
-    if logits.dtype in HALF and not torch.is_autocast_enabled(lm.device.type):  # by the model, and not by the caller
+    is_by_caller = lm.dtype not in HALF and torch.is_autocast_enabled(lm.device.type)
+    if logits.dtype in HALF and not is_by_caller:
         _warn_of_rounded_logits(lm.name, logits.dtype)
     logits = (logits[0] if scored_only else logits[row, position]).float()  # (N, V)
     # In parts, for these are several passes over all logits.
