@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
+from threading import Event
 
 import pytest
 import torch
 from searching.conftest import BeforeScoring
 from searching.support import scores
 
+from laserlm.linalg.precision import SETTINGS_LOCK, matmul_settings
 from laserlm.models import LanguageModel
 from laserlm.scoring.tokenize import encode
 from laserlm.searching import search
@@ -126,3 +129,27 @@ def test_products_of_less_precision_are_others(lm: LanguageModel, task: Task) ->
     with torch.autocast("cpu"):
         files.add(find_file(lm, encoded, {}))
     assert len(files) == 4
+
+
+def test_a_pass_in_another_thread_does_not_change_the_file(lm: LanguageModel, task: Task) -> None:
+    """It sets the precision of one backend for its time, and PyTorch then refuses to name that of all."""
+    encoded = EncodedSplit(task.test, encode(lm, task.test.examples, "first_token"), "first_token")
+    expected = find_file(lm, encoded, {})
+    begun, goes_on = Event(), Event()
+
+    def run() -> None:
+        with SETTINGS_LOCK:
+            settings = matmul_settings("mkldnn")
+            before, settings.fp32_precision = settings.fp32_precision, "bf16"
+            begun.set()
+            goes_on.wait()
+            settings.fp32_precision = before
+
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(run)
+        begun.wait()
+        found = pool.submit(find_file, lm, encoded, {})
+        wait([found], timeout=0.5)
+        goes_on.set()
+        running.result()
+        assert found.result() == expected

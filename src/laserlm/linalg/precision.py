@@ -39,6 +39,13 @@ def full_precision() -> Iterator[None]:
         yield
 
 
+def allowed_precision() -> list[str]:
+    """Return the precision of float32 products that the caller allows on each backend, by PyTorch's names; full is ``ieee``."""
+    with SETTINGS_LOCK:  # a pass in another thread may have changed one of them for its time
+        settings = [matmul_settings(backend).fp32_precision for backend in BACKENDS]
+    return ["ieee" if precision in EXACT else precision for precision in settings]
+
+
 def _is_exact() -> bool:
     return all(matmul_settings(backend).fp32_precision in EXACT for backend in BACKENDS)
 

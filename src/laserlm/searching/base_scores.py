@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from laserlm.linalg.precision import allowed_precision
 from laserlm.models.language_model import LanguageModel
 from laserlm.paths import atomic_file
 from laserlm.provenance import versions
@@ -38,7 +39,7 @@ def find_file(lm: LanguageModel, encoded: EncodedSplit, hardware: Mapping[str, A
     if encoded.scorer in GENERATING or encoded.split.judge is not None or lm.dtype in HALF:
         return None
     of_scores = identity(lm, encoded.scorer, (replace(encoded.split, name="examples"),), encoded.sequences, 0)
-    precision = [torch.get_float32_matmul_precision(), torch.is_autocast_enabled(lm.device.type)]
+    precision = [*allowed_precision(), torch.is_autocast_enabled(lm.device.type)]
     return lm.cache / "scores" / f"{digest([METHOD, versions(), precision, of_scores, dict(hardware)])}.json"
 
 
