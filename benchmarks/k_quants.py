@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,25 +32,40 @@ SUPER_BLOCK = 256
 
 
 def type_of(path: str, row: int, blocks: int) -> GGMLQuantizationType:
-    """Return the type of a matrix by the path of its parameter, the length of its rows and the number of blocks."""
-    if ".layers." not in path:
+    """Return the type of a matrix by its name in PyTorch or in a GGUF file, the length of its rows and the number of blocks."""
+    if (in_block := re.search(r"\b(?:layers|blk)\.(\d+)\.", path)) is None:
         return GGMLQuantizationType.Q8_0
-    layer = int(path.split(".layers.")[1].partition(".")[0])
+    layer = int(in_block[1])
     has_more = layer < blocks // 8 or layer >= 7 * blocks // 8 or (layer - blocks // 8) % 3 == 2
-    if has_more and ("v_proj" in path or "down_proj" in path):
+    if has_more and re.search("v_proj|down_proj|attn_v|ffn_down", path):
         return GGMLQuantizationType.Q8_0 if row % SUPER_BLOCK else GGMLQuantizationType.Q6_K
     return GGMLQuantizationType.Q5_0 if row % SUPER_BLOCK else GGMLQuantizationType.Q4_K
 
 
-def rounded(library: ctypes.CDLL, weight: Tensor, kind: GGMLQuantizationType) -> tuple[Tensor, int]:
-    """Return a matrix (m, n) after rounding, and the bytes that it takes."""
-    values = np.ascontiguousarray(weight.float().numpy())
+def open_library(file: Path) -> ctypes.CDLL:
+    """Return the shared library of xllamacpp, with the types of its function that quantises."""
+    library = ctypes.CDLL(str(file))
+    long, address = ctypes.c_int64, ctypes.c_void_p
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, address, address, long, long, long, address]
+    return library
+
+
+def quantised(library: ctypes.CDLL, weight: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """Return the bytes of a matrix (m, n) in a type of llama.cpp, row by row."""
+    values = np.ascontiguousarray(weight.astype(np.float32))
     m, n = values.shape
     block, block_bytes = GGML_QUANT_SIZES[kind]
     stored = np.zeros((m, n // block * block_bytes), np.uint8)
     written = library.ggml_quantize_chunk(int(kind), values.ctypes.data, stored.ctypes.data, 0, m, n, None)
     if written != stored.nbytes:
         raise SystemExit(f"{kind.name} of {m} x {n} took {written} bytes instead of {stored.nbytes}")
+    return stored
+
+
+def rounded(library: ctypes.CDLL, weight: Tensor, kind: GGMLQuantizationType) -> tuple[Tensor, int]:
+    """Return a matrix (m, n) after rounding, and the bytes that it takes."""
+    stored = quantised(library, weight.float().numpy(), kind)
     return torch.from_numpy(quants.dequantize(stored, kind)), stored.nbytes
 
 
@@ -58,10 +75,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--held-out", type=int, default=8192, help="characters of the last fifth of the text")
     arguments = parser.parse_args()
-    library = ctypes.CDLL(str(arguments.library))
-    long, address = ctypes.c_int64, ctypes.c_void_p
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, address, address, long, long, long, address]
+    library = open_library(arguments.library)
     lm = laser.load("bundled")
     text = read_calibration_text(lm, arguments.text, tokens=PASSAGE_TOKENS).held_out[: arguments.held_out]
     unchanged = text_perplexity(lm, text).perplexity

@@ -1,16 +1,20 @@
-"""Compare compressed models with quantised ones: bytes on disk, perplexity on a text, and speed, in one process.
+"""Compare compressed models with quantised ones: bytes, resident memory, perplexity on a text, and speed, in one process.
 
-The base model, and the folders of ``laser compress``, run in PyTorch in float32. PyTorch also runs the base model with 8-bit
-linear layers. llama.cpp times GGUF files of the base model; their perplexity is that of their weights in PyTorch. Speeds are
-ratios to the base model's in PyTorch in the same round, medians over the rounds.
+The base model runs in PyTorch in float32 and in bfloat16. The folders of ``laser compress`` run in bfloat16. All three also run
+with 8-bit weights of torchao, whose products are in bfloat16. llama.cpp times GGUF files of the base model; their perplexity is
+that of their weights in PyTorch. Speeds are ratios to the base model's in bfloat16 in the same round, medians over the rounds.
+Resident memory is that of a new process that has loaded one model and read 512 tokens, less what it takes with libraries alone.
 
-Needs llama.cpp: pip install --no-deps --target DIR xllamacpp
+Needs llama.cpp and torchao: pip install --no-deps --target DIR xllamacpp torchao
 Run: PYTHONPATH=DIR OMP_NUM_THREADS=1 python benchmarks/quantised.py --text FILE FOLDER...
 """
 
 from __future__ import annotations
 
 import argparse
+import socket
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -18,21 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import xllamacpp
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from inference import READ_TOKENS, WRITTEN_TOKENS, median_ratio, timed
+from k_quants import open_library, quantised, type_of
 from torch import Tensor, nn
-from torch.ao.quantization import default_dynamic_qconfig, per_channel_dynamic_qconfig, quantize_dynamic
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import laserlm as laser
 from laserlm.low_rank import LowRankLinear
+from laserlm.out_of_memory import return_freed_memory
 from laserlm.scoring.records import TokenSequence
 from laserlm.scoring.tokenize import encode
 from laserlm.tasks.perplexity import passages
-
-PORT = 18_080
-"""Port of the first server of llama.cpp."""
 
 
 class TorchModel:
@@ -51,24 +55,35 @@ class TorchModel:
         return float(np.exp(-total / sum(len(row.targets) for row in rows)))
 
     @torch.inference_mode()
+    def read(self, ids: Tensor) -> None:
+        """Read tokens (1, T)."""
+        self.model(input_ids=ids, logits_to_keep=1)
+
+    @torch.inference_mode()
     def seconds(self, ids: Tensor) -> tuple[float, float]:
         """Return the seconds of reading tokens (1, T), and of writing tokens after the first eight."""
         how = {"max_new_tokens": WRITTEN_TOKENS, "min_new_tokens": WRITTEN_TOKENS, "do_sample": False}
         start = ids[:, :8]
-        reading = timed(self.model, input_ids=ids, logits_to_keep=1)
+        reading = timed(self.read, ids)
         return reading, timed(self.model.generate, start, attention_mask=torch.ones_like(start), **how)
 
 
 class LlamaModel:
     """A GGUF file in llama.cpp, on one thread."""
 
-    def __init__(self, file: Path, port: int) -> None:
+    def __init__(self, file: Path) -> None:
         settings = xllamacpp.CommonParams()
         settings.model.path = str(file)
-        settings.n_ctx, settings.n_parallel, settings.port = 1024, 1, port
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            settings.port = free.getsockname()[1]
+        settings.n_ctx, settings.n_parallel = 1024, 1
         settings.n_batch = settings.n_ubatch = READ_TOKENS
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
         self.server = xllamacpp.Server(settings)
+
+    def read(self, ids: Tensor) -> None:
+        """Read tokens (1, T)."""
+        self._timings(ids[0].tolist(), 1)
 
     def seconds(self, ids: Tensor) -> tuple[float, float]:
         """Return the seconds of reading tokens (1, T), and of writing tokens after the first eight."""
@@ -83,116 +98,172 @@ class LlamaModel:
         return result["timings"]
 
 
-def quantise(source: Path, target: Path) -> None:
-    """Write the matrices of a GGUF file as q4_0, the embedding as q8_0, by the quantiser of llama.cpp's package gguf."""
+def quantise(source: Path, target: Path, kind: str) -> None:
+    """Write the matrices of a GGUF file in q4_0 or q4_K_M, by the functions of llama.cpp, and the embedding in q8_0."""
     reader = GGUFReader(source)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
         if not field.name.startswith(("GGUF.", "general.architecture")):
             value_type, *item_types = field.types
             writer.add_key_value(field.name, field.contents(), value_type, sub_type=item_types[-1] if item_types else None)
+    library = open_library(Path(xllamacpp.__file__).with_name("xllamacpp.abi3.so"))
+    blocks = 1 + max(int(tensor.name.split(".")[1]) for tensor in reader.tensors if tensor.name.startswith("blk."))
     for tensor in reader.tensors:
         if len(tensor.shape) < 2:
             writer.add_tensor(tensor.name, tensor.data)
             continue
-        kind = GGMLQuantizationType.Q8_0 if "embd" in tensor.name else GGMLQuantizationType.Q4_0
-        writer.add_tensor(tensor.name, quants.quantize(tensor.data.astype(np.float32), kind), raw_dtype=kind)
+        of_tensor = type_of(tensor.name, tensor.data.shape[1], blocks)
+        if kind == "q4_0" and tensor.name.startswith("blk."):
+            of_tensor = GGMLQuantizationType.Q4_0
+        writer.add_tensor(tensor.name, quantised(library, tensor.data, of_tensor), raw_dtype=of_tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def round_to_8_bits(model: nn.Module) -> int:
-    """Round all matrices of a model in place as GGUF's q8_0 does, and return the bytes that the model would take."""
-    size = sum(4 * module.out_features for module in model.modules() if isinstance(module, LowRankLinear))  # order of rows
-    for parameter in model.parameters():
-        if parameter.ndim != 2:
-            size += 4 * parameter.numel()
-            continue
-        padded = nn.functional.pad(parameter.data, (0, -parameter.shape[1] % 32))
-        blocks = quants.quantize(padded.numpy(), GGMLQuantizationType.Q8_0)
-        size += blocks.nbytes
-        values = torch.from_numpy(quants.dequantize(blocks, GGMLQuantizationType.Q8_0))
-        parameter.data = values[:, : parameter.shape[1]].contiguous()
+def with_8_bits(model: Any) -> None:
+    """Quantise the linear layers and both factors of low-rank ones in place, by torchao: 8 bits, a scale for each row."""
+    for layer in [module for module in model.modules() if isinstance(module, LowRankLinear)]:
+        for name, factor in [(name, p) for name, p in layer.named_parameters() if name.startswith("up")]:
+            holder = nn.Linear(factor.shape[1], factor.shape[0], bias=False, device="meta")
+            holder.weight = factor
+            quantize_(holder, Int8WeightOnlyConfig())
+            setattr(layer, name, holder.weight)
+    quantize_(model, Int8WeightOnlyConfig())
+
+
+def bytes_of_8_bits(model: Any) -> int:
+    """Return the bytes of a model in bfloat16 whose linear layers take 8 bits and a scale a row; its embedding stays."""
+    size: int = sum(2 * p.numel() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            matrices = [p for p in module.parameters(recurse=False) if p.ndim == 2]
+            is_embedding = module.weight is model.get_input_embeddings().weight  # the output layer no longer shares it
+            size += sum(2 * len(p) + p.numel() * (1 if is_embedding else -1) for p in matrices)
+        if isinstance(module, LowRankLinear):
+            size += 4 * module.out_features  # order of rows
     return size
 
 
+def loaded(form: str, source: str) -> TorchModel | LlamaModel:
+    """Return a model: ``float32`` or ``bfloat16`` of PyTorch, ``8-bit`` of torchao, or ``gguf`` of llama.cpp."""
+    if form == "gguf":
+        return LlamaModel(Path(source))
+    model = laser.load(source, dtype="bfloat16" if form == "8-bit" else form).model
+    if form == "8-bit":
+        with_8_bits(model)
+        for parameter in model.parameters():
+            if type(parameter.data) is Tensor:  # one that is still mapped from the file would keep all of the file in memory
+                parameter.data = parameter.data.clone()
+    return TorchModel(model)
+
+
+def print_resident(form: str, source: str) -> None:
+    """Print the bytes of memory that a model takes in this process after it has read 512 tokens."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    model = loaded(form, source)
+    model.read(random_tokens())
+    return_freed_memory()
+    print(process.memory_info().rss - before)
+    sys.stdout.flush()
+
+
+def resident(form: str, source: str) -> float:
+    """Return what ``print_resident`` prints in a new process, in MiB."""
+    command = [sys.executable, __file__, "--resident", form, source]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(output.splitlines()[-1]) / 2**20
+
+
+def random_tokens() -> Tensor:
+    """Return 512 tokens (1, T) to read."""
+    return torch.randint(100, 40000, (1, READ_TOKENS), generator=torch.Generator().manual_seed(0))
+
+
 class Table:
-    """The models with their sizes and perplexities."""
+    """The models with their bytes, resident memory, perplexities and speeds."""
 
     def __init__(self, rows: Sequence[TokenSequence]) -> None:
         self.rows = rows
-        self.measured: dict[str, tuple[float, float]] = {}
+        self.measured: dict[str, tuple[float, float, float]] = {}
         self.timed: dict[str, TorchModel | LlamaModel] = {}
 
-    def add(self, name: str, size: float, model: TorchModel) -> None:
-        """Measure the perplexity of a model that takes so many bytes."""
-        self.measured[name] = size / 2**20, model.perplexity(self.rows)
+    def add(self, name: str, form: str, source: str, size: float, perplexity_of: TorchModel | None = None) -> None:
+        """Load a model that takes so many bytes, and measure its memory and perplexity."""
+        self.timed[name] = model = loaded(form, source)
+        of = perplexity_of or model
+        assert isinstance(of, TorchModel)
+        self.measured[name] = size / 2**20, resident(form, source), of.perplexity(self.rows)
         print(name, *(f"{value:.2f}" for value in self.measured[name]), flush=True)
 
     @torch.inference_mode()
-    def print(self, rounds: int) -> None:
-        """Time the models by turns, and print everything."""
-        ids = torch.randint(100, 40000, (1, READ_TOKENS), generator=torch.Generator().manual_seed(0))
+    def print(self, rounds: int, base: str) -> None:
+        """Time the models by turns, and print everything, with speeds as ratios to a base."""
+        ids = random_tokens()
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in self.timed}
         for r in range(rounds + 1):
             order = list(self.timed.items())
             for name, model in [*order[r % len(order) :], *order[: r % len(order)]]:
                 times[name] += [model.seconds(ids)][: bool(r)]
-        first = next(iter(times))
-        print("model|MiB|perplexity|reading, times as fast|writing, times as fast")
-        for name, (size, perplexity) in self.measured.items():
-            columns = [([t[i] for t in times[first]], [t[i] for t in times.get(name, [])]) for i in (0, 1)]
-            ratios = [f"{median_ratio(base, other):.2f}" if other else "" for base, other in columns]
-            print("|".join([name, f"{size:.0f}", f"{perplexity:.2f}", *ratios]))
-        reading, writing = (float(np.median([pair[i] for pair in times[first]])) for i in (0, 1))
-        print(f"{first}: {READ_TOKENS / reading:.0f} tokens a second read, {WRITTEN_TOKENS / writing:.1f} written")
+        print("model|MiB|resident, MiB|perplexity|reading, times as fast|writing, times as fast|tokens a second read|written")
+        for name, (size, memory, perplexity) in self.measured.items():
+            columns = [([t[i] for t in times[base]], [t[i] for t in times[name]]) for i in (0, 1)]
+            ratios = [f"{median_ratio(first, other):.2f}" for first, other in columns]
+            reading, writing = (float(np.median(other)) for _, other in columns)
+            speeds = [f"{READ_TOKENS / reading:.0f}", f"{WRITTEN_TOKENS / writing:.1f}"]
+            print("|".join([name, f"{size:.0f}", f"{memory:.0f}", f"{perplexity:.2f}", *ratios, *speeds]))
+
+
+def in_bfloat16(source: str | Path, folder: Path) -> None:
+    """Save a model in bfloat16."""
+    lm = laser.load(source, dtype="bfloat16")
+    lm.model.save_pretrained(folder)
+    lm.require_tokenizer().save_pretrained(folder)
 
 
 def gguf_files(lm: laser.LanguageModel, folder: Path) -> dict[str, Path]:
     """Write GGUF files of a model, and return them by type."""
     saved = {kind: laser.save(lm, "", folder / kind, form="gguf", outtype=kind) for kind in ("f16", "q8_0")}
     files = {kind: each.folder / each.record["gguf"] for kind, each in saved.items()}
-    quantise(files["f16"], folder / "q4_0.gguf")
-    return files | {"q4_0": folder / "q4_0.gguf"}
+    for kind in ("q4_K_M", "q4_0"):
+        files[kind] = folder / f"{kind}.gguf"
+        quantise(files["f16"], files[kind], kind)
+    return files
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="*", type=Path, help="what laser compress wrote, with --save-dtype float16")
-    parser.add_argument("--text", type=Path, required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, help="what laser compress wrote")
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--held-out", type=int, default=8_192, help="characters of the last fifth to measure perplexity on")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--skip-quantised", action="store_true")
+    parser.add_argument("--resident", nargs=2, metavar=("FORM", "SOURCE"), help="print the memory of one model alone")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore")
+    if arguments.resident:
+        print_resident(*arguments.resident)
+        return
+    if arguments.text is None:
+        parser.error("--text is missing")
     lm = laser.load("bundled")
     text = arguments.text.read_text(encoding="utf-8")
     text = text[int(0.8 * len(text)) :][: arguments.held_out]
     table = Table(encode(lm, tuple(passages(text)), "perplexity"))
-    model: Any = lm.model
-    parameters = sum(p.numel() for p in model.parameters())
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    table.timed["unchanged, PyTorch"] = TorchModel(model)
-    table.add("unchanged, PyTorch", 2 * parameters, TorchModel(model))
-    for folder in arguments.folders:
-        name, size = f"{folder.name}, PyTorch", sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        table.timed[name] = small = TorchModel(laser.load(folder, dtype="float32").model)
-        table.add(name, size, small)
-        rounded = laser.load(folder, dtype="float32").model
-        table.add(f"{folder.name} of 8 bits", round_to_8_bits(rounded), TorchModel(rounded))
-    size = linear + 2 * (parameters - linear + model.get_output_embeddings().weight.numel())  # the embedding keeps 16 bits
-    scales = {"a matrix": default_dynamic_qconfig, "a row": per_channel_dynamic_qconfig}
-    for name, config in ({} if arguments.skip_quantised else scales).items():
-        eight = TorchModel(quantize_dynamic(model, {nn.Linear: config}))
-        table.timed[f"8 bits, a scale for {name}, PyTorch"] = eight
-        table.add(f"8 bits, a scale for {name}, PyTorch", size, eight)
+    table.add("unchanged, float32", "float32", "bundled", 4 * sum(p.numel() for p in lm.model.parameters()))
+    base = "bundled, bfloat16"
     with tempfile.TemporaryDirectory() as temporary:
-        for i, (kind, file) in enumerate([] if arguments.skip_quantised else gguf_files(lm, Path(temporary)).items()):
-            table.timed[f"GGUF {kind}, llama.cpp"] = LlamaModel(file, PORT + i)
-            table.add(f"GGUF {kind}, llama.cpp", file.stat().st_size, TorchModel(laser.load(file, dtype="float32").model))
-        table.print(arguments.rounds)
+        for source in ["bundled", *arguments.folders]:
+            folder = Path(temporary) / Path(source).name
+            in_bfloat16(source, folder)
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            table.add(f"{folder.name}, bfloat16", "bfloat16", str(folder), size)
+            table.add(f"{folder.name}, 8 bits, torchao", "8-bit", str(folder), bytes_of_8_bits(laser.load(folder).model))
+        for kind, file in gguf_files(lm, Path(temporary)).items():
+            weights = TorchModel(laser.load(file, dtype="float32").model)
+            table.add(f"GGUF {kind}, llama.cpp", "gguf", str(file), file.stat().st_size, weights)
+        table.print(arguments.rounds, base)
 
 
 if __name__ == "__main__":

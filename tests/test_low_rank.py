@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,27 @@ def test_pivots_and_coefficients_give_the_rows_in_their_order(bias: bool) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
         torch.testing.assert_close(layer(x).float(), layer(x.bfloat16()).float())
+
+
+class Uncastable(Tensor):
+    """A weight that cannot be cast, as those of torchao in 8 bits."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse a cast, and run everything else."""
+        if func is Tensor.to:
+            raise NotImplementedError("no cast")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_factors_that_cannot_be_cast_are_multiplied_as_they_are() -> None:
+    layer = LowRankLinear(6, 5, [Part(5, 2)])
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.up0)
+    x = torch.randn(3, 6)
+    expected = layer(x)
+    layer.up0 = nn.Parameter(layer.up0.detach().as_subclass(Uncastable), requires_grad=False)
+    torch.testing.assert_close(layer(x).as_subclass(Tensor), expected)
 
 
 def test_rank_zero_gives_the_bias_alone() -> None:

@@ -122,7 +122,8 @@ class LowRankLinear(nn.Linear):
             if p.rank is None or p.pivoted:
                 outs.append(y)
             if p.rank is not None:
-                outs.append(F.linear(y, getattr(self, f"up{i}").to(y.dtype)))
+                up = getattr(self, f"up{i}")
+                outs.append(F.linear(y, up if up.dtype == y.dtype else up.to(y.dtype)))  # torchao's 8 bits cannot be cast
         if self.order is not None:
             rows = torch.cat(outs, -1)
             outs.clear()  # before they are copied into the order of the weight
