@@ -1,8 +1,9 @@
 """Compare compressed models with quantised ones: bytes, resident memory, perplexity on a text, and speed, in one process.
 
-The base model runs in PyTorch in float32 and in bfloat16. The folders of ``laser compress`` run in bfloat16. All three also run
-with 8-bit weights of torchao, whose products are in bfloat16. llama.cpp times GGUF files of the base model; their perplexity is
-that of their weights in PyTorch. Speeds are ratios to the base model's in bfloat16 in the same round, medians over the rounds.
+The base model runs in PyTorch in float32 and in bfloat16. The folders of ``laser compress`` run in bfloat16. Both
+also run with 8-bit weights of torchao, whose products are in bfloat16. llama.cpp times GGUF files of the base model; their
+perplexity is that of their weights in PyTorch. Speeds are ratios to the base model's in bfloat16 in the same round, medians over
+the rounds.
 Resident memory is that of a new process that has loaded one model and read 512 tokens, less what it takes with libraries alone.
 
 Needs llama.cpp and torchao: pip install --no-deps --target DIR xllamacpp torchao
@@ -190,12 +191,11 @@ class Table:
         self.measured: dict[str, tuple[float, float, float]] = {}
         self.timed: dict[str, TorchModel | LlamaModel] = {}
 
-    def add(self, name: str, form: str, source: str, size: float, perplexity_of: TorchModel | None = None) -> None:
+    def add(self, name: str, form: str, source: str, size: float) -> None:
         """Load a model that takes so many bytes, and measure its memory and perplexity."""
         self.timed[name] = model = loaded(form, source)
-        of = perplexity_of or model
-        assert isinstance(of, TorchModel)
-        self.measured[name] = size / 2**20, resident(form, source), of.perplexity(self.rows)
+        weights = model if isinstance(model, TorchModel) else TorchModel(laser.load(source, dtype="float32").model)
+        self.measured[name] = size / 2**20, resident(form, source), weights.perplexity(self.rows)
         print(name, *(f"{value:.2f}" for value in self.measured[name]), flush=True)
 
     @torch.inference_mode()
@@ -261,8 +261,7 @@ def main() -> None:
             table.add(f"{folder.name}, bfloat16", "bfloat16", str(folder), size)
             table.add(f"{folder.name}, 8 bits, torchao", "8-bit", str(folder), bytes_of_8_bits(laser.load(folder).model))
         for kind, file in gguf_files(lm, Path(temporary)).items():
-            weights = TorchModel(laser.load(file, dtype="float32").model)
-            table.add(f"GGUF {kind}, llama.cpp", "gguf", str(file), file.stat().st_size, weights)
+            table.add(f"GGUF {kind}, llama.cpp", "gguf", str(file), file.stat().st_size)
         table.print(arguments.rounds, base)
 
 

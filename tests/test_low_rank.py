@@ -90,9 +90,7 @@ class Uncastable(Tensor):
 
 
 def test_factors_that_cannot_be_cast_are_multiplied_as_they_are() -> None:
-    layer = LowRankLinear(6, 5, [Part(5, 2)])
-    nn.init.normal_(layer.weight)
-    nn.init.normal_(layer.up0)
+    layer = filled(LowRankLinear(6, 5, [Part(5, 2)]))
     x = torch.randn(3, 6)
     expected = layer(x)
     layer.up0 = nn.Parameter(layer.up0.detach().as_subclass(Uncastable), requires_grad=False)
