@@ -2,8 +2,8 @@
 
 The base model runs in PyTorch in float32 and in bfloat16. The folders of ``laser compress`` run in bfloat16. Both
 also run with 8-bit weights of torchao, whose products are in bfloat16. llama.cpp times GGUF files of the base model; their
-perplexity is that of their weights in PyTorch. Speeds are ratios to the base model's in bfloat16 in the same round, medians over
-the rounds.
+perplexity is that of their weights in PyTorch. Speeds are ratios to the base model's in bfloat16 in the same round, medians
+over the rounds.
 Resident memory is that of a new process that has loaded one model and read 512 tokens, less what it takes with libraries alone.
 
 Needs llama.cpp and torchao: pip install --no-deps --target DIR xllamacpp torchao
