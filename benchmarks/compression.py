@@ -19,7 +19,7 @@ import numpy as np
 
 import laserlm as laser
 from laserlm.export.calibration_text import own_calibration_text, read_calibration_text
-from laserlm.export.fitting import DENSE_ABOVE, Allocation, Method, fit_ranks
+from laserlm.export.fitting import Allocation, Method, fit_ranks
 from laserlm.export.products import fastest_products
 from laserlm.scoring.evaluate import text_perplexity
 from laserlm.scoring.identity import digest
@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, help="characters to measure perplexity on; default: as laser compress")
     parser.add_argument("--ways", default=",".join(map(str, range(len(WAYS)))), help="numbers of the rows to measure")
     parser.add_argument("--refine", default="0", help="numbers of steps that train the factors, a row each")
-    parser.add_argument("--dense-above", type=float, default=DENSE_ABOVE)
+    parser.add_argument("--dense-above", type=float, default=1)
+    parser.add_argument("--rank-multiple", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder where decompositions and trained factors stay for the next run")
     arguments = parser.parse_args()
     lm = laser.load("bundled")
@@ -89,7 +90,8 @@ def main() -> None:
                 text.calibration,
                 method=method,
                 allocation=allocation,
-                dense_above=arguments.dense_above,
+                dense_above=None if allocation == "uniform" else arguments.dense_above,
+                rank_multiple=None if allocation == "uniform" else arguments.rank_multiple,
                 products=products,
                 folder=folder,
             )

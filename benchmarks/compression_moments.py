@@ -7,7 +7,8 @@ are to be compared with each other and not with those of ``laser compress``.
 
 Run: python benchmarks/compression_moments.py sum --text FILE --lengths 16384,65536 --keep FOLDER [--sampled]
      python benchmarks/compression_moments.py compare --text FILE --lengths 16384,65536 --keep FOLDER [--ratios .8,.6]
-         [--methods plain,two-sided] [--ranks uniform,curvature] [--held-out CHARACTERS] [--sampled]
+         [--methods plain,two-sided] [--ranks uniform,curvature] [--dense-above 1,.9] [--rank-multiple 1,32]
+         [--held-out CHARACTERS] [--sampled]
 """
 
 from __future__ import annotations
@@ -177,26 +178,30 @@ class HeldOut:
 
 
 def compare(lm: LanguageModel, text: str, arguments: argparse.Namespace) -> None:
-    """Print the ratio of every perplexity to the unchanged model's, and to that of the first length in the same way."""
+    """Print the ratio of every perplexity to the unchanged model's, and to that of the first row of the same decomposition."""
     held_out, ratios = HeldOut(lm, text), [float(ratio) for ratio in arguments.ratios.split(",")]
     base = held_out.losses(lm)
     unchanged = math.exp(base.sum() / held_out.tokens.sum())
     print(f"unchanged model: {unchanged:.2f} on {held_out.tokens.sum()} tokens in {len(base)} passages", flush=True)
-    print("|".join(["decomposition", "ranks", "tokens", *(f"{ratio:g}" for ratio in ratios), "against the first length"]))
+    columns = ["decomposition", "ranks", "tokens", "dense above", "multiples of"]
+    print("|".join([*columns, *(f"{ratio:g}" for ratio in ratios), "against the first row"]))
     first: dict[tuple[str, str], list[np.ndarray[Any, Any]]] = {}
     for method, length in product(arguments.methods.split(","), arguments.lengths):
         with tempfile.TemporaryDirectory() as temporary:
             file = sums_file(arguments.keep, length, sampled=arguments.sampled)
             compression = fitted(lm, file, method, Path(temporary))
-            for ranks in arguments.ranks.split(","):
+            shapes = product(arguments.ranks.split(","), arguments.dense_above, arguments.rank_multiple)
+            for ranks, share, multiple in shapes:
+                small = replace(compression, allocation=ranks, dense_above=share, rank_multiple=multiple)
                 losses = []
                 for ratio in ratios:
-                    with multiplied_out(lm, replace(compression, allocation=ranks), ratio):
+                    with multiplied_out(lm, small, ratio):
                         losses.append(held_out.losses(lm))
                 earlier = first.setdefault((method, ranks), losses)
-                row = [held_out.compared(base, small) for small in losses]
+                row = [held_out.compared(base, of_ratio) for of_ratio in losses]
                 paired = ", ".join(held_out.compared(a, b) for a, b in zip(earlier, losses, strict=True))
-                print("|".join([method, ranks, str(length), *row, "" if earlier is losses else paired]), flush=True)
+                settings = [method, ranks, str(length), f"{share:g}", str(multiple)]
+                print("|".join([*settings, *row, "" if earlier is losses else paired]), flush=True)
 
 
 def main() -> None:
@@ -209,6 +214,8 @@ def main() -> None:
     parser.add_argument("--ratios", default=".8,.6")
     parser.add_argument("--methods", default="plain,scaled,whitened,outputs,two-sided")
     parser.add_argument("--ranks", default="uniform,curvature")
+    parser.add_argument("--dense-above", type=lambda words: [float(word) for word in words.split(",")], default=[1.0])
+    parser.add_argument("--rank-multiple", type=lambda words: [int(word) for word in words.split(",")], default=[1])
     parser.add_argument("--held-out", type=int, default=24_576, help="characters of the last fifth of the text")
     arguments = parser.parse_args()
     arguments.keep.mkdir(parents=True, exist_ok=True)

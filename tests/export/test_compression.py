@@ -16,11 +16,11 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from laserlm.errors import ExportError, WeightError
 from laserlm.export import compress, reproduce
 from laserlm.export.calibration_text import read_calibration_text
-from laserlm.export.fitting import Allocation, fit_ranks
+from laserlm.export.fitting import Allocation, fit_ranks, rank_step
 from laserlm.export.load_in_subprocess import fingerprint
 from laserlm.export.moments import moments_by_block
 from laserlm.linalg import decompose
-from laserlm.linalg.pivots import pivot_rows
+from laserlm.linalg.pivots import pivot_rows, rank_within
 from laserlm.models import LanguageModel, load, read_matrix
 from laserlm.scoring.evaluate import evaluate, text_perplexity
 from laserlm.tasks import task
@@ -197,6 +197,44 @@ def test_matrices_stay_dense_where_factors_would_take_nearly_as_much(llama: Lang
     assert sum(rank is None for rank in every.values()) < sum(rank is None for rank in compression.ranks(0.8).values())
     with pytest.raises(ExportError, match=r"share of 1\.2"):
         fit_ranks(llama, rows, dense_above=1.2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "multiple", "step"),
+    [
+        ((576, 1536), 32, 32),
+        ((192, 576), 32, 32),
+        ((191, 576), 32, 16),
+        ((32, 64), 32, 4),
+        ((5, 9), 32, 1),
+        ((4096, 4096), 1, 1),
+        ((60, 60), 7, 7),
+        ((41, 60), 7, 4),
+    ],
+)
+def test_the_step_of_ranks_is_smaller_in_small_matrices(shape: tuple[int, int], multiple: int, step: int) -> None:
+    assert rank_step(shape, multiple) == step
+
+
+def test_ranks_are_multiples_unless_they_are_uniform(llama: LanguageModel, file: Path) -> None:
+    compression = fit_ranks(llama, read_calibration_text(llama, file, tokens=500).calibration)
+    ranks = compression.ranks(0.6)
+    assert all((ranks[m.id] or 0) % rank_step(m.shape, 32) == 0 for m in compression.matrices)
+    assert len(set(ranks.values())) < len(set(replace(compression, rank_multiple=1).ranks(0.6).values()))
+    uniform = replace(compression, allocation="uniform").ranks(0.6)
+    assert [*uniform.values()] == [rank_within(m.shape, int(0.6 * m.shape[0] * m.shape[1])) for m in compression.matrices]
+
+
+def test_a_folder_without_a_multiple_of_ranks_is_rebuilt_with_ranks_of_any_size(
+    llama: LanguageModel, file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"calibration": file, "tokens": 300, "dense_above": 1, "rank_multiple": 1}
+    folder = compress(llama, tmp_path / "made", ratio=0.6, **options).saved.folder
+    record = json.loads((folder / "laser.json").read_text())
+    assert record["compression"].pop("rank_multiple") == 1
+    del record["compression"]["dense_above"]
+    (folder / "laser.json").write_text(json.dumps(record))
+    assert reproduce(folder, llama).agrees
 
 
 def test_experts_are_left_out_with_the_reason(make: Make, file: Path) -> None:
@@ -390,9 +428,12 @@ def test_perplexities_are_measured_once(
     assert measured == first
     with pytest.raises(Killed):
         compress(llama, tmp_path / "out", on_step=kill, **options | {"ratio": 0.8, "form": "dense"})
-    assert measured == [*first, "two-sided/curvature@0.8", "two-sided/curvature@0.7"]
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "out", on_step=kill, **options | {"rank_multiple": 1})
+    others = ["two-sided/curvature@0.8", "two-sided/curvature@0.7", "two-sided/curvature@0.5", "two-sided/curvature@0.7"]
+    assert measured == [*first, *others]
     assert compress(llama, tmp_path / "out", **options).as_dict() | {"folder": ""} == expected | {"folder": ""}
-    assert len(measured) == len(first) + 2
+    assert measured == [*first, *others]
 
 
 def test_a_damaged_perplexity_is_measured_again(
@@ -414,6 +455,22 @@ def test_a_damaged_perplexity_is_measured_again(
     assert len(damaged) == 2
     assert compress(llama, tmp_path / "out", **options).as_dict() | {"folder": ""} == expected | {"folder": ""}
     assert all(f"{path} is damaged" in caplog.text for path in damaged)
+
+
+def test_factors_for_other_ranks_are_trained_again(llama: LanguageModel, file: Path, tmp_path: Path) -> None:
+    text = read_calibration_text(llama, file, tokens=300, refine=1)
+    compression = fit_ranks(llama, text.calibration)
+    made: list[str] = []
+
+    def train(*, dense_above: float = 0.9, rank_multiple: int = 32) -> None:
+        shaped = replace(compression, dense_above=dense_above, rank_multiple=rank_multiple)
+        options: dict[str, Any] = {"steps": 1, "products": "float32"}
+        shaped.refine(llama, 0.5, text.refinement, tmp_path, **options, on_step=lambda done, _: made.append(f"{done}"))
+
+    for shapes in ({}, {}, {"rank_multiple": 1}, {"dense_above": 0.7}):
+        train(**shapes)
+    assert made.count("1") >= 3
+    assert len(list(tmp_path.glob("refined-*.safetensors"))) == 3
 
 
 def test_factors_are_trained_on_a_passage_of_the_text_for_each_step(llama: LanguageModel, file: Path) -> None:
@@ -482,6 +539,8 @@ def test_what_cannot_be_done_is_refused_before_the_text_is_read(make: Make, file
         (half, text | {"refine": 1}, "float16 overflow.*--refine 0"),
         (lm, text | {"dense_above": 1.2}, r"share of 1\.2"),
         (lm, text | {"dense_above": 0.9, "allocation": "uniform"}, "--dense-above 0.9 has no effect"),
+        (lm, text | {"rank_multiple": 8, "allocation": "uniform"}, "--rank-multiple 8 has no effect"),
+        (lm, text | {"rank_multiple": 0}, "multiples of 0"),
         (lm, no_text | {"quantised": True}, "--calibration FILE.*--quantised"),
         (lm, no_text | {"measure": [0.7]}, "--calibration FILE.*--measure"),
     ]

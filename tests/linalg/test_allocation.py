@@ -55,6 +55,15 @@ def test_the_budget_holds_and_the_loss_is_near_the_least_there_is(seed: int, sha
     assert total <= sum(loss(s, r) for s, r in zip(spectra, even, strict=True)) + 1e-6
 
 
+@pytest.mark.parametrize("budget", [500, 1000, 1500, 1750])
+def test_ranks_are_multiples_of_a_step_within_the_budget(budget: int) -> None:
+    spectra = [Spectrum((20, 30), torch.linspace(2, 1, 20) * scale, 0.9, step=4) for scale in (1.0, 1.1, 1.2)]
+    assert [s.max_rank for s in spectra] == [12] * 3  # rank 15 would take 525 of 540, rank 16 544
+    ranks = allocate(spectra, budget)
+    assert all(rank is None or rank % 4 == 0 for rank in ranks)
+    assert budget - sum(price(s, r) for s, r in zip(spectra, ranks, strict=True)) in range(parameters((20, 30), 4))
+
+
 def test_all_the_budget_keeps_all_matrices_whole() -> None:
     spectra = some(0)
     assert allocate(spectra, sum(s.dense_parameters for s in spectra)) == [None, None, None]

@@ -32,7 +32,13 @@ def compress(
     method: Annotated[str, typer.Option(help="Decomposition: plain, scaled, whitened, or two-sided.")] = "two-sided",
     allocation: Annotated[str, typer.Option(help="Ranks: uniform, sensitivity, or curvature.")] = "curvature",
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens for calibration.")] = 16_384,
-    dense_above: Annotated[float, typer.Option(help="Keep matrices dense whose factors exceed this share.")] = 1.0,
+    dense_above: Annotated[
+        float | None,
+        typer.Option(help="Keep matrices dense whose factors exceed this share.", show_default="0.9; 1 for uniform ranks"),
+    ] = None,
+    rank_multiple: Annotated[
+        int | None, typer.Option(min=1, help="What ranks are multiples of.", show_default="32; 1 for uniform ranks")
+    ] = None,
     refine: Annotated[int, typer.Option(min=0, help="Steps that train the factors.")] = 0,
     products: Annotated[
         str | None,
@@ -68,6 +74,7 @@ def compress(
         "allocation": allocation,
         "tokens": tokens,
         "dense_above": dense_above,
+        "rank_multiple": rank_multiple,
         "refine": refine,
         "products": products,
         "quantised": quantised,

@@ -251,7 +251,9 @@ def _rebuild_compressed(
                 "--calibration FILE"
             )
         options = options | {"calibration": file, "tokens": text["tokens"]}
-    options |= {"dense_above": settings.get("dense_above", 1.0), "refine": settings.get("refine", 0)}  # as in version 0.1.0
+    if settings["allocation"] != "uniform":  # version 0.1.0 kept no matrix dense for its share, and had ranks of any size
+        options |= {"dense_above": settings.get("dense_above", 1.0), "rank_multiple": settings.get("rank_multiple", 1)}
+    options |= {"refine": settings.get("refine", 0)}
     options |= {"products": settings.get("products", own_products(lm))}  # version 0.1.0 had the model's own alone
     compress(lm, out, **{name: settings[name] for name in ("ratio", "method", "allocation")}, **options)
 

@@ -21,7 +21,6 @@ from laserlm.errors import ExportError
 from laserlm.export.calibration_text import CalibrationText, own_calibration_text, read_calibration_text
 from laserlm.export.checkpoint import Form, SavedModel, SaveOptions, check_request, command_of, write
 from laserlm.export.fitting import (
-    DENSE_ABOVE,
     Allocation,
     Compression,
     Method,
@@ -31,6 +30,7 @@ from laserlm.export.fitting import (
     fit_ranks,
     needs_gradients,
     needs_input_moments,
+    with_defaults,
 )
 from laserlm.export.gguf_rounding import QUANTISED_TYPES, rounded_to
 from laserlm.export.products import check_products, fastest_products, own_products
@@ -86,7 +86,8 @@ def compress(
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
     tokens: int = 16_384,
-    dense_above: float = DENSE_ABOVE,
+    dense_above: float | None = None,
+    rank_multiple: int | None = None,
     refine: int = 0,
     products: str | None = None,
     quantised: bool = False,
@@ -112,6 +113,7 @@ def compress(
         allocation: ``uniform``, ``sensitivity`` or ``curvature``; see ``fit_ranks``.
         tokens: maximum number of tokens for calibration.
         dense_above: a matrix whose factors would take more than this share of its parameters stays dense; see ``fit_ranks``.
+        rank_multiple: what ranks are multiples of; see ``fit_ranks``.
         refine: number of steps that train the factors towards the unchanged model's predictions, one passage of the text each.
         products: dtype of the products for gradients and in this training, ``bfloat16`` or the model's own. None takes bfloat16
             for a model in float32, where the processor has instructions for it and the model can be run so.
@@ -131,7 +133,9 @@ def compress(
     options = SaveOptions(form, dtype, overwrite, shard_size, hub_id)
     check_compression(lm, out, options)
     ratios = [ratio, *measure]
-    check_choices(lm, ratios, calibration, method, allocation, dense_above, refine, products=products, quantised=quantised)
+    shares: dict[str, Any] = {"dense_above": dense_above, "rank_multiple": rank_multiple}
+    check_choices(lm, ratios, calibration, method, allocation, refine, **shares, products=products, quantised=quantised)
+    shares = dict(zip(shares, with_defaults(allocation, **shares), strict=True))
     on_step("text", 0, 0)
     text = _text(lm, calibration, tokens, method, allocation, refine, on_step)
     rows = () if text is None else text.calibration
@@ -139,12 +143,12 @@ def compress(
         _warn_of_few_tokens(lm, rows)
     products = products or _products_for(lm, text, method, allocation, refine)
     with _own_folder(lm, rows, method, allocation, products) as kept:
-        fit: dict[str, Any] = {"method": method, "allocation": allocation, "dense_above": dense_above, "products": products}
+        fit: dict[str, Any] = {"method": method, "allocation": allocation, **shares, "products": products}
         fit["memory"] = math.inf if memory is None else memory
         compression = fit_ranks(lm, rows, **fit, folder=kept, on_step=on_step)
         return_freed_memory()
         settings: dict[str, Any] = {"ratio": ratio, "method": method, "allocation": allocation}
-        settings |= {"dense_above": dense_above, "refine": refine}
+        settings |= shares | {"refine": refine}
         if text is not None:
             settings["products"] = products
             compression = _with_trained_factors(lm, compression, ratios, text, refine, products, kept, on_step)
@@ -187,9 +191,10 @@ def check_choices(
     calibration: str | Path | None,
     method: Method,
     allocation: Allocation,
-    dense_above: float,
     refine: int,
     *,
+    dense_above: float | None,
+    rank_multiple: int | None,
     products: str | None,
     quantised: bool,
 ) -> bool:
@@ -198,7 +203,7 @@ def check_choices(
     Raises:
         ExportError: if an argument is invalid, or perplexity is to be measured without a text.
     """
-    check_fit(method, allocation, ratios, dense_above)
+    check_fit(method, allocation, ratios, dense_above, rank_multiple)
     check_steps(lm, refine)
     check_products(lm, products)
     has_text = calibration is not None or needs_text(method, allocation, refine)
@@ -224,7 +229,9 @@ def _write(
     text: CalibrationText | None,
 ) -> SavedModel:
     arguments = ["--ratio", f"{settings['ratio']:g}", "--method", settings["method"], "--allocation", settings["allocation"]]
-    arguments += ["--dense-above", f"{settings['dense_above']:g}", "--refine", str(settings["refine"])]
+    if settings["allocation"] != "uniform":
+        arguments += ["--dense-above", f"{settings['dense_above']:g}", "--rank-multiple", str(settings["rank_multiple"])]
+    arguments += ["--refine", str(settings["refine"])]
     if text is not None:
         arguments += ["--products", settings["products"]]
         arguments += ["--calibration", text.name, "--tokens", str(settings["text"]["tokens"])]
@@ -331,7 +338,8 @@ def _perplexities(
     of_ratios = {}
     for ratio in ratios:
         trained = ratio in compression.refined and compression.refined[ratio].name
-        of_ratio = [*identity, f"{ratio:g}", options.form, compression.dense_above, trained]
+        shares = [compression.dense_above, compression.rank_multiple]
+        of_ratio = [*identity, f"{ratio:g}", options.form, *shares, trained]
         of_ratios[f"{ratio:g}"] = _measure_once(folder, of_ratio, partial(at, ratio))
     base = _measure_once(folder, identity, measured)
     return {

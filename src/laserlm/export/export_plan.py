@@ -15,7 +15,7 @@ from laserlm.edit.factors import StoredMatrix, reason_not_factorable
 from laserlm.export.calibration_text import PASSAGE_TOKENS, REFINEMENT_TOKENS, read_calibration_text
 from laserlm.export.checkpoint import Form, SaveOptions, check_request
 from laserlm.export.compression import check_choices, check_compression
-from laserlm.export.fitting import DENSE_ABOVE, Allocation, Method, budget_of, compressible
+from laserlm.export.fitting import Allocation, Method, budget_of, compressible
 from laserlm.export.gguf_file import BITS, OutType
 from laserlm.export.source import Source
 from laserlm.linalg.pivots import PART_BYTES, parameters, rank_within
@@ -130,7 +130,8 @@ def plan_compression(
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
     tokens: int = 16_384,
-    dense_above: float = DENSE_ABOVE,
+    dense_above: float | None = None,
+    rank_multiple: int | None = None,
     refine: int = 0,
     products: str | None = None,
     quantised: bool = False,
@@ -145,8 +146,9 @@ def plan_compression(
     """
     check_compression(lm, _any_folder(lm), SaveOptions(form, dtype))
     ratios = [ratio, *measure]
+    shares: dict[str, Any] = {"dense_above": dense_above, "rank_multiple": rank_multiple}
     choices: dict[str, Any] = {"products": products, "quantised": quantised}
-    has_text = check_choices(lm, ratios, calibration, method, allocation, dense_above, refine, **choices)
+    has_text = check_choices(lm, ratios, calibration, method, allocation, refine, **shares, **choices)
     matrices, left_out = compressible(lm)
     sizes = _Sizes(lm, lm.dtype if dtype is None else dtype_named(dtype))
     planner = MemoryPlanner(lm, matrices, 0, CALIBRATION_BATCH)

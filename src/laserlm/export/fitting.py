@@ -41,8 +41,10 @@ log = logging.getLogger(__name__)
 
 Method = Literal["plain", "scaled", "whitened", "two-sided"]
 Allocation = Literal["uniform", "sensitivity", "curvature"]
-DENSE_ABOVE = 1.0
-"""Default share of the dense parameters above which a matrix stays dense: the one whose perplexity was measured."""
+DENSE_ABOVE = 0.9
+"""Default share of the dense parameters above which a matrix stays dense: its factors would be slower."""
+RANK_MULTIPLE = 32
+"""Default of what ranks are multiples of. Libraries have faster kernels for such shapes, and need fewer of them."""
 OnStep = Callable[[str, int, int], object]
 """Is called with the stage, and how many of its steps are done, of how many: tokens, gradients or decompositions."""
 
@@ -62,6 +64,8 @@ class Compression:
         refined: files of trained factors, by ratio.
         dense_above: share of the dense parameters above which a matrix stays dense instead of being factored. Uniform ranks
             have no such share.
+        rank_multiple: ranks are multiples of this number, or of a smaller power of two in a matrix with fewer rows or columns
+            than six times the number. Uniform ranks are not.
     """
 
     method: Method
@@ -73,6 +77,7 @@ class Compression:
     pivots: TensorFolder = field(repr=False)
     refined: Mapping[float, Path] = field(default_factory=dict, repr=False)
     dense_above: float = DENSE_ABOVE
+    rank_multiple: int = RANK_MULTIPLE
 
     @property
     def parameters(self) -> int:
@@ -92,7 +97,10 @@ class Compression:
         if self.allocation == "uniform":
             ranks = uniform([m.shape for m in self.matrices], budget / self.parameters)
         else:
-            spectra = [Spectrum(m.shape, self.losses[m.id].cpu(), self.dense_above) for m in self.matrices]
+            spectra = [
+                Spectrum(m.shape, self.losses[m.id].cpu(), self.dense_above, rank_step(m.shape, self.rank_multiple))
+                for m in self.matrices
+            ]
             ranks = allocate(spectra, int(budget))
         return {m.id: rank for m, rank in zip(self.matrices, ranks, strict=True)}
 
@@ -145,7 +153,7 @@ class Compression:
             ExportError: as ``ranks`` and ``refine``.
             WeightError: as ``refine``.
         """
-        identity = [ratio, self.dense_above, steps, products, [row.ids for row in rows]]
+        identity = [ratio, self.dense_above, self.rank_multiple, steps, products, [row.ids for row in rows]]
         file = folder / f"refined-{digest(identity)[:16]}.safetensors"
         refine(lm, rows, self.layers(lm, ratio), file, steps=steps, products=products, on_step=on_step)
         return replace(self, refined={**self.refined, ratio: file})
@@ -172,7 +180,8 @@ def fit_ranks(
     *,
     method: Method = "two-sided",
     allocation: Allocation = "curvature",
-    dense_above: float = DENSE_ABOVE,
+    dense_above: float | None = None,
+    rank_multiple: int | None = None,
     memory: float = math.inf,
     products: str | None = None,
     folder: Path | None = None,
@@ -191,7 +200,8 @@ def fit_ranks(
         rows: passages; may be empty for the plain method with uniform ranks.
         method: ``plain``, ``scaled``, ``whitened`` or ``two-sided``.
         allocation: ``uniform``, ``sensitivity`` or ``curvature``.
-        dense_above: share of its parameters above which a matrix stays dense, unless ranks are uniform.
+        dense_above: share of its parameters above which a matrix stays dense; None is 0.9, and 1 for uniform ranks.
+        rank_multiple: what ranks are multiples of; None is 32, and 1 for uniform ranks. See ``Compression``.
         memory: bytes of what goes into the blocks. That of a passage into all blocks and of all passages into two is kept in
             any case. A model whose blocks do not run one after another keeps the whole graph of a passage in any case.
         products: dtype of the products of the passes for gradients, ``bfloat16`` or the model's own; None takes its own.
@@ -203,7 +213,8 @@ def fit_ranks(
         ExportError: if the method or allocation is unknown, no matrix can be compressed, or the disk is full.
         WeightError: if a weight cannot be decomposed.
     """
-    check_fit(method, allocation, dense_above=dense_above)
+    check_fit(method, allocation, dense_above=dense_above, rank_multiple=rank_multiple)
+    dense_above, rank_multiple = with_defaults(allocation, dense_above, rank_multiple)
     matrices, left_out = compressible(lm)
     kept = folder or _temporary_folder(lm)
     decompositions = DecompositionFolder(kept / "decompositions")
@@ -231,25 +242,51 @@ def fit_ranks(
     if allocation == "sensitivity":
         losses = sensitivities(lm, rows, matrices, lambda m: decompositions[m.id], memory=memory)
     pivots = TensorFolder(kept / "pivots")
-    return Compression(method, allocation, matrices, left_out, decompositions, losses, pivots, dense_above=dense_above)
+    fitted = Compression(method, allocation, matrices, left_out, decompositions, losses, pivots)
+    return replace(fitted, dense_above=dense_above, rank_multiple=rank_multiple)
 
 
-def check_fit(method: str, allocation: str, ratios: Sequence[float] = (), dense_above: float = 1.0) -> None:
-    """Raise an ExportError if a method or allocation is unknown, a number is out of range, or uniform ranks have a share."""
+def with_defaults(allocation: Allocation, dense_above: float | None, rank_multiple: int | None) -> tuple[float, int]:
+    """Return the share above which matrices stay dense and what ranks are multiples of; see ``fit_ranks``."""
+    share, multiple = (1.0, 1) if allocation == "uniform" else (DENSE_ABOVE, RANK_MULTIPLE)
+    return share if dense_above is None else dense_above, multiple if rank_multiple is None else rank_multiple
+
+
+def rank_step(shape: tuple[int, int], rank_multiple: int) -> int:
+    """Return what the ranks of a matrix (m, n) are multiples of; see ``Compression``."""
+    most = max(1, min(shape) // 6)
+    return rank_multiple if rank_multiple <= most else 2 ** (most.bit_length() - 1)
+
+
+def check_fit(
+    method: str,
+    allocation: str,
+    ratios: Sequence[float] = (),
+    dense_above: float | None = None,
+    rank_multiple: int | None = None,
+) -> None:
+    """Raise an ExportError if a method or allocation is unknown, a number is out of range, or uniform ranks cannot have it."""
     for name, value, known in (("method", method, Method), ("allocation", allocation, Allocation)):
         if value not in get_args(known):
             raise ExportError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
     for ratio in ratios:
         if not 0 < ratio <= 1:
             raise ExportError(f"a ratio of {ratio} is out of range; the kept share of the parameters is above 0 and at most 1")
-    if not 0 < dense_above <= 1:
+    if dense_above is not None and not 0 < dense_above <= 1:
         raise ExportError(
             f"a share of {dense_above} above which matrices stay dense is out of range; give more than 0, up to 1"
         )
-    if dense_above < 1 and allocation == "uniform":
+    if rank_multiple is not None and rank_multiple < 1:
+        raise ExportError(f"ranks cannot be multiples of {rank_multiple}; give 1 or more")
+    if allocation == "uniform" and dense_above is not None and dense_above < 1:
         raise ExportError(
             f"uniform ranks keep no matrix dense, so that --dense-above {dense_above:g} has no effect; leave it out, or give "
             "another --allocation"
+        )
+    if allocation == "uniform" and rank_multiple is not None and rank_multiple > 1:
+        raise ExportError(
+            f"uniform ranks are those of the share alone, so that --rank-multiple {rank_multiple} has no effect; leave it out, "
+            "or give another --allocation"
         )
 
 

@@ -20,11 +20,13 @@ class Spectrum:
         shape: (m, n).
         losses: (k,) non-negative loss of each component, largest singular value first.
         most: largest share of the dense parameters that pivots and coefficients may take.
+        step: ranks are multiples of it.
     """
 
     shape: tuple[int, int]
     losses: Tensor
     most: float = 1.0
+    step: int = 1
 
     @property
     def dense_parameters(self) -> int:
@@ -34,8 +36,11 @@ class Spectrum:
     @property
     def max_rank(self) -> int:
         """Largest rank at which pivots and coefficients take fewer parameters than the dense matrix, and the share at most."""
-        within = rank_within(self.shape, int(self.most * self.dense_parameters))
-        return min(min(self.shape) - 1, len(self.losses), within)
+        return self.rank_within(int(self.most * self.dense_parameters))
+
+    def rank_within(self, budget: int) -> int:
+        """Return the largest possible rank whose pivots and coefficients take at most ``budget`` parameters."""
+        return min(min(self.shape) - 1, len(self.losses), rank_within(self.shape, budget)) // self.step * self.step
 
 
 def uniform(shapes: Sequence[tuple[int, int]], ratio: float) -> list[int | None]:
@@ -68,7 +73,7 @@ def allocate(spectra: Sequence[Spectrum], budget: int) -> list[int | None]:
             # Take the step in part: add as many components as fit.
             if hull[i][2] is not None:
                 spectrum, spent = spectra[j], hull[i][0]
-                rank = min(rank_within(spectrum.shape, spent + remaining), spectrum.max_rank)
+                rank = min(spectrum.rank_within(spent + remaining), spectrum.max_rank)
                 hull[i] = (parameters(spectrum.shape, rank), hull[i][1], rank)
                 remaining -= hull[i][0] - spent
             continue
@@ -92,7 +97,7 @@ def _gain(hull: Sequence[Point], i: int) -> float:
 def _hull(spectrum: Spectrum) -> list[Point]:
     """Return the lower convex hull of a matrix's options, from rank 0 to the dense matrix."""
     tail_losses = as_float64(spectrum.losses).flip(0).cumsum(0).flip(0).tolist()  # loss of each rank
-    ranks = range(spectrum.max_rank + 1)
+    ranks = range(0, spectrum.max_rank + 1, spectrum.step)
     points: list[Point] = [(parameters(spectrum.shape, r), tail_losses[r] if r < len(tail_losses) else 0.0, r) for r in ranks]
     points.append((spectrum.dense_parameters, 0.0, None))
     hull: list[Point] = []
