@@ -4,7 +4,7 @@ For each kept fraction, of one matrix type and of all matrices: parameters, byte
 resident memory of a fresh process that has loaded and run it, and tokens per second of reading and of writing. The models
 take turns in one process; figures are medians over the rounds, speeds as ratios to the dense model's of the same round.
 
-Run: python benchmarks/inference.py [--model bundled] [--rho .01,.05,.1,.25,.5] [--rounds 7]
+Run: python benchmarks/inference.py [--model bundled] [--rho .01,.05,.1,.25,.5] [--rounds 7] [--dtype bfloat16, of layers]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import laserlm as laser
 from laserlm.low_rank import LowRankLinear, Part
+from laserlm.models.loading import dtype_named
 
 READ_TOKENS = 512
 WRITTEN_TOKENS = 48
@@ -75,20 +76,20 @@ def timed(run: Callable[..., object], *args: Any, repeat: int = 1, **kwargs: Any
 
 
 @torch.inference_mode()
-def layers(rounds: int) -> None:
+def layers(rounds: int, rhos: list[float], dtype: torch.dtype) -> None:
     """Print how a layer alone compares, at one token and at many."""
     print("layer|rho|rank|tokens|dense, ms|factored, times as fast|multiplied out, times as fast")
     for m, n in ((1536, 576), (576, 1536), (576, 576), (192, 576), (4096, 4096), (11008, 4096)):
-        dense = nn.Linear(n, m, bias=False)
-        for rho in (0.01, 0.05, 0.1, 0.25, 0.5):
+        dense = nn.Linear(n, m, bias=False, dtype=dtype)
+        for rho in rhos:
             rank = int(rho * min(m, n))
-            layer = LowRankLinear(n, m, [Part(m, rank, pivoted=True)])
+            layer = LowRankLinear(n, m, [Part(m, rank, pivoted=True)], dtype=dtype)
             for parameter in layer.parameters():
                 nn.init.normal_(parameter, std=0.02)
             layer.order = torch.randperm(m, dtype=torch.int32)
             peer = MultipliedOut(layer)
             for tokens in (1, 512):
-                x = torch.randn(1, tokens, n)
+                x = torch.randn(1, tokens, n, dtype=dtype)
                 repeat = max(1, int(2e8 / (m * n * tokens)))
                 times: dict[str, list[float]] = {"dense": [], "factored": [], "out": []}
                 for r in range(rounds + 1):
@@ -164,9 +165,13 @@ def main() -> None:
     parser.add_argument("--kinds", default="fc_up,all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip-layers", action="store_true")
+    parser.add_argument("--only-layers", action="store_true")
+    parser.add_argument("--dtype", default="float32", help="dtype of the layers that are timed alone")
     given = parser.parse_args()
     if not given.skip_layers:
-        layers(given.rounds)
+        layers(given.rounds, [float(rho) for rho in given.rho.split(",")], dtype_named(given.dtype))
+    if given.only_layers:
+        return
     with tempfile.TemporaryDirectory() as temporary:
         whole_models(given.model, given.rho.split(","), given.kinds.split(","), given.rounds, Path(temporary))
 
