@@ -125,5 +125,8 @@ def _print_perplexity(result: CompressionResult) -> None:
         print(f"  with {ratio:.0%} of the parameters: {perplexity:.2f}")
     for kind, measured in result.quantised.items():
         print(f"  the base model's weights as {kind}, {measured['bytes'] / 2**20:.1f} MiB: {measured['perplexity']:.2f}")
-    if (result.saved.record["compression"].get("text") or {}).get("own"):
+    settings = result.saved.record["compression"]
+    if result.perplexity is not None and not settings["refine"]:
+        print("Training the factors keeps more, with 16 or more bytes of memory for each of their numbers: --refine 20")
+    if (settings.get("text") or {}).get("own"):
         print("The model wrote the calibration text. A text of the kind that it will read keeps more: --calibration FILE")
